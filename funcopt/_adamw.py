@@ -1,0 +1,327 @@
+"""AdamW as a value: hyperparameters, state, and the way from trees to kernels and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from . import _kernels, _tree
+from ._hyperparameters import check_flag, check_zero_dim, normalize
+from ._inplace import check_inplace
+from ._kernels import KERNELS, Scalars, Variant
+from ._types import Number, Schedule, Tree
+from ._work import Work, flatten_params, gather
+
+__all__ = ["AdamW", "AdamWState"]
+
+ParamsT = TypeVar("ParamsT")
+
+
+class AdamWState(NamedTuple):
+    """The state of `AdamW`: tensors only, in trees of the shape of the parameters.
+
+    Attributes:
+        step: How many updates were made: a float64 tensor of shape (), on the CPU unless moved;
+            with `step_per_leaf` a tree of them. In float64 it counts on where float32 stops, at
+            2**24.
+        exp_avg: The running mean of the gradients.
+        exp_avg_sq: The running mean of their squares.
+        max_exp_avg_sq: The largest `exp_avg_sq` so far; `()` unless amsgrad.
+    """
+
+    step: Tree
+    exp_avg: Tree
+    exp_avg_sq: Tree
+    max_exp_avg_sq: Tree
+
+
+@dataclass(frozen=True)
+class AdamW:
+    r"""Adam with decoupled weight decay.
+
+    With gradient $g_t$, learning rate $\eta$ and weight decay $\lambda$,
+
+    $$ m_t = \beta_1 m_{t-1} + (1 - \beta_1) g_t, \qquad
+       v_t = \beta_2 v_{t-1} + (1 - \beta_2) g_t^2, $$
+
+    $$ \theta_t = \theta_{t-1} - \eta\lambda\,\theta_{t-1}
+       - \eta\,\frac{m_t / (1 - \beta_1^t)}{\sqrt{v_t / (1 - \beta_2^t)} + \epsilon}. $$
+
+    An `AdamW` is a frozen value and a pytree whose leaves are those hyperparameters that are
+    tensors: map over it with vmap to sweep them, differentiate with respect to it to learn them.
+
+    The equations are those of Loshchilov and Hutter, *Decoupled Weight Decay Regularization*
+    (ICLR 2019), with weight decay times the learning rate as in `torch.optim.AdamW`; amsgrad is
+    from Reddi et al., *On the Convergence of Adam and Beyond* (ICLR 2018), with the maximum taken
+    before the bias correction, again as in torch. On the CPU, in float32 and float64, the same
+    kernel gives torch's bits. 16-bit leaves are computed in float32 by every kernel, so that a zero
+    gradient in float16 moves nothing, where torch's foreach gives NaN. A complex leaf is a pair of
+    real ones.
+
+    Args:
+        lr: Learning rate: at least 0; a number, a 0-dim tensor, or a schedule, which is called with
+            the count of updates made so far (0 at the first) and returns one of the others.
+        betas: Decay rates of the two running means: each at least 0 and below 1; numbers or 0-dim
+            tensors.
+        eps: Added to the denominator: at least 0; a number or 0-dim tensor. At 0, a zero gradient
+            at the first step gives 0 / 0.
+        weight_decay: At least 0, multiplied by the learning rate; a number, tensor or schedule.
+        amsgrad: Divide by the largest second moment so far.
+        maximize: Ascend instead of descending.
+        step_per_leaf: Count the updates of each leaf, so that a leaf whose gradient is sometimes
+            None has its own bias corrections, as in torch.optim; a schedule then sees each leaf's
+            own count. Off: one count for the tree, advanced by every update.
+        kernel: `"auto"` takes the fastest that is right for the tensors; `"fused"`, `"foreach"`
+            and `"plain"` name one. Tracers and forward mode always see plain operators.
+        differentiable: Whether plain autograd records an update. None: if a state tensor or a
+            hyperparameter requires a gradient, or if a gradient depends on anything that does, save
+            these parameters themselves. Under a transform of `torch.func` always.
+
+    Raises:
+        TypeError: If a hyperparameter is of the wrong type.
+        ValueError: If one is out of range, NaN or infinite.
+
+    Example:
+        >>> import torch, funcopt
+        >>> opt = funcopt.AdamW(lr=0.1)
+        >>> params = {"w": torch.tensor([1.0, 2.0])}
+        >>> state = opt.init(params)
+        >>> params, state = opt.update({"w": torch.tensor([0.5, -0.5])}, state, params)
+        >>> params
+        {'w': tensor([0.8990, 2.0980])}
+    """
+
+    lr: Number | Schedule = 1e-3
+    betas: tuple[Number, Number] = (0.9, 0.999)
+    eps: Number = 1e-8
+    weight_decay: Number | Schedule = 1e-2
+    amsgrad: bool = False
+    maximize: bool = False
+    step_per_leaf: bool = False
+    kernel: str = "auto"
+    differentiable: bool | None = None
+
+    def __post_init__(self) -> None:
+        """Check and normalize every hyperparameter."""
+        if not isinstance(self.betas, tuple | list) or len(self.betas) != 2:
+            raise TypeError(f"betas={self.betas!r}: must be a pair, such as (0.9, 0.999).")
+        betas = tuple(normalize(f"betas[{i}]", beta) for i, beta in enumerate(self.betas))
+        object.__setattr__(self, "lr", normalize("lr", self.lr, schedule=True))
+        object.__setattr__(self, "betas", betas)
+        object.__setattr__(self, "eps", normalize("eps", self.eps))
+        decay = normalize("weight_decay", self.weight_decay, schedule=True)
+        object.__setattr__(self, "weight_decay", decay)
+        for name in ("amsgrad", "maximize", "step_per_leaf"):
+            check_flag(name, getattr(self, name))
+        if self.differentiable is not None:
+            check_flag("differentiable", self.differentiable)
+        if self.kernel not in KERNELS:
+            raise ValueError(f"kernel={self.kernel!r}: must be one of {', '.join(KERNELS)}.")
+
+    def init(self, params: Tree) -> AdamWState:
+        """Return the state before the first update: zeros.
+
+        Args:
+            params: A tree of dense floating-point or complex tensors, in any strides.
+
+        Raises:
+            TypeError: If a leaf is no such tensor.
+            ValueError: If two leaves share their memory.
+
+        Example:
+            >>> import torch, funcopt
+            >>> funcopt.AdamW().init([torch.ones(2)])  # doctest: +NORMALIZE_WHITESPACE
+            AdamWState(step=tensor(0., dtype=torch.float64), exp_avg=[tensor([0., 0.])],
+                       exp_avg_sq=[tensor([0., 0.])], max_exp_avg_sq=())
+        """
+        leaves, structure = flatten_params(params)
+
+        def zeros() -> Tree:
+            return _tree.unflatten(structure, [torch.zeros_like(leaf) for leaf in leaves])
+
+        def count() -> Tensor:
+            return torch.zeros((), dtype=torch.float64)
+
+        step = (
+            _tree.unflatten(structure, [count() for _ in leaves]) if self.step_per_leaf else count()
+        )
+        return AdamWState(step, zeros(), zeros(), zeros() if self.amsgrad else ())
+
+    def update(self, grads: Tree, state: AdamWState, params: ParamsT) -> tuple[ParamsT, AdamWState]:
+        """Return the new parameters and the new state, in fresh memory.
+
+        Args:
+            grads: The gradients: a tree with the keys of `params`, each like its parameter in
+                shape, dtype and device, or None, which leaves parameter and moments as they are.
+            state: The state that `init` or the last update returned.
+            params: The parameters.
+
+        Returns:
+            The pair `(new_params, new_state)`. Under plain autograd, unless the update is recorded,
+            the new parameters are leaves with the `requires_grad` of the old.
+
+        Raises:
+            TypeError: If a leaf is not a dense tensor of a floating-point or complex dtype.
+            ValueError: If the trees, shapes, dtypes or devices do not match, if two parameters
+                share their memory, or if a hyperparameter is out of range or no single number.
+
+        Example:
+            >>> import torch, funcopt
+            >>> opt = funcopt.AdamW(lr=1e-2)
+            >>> params = [torch.ones(2), torch.ones(2)]
+            >>> state = opt.init(params)
+            >>> params, state = opt.update([torch.ones(2), None], state, params)
+            >>> params
+            [tensor([0.9899, 0.9899]), tensor([1., 1.])]
+        """
+        work = self._gather(grads, state, params)
+        counts = work.advanced()
+        leaves, scalars, variant = work.leaves(), self._scalars(work, counts), self._variant()
+        with _kernels.recording(leaves, scalars, variant):
+            moved = _kernels.run(leaves, scalars, variant)
+            new_params, *moments = work.rebuild(moved)
+        if not self.amsgrad:
+            moments.append(())
+        return new_params, AdamWState(work.steps.rebuild(counts), *moments)
+
+    def update_(
+        self, grads: Tree, state: AdamWState, params: ParamsT
+    ) -> tuple[ParamsT, AdamWState]:
+        """Do the same as `update`, written into `params` and `state`, which are returned.
+
+        Everything is checked before anything is written. No memory of the parameters' size is
+        allocated, and parameters that require a gradient stay leaves.
+
+        Args:
+            grads: The gradients, as for `update`.
+            state: The state, which is overwritten.
+            params: The parameters, which are overwritten.
+
+        Returns:
+            The pair `(params, state)`: the trees that were given.
+
+        Raises:
+            RuntimeError: Under a transform of `torch.func`, or if a gradient, a state tensor, a
+                hyperparameter or a parameter's own history asks for a derivative of the update.
+            TypeError: As `update`.
+            ValueError: As `update`, and if tensors to be written share their memory.
+
+        Example:
+            >>> import torch, funcopt
+            >>> opt = funcopt.AdamW(lr=0.1)
+            >>> w = torch.nn.Parameter(torch.ones(2))
+            >>> state = opt.init(w)
+            >>> _ = opt.update_(torch.ones(2), state, w)
+            >>> w
+            Parameter containing:
+            tensor([0.8990, 0.8990], requires_grad=True)
+        """
+        work = self._gather(grads, state, params)
+        check_inplace(work, self._hyperparameters())
+        counts = work.advanced()
+        _kernels.run_(work.leaves(), self._scalars(work, counts), self._variant())
+        with torch.no_grad():
+            for old, new in zip(work.steps.leaves, counts, strict=True):
+                _kernels.write(old, new)
+        return params, state
+
+    def _gather(self, grads: Tree, state: AdamWState, params: Tree) -> Work:
+        if not isinstance(state, AdamWState):
+            raise TypeError(
+                f"state is of type {type(state).__name__}: it must be the AdamWState that init() "
+                f"or the last update returned. The order is update(grads, state, params)."
+            )
+        work = gather(grads, state, params, amsgrad=self.amsgrad, step_per_leaf=self.step_per_leaf)
+        for index, leaf in enumerate(work.params.leaves if self.kernel != "auto" else []):
+            reason = _kernels.unserved(self.kernel, leaf.device)
+            if reason is not None:
+                raise ValueError(
+                    f"{work.path('params', index)} is on {leaf.device}, which kernel="
+                    f"{self.kernel!r} cannot serve: {reason}. kernel='auto' takes one that can."
+                )
+        return work
+
+    def _scalars(self, work: Work, counts: list[Tensor]) -> list[Scalars]:
+        """The numbers of this update, for each leaf that has a gradient."""
+        return work.per_leaf(
+            [
+                self._numbers(old.detach(), new.detach())
+                for old, new in zip(work.steps.leaves, counts, strict=True)
+            ]
+        )
+
+    def _numbers(self, old: Tensor, new: Tensor) -> Scalars:
+        given = self._hyperparameters()
+        for name, number in given.items():
+            if callable(number):
+                given[name] = normalize(name, number(old))
+            check_zero_dim(name, given[name])
+        return Scalars(new, *given.values())
+
+    def _hyperparameters(self) -> dict[str, Any]:
+        """The hyperparameters under the names that messages use, in the order of `Scalars`."""
+        return {
+            "lr": self.lr,
+            "betas[0]": self.betas[0],
+            "betas[1]": self.betas[1],
+            "eps": self.eps,
+            "weight_decay": self.weight_decay,
+        }
+
+    def _variant(self) -> Variant:
+        return Variant(self.amsgrad, self.maximize, self.kernel, self.differentiable)
+
+
+class _Static(NamedTuple):
+    """What of an `AdamW` is no leaf: all but the tensors among its hyperparameters."""
+
+    structure: _tree.Structure
+    dynamic: tuple[bool, ...]  # for each leaf of that structure, whether it is a tensor
+    leaves: tuple[Any, ...]  # the others
+    flags: tuple[Any, ...]
+
+
+_FLAGS = ("amsgrad", "maximize", "step_per_leaf", "kernel", "differentiable")
+
+
+def _flatten(opt: AdamW) -> tuple[list[Any], _Static, list[str]]:
+    children, static = vars(opt).get("_placeholders", (None, None))
+    if static is None:
+        leaves, structure = _tree.flatten(opt._hyperparameters())
+        children = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        static = _Static(
+            structure,
+            tuple(isinstance(leaf, Tensor) for leaf in leaves),
+            tuple(leaf for leaf in leaves if not isinstance(leaf, Tensor)),
+            tuple(getattr(opt, name) for name in _FLAGS),
+        )
+    paths = _tree.paths(static.structure, "")
+    names = [
+        path.replace("['", "", 1).replace("']", "", 1)
+        for path, dynamic in zip(paths, static.dynamic, strict=True)
+        if dynamic
+    ]
+    return children, static, names
+
+
+def _unflatten(static: _Static, children: Iterable[Any]) -> AdamW:
+    # Not through __init__: transforms rebuild a node around placeholders, which no check knows.
+    children = list(children)
+    tensors, others = iter(children), iter(static.leaves)
+    leaves = [next(tensors if dynamic else others) for dynamic in static.dynamic]
+    lr, beta1, beta2, eps, weight_decay = _tree.unflatten(static.structure, leaves).values()
+    opt = object.__new__(AdamW)
+    values = {"lr": lr, "betas": (beta1, beta2), "eps": eps, "weight_decay": weight_decay}
+    for name, value in (*values.items(), *zip(_FLAGS, static.flags, strict=True)):
+        object.__setattr__(opt, name, value)
+    if not all(isinstance(child, Tensor) for child in children):
+        # What is no tensor would not be found to be a leaf again, so remember that it is one.
+        object.__setattr__(opt, "_placeholders", (children, static))
+    return opt
+
+
+_tree.register_node(AdamW, _flatten, _unflatten)

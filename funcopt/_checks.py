@@ -1,0 +1,111 @@
+"""The checks before a step: what may be a leaf, and what must agree. Messages name the path."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _transforms
+
+__all__ = ["check_count", "check_distinct", "check_leaf", "check_like"]
+
+_DTYPES = frozenset(
+    (
+        torch.float16,
+        torch.bfloat16,
+        torch.float32,
+        torch.float64,
+        torch.complex64,
+        torch.complex128,
+    )
+)
+
+
+def check_leaf(leaf: Any, path: Callable[[], str]) -> None:
+    """Refuse whatever cannot be a parameter: no tensor, sparse, or of a dtype that cannot move."""
+    if not isinstance(leaf, Tensor):
+        raise TypeError(
+            f"{path()} is {_kind(leaf)}: every leaf must be a tensor. "
+            f"Take it out of the tree, or register its type as a pytree node."
+        )
+    if leaf.dtype not in _DTYPES:
+        raise TypeError(
+            f"{path()} has dtype {leaf.dtype}: an optimizer moves float16, bfloat16, float32, "
+            f"float64, complex64 and complex128 leaves. Keep others (counters, buffers) in a "
+            f"tree of their own."
+        )
+    if leaf.layout is not torch.strided:
+        raise TypeError(
+            f"{path()} has layout {leaf.layout}: only dense (strided) tensors are served. "
+            f"Make it dense, with .to_dense() say."
+        )
+
+
+def check_like(leaf: Any, param: Tensor, path: Callable[[], str], what: str) -> None:
+    """Refuse a gradient or a moment that is not like its parameter."""
+    if not isinstance(leaf, Tensor):
+        raise TypeError(f"{path()} is {_kind(leaf)}: {what} must be a tensor.")
+    if leaf.layout is not torch.strided:
+        raise TypeError(
+            f"{path()} has layout {leaf.layout}: {what} must be dense. Make it so with "
+            f".to_dense(), or build an embedding with sparse=False."
+        )
+    for name in ("shape", "dtype", "device"):
+        own, wanted = getattr(leaf, name), getattr(param, name)
+        if own != wanted:
+            raise ValueError(
+                f"{path()}: {name} {_show(own)}, the parameter has {_show(wanted)}. "
+                f"{_REMEDIES[name]}"
+            )
+
+
+_REMEDIES = {
+    "shape": "Nothing is broadcast: give both the same shape.",
+    "dtype": "Nothing is cast silently: convert one with .to().",
+    "device": "Nothing is moved silently: put both on one device with .to().",
+}
+
+
+def check_count(leaf: Any, path: Callable[[], str]) -> None:
+    """Refuse what cannot be a count of updates."""
+    if not isinstance(leaf, Tensor) or leaf.is_complex():
+        raise TypeError(f"{path()} is {_kind(leaf)}: the count must be a real tensor of shape ().")
+    if leaf.ndim != 0:
+        raise ValueError(
+            f"{path()} has shape {tuple(leaf.shape)}: the count must have shape (). A state that "
+            f"vmap(init) made belongs to vmap(update)."
+        )
+
+
+def check_distinct(leaves: Sequence[Tensor], path: Callable[[int], str], what: str) -> None:
+    """Refuse two leaves that start at the same place in memory, such as tied weights.
+
+    Args:
+        leaves: The tensors. Those without memory of their own (fake, meta, empty) are passed over.
+        path: Names leaf i.
+        what: What goes wrong, for the message.
+    """
+    pointers = [leaf.data_ptr() if _transforms.is_plain(leaf) else 0 for leaf in leaves]
+    if len(set(pointers)) == len(pointers):
+        return
+    first: dict[int, int] = {}
+    for index, pointer in enumerate(pointers):
+        if pointer == 0 or leaves[index].numel() == 0:
+            continue
+        if pointer in first:
+            raise ValueError(
+                f"{path(index)} shares its memory with {path(first[pointer])}: {what}. "
+                f"Keep a shared tensor at one path only, or clone it."
+            )
+        first[pointer] = index
+
+
+def _kind(leaf: object) -> str:
+    return "None" if leaf is None else f"of type {type(leaf).__name__}"
+
+
+def _show(value: object) -> str:
+    return str(tuple(value)) if isinstance(value, torch.Size) else str(value)

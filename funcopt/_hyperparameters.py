@@ -1,0 +1,90 @@
+"""What a hyperparameter may be: the one table of ranges, and the messages that quote it."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from . import _transforms
+from ._types import Number
+
+__all__ = ["check_flag", "check_number", "check_zero_dim", "normalize"]
+
+_AT_LEAST_ZERO = "must be finite and at least 0", lambda value: 0.0 <= value < math.inf
+_BELOW_ONE = "must be at least 0 and below 1", lambda value: 0.0 <= value < 1.0
+
+_RULES: dict[str, tuple[str, Callable[[float], bool]]] = {
+    "lr": _AT_LEAST_ZERO,
+    "betas[0]": _BELOW_ONE,
+    "betas[1]": _BELOW_ONE,
+    "eps": _AT_LEAST_ZERO,
+    "weight_decay": _AT_LEAST_ZERO,
+    "step": ("must be finite and count the updates from 1", lambda value: 1.0 <= value < math.inf),
+}
+
+
+def check_number(name: str, value: float, source: str = "") -> float:
+    """Return `value` if it is in the range of this hyperparameter; a NaN is in no range."""
+    rule, holds = _RULES[name]
+    if not holds(value):
+        raise ValueError(f"{name}={value}{source}: {name} {rule}.")
+    return value
+
+
+def check_flag(name: str, value: object) -> None:
+    """Refuse anything but True and False, so that a misplaced argument is noticed."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}={value!r}: must be True or False.")
+
+
+def normalize(name: str, value: Any, *, schedule: bool = False) -> Any:
+    """Return a hyperparameter as it is kept: a float, a tensor or a schedule.
+
+    Args:
+        name: The hyperparameter, as its range is listed and as messages call it.
+        value: A real number, a floating-point tensor, or a schedule. A tensor that is to be mapped
+            over by vmap may still have the mapped dimension here.
+        schedule: Whether a callable is allowed.
+
+    Raises:
+        TypeError: If `value` is of another type.
+        ValueError: If it is out of range. The elements of a tensor are checked too, unless they
+            are traced, transformed, or on a device whose queue reading them would stall.
+    """
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        return check_number(name, float(value))
+    if isinstance(value, Tensor):
+        _check_tensor(name, value)
+        return value
+    if schedule and callable(value):
+        return value
+    kinds = "a number, a 0-dim tensor or a schedule" if schedule else "a number or a 0-dim tensor"
+    raise TypeError(f"{name}={value!r}: must be {kinds}, not {type(value).__name__}.")
+
+
+def _check_tensor(name: str, value: Tensor) -> None:
+    if not value.is_floating_point():
+        raise TypeError(f"{name} is a tensor of {value.dtype}: give it a floating-point dtype.")
+    readable = (
+        value.device.type == "cpu"
+        and _transforms.is_plain(value)
+        and not _transforms.tracing()
+        and not _transforms.transformed()
+    )
+    if not readable:
+        return
+    for element in value.detach().reshape(-1).tolist():
+        check_number(name, element, f" in a tensor of shape {tuple(value.shape)}")
+
+
+def check_zero_dim(name: str, value: Number) -> None:
+    """Refuse a stacked hyperparameter where one number is needed."""
+    if isinstance(value, Tensor) and value.ndim != 0:
+        raise ValueError(
+            f"{name} has shape {tuple(value.shape)}: one update takes one number. Map over the "
+            f"stacked optimizer with torch.func.vmap, or take one of its members."
+        )

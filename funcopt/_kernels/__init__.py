@@ -1,0 +1,95 @@
+"""Kernels: from lists of tensors and numbers to lists of tensors. No tree and no policy comes here.
+
+`run` asks who is watching and takes one of three ways: the plain operators where each of them is
+watched (`plain`), one rule for the whole step under vmap and reverse mode (`_rules`), and otherwise
+the fastest kernel that is right for these tensors (`_eager`).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _transforms
+from . import _eager, plain
+from ._eager import KERNELS, unserved
+from ._history import recording
+from ._operands import Leaves, Moved, Scalars, Variant, real, unreal, write, written
+from ._rules import ruled_step
+
+__all__ = [
+    "KERNELS",
+    "Leaves",
+    "Moved",
+    "Scalars",
+    "Variant",
+    "recording",
+    "run",
+    "run_",
+    "unserved",
+    "write",
+]
+
+
+def run(leaves: Leaves, scalars: list[Scalars], variant: Variant) -> Moved:
+    """Return the leaves after one step, in fresh memory.
+
+    The step can be differentiated under a transform, and wherever gradients are being recorded:
+    enter `recording` first, which decides that.
+
+    Args:
+        leaves: The tensors of leaves that have a gradient, checked: alike within a leaf, dense in
+            layout (any strides), of floating-point or complex dtype.
+        scalars: For each leaf its numbers. Leaves that share theirs share the object.
+        variant: What is fixed.
+    """
+    moved = _run(_real(leaves), scalars, variant)
+    return Moved(
+        *(
+            [unreal(tensor, like) for tensor, like in zip(column, leaves.params, strict=False)]
+            for column in moved
+        )
+    )
+
+
+def run_(leaves: Leaves, scalars: list[Scalars], variant: Variant) -> None:
+    """Move the leaves in place, with the same numbers as `run`."""
+    with torch.no_grad():
+        if _transforms.watched_by_operator() or any(map(_is_lazy, leaves.params)):
+            moved = run(leaves, scalars, variant)
+            for olds, news in zip(written(leaves), moved, strict=True):
+                for old, new in zip(olds, news, strict=True):
+                    write(old, new)
+        else:
+            _eager.move_(_real(leaves), scalars, variant)
+
+
+def _run(leaves: Leaves, scalars: list[Scalars], variant: Variant) -> Moved:
+    if _transforms.watched_by_operator():
+        return plain.step(leaves, scalars, variant)
+    if _transforms.transformed() or torch.is_grad_enabled():
+        return _by_rule(leaves, scalars, variant)
+    return _eager.move(leaves, scalars, variant)
+
+
+def _by_rule(leaves: Leaves, scalars: list[Scalars], variant: Variant) -> Moved:
+    """Take one ruled step for each set of numbers: a rule knows one set."""
+    groups: dict[int, list[int]] = {}
+    for index, own in enumerate(scalars):
+        groups.setdefault(id(own), []).append(index)
+    moved = Moved(*map(list, written(leaves)))
+    for indices in groups.values():
+        part = ruled_step(leaves.take(indices), scalars[indices[0]], variant)
+        for column, tensors in zip(moved, part, strict=True):
+            for index, tensor in zip(indices, tensors, strict=bool(tensors)):
+                column[index] = tensor
+    return moved
+
+
+def _real(leaves: Leaves) -> Leaves:
+    return Leaves(*([real(tensor) for tensor in column] for column in leaves))
+
+
+def _is_lazy(tensor: Tensor) -> bool:
+    """Whether a complex tensor is a conjugate view, whose memory does not hold its values."""
+    return tensor.is_complex() and tensor.is_conj()

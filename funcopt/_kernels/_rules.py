@@ -1,0 +1,140 @@
+"""What vmap and reverse-mode autograd do to a step: one rule for the whole step.
+
+Torch's transforms compose a function from rules for its operators, and the kernels' operators have
+none (`_fused_adamw_` is silently wrong under grad). So the step as a whole becomes one operator, a
+`torch.autograd.Function`, with a rule for each: `vmap` stacks the members and takes one step on the
+stack, `backward` is the adjoint in plain operators, which can be differentiated again.
+
+There is no `jvp` rule on purpose: jvp of jvp through one comes out as zero without an error.
+Forward mode takes the plain kernel instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._types import Number
+from . import _eager
+from ._adjoint import Saved, adjoint
+from ._history import recording
+from ._operands import Leaves, Moved, Scalars, Variant
+
+__all__ = ["ruled_step"]
+
+
+def ruled_step(leaves: Leaves, scalars: Scalars, variant: Variant) -> Moved:
+    """Return the leaves after one step with the same numbers, under whatever is watching."""
+    if not leaves.params:
+        return Moved([], [], [], [])
+    count = len(leaves.params)
+    with recording(leaves, [scalars], variant):
+        flat = _apply(variant, count, *scalars, *_chain(leaves))
+    return Moved(*_columns(flat, count, 4))
+
+
+class _Step(torch.autograd.Function):
+    """A step of all leaves. Everything is passed flat, since only flat arguments are seen by rules.
+
+    The order of the arguments: what is fixed, the count of leaves, the six numbers, then the
+    columns of `Leaves`. The order of the results: the columns of `Moved`.
+    """
+
+    @staticmethod
+    def forward(variant: Variant, count: int, *operands: Any) -> tuple[Tensor, ...]:
+        scalars, leaves = Scalars(*operands[:6]), Leaves(*_columns(operands[6:], count, 5))
+        return _chain(_eager.move(leaves, [scalars] * count, variant))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        variant, count, *operands = inputs
+        numbers, leaves = operands[:6], Leaves(*_columns(operands[6:], count, 5))
+        moved = Moved(*_columns(output, count, 4))
+        needs = Scalars(*ctx.needs_input_grad[2:8])
+        saved = Saved(
+            grads=leaves.grads,
+            exp_avgs=moved.exp_avgs,
+            exp_avg_sqs=moved.exp_avg_sqs,
+            max_exp_avg_sqs=moved.max_exp_avg_sqs,
+            # The rest only where a derivative asks for it: each is a copy of the parameters' size.
+            old_max_exp_avg_sqs=leaves.max_exp_avg_sqs,
+            old_exp_avgs=leaves.exp_avgs if needs.beta1 else [],
+            old_exp_avg_sqs=leaves.exp_avg_sqs if needs.beta2 else [],
+            old_params=leaves.params if needs.lr or needs.weight_decay else [],
+        )
+        ctx.variant = variant
+        ctx.count = count
+        ctx.lengths = [len(column) for column in saved]
+        ctx.numbers = [None if isinstance(number, Tensor) else number for number in numbers]
+        tensors = [number for number in numbers if isinstance(number, Tensor)]
+        ctx.save_for_backward(*tensors, *_chain(saved))
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        tensors = iter(ctx.saved_tensors)
+        numbers: list[Number] = [next(tensors) if n is None else n for n in ctx.numbers]
+        saved = Saved(*([next(tensors) for _ in range(length)] for length in ctx.lengths))
+        needs = Scalars(*ctx.needs_input_grad[2:8])
+        columns = _columns(cotangents, ctx.count, 4)
+        by_scalar, by_leaf = adjoint(saved, Scalars(*numbers), ctx.variant, needs, columns)
+        return (None, None, *by_scalar, *_chain(by_leaf))
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], variant: Variant, count: int, *operands: Any
+    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        dims = in_dims[2:]
+        own_numbers = any(dim is not None for dim in dims[:6])
+        scalars = _aligned(Scalars(*map(_number_to_front, operands[:6], dims[:6])))
+        stacked = [
+            _leaf_to_front(leaf, dim, info.batch_size)
+            for leaf, dim in zip(operands[6:], dims[6:], strict=True)
+        ]
+        if own_numbers:  # each member is moved by itself, which wants it in one piece
+            stacked = [leaf.contiguous() for leaf in stacked]
+        moved = ruled_step(Leaves(*_columns(stacked, count, 5)), scalars, variant)
+        flat = _chain(moved)
+        return flat, (0,) * len(flat)
+
+
+# torch leaves `apply` untyped.
+_apply: Callable[..., tuple[Tensor, ...]] = _Step.apply
+
+
+def _number_to_front(number: Number, dim: int | None) -> Number:
+    if not isinstance(number, Tensor):
+        return number
+    if dim is not None:
+        return number.movedim(dim, 0)
+    # A number with dimensions of inner vmaps needs a place for this one; a 0-dim number has none.
+    return number.unsqueeze(0) if number.ndim > 0 else number
+
+
+def _aligned(scalars: Scalars) -> Scalars:
+    """Give numbers that differ over outer vmaps alone a place for the inner ones, too."""
+    depth = max(number.ndim if isinstance(number, Tensor) else 0 for number in scalars)
+    return Scalars(
+        *(
+            number.reshape(number.shape + (1,) * (depth - number.ndim))
+            if isinstance(number, Tensor) and number.ndim > 0
+            else number
+            for number in scalars
+        )
+    )
+
+
+def _leaf_to_front(leaf: Tensor, dim: int | None, size: int) -> Tensor:
+    return leaf.expand(size, *leaf.shape) if dim is None else leaf.movedim(dim, 0)
+
+
+def _chain(columns: Iterable[Iterable[Any]]) -> tuple[Any, ...]:
+    return tuple(leaf for column in columns for leaf in column)
+
+
+def _columns(flat: Any, count: int, most: int) -> list[list[Any]]:
+    """Cut a flat sequence into `most` columns; the last is empty where amsgrad is off."""
+    return [list(flat[i * count : (i + 1) * count]) for i in range(most)]

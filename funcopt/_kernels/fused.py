@@ -1,0 +1,58 @@
+"""The step as torch's one fused kernel: one pass over memory.
+
+`torch._fused_adamw_` believes whatever it is told: it reads shapes and strides off the parameters
+alone, updates a tensor listed twice twice, ignores autograd, and bumps no version counter. What it
+needs to be right is established before it is called: same shapes, dtypes and dense strides in
+every list (`_memory`), no tensor twice (`_checks`), no history and no transform (`_rules`). The
+name is private to torch; one without it is served by the foreach kernel.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._operands import Leaves, Scalars, Variant
+
+__all__ = ["refusal", "step_"]
+
+
+def refusal(device: torch.device, scalars: Scalars | None) -> str | None:
+    """Say why leaves on this device (with these numbers, if given) cannot be served."""
+    if not hasattr(torch, "_fused_adamw_"):  # pragma: no cover
+        return f"torch {torch.__version__} has no fused AdamW"
+    if device.type not in ("cpu", "cuda"):
+        return f"it serves cpu and cuda, not {device.type}"
+    for name, number in (scalars._asdict() if scalars else {}).items():
+        if not isinstance(number, Tensor) or number.device.type == "cpu":
+            continue
+        # The kernel itself reads these two from tensors on the leaves' own device.
+        if name not in ("step", "lr") or number.ndim > 0 or number.device != device:
+            return f"it takes numbers whose value can be read, and {name} is on {number.device}"
+    return None
+
+
+def step_(leaves: Leaves, scalars: Scalars, variant: Variant) -> None:
+    """Move leaves of one dtype and device in place."""
+    device = leaves.params[0].device
+    # The kernel reads the count as float32, like torch.optim's fused state. Beyond 2**24 that
+    # rounds, by less than the corrections, which are 1 there to float32's last digit, can show.
+    count = torch.as_tensor(scalars.step, dtype=torch.float32, device=device)
+    fused_adamw: Any = torch._fused_adamw_  # overloaded on lr in ways no type checker follows
+    fused_adamw(
+        leaves.params,
+        leaves.grads,
+        leaves.exp_avgs,
+        leaves.exp_avg_sqs,
+        leaves.max_exp_avg_sqs,
+        [count] * len(leaves.params),
+        lr=scalars.lr,
+        beta1=scalars.beta1,
+        beta2=scalars.beta2,
+        weight_decay=scalars.weight_decay,
+        eps=scalars.eps,
+        amsgrad=variant.amsgrad,
+        maximize=variant.maximize,
+    )

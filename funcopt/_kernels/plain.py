@@ -1,0 +1,104 @@
+r"""The equations in plain differentiable operators: the definition, and what every tracer sees.
+
+With gradient $g_t$ (negated if maximize), moments $m$ and $v$, and $\hat v = v$ or, for amsgrad,
+its running maximum:
+
+$$ m_t = \beta_1 m_{t-1} + (1 - \beta_1) g_t \qquad
+   v_t = \beta_2 v_{t-1} + (1 - \beta_2) g_t^2 $$
+
+$$ \theta_t = (1 - \eta\lambda)\,\theta_{t-1} - \frac{\eta}{1 - \beta_1^t}\,
+   \frac{m_t}{\sqrt{\hat v_t} / \sqrt{1 - \beta_2^t} + \epsilon} $$
+
+The order of the operations is that of torch.optim's single-tensor AdamW, so that in float32 and
+float64 the bits are the same.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._types import Number
+from ._operands import Leaves, Moved, Scalars, Variant, compute_dtype, fit, write, written
+
+__all__ = ["Corrections", "double", "refusal", "root", "step", "step_"]
+
+
+def double(number: Number) -> Number:
+    """Return a number in float64, as Python's are: `1 - beta**t` loses its digits in less."""
+    return number.double() if isinstance(number, Tensor) else number
+
+
+def root(squares: Tensor) -> Tensor:
+    """The square root, with derivative zero at zero.
+
+    There `sqrt` has an infinite one, and infinity times a zero gradient is NaN; but at zero the
+    second moment does not move the parameter to first order, so zero is also the true value. The
+    first fill keeps the infinity out of the backward pass, the second sets the value.
+    """
+    zero = squares == 0
+    return squares.masked_fill(zero, 1.0).sqrt().masked_fill(zero, 0.0)
+
+
+class Corrections:
+    """The two bias corrections of a step, and the step size that comes of the first."""
+
+    __slots__ = ("correction1", "correction2_root", "step_size")
+
+    def __init__(self, scalars: Scalars) -> None:
+        step, beta1, beta2 = double(scalars.step), double(scalars.beta1), double(scalars.beta2)
+        self.correction1: Number = 1 - beta1**step
+        self.correction2_root: Number = (1 - beta2**step) ** 0.5
+        self.step_size: Number = double(scalars.lr) / self.correction1
+
+
+def step(leaves: Leaves, scalars: list[Scalars], variant: Variant) -> Moved:
+    """Return the leaves after one step, each with its own numbers."""
+    moved = Moved([], [], [], [])
+    known: dict[int, Corrections] = {}
+    for index, own in enumerate(scalars):
+        corrections = known.get(id(own))
+        if corrections is None:
+            corrections = known[id(own)] = Corrections(own)
+        column = [tensors[index] for tensors in leaves if tensors]
+        for tensors, tensor in zip(
+            moved, _step_one(column, own, corrections, variant), strict=False
+        ):
+            tensors.append(tensor)
+    return moved
+
+
+def _step_one(
+    column: list[Tensor], scalars: Scalars, corrections: Corrections, variant: Variant
+) -> list[Tensor]:
+    stored = column[0].dtype
+    param, grad, exp_avg, exp_avg_sq, *maxima = (t.to(compute_dtype(stored)) for t in column)
+    decay = fit(1 - double(scalars.lr) * double(scalars.weight_decay), param)
+    gain1 = fit(1 - double(scalars.beta1), param)
+    gain2 = fit(1 - double(scalars.beta2), param)
+    step_size = fit(corrections.step_size, param)
+    correction2_root = fit(corrections.correction2_root, param)
+
+    if variant.maximize:
+        grad = -grad
+    exp_avg = torch.lerp(exp_avg, grad, gain1)
+    exp_avg_sq = torch.addcmul(exp_avg_sq * fit(scalars.beta2, param), grad * gain2, grad)
+    if variant.amsgrad:
+        maxima = [torch.maximum(maxima[0], exp_avg_sq)]
+    largest = maxima[0] if variant.amsgrad else exp_avg_sq
+    denominator = root(largest) / correction2_root + fit(scalars.eps, param)
+    param = torch.addcdiv(param * decay, exp_avg * -step_size, denominator)
+    return [tensor.to(stored) for tensor in (param, exp_avg, exp_avg_sq, *maxima)]
+
+
+def refusal(_device: torch.device, _scalars: Scalars | None) -> str | None:
+    """Refuse nothing: operators serve whatever device, number or tensor subclass torch does."""
+    return None
+
+
+def step_(leaves: Leaves, scalars: Scalars, variant: Variant) -> None:
+    """Move the leaves in place."""
+    moved = step(leaves, [scalars] * len(leaves.params), variant)
+    for olds, news in zip(written(leaves), moved, strict=True):
+        for old, new in zip(olds, news, strict=True):
+            write(old, new)

@@ -1,0 +1,152 @@
+"""Trees: flatten, rebuild, name the leaves, pair two trees by key. The one file that knows pytrees.
+
+Optree does the work. Its namespace "torch" is the one into which torch mirrors whatever is
+registered with `torch.utils._pytree`, and it falls back on optree's own global registry, so a node
+type that a user registered with either library is a node here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, TypeAlias, TypeVar
+
+import optree
+import torch.utils._pytree as torch_pytree
+
+# Imported for its effect: this is what mirrors torch's registry into optree. A torch without it
+# still works, save for node types registered with torch alone.
+with contextlib.suppress(ImportError):
+    importlib.import_module("torch.utils._cxx_pytree")
+
+from ._types import Tree
+
+__all__ = ["Paired", "Structure", "flatten", "pair", "paths", "register_node", "unflatten"]
+
+_NAMESPACE = "torch"
+
+Structure: TypeAlias = optree.PyTreeSpec
+"""The shape of a tree without its leaves: hashable, comparable, enough to rebuild the tree."""
+
+NodeT = TypeVar("NodeT")
+
+
+def flatten(tree: Tree) -> tuple[list[Any], Structure]:
+    """Return the leaves of a tree, in order, and its structure. `None` is a leaf."""
+    return optree.tree_flatten(tree, none_is_leaf=True, namespace=_NAMESPACE)
+
+
+def unflatten(structure: Structure, leaves: Iterable[Any]) -> Tree:
+    """Return the tree of this structure with these leaves."""
+    return optree.tree_unflatten(structure, leaves)
+
+
+def paths(structure: Structure, root: str) -> list[str]:
+    """Return for each leaf the Python expression that reaches it, such as `params['0.weight']`."""
+    return [accessor.codify(root) for accessor in structure.accessors()]
+
+
+class Paired(NamedTuple):
+    """The leaves of one tree, in the order of another tree's leaves."""
+
+    leaves: list[Any]
+    structure: Structure
+    order: list[int] | None  # order[i]: where leaf i stands in its own tree; None: just there
+
+    def rebuild(self, leaves: Sequence[Any]) -> Tree:
+        """Return a tree like the one that was paired, from leaves in the order of the other."""
+        if self.order is None:
+            return unflatten(self.structure, leaves)
+        own: list[Any] = [None] * len(leaves)
+        for position, leaf in zip(self.order, leaves, strict=True):
+            own[position] = leaf
+        return unflatten(self.structure, own)
+
+
+def pair(tree: Tree, root: str, structure: Structure) -> Paired:
+    """Pair the leaves of `tree` with those of the parameters, by key.
+
+    Two dicts with the same keys in another order, or an OrderedDict and a dict, pair as one would
+    wish; flattening both and zipping would pair their leaves wrongly, and silently.
+
+    Args:
+        tree: The tree to pair.
+        root: Its name in messages, such as `"grads"`.
+        structure: The structure of the parameters.
+
+    Returns:
+        The leaves of `tree` in the order of the parameters' leaves.
+
+    Raises:
+        ValueError: If a leaf of either tree has no counterpart in the other.
+    """
+    leaves, own = flatten(tree)
+    if own == structure:
+        return Paired(leaves, own, None)
+    positions = {path: position for position, path in enumerate(paths(own, ""))}
+    wanted = paths(structure, "")
+    if len(positions) == len(leaves) and positions.keys() == set(wanted):
+        order = [positions[path] for path in wanted]
+        return Paired([leaves[position] for position in order], own, order)
+    raise ValueError(_mismatch(root, list(positions), wanted))
+
+
+def _mismatch(root: str, found: list[str], wanted: list[str]) -> str:
+    missing = [path for path in wanted if path not in set(found)]
+    extra = [path for path in found if path not in set(wanted)]
+    parts = []
+    if missing:
+        parts.append(f"no {_some(root, missing)} for {_some('params', missing)}")
+    if extra:
+        parts.append(f"{_some(root, extra)} without a parameter of that path")
+    if not parts:
+        parts.append("two leaves with the same path")
+    remedy = (
+        "Give each parameter one gradient under the same key, or None where it has none"
+        if root == "grads"
+        else "Make the state with init() from these parameters"
+    )
+    return f"{root} does not have the structure of params: {' and '.join(parts)}. {remedy}."
+
+
+def _some(root: str, found: list[str], most: int = 3) -> str:
+    names = ", ".join(root + path for path in found[:most])
+    return names if len(found) <= most else f"{names}, ... ({len(found)} in all)"
+
+
+def register_node(
+    cls: type[NodeT],
+    flatten_node: Callable[[NodeT], tuple[list[Any], Any, list[str]]],
+    unflatten_node: Callable[[Any, Iterable[Any]], NodeT],
+) -> None:
+    """Make a class a pytree node for `torch.func` and for optree.
+
+    Args:
+        cls: The class.
+        flatten_node: Gives the children, the hashable rest, and a name for each child.
+        unflatten_node: Takes the rest and the children (which may be anything: transforms rebuild
+            a node around placeholders) and gives the node.
+    """
+
+    def flatten_for_torch(node: NodeT) -> tuple[list[Any], Any]:
+        children, context, _ = flatten_node(node)
+        return children, context
+
+    def flatten_with_keys(node: NodeT) -> tuple[list[tuple[Any, Any]], Any]:
+        children, context, names = flatten_node(node)
+        keys = [torch_pytree.GetAttrKey(name) for name in names]
+        return list(zip(keys, children, strict=True)), context
+
+    def unflatten_for_torch(children: Iterable[Any], context: Any) -> NodeT:
+        return unflatten_node(context, children)
+
+    torch_pytree.register_pytree_node(
+        cls,
+        flatten_for_torch,
+        unflatten_for_torch,
+        serialized_type_name=f"{cls.__module__}.{cls.__qualname__}",
+        flatten_with_keys_fn=flatten_with_keys,
+    )
+    register: Any = optree.register_pytree_node  # typed for Collections, of which it uses nothing
+    register(cls, flatten_node, unflatten_node, namespace=optree.registry.__GLOBAL_NAMESPACE)

@@ -1,0 +1,189 @@
+"""One update laid out flat: trees checked, paired with the parameters, and put together again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from . import _transforms, _tree
+from ._checks import check_count, check_distinct, check_leaf, check_like
+from ._kernels import Leaves, Moved
+from ._types import Tree
+
+__all__ = ["Work", "flatten_params", "gather"]
+
+
+def flatten_params(params: Tree) -> tuple[list[Tensor], _tree.Structure]:
+    """Return the leaves of the parameters and their structure, checked.
+
+    Raises:
+        TypeError: If a leaf is not a dense floating-point or complex tensor.
+        ValueError: If two leaves share their memory.
+    """
+    leaves, structure = _tree.flatten(params)
+    for index, leaf in enumerate(leaves):
+        check_leaf(leaf, partial(_path, structure, "params", index))
+    if not _transforms.tracing() and not _transforms.transformed():
+        check_distinct(
+            leaves,
+            partial(_path, structure, "params"),
+            "the update of one would be lost or made twice",
+        )
+    return leaves, structure
+
+
+_ROOTS = ("params", "state.exp_avg", "state.exp_avg_sq", "state.max_exp_avg_sq")
+
+
+class Work(NamedTuple):
+    """One update, leaf by leaf, in the order of the parameters."""
+
+    params: _tree.Paired
+    grads: list[Tensor | None]
+    steps: _tree.Paired  # one count for all, or one for each leaf
+    exp_avg: _tree.Paired
+    exp_avg_sq: _tree.Paired
+    max_exp_avg_sq: _tree.Paired | None
+    active: list[int]  # the leaves that have a gradient
+
+    def leaves(self) -> Leaves:
+        """Return the leaves that have a gradient, for a kernel."""
+        grads = [grad for grad in self.grads if grad is not None]
+        columns = ([paired.leaves[i] for i in self.active] for paired in self._moving())
+        params, exp_avgs, exp_avg_sqs, *maxima = columns
+        return Leaves(params, grads, exp_avgs, exp_avg_sqs, maxima[0] if maxima else [])
+
+    def per_leaf(self, values: Sequence[Any]) -> list[Any]:
+        """Return for each leaf that has a gradient its value, out of one for each count."""
+        if self.steps.structure != self.params.structure:
+            return list(values) * len(self.active)
+        return [values[index] for index in self.active]
+
+    def advanced(self) -> list[Tensor]:
+        """Return the counts after this update; that of a leaf left alone stands still."""
+        if self.steps.structure != self.params.structure:
+            return [count + 1 for count in self.steps.leaves]
+        moving = set(self.active)
+        return [
+            count + 1 if index in moving else count.clone()
+            for index, count in enumerate(self.steps.leaves)
+        ]
+
+    def written(self) -> Iterator[tuple[str, int, Tensor]]:
+        """Yield the tensors that an update in place writes, each with its tree and index."""
+        for root, paired in zip(_ROOTS, self._moving(), strict=False):
+            for index in self.active:
+                yield root, index, paired.leaves[index]
+        for index, count in enumerate(self.steps.leaves):
+            yield "state.step", index, count
+
+    def path(self, root: str, index: int) -> str:
+        """Return the path of a leaf, for a message."""
+        paired = self.steps if root == "state.step" else self.params
+        return _path(paired.structure, root, index)
+
+    def rebuild(self, moved: Moved) -> list[Tree]:
+        """Return the trees of parameters and moments, with copies of the leaves left alone."""
+        trees = []
+        for paired, tensors in zip(self._moving(), moved, strict=False):
+            leaves: list[Any] = [None] * len(paired.leaves)
+            for index, tensor in zip(self.active, tensors, strict=True):
+                leaves[index] = tensor
+            for index, leaf in enumerate(leaves):
+                if leaf is None:
+                    leaves[index] = paired.leaves[index].clone()
+            if paired is self.params:
+                _keep_requiring(leaves, paired.leaves)
+            trees.append(paired.rebuild(leaves))
+        return trees
+
+    def _moving(self) -> list[_tree.Paired]:
+        paired = [self.params, self.exp_avg, self.exp_avg_sq, self.max_exp_avg_sq]
+        return [each for each in paired if each is not None]
+
+
+def _keep_requiring(news: list[Tensor], olds: list[Tensor]) -> None:
+    """Let new parameters require a gradient where the old did, unless a transform sees to that.
+
+    A compiled graph cannot return a tensor that was told so inside it.
+    """
+    if _transforms.tracing() or _transforms.transformed():
+        return
+    for new, old in zip(news, olds, strict=True):
+        if old.requires_grad and not new.requires_grad:
+            new.requires_grad_()
+
+
+def gather(grads: Tree, state: Any, params: Tree, *, amsgrad: bool, step_per_leaf: bool) -> Work:
+    """Lay out an update flat.
+
+    Args:
+        grads: The gradients, with None for a leaf that has none.
+        state: The trees `step`, `exp_avg`, `exp_avg_sq` and `max_exp_avg_sq`.
+        params: The parameters.
+        amsgrad: Whether `max_exp_avg_sq` is a tree like the parameters, or else `()`.
+        step_per_leaf: Whether `step` is a tree like the parameters, or else one tensor.
+
+    Raises:
+        TypeError: If a leaf is not a dense floating-point or complex tensor.
+        ValueError: If a tree does not match the parameters, or two parameters share memory.
+    """
+    leaves, structure = flatten_params(params)
+
+    def like_params(tree: Tree, root: str, what: str) -> _tree.Paired:
+        paired = _tree.pair(tree, root, structure)
+        for index, leaf in enumerate(paired.leaves):
+            if leaf is not None or what != "a gradient":
+                check_like(leaf, leaves[index], partial(_path, structure, root, index), what)
+        return paired
+
+    gradients = like_params(grads, "grads", "a gradient")
+    return Work(
+        params=_tree.Paired(leaves, structure, None),
+        grads=gradients.leaves,
+        steps=_counts(state.step, structure if step_per_leaf else None),
+        exp_avg=like_params(state.exp_avg, "state.exp_avg", "a moment"),
+        exp_avg_sq=like_params(state.exp_avg_sq, "state.exp_avg_sq", "a moment"),
+        max_exp_avg_sq=(
+            like_params(state.max_exp_avg_sq, "state.max_exp_avg_sq", "a moment")
+            if _has_maximum(state, amsgrad)
+            else None
+        ),
+        active=[index for index, grad in enumerate(gradients.leaves) if grad is not None],
+    )
+
+
+def _counts(step: Tree, structure: _tree.Structure | None) -> _tree.Paired:
+    if structure is None:
+        paired = _tree.Paired(*_tree.flatten(step), None)
+        if len(paired.leaves) != 1 or paired.leaves[0] is not step:
+            raise ValueError(
+                f"state.step is {_kind(step)}: with step_per_leaf=False it is one tensor. "
+                f"Make the state with init() of this optimizer."
+            )
+    else:
+        paired = _tree.pair(step, "state.step", structure)
+    for index, count in enumerate(paired.leaves):
+        check_count(count, partial(_path, paired.structure, "state.step", index))
+    return paired
+
+
+def _has_maximum(state: Any, amsgrad: bool) -> bool:
+    kept = not (isinstance(state.max_exp_avg_sq, tuple) and state.max_exp_avg_sq == ())
+    if kept != amsgrad:
+        raise ValueError(
+            f"state.max_exp_avg_sq {'holds a tree' if kept else 'is empty'}, but this optimizer "
+            f"has amsgrad={amsgrad}. Make the state with init() of this optimizer."
+        )
+    return kept
+
+
+def _kind(value: object) -> str:
+    return f"a {type(value).__name__}"
+
+
+def _path(structure: _tree.Structure, root: str, index: int) -> str:
+    return _tree.paths(structure, root)[index]
