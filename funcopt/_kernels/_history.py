@@ -47,7 +47,7 @@ def _from_elsewhere(grads: list[Tensor], params: list[Tensor]) -> bool:
         return False
     if _transforms.tracing():  # no graph to walk: go by the parameters alone
         return not any(param.requires_grad and param.is_leaf for param in params)
-    own = {id(tensor) for param in params for tensor in (param, param._base) if tensor is not None}
+    own = {id(_origin(param)) for param in params}
     pending: list[Node] = []
     for grad in grads:
         if grad.grad_fn is not None:
@@ -60,8 +60,24 @@ def _from_elsewhere(grads: list[Tensor], params: list[Tensor]) -> bool:
         if node in seen:
             continue
         seen.add(node)
-        variable = getattr(node, "variable", None)  # where the graph ends: a leaf accumulates here
-        if variable is not None and id(variable) not in own:
+        leaf = _leaf_of(node)
+        if leaf is not None and id(leaf) not in own:
             return True
         pending.extend(following for following, _ in node.next_functions if following is not None)
     return False
+
+
+def _origin(param: Tensor) -> Tensor:
+    """The leaf of which a parameter is a view: vmap's rule sees views of what the user gave."""
+    node = param.grad_fn if param._is_view() else None
+    while node is not None:
+        leaf = _leaf_of(node)
+        if leaf is not None:
+            return leaf
+        node = node.next_functions[0][0] if len(node.next_functions) == 1 else None
+    return param
+
+
+def _leaf_of(node: Node) -> Tensor | None:
+    """The leaf whose gradient is accumulated at this node, where its graph ends."""
+    return getattr(node, "variable", None)

@@ -1,0 +1,1 @@
+"""The tests mirror the package: what `funcopt/x.py` promises is tested in `tests/test_x.py`."""

@@ -1,0 +1,102 @@
+"""The tables that the tests run over: options, trees, and tensors of every layout."""
+
+import itertools
+from collections import OrderedDict
+from typing import Any, NamedTuple
+
+import optree
+import torch
+from torch import Tensor
+
+import funcopt
+
+KERNELS = ("plain", "foreach", "fused")
+
+# What torch.optim calls the kernels.
+TORCH_FLAGS: dict[str, dict[str, bool]] = {
+    "plain": {"foreach": False, "fused": False},
+    "foreach": {"foreach": True},
+    "fused": {"fused": True},
+}
+
+OPTIONS = [
+    {"amsgrad": amsgrad, "maximize": maximize, "weight_decay": weight_decay, "lr": lr}
+    for amsgrad, maximize, weight_decay, lr in itertools.product(
+        (False, True), (False, True), (0.0, 0.1), (1e-3, 0.3)
+    )
+]
+
+
+class Point(NamedTuple):
+    x: Any
+    y: Any
+
+
+def trees(dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    """Trees of every kind of node, by name."""
+
+    def leaf(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=dtype)
+
+    return {
+        "a tensor": leaf(3),
+        "no leaf": {},
+        "dict": {"b": leaf(2, 3), "a": leaf(4)},
+        "OrderedDict": OrderedDict(weight=leaf(2, 3), bias=leaf(3)),
+        "nested": {"layer": [leaf(2), (leaf(), leaf(0, 3))], "out": Point(leaf(1), {"z": leaf(5)})},
+        "integer keys": {0: leaf(2), 1: leaf(3)},
+    }
+
+
+def layouts(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """Tensors of shape (2, 3, 4, 5) in every layout that a kernel might get wrong, by name."""
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=dtype)
+
+    return {
+        "contiguous": normal(2, 3, 4, 5),
+        "channels_last": normal(2, 3, 4, 5).to(memory_format=torch.channels_last),
+        "transposed": normal(5, 4, 3, 2).permute(3, 2, 1, 0),
+        "sliced": normal(2, 3, 4, 10)[..., ::2],
+        "offset": normal(3, 3, 4, 5)[1:],
+        "expanded": normal(2, 1, 4, 1).expand(2, 3, 4, 5),
+        "negative bit": torch.complex(normal(2, 3, 4, 5), normal(2, 3, 4, 5)).conj().imag,
+    }
+
+
+def tree_map(function: Any, tree: Any, *rest: Any) -> Any:
+    return optree.tree_map(function, tree, *rest, namespace="torch")
+
+
+def leaves(tree: Any) -> list[Tensor]:
+    return optree.tree_leaves(tree, namespace="torch")
+
+
+def random_like(tree: Any) -> Any:
+    return tree_map(torch.randn_like, tree)
+
+
+def clone(tree: Any) -> Any:
+    return tree_map(torch.clone, tree)
+
+
+def assert_same_bits(one: Any, other: Any) -> None:
+    assert optree.tree_structure(one, namespace="torch") == optree.tree_structure(
+        other, namespace="torch"
+    )
+    for a, b in zip(leaves(one), leaves(other), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+def assert_close(one: Any, other: Any, rtol: float = 1e-5, atol: float = 1e-7) -> None:
+    for a, b in zip(leaves(one), leaves(other), strict=True):
+        torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
+
+
+def run(opt: funcopt.AdamW, params: Any, gradients: list[Any]) -> tuple[Any, Any]:
+    """Return parameters and state after the updates with these gradients."""
+    state = opt.init(params)
+    for grads in gradients:
+        params, state = opt.update(grads, state, params)
+    return params, state

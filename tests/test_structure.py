@@ -1,0 +1,94 @@
+"""The layout of the code: imports point downward, and each private thing is known in one place."""
+
+import ast
+import pathlib
+import re
+
+import funcopt
+
+ROOT = pathlib.Path(funcopt.__file__).parent
+FILES = {path: path.read_text() for path in sorted(ROOT.rglob("*.py"))}
+
+# From the ground up: a module may import only what stands before it.
+FLOORS = [
+    "_types",
+    "_tree",
+    "_transforms",
+    "_hyperparameters",
+    "_checks",
+    "_kernels._operands",
+    "_kernels.plain",
+    "_kernels.foreach",
+    "_kernels.fused",
+    "_kernels._memory",
+    "_kernels._adjoint",
+    "_kernels._history",
+    "_kernels._eager",
+    "_kernels._rules",
+    "_kernels",
+    "_work",
+    "_inplace",
+    "_adamw",
+    "",
+]
+
+
+def name_of(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+def imports_of(path):
+    """The modules of the package that a file imports."""
+    package = path.relative_to(ROOT).parent.parts
+    for node in ast.walk(ast.parse(FILES[path])):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = package[: len(package) - node.level + 1]
+            if node.module:
+                yield ".".join((*base, node.module))
+            else:
+                yield from (".".join((*base, alias.name)) for alias in node.names)
+
+
+def test_every_module_has_its_floor():
+    assert {name_of(path) for path in FILES} == set(FLOORS)
+
+
+def test_imports_point_downward():
+    for path in FILES:
+        for imported in imports_of(path):
+            assert FLOORS.index(imported) < FLOORS.index(name_of(path)), (path.name, imported)
+
+
+def places(pattern):
+    return {name_of(path) for path, text in FILES.items() if re.search(pattern, text)}
+
+
+def test_one_place_knows_pytrees():
+    assert places(r"\boptree\.|_pytree") == {"_tree"}
+
+
+def test_one_place_knows_the_transforms():
+    assert places(r"torch\._C|_functorch|is_compiling|forward_ad") == {"_transforms"}
+
+
+def test_each_private_operator_is_called_in_one_place():
+    assert places(r"torch\._fused_") == {"_kernels.fused"}
+    assert places(r"torch\._foreach_") == {"_kernels.foreach"}
+
+
+def test_files_and_functions_can_be_taken_in_at_a_glance():
+    for path, text in FILES.items():
+        assert text.count("\n") <= 350, path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                docstring = ast.get_docstring(node) or ""
+                length = node.end_lineno - node.lineno - docstring.count("\n")
+                assert length <= 50, (path.name, node.name, length)
+
+
+def test_every_public_name_is_documented_with_an_example():
+    for name in ("AdamW", "Optimizer"):
+        assert ">>>" in getattr(funcopt, name).__doc__, name
+    for method in ("init", "update", "update_"):
+        assert ">>>" in getattr(funcopt.AdamW, method).__doc__, method

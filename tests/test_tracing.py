@@ -1,0 +1,220 @@
+"""The step under torch's tracers: compile, export, make_fx, fake tensors."""
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.func import functional_call, grad, jvp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from funcopt import AdamW, AdamWState
+
+from .cases import Point, assert_close, clone, random_like, tree_map
+
+BACKENDS = ["eager", "aot_eager", "inductor"]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch.compiler.set_stance("default")
+
+
+def compiled(function, backend):
+    """Compile to one graph: after the first call, compiling anything again is an error."""
+    step = torch.compile(function, backend=backend, fullgraph=True)
+
+    def once(*args):
+        result = step(*args)
+        torch.compiler.set_stance("fail_on_recompile")
+        return result
+
+    return once
+
+
+def params():
+    return {"b": torch.randn(3), "a": Point(torch.randn(4, 3), [torch.randn(())])}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_graph_serves_six_steps_with_a_changing_tensor_lr(backend):
+    step = compiled(lambda opt, g, s, p: opt.update(g, s, p), backend)
+    ours = theirs = params(), AdamW().init(params())
+    for i in range(6):
+        opt = AdamW(lr=torch.tensor(0.01 * (i + 1)))
+        grads = random_like(ours[0])
+        theirs = opt.update(grads, theirs[1], theirs[0])
+        ours = step(opt, grads, ours[1], ours[0])
+        assert_close(ours, theirs, rtol=2e-6)
+        if i == 0:
+            ours = theirs
+
+
+VARIANTS = {
+    "amsgrad and maximize": {"amsgrad": True, "maximize": True},
+    "a count of each leaf": {"step_per_leaf": True},
+    "a schedule": {"lr": lambda step: 0.1 / (1 + step)},
+    "a kernel by name": {"kernel": "fused"},
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_one_graph_serves_every_variant(name, backend):
+    opt = AdamW(**VARIANTS[name])
+    step = compiled(opt.update, backend)
+    weights = params()
+    state = opt.init(weights)
+    for _ in range(3):
+        grads = random_like(weights)
+        expected = opt.update(grads, state, weights)
+        assert_close(step(grads, state, weights), expected, rtol=2e-6)
+        weights, state = expected
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_update_in_place_compiles_for_the_parameters_of_a_module(backend):
+    opt = AdamW(lr=0.1)
+    weights = {"w": nn.Parameter(torch.randn(3)), "s": nn.Parameter(torch.randn(()).double())}
+    state = opt.init(weights)
+    step = compiled(opt.update_, backend)
+    theirs, their_state = tree_map(lambda p: p.detach().clone(), weights), clone(state)
+    for _ in range(3):
+        grads = tree_map(torch.ones_like, theirs)
+        step(grads, state, weights)
+        opt.update_(grads, their_state, theirs)
+        assert_close((weights, state), (theirs, their_state), rtol=2e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_whole_train_step_compiles_and_leaves_no_graph_behind(backend):
+    model = nn.Linear(3, 2)
+    inputs = torch.randn(5, 3)
+    opt = AdamW(lr=0.1)
+
+    def train(weights, state):
+        slopes = grad(lambda w: functional_call(model, w, inputs).square().sum())(weights)
+        return opt.update(slopes, state, weights)
+
+    weights = dict(model.named_parameters())
+    ours = theirs = weights, opt.init(weights)
+    step = torch.compile(train, backend=backend, fullgraph=True)
+    for _ in range(3):
+        ours, theirs = step(*ours), train(*theirs)
+        assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+        assert all(p.grad_fn is None for p in ours[0].values())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_mapped_update_compiles(backend):
+    opt = AdamW(lr=torch.rand(4), weight_decay=torch.rand(4))
+    weights, grads = {"w": torch.randn(4, 3)}, {"w": torch.randn(4, 3)}
+    state = vmap(AdamW().init)(weights)
+    mapped = vmap(lambda o, g, s, p: o.update(g, s, p))
+    step = compiled(mapped, backend)
+    assert_close(step(opt, grads, state, weights), mapped(opt, grads, state, weights), rtol=2e-6)
+
+
+def test_a_compiled_update_is_differentiated_by_autograd():
+    opt = AdamW(lr=0.1)
+    weights = torch.randn(3, dtype=torch.float64)
+    slopes = torch.randn(3, dtype=torch.float64, requires_grad=True)
+    state = opt.init(weights)
+    step = torch.compile(opt.update, backend="aot_eager", fullgraph=True)
+    ours, theirs = (
+        torch.autograd.grad(update(slopes, state, weights)[0].square().sum(), slopes)[0]
+        for update in (step, opt.update)
+    )
+    assert_close(ours, theirs, rtol=1e-12)
+
+
+class Step(nn.Module):
+    """An update as a module, which is what export takes."""
+
+    def __init__(self, opt):
+        super().__init__()
+        self.opt = opt
+
+    def forward(self, grads, state, params):
+        return self.opt.update(grads, state, params)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_it_exports_and_the_count_goes_on_in_the_program(strict):
+    opt, weights = AdamW(amsgrad=True), params()
+    state, grads = opt.init(weights), random_like(weights)
+    program = torch.export.export(Step(opt), (grads, state, weights), strict=strict).module()
+    later = opt.update(grads, state, weights)[1]
+    assert_close(program(grads, later, weights), opt.update(grads, later, weights))
+
+
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+def test_make_fx_records_the_equations_and_no_constant_count(mode):
+    opt, weights = AdamW(), params()
+    state, grads = opt.init(weights), random_like(weights)
+    graph = make_fx(Step(opt), tracing_mode=mode)(grads, state, weights)
+    later = opt.update(grads, state, weights)[1]
+    assert_close(graph(grads, later, weights), opt.update(grads, later, weights))
+    assert "fused" not in graph.code
+
+
+def test_make_fx_of_a_gradient_through_the_update():
+    opt, weights = AdamW(), torch.randn(3)
+    state = opt.init(weights)
+
+    def slope(g):
+        return grad(lambda g: opt.update(g, state, weights)[0].square().sum())(g)
+
+    grads = torch.randn(3)
+    assert_close(make_fx(slope)(grads)(grads), slope(grads), rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["update", "update_"])
+def test_fake_tensors_pass_through_in_and_outside_their_mode(method):
+    opt = AdamW(amsgrad=True)
+    with FakeTensorMode():
+        weights = params()
+        state, grads = opt.init(weights), params()
+        moved, after = getattr(opt, method)(grads, state, weights)
+        mapped = vmap(lambda g: opt.update(g, opt.init(g), g)[0])(torch.ones(4, 2))
+    assert isinstance(moved["b"], FakeTensor)
+    assert isinstance(after.exp_avg["b"], FakeTensor)
+    assert mapped.shape == (4, 2)
+    moved, _ = getattr(opt, method)(grads, state, weights)
+    assert moved["b"].shape == (3,)
+
+
+@pytest.mark.parametrize("method", ["update", "update_"])
+def test_meta_tensors_pass_through(method):
+    weights = {"w": torch.ones(2, device="meta"), "v": torch.ones(2, device="meta")}
+    opt = AdamW()
+    moved, state = getattr(opt, method)(weights, opt.init(weights), weights)
+    assert moved["w"].is_meta
+    assert state.exp_avg["v"].is_meta
+
+
+def test_dual_tensors_carry_their_tangents():
+    opt, weights = AdamW(), torch.randn(3, dtype=torch.float64)
+    state = opt.init(weights)
+    slopes, direction = torch.randn(2, 3, dtype=torch.float64)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(slopes, direction)
+        tangent = torch.autograd.forward_ad.unpack_dual(opt.update(dual, state, weights)[0]).tangent
+    expected = jvp(lambda g: opt.update(g, state, weights)[0], (slopes,), (direction,))[1]
+    assert_close(tangent, expected)
+
+
+def test_an_optimizer_passed_to_a_compiled_function_may_be_built_in_it():
+    weights = torch.randn(3)
+    state = AdamW().init(weights)
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def step(lr, g, s, p):
+        return AdamW(lr=lr).update(g, s, p)
+
+    lr = torch.tensor(0.1)
+    expected = AdamW(lr=lr).update(weights, state, weights)
+    moved, after = step(lr, weights, state, weights)
+    assert isinstance(after, AdamWState)
+    assert_close((moved, after), expected)

@@ -1,0 +1,118 @@
+"""Trees are paired by key, never by position."""
+
+from collections import OrderedDict, defaultdict
+
+import optree
+import pytest
+import torch
+import torch.utils._pytree as torch_pytree
+
+from funcopt import AdamW, _tree
+
+from .cases import Point, assert_same_bits, leaves, random_like, run, trees
+
+
+@pytest.mark.parametrize("name", trees())
+def test_a_tree_survives_flattening(name):
+    tree = trees()[name]
+    flat, structure = _tree.flatten(tree)
+    assert_same_bits(_tree.unflatten(structure, flat), tree)
+
+
+def test_paths_are_the_expressions_that_reach_the_leaves():
+    tree = {"layer": [torch.ones(1), (torch.ones(2),)], "out": Point(torch.ones(3), {0: None})}
+    flat, structure = _tree.flatten(tree)
+    for path, leaf in zip(_tree.paths(structure, "tree"), flat, strict=True):
+        assert eval(path, {"tree": tree}) is leaf
+
+
+SAME_KEYS = {
+    "dict in another order": lambda a, b: {"b": b, "a": a},
+    "OrderedDict in another order": lambda a, b: OrderedDict([("b", b), ("a", a)]),
+    "OrderedDict": lambda a, b: OrderedDict(a=a, b=b),
+    "defaultdict": lambda a, b: defaultdict(list, b=b, a=a),
+}
+
+
+@pytest.mark.parametrize("params_kind", SAME_KEYS)
+@pytest.mark.parametrize("grads_kind", SAME_KEYS)
+def test_mappings_pair_by_key_whatever_their_kind_and_order(params_kind, grads_kind):
+    # Both leaves have one shape, so that pairing them wrongly would go unnoticed.
+    a, b, grad_a, grad_b = torch.randn(4, 3)
+    opt = AdamW(lr=0.1)
+    params = SAME_KEYS[params_kind](a, b)
+    moved, state = opt.update(SAME_KEYS[grads_kind](grad_a, grad_b), opt.init(params), params)
+    expected, _ = opt.update([grad_a, grad_b], opt.init([a, b]), [a, b])
+    assert torch.equal(moved["a"], expected[0])
+    assert torch.equal(moved["b"], expected[1])
+    assert type(moved) is type(params)
+    assert list(moved) == list(params)
+    assert list(state.exp_avg) == list(params)
+
+
+def test_a_state_in_another_order_keeps_its_own():
+    a, b = torch.randn(2, 3)
+    opt = AdamW(lr=0.1)
+    params = {"a": a, "b": b}
+    _, state = run(opt, params, [random_like(params)])
+    turned = state._replace(exp_avg=dict(reversed(state.exp_avg.items())))
+    grads = random_like(params)
+    moved, after = opt.update(grads, turned, params)
+    expected, _ = opt.update(grads, state, params)
+    assert_same_bits(moved, expected)
+    assert list(after.exp_avg) == ["b", "a"]
+    assert list(after.exp_avg_sq) == ["a", "b"]
+
+
+def test_lists_and_tuples_pair_by_position():
+    params = (torch.ones(2), torch.zeros(2))
+    moved, _ = AdamW().update([torch.ones(2), torch.ones(2)], AdamW().init(params), params)
+    assert isinstance(moved, tuple)
+
+
+class Box:
+    def __init__(self, *content):
+        self.content = content
+
+
+def test_a_node_registered_with_either_library_is_a_node():
+    class TorchBox(Box):
+        pass
+
+    class OptreeBox(Box):
+        pass
+
+    torch_pytree.register_pytree_node(
+        TorchBox, lambda box: (list(box.content), None), lambda leaves, _: TorchBox(*leaves)
+    )
+    optree.register_pytree_node(
+        OptreeBox,
+        lambda box: (box.content, None),
+        lambda _, leaves: OptreeBox(*leaves),
+        namespace=optree.registry.__GLOBAL_NAMESPACE,
+    )
+    for kind in (TorchBox, OptreeBox):
+        params = {"box": kind(torch.ones(2), torch.zeros(3))}
+        opt = AdamW()
+        moved, state = opt.update(params, opt.init(params), params)
+        assert isinstance(moved["box"], kind)
+        assert len(leaves(state.exp_avg)) == 2
+
+
+def test_keys_that_read_alike_are_not_confused():
+    class Key(str):
+        def __repr__(self):
+            return "key"
+
+        __hash__ = str.__hash__
+
+    params = {Key("a"): torch.ones(2), Key("b"): torch.zeros(2)}
+    grads = dict(reversed(params.items()))
+    with pytest.raises(ValueError, match="grads does not have the structure of params"):
+        AdamW().update(grads, AdamW().init(params), params)
+
+
+def test_long_lists_of_missing_leaves_are_cut_short_in_the_message():
+    params = {f"p{i}": torch.ones(1) for i in range(10)}
+    with pytest.raises(ValueError, match=r"grads\['p2'\], ... \(10 in all\)"):
+        AdamW().update({}, AdamW().init(params), params)
