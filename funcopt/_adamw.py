@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -144,7 +145,7 @@ class AdamW:
             return _tree.unflatten(structure, [torch.zeros_like(leaf) for leaf in leaves])
 
         def count() -> Tensor:
-            return torch.zeros((), dtype=torch.float64)
+            return torch.zeros((), dtype=torch.float64, device="cpu")
 
         step = (
             _tree.unflatten(structure, [count() for _ in leaves]) if self.step_per_leaf else count()
@@ -180,9 +181,10 @@ class AdamW:
         """
         work = self._gather(grads, state, params)
         counts = work.advanced()
-        leaves, scalars, variant = work.leaves(), self._scalars(work, counts), self._variant()
-        with _kernels.recording(leaves, scalars, variant):
-            moved = _kernels.run(leaves, scalars, variant)
+        leaves, numbers = work.leaves(), self._numbers(work, counts)
+        others = (*work.moments(), *chain.from_iterable(numbers))
+        with _kernels.recording(work.params.leaves, leaves.grads, others, self.differentiable):
+            moved = _kernels.run(leaves, work.per_leaf(numbers), self._variant())
             new_params, *moments = work.rebuild(moved)
         if not self.amsgrad:
             moments.append(())
@@ -221,9 +223,10 @@ class AdamW:
             tensor([0.8990, 0.8990], requires_grad=True)
         """
         work = self._gather(grads, state, params)
-        check_inplace(work, self._hyperparameters())
         counts = work.advanced()
-        _kernels.run_(work.leaves(), self._scalars(work, counts), self._variant())
+        numbers = self._numbers(work, counts)
+        check_inplace(work, numbers)
+        _kernels.run_(work.leaves(), work.per_leaf(numbers), self._variant())
         with torch.no_grad():
             for old, new in zip(work.steps.leaves, counts, strict=True):
                 _kernels.write(old, new)
@@ -245,20 +248,18 @@ class AdamW:
                 )
         return work
 
-    def _scalars(self, work: Work, counts: list[Tensor]) -> list[Scalars]:
-        """The numbers of this update, for each leaf that has a gradient."""
-        return work.per_leaf(
-            [
-                self._numbers(old.detach(), new.detach())
-                for old, new in zip(work.steps.leaves, counts, strict=True)
-            ]
-        )
+    def _numbers(self, work: Work, counts: list[Tensor]) -> list[Scalars]:
+        """The numbers of this update, for each count of updates."""
+        return [
+            self._numbers_at(old.detach(), new.detach())
+            for old, new in zip(work.steps.leaves, counts, strict=True)
+        ]
 
-    def _numbers(self, old: Tensor, new: Tensor) -> Scalars:
+    def _numbers_at(self, old: Tensor, new: Tensor) -> Scalars:
         given = self._hyperparameters()
         for name, number in given.items():
             if callable(number):
-                given[name] = normalize(name, number(old))
+                given[name] = normalize(name, number(old), source=" from its schedule")
             check_zero_dim(name, given[name])
         return Scalars(new, *given.values())
 
@@ -288,24 +289,27 @@ class _Static(NamedTuple):
 _FLAGS = ("amsgrad", "maximize", "step_per_leaf", "kernel", "differentiable")
 
 
-def _flatten(opt: AdamW) -> tuple[list[Any], _Static, list[str]]:
-    children, static = vars(opt).get("_placeholders", (None, None))
-    if static is None:
-        leaves, structure = _tree.flatten(opt._hyperparameters())
-        children = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        static = _Static(
-            structure,
-            tuple(isinstance(leaf, Tensor) for leaf in leaves),
-            tuple(leaf for leaf in leaves if not isinstance(leaf, Tensor)),
-            tuple(getattr(opt, name) for name in _FLAGS),
-        )
+def _flatten(opt: AdamW) -> tuple[list[Any], _Static]:
+    if "_placeholders" in vars(opt):
+        children, static = vars(opt)["_placeholders"]
+        return children, static
+    leaves, structure = _tree.flatten(opt._hyperparameters())
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)], _Static(
+        structure,
+        tuple(isinstance(leaf, Tensor) for leaf in leaves),
+        tuple(leaf for leaf in leaves if not isinstance(leaf, Tensor)),
+        tuple(getattr(opt, name) for name in _FLAGS),
+    )
+
+
+def _names(opt: AdamW) -> list[str]:
+    _, static = _flatten(opt)
     paths = _tree.paths(static.structure, "")
-    names = [
+    return [
         path.replace("['", "", 1).replace("']", "", 1)
         for path, dynamic in zip(paths, static.dynamic, strict=True)
         if dynamic
     ]
-    return children, static, names
 
 
 def _unflatten(static: _Static, children: Iterable[Any]) -> AdamW:
@@ -324,4 +328,4 @@ def _unflatten(static: _Static, children: Iterable[Any]) -> AdamW:
     return opt
 
 
-_tree.register_node(AdamW, _flatten, _unflatten)
+_tree.register_node(AdamW, _flatten, _unflatten, _names)

@@ -24,12 +24,14 @@ _DTYPES = frozenset(
 )
 
 
+_COUNTS = frozenset((torch.float64, torch.float32, torch.int64, torch.int32))
+
+
 def check_leaf(leaf: Any, path: Callable[[], str]) -> None:
     """Refuse whatever cannot be a parameter: no tensor, sparse, or of a dtype that cannot move."""
     if not isinstance(leaf, Tensor):
         raise TypeError(
-            f"{path()} is {_kind(leaf)}: every leaf must be a tensor. "
-            f"Take it out of the tree, or register its type as a pytree node."
+            f"{path()} is {_kind(leaf)}: every leaf must be a tensor. {_instead_of(leaf)}"
         )
     if leaf.dtype not in _DTYPES:
         raise TypeError(
@@ -71,8 +73,12 @@ _REMEDIES = {
 
 def check_count(leaf: Any, path: Callable[[], str]) -> None:
     """Refuse what cannot be a count of updates."""
-    if not isinstance(leaf, Tensor) or leaf.is_complex():
-        raise TypeError(f"{path()} is {_kind(leaf)}: the count must be a real tensor of shape ().")
+    if not isinstance(leaf, Tensor) or leaf.dtype not in _COUNTS:
+        kind = f"of {leaf.dtype}" if isinstance(leaf, Tensor) else _kind(leaf)
+        raise TypeError(
+            f"{path()} is {kind}: the count must be a tensor of shape () that can count far, in "
+            f"float64 as init() makes it, or in float32, int32 or int64."
+        )
     if leaf.ndim != 0:
         raise ValueError(
             f"{path()} has shape {tuple(leaf.shape)}: the count must have shape (). A state that "
@@ -101,6 +107,12 @@ def check_distinct(leaves: Sequence[Tensor], path: Callable[[int], str], what: s
                 f"Keep a shared tensor at one path only, or clone it."
             )
         first[pointer] = index
+
+
+def _instead_of(leaf: object) -> str:
+    if isinstance(leaf, torch.nn.Module):
+        return "Pass dict(module.named_parameters())."
+    return "Take it out of the tree, or register its type as a pytree node."
 
 
 def _kind(leaf: object) -> str:

@@ -7,6 +7,7 @@ import numbers
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from . import _transforms
@@ -41,7 +42,7 @@ def check_flag(name: str, value: object) -> None:
         raise TypeError(f"{name}={value!r}: must be True or False.")
 
 
-def normalize(name: str, value: Any, *, schedule: bool = False) -> Any:
+def normalize(name: str, value: Any, *, schedule: bool = False, source: str = "") -> Any:
     """Return a hyperparameter as it is kept: a float, a tensor or a schedule.
 
     Args:
@@ -49,6 +50,7 @@ def normalize(name: str, value: Any, *, schedule: bool = False) -> Any:
         value: A real number, a floating-point tensor, or a schedule. A tensor that is to be mapped
             over by vmap may still have the mapped dimension here.
         schedule: Whether a callable is allowed.
+        source: Where the value came from, for the message.
 
     Raises:
         TypeError: If `value` is of another type.
@@ -56,19 +58,28 @@ def normalize(name: str, value: Any, *, schedule: bool = False) -> Any:
             are traced, transformed, or on a device whose queue reading them would stall.
     """
     if isinstance(value, numbers.Real) and not isinstance(value, bool):
-        return check_number(name, float(value))
+        return check_number(name, _as_float(value), source)
     if isinstance(value, Tensor):
-        _check_tensor(name, value)
+        _check_tensor(name, value, source)
         return value
     if schedule and callable(value):
         return value
     kinds = "a number, a 0-dim tensor or a schedule" if schedule else "a number or a 0-dim tensor"
-    raise TypeError(f"{name}={value!r}: must be {kinds}, not {type(value).__name__}.")
+    raise TypeError(f"{name}={value!r}{source}: must be {kinds}, not {type(value).__name__}.")
 
 
-def _check_tensor(name: str, value: Tensor) -> None:
+def _as_float(value: numbers.Real) -> float:
+    try:
+        return float(value)
+    except OverflowError:  # an integer too large, which as a float is out of every range
+        return math.inf
+
+
+def _check_tensor(name: str, value: Tensor, source: str) -> None:
     if not value.is_floating_point():
         raise TypeError(f"{name} is a tensor of {value.dtype}: give it a floating-point dtype.")
+    if value.layout is not torch.strided:
+        raise TypeError(f"{name} is a tensor of layout {value.layout}: make it dense.")
     readable = (
         value.device.type == "cpu"
         and _transforms.is_plain(value)
@@ -78,7 +89,7 @@ def _check_tensor(name: str, value: Tensor) -> None:
     if not readable:
         return
     for element in value.detach().reshape(-1).tolist():
-        check_number(name, element, f" in a tensor of shape {tuple(value.shape)}")
+        check_number(name, element, f"{source} in a tensor of shape {tuple(value.shape)}")
 
 
 def check_zero_dim(name: str, value: Number) -> None:

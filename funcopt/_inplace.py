@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable
 
+import torch
 from torch import Tensor
 
 from . import _transforms
 from ._checks import check_distinct
+from ._kernels import PUBLIC_NAMES, Scalars
 from ._work import Work
 
 __all__ = ["check_inplace"]
 
 
-def check_inplace(work: Work, hyperparameters: Mapping[str, Any]) -> None:
+def check_inplace(work: Work, numbers: Iterable[Scalars]) -> None:
     """Refuse to write in place where that would lose a derivative or memory.
 
     Raises:
@@ -27,7 +28,7 @@ def check_inplace(work: Work, hyperparameters: Mapping[str, Any]) -> None:
             "update_() writes in place, which a transform (vmap, grad, jvp, ...) cannot follow. "
             "Use update()."
         )
-    for name, tensor in _history(work, hyperparameters):
+    for name, tensor in _history(work, numbers):
         raise RuntimeError(
             f"{name} {'has a history' if tensor.grad_fn else 'requires a gradient'}, which writing "
             f"in place would lose. Use update(), or detach it if no derivative is wanted."
@@ -36,6 +37,11 @@ def check_inplace(work: Work, hyperparameters: Mapping[str, Any]) -> None:
         return
     written = list(work.written())
     for root, index, tensor in written:
+        if tensor.is_inference() and not torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                f"{work.path(root, index)} was made in inference mode, outside of which it cannot "
+                f"be written. Use update(), or clone it first."
+            )
         if not tensor.is_contiguous() and _overlaps_itself(tensor):
             raise ValueError(
                 f"{work.path(root, index)} has strides {tensor.stride()} at shape "
@@ -49,10 +55,11 @@ def check_inplace(work: Work, hyperparameters: Mapping[str, Any]) -> None:
     )
 
 
-def _history(work: Work, hyperparameters: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
+def _history(work: Work, numbers: Iterable[Scalars]) -> list[tuple[str, Tensor]]:
     found = [
-        (name, number)
-        for name, number in hyperparameters.items()
+        (PUBLIC_NAMES.get(name, name), number)
+        for own in numbers
+        for name, number in own._asdict().items()
         if isinstance(number, Tensor) and number.requires_grad
     ]
     for index, grad in enumerate(work.grads):

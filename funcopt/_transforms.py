@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["forward_mode", "is_plain", "tracing", "transformed", "watched_by_operator"]
+__all__ = ["compiling", "forward_mode", "is_plain", "tracing", "transformed", "watched_by_operator"]
 
 try:
     from torch._C._functorch import TransformType
@@ -23,10 +23,15 @@ except ImportError:  # pragma: no cover
     _RULED = None
 
 
+def compiling() -> bool:
+    """Whether this very Python code is being compiled or exported."""
+    return torch.compiler.is_compiling()
+
+
 def tracing() -> bool:
     """Whether operators are being recorded, so that no tensor's value may be read."""
     return (
-        torch.compiler.is_compiling()
+        compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._get_tracing_state() is not None
     )

@@ -13,13 +13,16 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import optree
+import torch
 import torch.utils._pytree as torch_pytree
+from torch import Tensor
 
 # Imported for its effect: this is what mirrors torch's registry into optree. A torch without it
 # still works, save for node types registered with torch alone.
 with contextlib.suppress(ImportError):
     importlib.import_module("torch.utils._cxx_pytree")
 
+from . import _transforms
 from ._types import Tree
 
 __all__ = ["Paired", "Structure", "flatten", "pair", "paths", "register_node", "unflatten"]
@@ -34,7 +37,35 @@ NodeT = TypeVar("NodeT")
 
 def flatten(tree: Tree) -> tuple[list[Any], Structure]:
     """Return the leaves of a tree, in order, and its structure. `None` is a leaf."""
-    return optree.tree_flatten(tree, none_is_leaf=True, namespace=_NAMESPACE)
+    leaves, structure = optree.tree_flatten(tree, none_is_leaf=True, namespace=_NAMESPACE)
+    if not _transforms.compiling() and _mirror({type(leaf) for leaf in leaves}):
+        return flatten(tree)
+    return leaves, structure
+
+
+def _mirror(kinds: set[type]) -> bool:
+    """Tell optree of node types that only torch's Python registry knows, as it does of dataclasses.
+
+    Returns:
+        Whether there was one among these types of supposed leaves.
+    """
+    unknown = kinds - _LEAF_KINDS
+    nodes = [kind for kind in unknown if kind in torch_pytree.SUPPORTED_NODES]
+    _LEAF_KINDS.update(unknown.difference(nodes))
+    for kind in nodes:
+        node = torch_pytree.SUPPORTED_NODES[kind]
+        register: Any = optree.register_pytree_node
+        register(
+            kind,
+            node.flatten_fn,
+            lambda context, children, node=node: node.unflatten_fn(list(children), context),
+            namespace=_NAMESPACE,
+        )
+    return bool(nodes)
+
+
+# Types that were found to be no node.
+_LEAF_KINDS: set[type] = {Tensor, torch.nn.Parameter}
 
 
 def unflatten(structure: Structure, leaves: Iterable[Any]) -> Tree:
@@ -44,7 +75,26 @@ def unflatten(structure: Structure, leaves: Iterable[Any]) -> Tree:
 
 def paths(structure: Structure, root: str) -> list[str]:
     """Return for each leaf the Python expression that reaches it, such as `params['0.weight']`."""
-    return [accessor.codify(root) for accessor in structure.accessors()]
+    names = _torch_paths(structure)
+    if names is None:
+        names = [accessor.codify("") for accessor in structure.accessors()]
+    return [root + name for name in names]
+
+
+def _torch_paths(structure: Structure) -> list[str] | None:
+    """The paths by the keys that torch knows of its nodes, which optree was not told of.
+
+    None where torch does not know a node, or was not told of its keys either.
+    """
+    numbered = unflatten(structure, range(structure.num_leaves))
+    try:
+        found, _ = torch_pytree.tree_flatten_with_path(numbered)
+    except ValueError:
+        return None
+    names = {leaf: torch_pytree.keystr(path) for path, leaf in found if isinstance(leaf, int)}
+    if len(names) != structure.num_leaves:
+        return None
+    return [names[index] for index in range(structure.num_leaves)]
 
 
 class Paired(NamedTuple):
@@ -86,22 +136,24 @@ def pair(tree: Tree, root: str, structure: Structure) -> Paired:
         return Paired(leaves, own, None)
     positions = {path: position for position, path in enumerate(paths(own, ""))}
     wanted = paths(structure, "")
-    if len(positions) == len(leaves) and positions.keys() == set(wanted):
+    paired = len(positions) == len(leaves) and positions.keys() == set(wanted)
+    if paired and not any("<flat index " in path for path in wanted):
         order = [positions[path] for path in wanted]
         return Paired([leaves[position] for position in order], own, order)
     raise ValueError(_mismatch(root, list(positions), wanted))
 
 
 def _mismatch(root: str, found: list[str], wanted: list[str]) -> str:
-    missing = [path for path in wanted if path not in set(found)]
-    extra = [path for path in found if path not in set(wanted)]
+    there, needed = set(found), set(wanted)
+    missing = [path for path in wanted if path not in there]
+    extra = [path for path in found if path not in needed]
     parts = []
     if missing:
         parts.append(f"no {_some(root, missing)} for {_some('params', missing)}")
     if extra:
         parts.append(f"{_some(root, extra)} without a parameter of that path")
     if not parts:
-        parts.append("two leaves with the same path")
+        parts.append("leaves that cannot be told apart by their paths")
     remedy = (
         "Give each parameter one gradient under the same key, or None where it has none"
         if root == "grads"
@@ -117,34 +169,29 @@ def _some(root: str, found: list[str], most: int = 3) -> str:
 
 def register_node(
     cls: type[NodeT],
-    flatten_node: Callable[[NodeT], tuple[list[Any], Any, list[str]]],
+    flatten_node: Callable[[NodeT], tuple[list[Any], Any]],
     unflatten_node: Callable[[Any, Iterable[Any]], NodeT],
+    names: Callable[[NodeT], list[str]],
 ) -> None:
     """Make a class a pytree node for `torch.func` and for optree.
 
     Args:
         cls: The class.
-        flatten_node: Gives the children, the hashable rest, and a name for each child.
+        flatten_node: Gives the children and the hashable rest.
         unflatten_node: Takes the rest and the children (which may be anything: transforms rebuild
             a node around placeholders) and gives the node.
+        names: Gives a name for each child.
     """
 
-    def flatten_for_torch(node: NodeT) -> tuple[list[Any], Any]:
-        children, context, _ = flatten_node(node)
-        return children, context
-
     def flatten_with_keys(node: NodeT) -> tuple[list[tuple[Any, Any]], Any]:
-        children, context, names = flatten_node(node)
-        keys = [torch_pytree.GetAttrKey(name) for name in names]
+        children, context = flatten_node(node)
+        keys = [torch_pytree.GetAttrKey(name) for name in names(node)]
         return list(zip(keys, children, strict=True)), context
-
-    def unflatten_for_torch(children: Iterable[Any], context: Any) -> NodeT:
-        return unflatten_node(context, children)
 
     torch_pytree.register_pytree_node(
         cls,
-        flatten_for_torch,
-        unflatten_for_torch,
+        flatten_node,
+        lambda children, context: unflatten_node(context, children),
         serialized_type_name=f"{cls.__module__}.{cls.__qualname__}",
         flatten_with_keys_fn=flatten_with_keys,
     )

@@ -48,6 +48,7 @@ class Work(NamedTuple):
     exp_avg_sq: _tree.Paired
     max_exp_avg_sq: _tree.Paired | None
     active: list[int]  # the leaves that have a gradient
+    step_per_leaf: bool
 
     def leaves(self) -> Leaves:
         """Return the leaves that have a gradient, for a kernel."""
@@ -58,13 +59,13 @@ class Work(NamedTuple):
 
     def per_leaf(self, values: Sequence[Any]) -> list[Any]:
         """Return for each leaf that has a gradient its value, out of one for each count."""
-        if self.steps.structure != self.params.structure:
+        if not self.step_per_leaf:
             return list(values) * len(self.active)
         return [values[index] for index in self.active]
 
     def advanced(self) -> list[Tensor]:
         """Return the counts after this update; that of a leaf left alone stands still."""
-        if self.steps.structure != self.params.structure:
+        if not self.step_per_leaf:
             return [count + 1 for count in self.steps.leaves]
         moving = set(self.active)
         return [
@@ -82,8 +83,13 @@ class Work(NamedTuple):
 
     def path(self, root: str, index: int) -> str:
         """Return the path of a leaf, for a message."""
-        paired = self.steps if root == "state.step" else self.params
-        return _path(paired.structure, root, index)
+        one_count = root == "state.step" and not self.step_per_leaf
+        return root if one_count else _path(self.params.structure, root, index)
+
+    def moments(self) -> Iterator[Tensor]:
+        """Yield the moments of all leaves."""
+        for paired in self._moving()[1:]:
+            yield from paired.leaves
 
     def rebuild(self, moved: Moved) -> list[Tree]:
         """Return the trees of parameters and moments, with copies of the leaves left alone."""
@@ -153,6 +159,7 @@ def gather(grads: Tree, state: Any, params: Tree, *, amsgrad: bool, step_per_lea
             else None
         ),
         active=[index for index, grad in enumerate(gradients.leaves) if grad is not None],
+        step_per_leaf=step_per_leaf,
     )
 
 

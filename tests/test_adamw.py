@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import pickle
+from collections import OrderedDict
 
 import optree
 import pytest
@@ -344,3 +345,31 @@ def test_init_gives_zeros_in_the_structure_and_layout_of_the_parameters(name):
     assert AdamW().init(params).max_exp_avg_sq == ()
     pointers = [leaf.data_ptr() for leaf in leaves(state) if leaf.numel()]
     assert len(set(pointers)) == len(pointers)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_counts_of_each_leaf_may_stand_in_another_kind_of_tree(in_place):
+    opt = AdamW(step_per_leaf=True)
+    params = OrderedDict(b=torch.ones(2), a=torch.ones(3))
+    state = opt.init(dict(params))
+    update = opt.update_ if in_place else opt.update
+    _, state = update({"b": torch.ones(2), "a": None}, state, params)
+    assert state.step == {"b": 1, "a": 0}
+
+
+def test_a_bare_tensor_without_a_gradient_counts_the_update():
+    opt = AdamW()
+    assert opt.update(None, opt.init(torch.ones(2)), torch.ones(2))[1].step == 1
+
+
+def test_the_count_is_on_the_cpu_whatever_the_default_device():
+    with torch.device("meta"):
+        assert AdamW().init(torch.ones(2)).step.device.type == "cpu"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int8, torch.bool])
+def test_a_count_that_cannot_count_far_is_refused(dtype):
+    opt = AdamW()
+    state = opt.init(torch.ones(2))._replace(step=torch.zeros((), dtype=dtype))
+    with pytest.raises(TypeError, match=f"state.step is of {dtype}: .*can count far"):
+        opt.update(torch.ones(2), state, torch.ones(2))

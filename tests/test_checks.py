@@ -101,7 +101,7 @@ BAD_PARAMETERS = {
         TypeError,
         r"params\['layer'\]\['weight'\] is None: every leaf must be a tensor",
     ),
-    "a module": (nn.Linear(2, 2), TypeError, "is of type Linear.*register its type"),
+    "a module": (nn.Linear(2, 2), TypeError, r"is of type Linear.*dict\(module.named_parameters"),
 }
 
 
@@ -192,7 +192,7 @@ BAD_STATES = {
     "a Python count": (
         lambda state: state._replace(step=3),
         TypeError,
-        r"state.step is of type int: the count must be a real tensor",
+        r"state.step is of type int: the count must be a tensor",
     ),
     "a negative count": (
         lambda state: state._replace(step=torch.tensor(-2.0)),

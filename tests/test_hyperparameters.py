@@ -92,7 +92,9 @@ def test_what_a_schedule_returns_is_checked_before_anything_moves(bad, method):
 def test_a_schedule_that_returns_no_number_is_refused():
     opt = AdamW(lr=lambda step: "fast")
     params = torch.ones(2)
-    with pytest.raises(TypeError, match="lr='fast': must be a number or a 0-dim tensor"):
+    with pytest.raises(
+        TypeError, match="lr='fast' from its schedule: must be a number or a 0-dim tensor"
+    ):
         opt.update(params, opt.init(params), params)
 
 

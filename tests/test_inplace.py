@@ -148,3 +148,33 @@ def test_it_runs_in_inference_mode():
         opt = AdamW()
         opt.update_(torch.ones(3), opt.init(params), params)
     assert not torch.equal(params, torch.ones(3))
+
+
+@pytest.mark.parametrize("name", ["exp_avg", "exp_avg_sq", "max_exp_avg_sq"])
+@pytest.mark.parametrize("kernel", ["auto", *KERNELS])
+def test_it_writes_moments_that_are_conjugate_views(name, kernel):
+    opt = AdamW(lr=0.1, amsgrad=True, kernel=kernel)
+    params, grads = torch.randn(3, dtype=torch.complex64), torch.randn(3, dtype=torch.complex64)
+    _, state = opt.update(grads, opt.init(params), params)
+    expected = opt.update(grads, state, params)
+    lazy = getattr(state, name).conj().resolve_conj().conj()
+    opt.update_(grads, state._replace(**{name: lazy}), params)
+    torch.testing.assert_close(lazy.resolve_conj(), getattr(expected[1], name))
+
+
+def test_it_refuses_what_a_schedule_returns_with_a_history():
+    peak = torch.tensor(0.1, requires_grad=True)
+    opt = AdamW(lr=lambda step: peak * 1)
+    params = torch.ones(3)
+    with pytest.raises(RuntimeError, match="lr has a history"):
+        opt.update_(torch.ones(3), opt.init(params), params)
+
+
+def test_it_refuses_inference_tensors_outside_of_inference_mode():
+    opt = AdamW()
+    params = {"w": torch.ones(2)}
+    with torch.inference_mode():
+        state = opt.init(params)
+    with pytest.raises(RuntimeError, match=r"state.exp_avg\['w'\] was made in inference mode"):
+        opt.update_({"w": torch.ones(2)}, state, params)
+    assert torch.equal(params["w"], torch.ones(2))

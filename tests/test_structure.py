@@ -12,8 +12,8 @@ FILES = {path: path.read_text() for path in sorted(ROOT.rglob("*.py"))}
 # From the ground up: a module may import only what stands before it.
 FLOORS = [
     "_types",
-    "_tree",
     "_transforms",
+    "_tree",
     "_hyperparameters",
     "_checks",
     "_kernels._operands",

@@ -1,11 +1,13 @@
 """Trees are paired by key, never by position."""
 
+import dataclasses
 from collections import OrderedDict, defaultdict
 
 import optree
 import pytest
 import torch
 import torch.utils._pytree as torch_pytree
+from torch.fx.immutable_collections import immutable_dict
 
 from funcopt import AdamW, _tree
 
@@ -116,3 +118,42 @@ def test_long_lists_of_missing_leaves_are_cut_short_in_the_message():
     params = {f"p{i}": torch.ones(1) for i in range(10)}
     with pytest.raises(ValueError, match=r"grads\['p2'\], ... \(10 in all\)"):
         AdamW().update({}, AdamW().init(params), params)
+
+
+def test_torchs_own_dict_node_pairs_by_key_in_any_order():
+    params = immutable_dict(a=torch.zeros(1), b=torch.zeros(1))
+    opt = AdamW(lr=0.1)
+    grads = immutable_dict(b=torch.ones(1), a=-torch.ones(1))
+    moved, _ = opt.update(grads, opt.init(params), params)
+    assert moved["a"] > 0 > moved["b"]
+    with pytest.raises(ValueError, match=r"no grads\['a'\], grads\['b'\]"):
+        opt.update(immutable_dict(c=grads["a"], d=grads["b"]), opt.init(params), params)
+
+
+def test_a_registered_dataclass_is_a_node_with_names():
+    @dataclasses.dataclass
+    class Layer:
+        weight: torch.Tensor
+        bias: torch.Tensor
+
+    torch_pytree.register_dataclass(Layer)
+    params = Layer(torch.ones(2), torch.ones(3))
+    opt = AdamW()
+    moved, _ = opt.update(params, opt.init(params), params)
+    assert isinstance(moved, Layer)
+    with pytest.raises(ValueError, match=r"grads\.bias: shape \(2,\), the parameter has \(3,\)"):
+        opt.update(Layer(torch.ones(2), torch.ones(2)), opt.init(params), params)
+
+
+def test_nodes_without_keys_pair_only_if_they_are_alike():
+    class Bag(Box):
+        pass
+
+    torch_pytree.register_pytree_node(
+        Bag,
+        lambda bag: (list(bag.content), len(bag.content)),
+        lambda leaves, _: Bag(*leaves),
+    )
+    params = Bag(torch.ones(2), torch.ones(2))
+    with pytest.raises(ValueError, match="grads does not have the structure of params"):
+        AdamW().update(Bag(torch.ones(2)), AdamW().init(params), params)

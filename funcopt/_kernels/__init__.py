@@ -14,11 +14,12 @@ from .. import _transforms
 from . import _eager, plain
 from ._eager import KERNELS, unserved
 from ._history import recording
-from ._operands import Leaves, Moved, Scalars, Variant, real, unreal, write, written
+from ._operands import PUBLIC_NAMES, Leaves, Moved, Scalars, Variant, real, unreal, write, written
 from ._rules import ruled_step
 
 __all__ = [
     "KERNELS",
+    "PUBLIC_NAMES",
     "Leaves",
     "Moved",
     "Scalars",
@@ -55,7 +56,9 @@ def run(leaves: Leaves, scalars: list[Scalars], variant: Variant) -> Moved:
 def run_(leaves: Leaves, scalars: list[Scalars], variant: Variant) -> None:
     """Move the leaves in place, with the same numbers as `run`."""
     with torch.no_grad():
-        if _transforms.watched_by_operator() or any(map(_is_lazy, leaves.params)):
+        if _transforms.watched_by_operator() or any(
+            _is_lazy(tensor) for column in written(leaves) for tensor in column
+        ):
             moved = run(leaves, scalars, variant)
             for olds, news in zip(written(leaves), moved, strict=True):
                 for old, new in zip(olds, news, strict=True):

@@ -11,8 +11,10 @@ $$ \bar\theta_{t-1} = (1 - \eta\lambda)\,\bar\theta_t \qquad
    \bar m_{t-1} = \beta_1 \bar m \qquad \bar v_{t-1} = \beta_2 \bar v \qquad
    \bar g = (1 - \beta_1)\,\bar m + 2 (1 - \beta_2)\,g\,\bar v $$
 
-It is written in plain differentiable operators, so that it has an adjoint of its own. The moments
-before the step are never recovered from those after it: at beta = 0 nothing is left of them.
+It is written in plain differentiable operators, so that it has an adjoint of its own. What is kept
+is what went into the step; the moments after it are computed again, in the precision of the step.
+Those that were stored may have been rounded to 16 bits, and the moments before the step could not
+be had from them at all where beta = 0.
 """
 
 from __future__ import annotations
@@ -20,26 +22,24 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple, overload
 
+import torch
 from torch import Tensor
 
 from .._types import Number
 from ._operands import Leaves, Scalars, Variant, compute_dtype, fit
-from .plain import Corrections, double, root
+from .plain import Corrections, double, new_moments, root
 
 __all__ = ["Saved", "adjoint"]
 
 
 class Saved(NamedTuple):
-    """What is kept between the step and its adjoint."""
+    """What is kept between a step and its adjoint: the gradient and two sizes of the parameters."""
 
     grads: list[Tensor]
     exp_avgs: list[Tensor]
     exp_avg_sqs: list[Tensor]
-    max_exp_avg_sqs: list[Tensor]
-    old_max_exp_avg_sqs: list[Tensor]
-    old_exp_avgs: list[Tensor]
-    old_exp_avg_sqs: list[Tensor]
-    old_params: list[Tensor]
+    max_exp_avg_sqs: list[Tensor]  # empty unless amsgrad
+    params: list[Tensor]  # empty unless the derivative of lr or weight decay is wanted
 
 
 def adjoint(
@@ -65,34 +65,29 @@ def adjoint(
     of_numbers: dict[str, Tensor] = {}
     of_leaves: list[list[Tensor | None]] = [[] for _ in Leaves._fields]
     for index, grad in enumerate(saved.grads):
-        leaf = _Leaf(*(_widen(column, index) for column in saved))
-        pulled = _pull_back(
-            leaf, [_widen(c, index) for c in cotangents], scalars, corrections, variant
-        )
-        for column, cotangent in zip(
-            of_leaves, _before(leaf, pulled, scalars, variant), strict=False
-        ):
+        leaf = _step_again([_widen(column, index) for column in saved], scalars, variant)
+        after = [_widen(column, index) for column in cotangents]
+        pulled = _pull_back(leaf, after, scalars, corrections)
+        before = _before(leaf, pulled, scalars, variant)
+        for column, cotangent in zip(of_leaves, before, strict=False):
             column.append(None if cotangent is None else cotangent.to(grad.dtype))
-        for name, part in _of_numbers(leaf, pulled, scalars, corrections, needs, variant):
+        for name, part in _of_numbers(leaf, pulled, scalars, corrections, needs):
             total = _sum_to(part, getattr(scalars, name))
             of_numbers[name] = of_numbers[name] + total if name in of_numbers else total
     return [of_numbers.get(name) for name in Scalars._fields], of_leaves
 
 
 class _Leaf(NamedTuple):
-    """One leaf of `Saved`, in the dtype to compute in.
+    """One leaf, in the dtype to compute in: what went into the step, and what came of it."""
 
-    What was not kept because nobody asks for it is None, and nobody asks for it.
-    """
-
-    grad: Tensor
+    grad: Tensor  # negated if maximize
     exp_avg: Tensor
     exp_avg_sq: Tensor
     max_exp_avg_sq: Tensor | None
-    old_max_exp_avg_sq: Tensor
-    old_exp_avg: Tensor
-    old_exp_avg_sq: Tensor
-    old_param: Tensor
+    param: Tensor  # None if its derivative is not wanted, in which case nobody asks
+    new_exp_avg: Tensor
+    new_exp_avg_sq: Tensor
+    largest: Tensor
 
 
 class _Pulled(NamedTuple):
@@ -111,29 +106,32 @@ def _widen(column: list[Any], index: int) -> Any:
     return None if tensor is None else tensor.to(compute_dtype(tensor.dtype))
 
 
+def _step_again(column: list[Any], scalars: Scalars, variant: Variant) -> _Leaf:
+    grad, exp_avg, exp_avg_sq, max_exp_avg_sq, param = column
+    if variant.maximize:
+        grad = -grad
+    moments = new_moments(grad, exp_avg, exp_avg_sq, scalars)
+    largest = moments[1] if max_exp_avg_sq is None else torch.maximum(max_exp_avg_sq, moments[1])
+    return _Leaf(grad, exp_avg, exp_avg_sq, max_exp_avg_sq, param, *moments, largest)
+
+
 def _pull_back(
-    leaf: _Leaf,
-    cotangents: list[Tensor | None],
-    scalars: Scalars,
-    corrections: Corrections,
-    variant: Variant,
+    leaf: _Leaf, cotangents: list[Tensor | None], scalars: Scalars, corrections: Corrections
 ) -> _Pulled:
     of_param, of_exp_avg, of_exp_avg_sq, of_max = cotangents
-    largest = _largest(leaf)
-    correction2_root = fit(corrections.correction2_root, largest)
-    denominator = root(largest) / correction2_root + fit(scalars.eps, largest)
-    direction = leaf.exp_avg / denominator
+    correction2_root = fit(corrections.correction2_root, leaf.largest)
+    denominator = root(leaf.largest) / correction2_root + fit(scalars.eps, leaf.largest)
+    direction = leaf.new_exp_avg / denominator
     of_denominator = of_largest = None
     if of_param is not None:
         ratio = of_param * fit(corrections.step_size, of_param) / denominator
         of_denominator = ratio * direction
         of_exp_avg = _add(of_exp_avg, -ratio)
-        of_largest = of_denominator * _half_inverse_root(largest) / correction2_root
-    if not variant.amsgrad:
+        of_largest = of_denominator * _half_inverse_root(leaf.largest) / correction2_root
+    if leaf.max_exp_avg_sq is None:
         of_exp_avg_sq = _add(of_exp_avg_sq, of_largest)
-        of_max = None
     elif (of_max := _add(of_max, of_largest)) is not None:
-        share = _share_of_new(leaf)
+        share = _share_of_new(leaf.new_exp_avg_sq, leaf.max_exp_avg_sq)
         of_exp_avg_sq = _add(of_exp_avg_sq, of_max * share)
         of_max = of_max * (1 - share)
     return _Pulled(of_param, of_exp_avg, of_exp_avg_sq, of_max, direction, of_denominator)
@@ -145,9 +143,8 @@ def _half_inverse_root(squares: Tensor) -> Tensor:
     return 0.5 * squares.masked_fill(zero, 1.0).rsqrt().masked_fill(zero, 0.0)
 
 
-def _share_of_new(leaf: _Leaf) -> Tensor:
+def _share_of_new(new: Tensor, old: Tensor) -> Tensor:
     """How much of the maximum is the new second moment: all, none or, at a tie, half (as torch)."""
-    new, old = leaf.exp_avg_sq, leaf.old_max_exp_avg_sq
     return 0.5 * ((new > old).to(new.dtype) + (new >= old).to(new.dtype))
 
 
@@ -158,12 +155,13 @@ def _before(
     decay = 1 - double(scalars.lr) * double(scalars.weight_decay)
     beta1, beta2 = double(scalars.beta1), double(scalars.beta2)
     through_avg = _times(pulled.exp_avg, 1 - beta1)
-    if variant.maximize:
-        through_avg = None if through_avg is None else -through_avg
     through_sq = _times(pulled.exp_avg_sq, 2 * (1 - beta2))
+    of_grad = _add(through_avg, None if through_sq is None else through_sq * leaf.grad)
+    if variant.maximize and of_grad is not None:
+        of_grad = -of_grad
     return (
         _times(pulled.param, decay),
-        _add(through_avg, None if through_sq is None else through_sq * leaf.grad),
+        of_grad,
         _times(pulled.exp_avg, beta1),
         _times(pulled.exp_avg_sq, beta2),
         *((pulled.old_max_exp_avg_sq,) if variant.amsgrad else ()),
@@ -176,34 +174,28 @@ def _of_numbers(
     scalars: Scalars,
     corrections: Corrections,
     needs: Scalars,
-    variant: Variant,
 ) -> Iterator[tuple[str, Tensor]]:
     """The wanted cotangents of the numbers, as far as they come of one leaf, before summing."""
     step, lr, beta1, beta2, _, weight_decay = map(double, scalars)
     if needs.beta1 and pulled.exp_avg is not None:
-        ascent = -leaf.grad if variant.maximize else leaf.grad
-        yield "beta1", pulled.exp_avg * (leaf.old_exp_avg - ascent)
+        yield "beta1", pulled.exp_avg * (leaf.exp_avg - leaf.grad)
     if needs.beta2 and pulled.exp_avg_sq is not None:
-        yield "beta2", pulled.exp_avg_sq * (leaf.old_exp_avg_sq - leaf.grad**2)
+        yield "beta2", pulled.exp_avg_sq * (leaf.exp_avg_sq - leaf.grad**2)
     if pulled.param is None or pulled.denominator is None:
         return
     descent = -pulled.param * pulled.direction
     if needs.lr:
         yield "lr", _times(descent, 1 / corrections.correction1)
-        yield "lr", _times(-pulled.param * leaf.old_param, weight_decay)
+        yield "lr", _times(-pulled.param * leaf.param, weight_decay)
     if needs.weight_decay:
-        yield "weight_decay", _times(-pulled.param * leaf.old_param, lr)
+        yield "weight_decay", _times(-pulled.param * leaf.param, lr)
     if needs.eps:
         yield "eps", pulled.denominator
     if needs.beta1:  # through the first bias correction, and so on below through the second
         yield "beta1", _times(descent, lr * step * beta1 ** (step - 1) / corrections.correction1**2)
     if needs.beta2:
         slope = step * beta2 ** (step - 1) / (2 * corrections.correction2_root**3)
-        yield "beta2", _times(pulled.denominator * root(_largest(leaf)), slope)
-
-
-def _largest(leaf: _Leaf) -> Tensor:
-    return leaf.exp_avg_sq if leaf.max_exp_avg_sq is None else leaf.max_exp_avg_sq
+        yield "beta2", _times(pulled.denominator * root(leaf.largest), slope)
 
 
 def _add(one: Tensor | None, other: Tensor | None) -> Tensor | None:

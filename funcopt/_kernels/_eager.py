@@ -13,15 +13,13 @@ from .. import _transforms
 from .._hyperparameters import check_number
 from .._types import Number
 from . import _memory, foreach, fused, plain
-from ._operands import Leaves, Moved, Scalars, Variant, written
+from ._operands import PUBLIC_NAMES, Leaves, Moved, Scalars, Variant, written
 
 __all__ = ["KERNELS", "move", "move_", "unserved"]
 
 # Below this many elements in the average leaf of a member, a kernel call for each member costs
 # more than the plain operators on all members at once.
 _WORTH_A_CALL = 4096
-
-_PUBLIC_NAMES = {"beta1": "betas[0]", "beta2": "betas[1]"}
 
 
 class Kernel(Protocol):
@@ -101,7 +99,7 @@ def _value(name: str, number: Number) -> Number:
         return number.detach()
     values = [number.item()] if number.ndim == 0 else number.detach().reshape(-1).tolist()
     for value in values:
-        check_number(_PUBLIC_NAMES.get(name, name), value)
+        check_number(PUBLIC_NAMES.get(name, name), value)
     if values and values.count(values[0]) == len(values):
         return float(values[0])
     return number.detach()

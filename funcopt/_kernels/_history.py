@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -10,32 +10,37 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from .. import _transforms
-from ._operands import Leaves, Scalars, Variant
 
 __all__ = ["recording"]
 
 
 def recording(
-    leaves: Leaves, scalars: Iterable[Scalars], variant: Variant
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    others: Iterable[object],
+    differentiable: bool | None,
 ) -> AbstractContextManager[object]:
-    """Turn gradient recording off unless this step is to be recorded.
+    """Turn gradient recording off unless plain autograd is to record this step.
 
-    Under a transform of `torch.func` nothing is turned off here: its derivatives are always taken.
+    Under a transform of `torch.func` nothing is turned off: `grad` and its kin always see the step,
+    and what plain autograd records beneath a vmap is decided where vmap's rule gets to the tensors.
+
+    Args:
+        params: The parameters.
+        grads: Their gradients.
+        others: Whatever else goes into the step: moments and numbers.
+        differentiable: What the user said: yes, no, or None for what the inputs say.
     """
     if _transforms.transformed() or not torch.is_grad_enabled():
         return nullcontext()
-    if variant.differentiable is not None:
-        return torch.set_grad_enabled(variant.differentiable)
-    numbers = (n for own in {id(own): own for own in scalars}.values() for n in own)
-    history = (
-        any(number.requires_grad for number in numbers if isinstance(number, Tensor))
-        or any(tensor.requires_grad for column in leaves[2:] for tensor in column)
-        or _from_elsewhere(leaves.grads, leaves.params)
-    )
-    return torch.set_grad_enabled(history)
+    if differentiable is None:
+        differentiable = any(
+            isinstance(other, Tensor) and other.requires_grad for other in others
+        ) or _from_elsewhere(grads, params)
+    return torch.set_grad_enabled(differentiable)
 
 
-def _from_elsewhere(grads: list[Tensor], params: list[Tensor]) -> bool:
+def _from_elsewhere(grads: Sequence[Tensor], params: Sequence[Tensor]) -> bool:
     """Whether the gradients depend on anything that requires a gradient, besides the parameters.
 
     Parameters that merely require a gradient must not count, or the loop that everyone writes would

@@ -76,6 +76,10 @@ class Scalars(NamedTuple):
     weight_decay: Number
 
 
+# What a user calls those numbers that have another name here.
+PUBLIC_NAMES = {"beta1": "betas[0]", "beta2": "betas[1]"}
+
+
 @dataclass(frozen=True)
 class Variant:
     """What is fixed about an optimizer: which equations, which kernel, who builds a graph."""

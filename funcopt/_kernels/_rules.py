@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import _transforms
 from .._types import Number
 from . import _eager
 from ._adjoint import Saved, adjoint
@@ -28,12 +29,8 @@ __all__ = ["ruled_step"]
 
 def ruled_step(leaves: Leaves, scalars: Scalars, variant: Variant) -> Moved:
     """Return the leaves after one step with the same numbers, under whatever is watching."""
-    if not leaves.params:
-        return Moved([], [], [], [])
     count = len(leaves.params)
-    with recording(leaves, [scalars], variant):
-        flat = _apply(variant, count, *scalars, *_chain(leaves))
-    return Moved(*_columns(flat, count, 4))
+    return Moved(*_columns(_apply(variant, count, *scalars, *_chain(leaves)), count, 4))
 
 
 class _Step(torch.autograd.Function):
@@ -49,22 +46,12 @@ class _Step(torch.autograd.Function):
         return _chain(_eager.move(leaves, [scalars] * count, variant))
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], _output: tuple[Tensor, ...]) -> None:
         variant, count, *operands = inputs
         numbers, leaves = operands[:6], Leaves(*_columns(operands[6:], count, 5))
-        moved = Moved(*_columns(output, count, 4))
         needs = Scalars(*ctx.needs_input_grad[2:8])
-        saved = Saved(
-            grads=leaves.grads,
-            exp_avgs=moved.exp_avgs,
-            exp_avg_sqs=moved.exp_avg_sqs,
-            max_exp_avg_sqs=moved.max_exp_avg_sqs,
-            # The rest only where a derivative asks for it: each is a copy of the parameters' size.
-            old_max_exp_avg_sqs=leaves.max_exp_avg_sqs,
-            old_exp_avgs=leaves.exp_avgs if needs.beta1 else [],
-            old_exp_avg_sqs=leaves.exp_avg_sqs if needs.beta2 else [],
-            old_params=leaves.params if needs.lr or needs.weight_decay else [],
-        )
+        params = leaves.params if needs.lr or needs.weight_decay else []
+        saved = Saved(*leaves[1:], params)
         ctx.variant = variant
         ctx.count = count
         ctx.lengths = [len(column) for column in saved]
@@ -87,17 +74,20 @@ class _Step(torch.autograd.Function):
     def vmap(
         info: Any, in_dims: tuple[int | None, ...], variant: Variant, count: int, *operands: Any
     ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        dims = in_dims[2:]
-        own_numbers = any(dim is not None for dim in dims[:6])
-        scalars = _aligned(Scalars(*map(_number_to_front, operands[:6], dims[:6])))
-        stacked = [
-            _leaf_to_front(leaf, dim, info.batch_size)
-            for leaf, dim in zip(operands[6:], dims[6:], strict=True)
-        ]
-        if own_numbers:  # each member is moved by itself, which wants it in one piece
-            stacked = [leaf.contiguous() for leaf in stacked]
-        moved = ruled_step(Leaves(*_columns(stacked, count, 5)), scalars, variant)
-        flat = _chain(moved)
+        number_dims, leaf_dims = in_dims[2:8], in_dims[8:]
+        given = Leaves(*_columns(operands[6:], count, 5))
+        # Decided before anything is moved, since what is moved has a history of its own.
+        others = (*_chain(given[2:]), *operands[:6])
+        with recording(given.params, given.grads, others, variant.differentiable):
+            scalars = _aligned(Scalars(*map(_number_to_front, operands[:6], number_dims)))
+            stacked = [
+                _leaf_to_front(leaf, dim, info.batch_size)
+                for leaf, dim in zip(operands[6:], leaf_dims, strict=True)
+            ]
+            if _lead(scalars) and not _transforms.transformed():
+                # Each member will be moved by itself, which wants it in one piece.
+                stacked = [leaf.contiguous() for leaf in stacked]
+            flat = _apply(variant, count, *scalars, *stacked)
         return flat, (0,) * len(flat)
 
 
@@ -114,12 +104,17 @@ def _number_to_front(number: Number, dim: int | None) -> Number:
     return number.unsqueeze(0) if number.ndim > 0 else number
 
 
+def _lead(scalars: Scalars) -> int:
+    """How many leading dimensions the numbers have, of those in which they may differ."""
+    return max(number.ndim if isinstance(number, Tensor) else 0 for number in scalars)
+
+
 def _aligned(scalars: Scalars) -> Scalars:
     """Give numbers that differ over outer vmaps alone a place for the inner ones, too."""
-    depth = max(number.ndim if isinstance(number, Tensor) else 0 for number in scalars)
+    lead = _lead(scalars)
     return Scalars(
         *(
-            number.reshape(number.shape + (1,) * (depth - number.ndim))
+            number.reshape(number.shape + (1,) * (lead - number.ndim))
             if isinstance(number, Tensor) and number.ndim > 0
             else number
             for number in scalars

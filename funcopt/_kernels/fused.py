@@ -37,8 +37,8 @@ def refusal(device: torch.device, scalars: Scalars | None) -> str | None:
 def step_(leaves: Leaves, scalars: Scalars, variant: Variant) -> None:
     """Move leaves of one dtype and device in place."""
     device = leaves.params[0].device
-    # The kernel reads the count as float32, like torch.optim's fused state. Beyond 2**24 that
-    # rounds, by less than the corrections, which are 1 there to float32's last digit, can show.
+    # The kernel reads the count as float32, whatever it is given. Beyond 2**24 that rounds, by one
+    # part in 2**24, which shows in the corrections only where a beta is that close to 1.
     count = torch.as_tensor(scalars.step, dtype=torch.float32, device=device)
     fused_adamw: Any = torch._fused_adamw_  # overloaded on lr in ways no type checker follows
     fused_adamw(

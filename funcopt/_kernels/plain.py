@@ -21,7 +21,7 @@ from torch import Tensor
 from .._types import Number
 from ._operands import Leaves, Moved, Scalars, Variant, compute_dtype, fit, write, written
 
-__all__ = ["Corrections", "double", "refusal", "root", "step", "step_"]
+__all__ = ["Corrections", "double", "new_moments", "refusal", "root", "step", "step_"]
 
 
 def double(number: Number) -> Number:
@@ -74,15 +74,12 @@ def _step_one(
     stored = column[0].dtype
     param, grad, exp_avg, exp_avg_sq, *maxima = (t.to(compute_dtype(stored)) for t in column)
     decay = fit(1 - double(scalars.lr) * double(scalars.weight_decay), param)
-    gain1 = fit(1 - double(scalars.beta1), param)
-    gain2 = fit(1 - double(scalars.beta2), param)
     step_size = fit(corrections.step_size, param)
     correction2_root = fit(corrections.correction2_root, param)
 
     if variant.maximize:
         grad = -grad
-    exp_avg = torch.lerp(exp_avg, grad, gain1)
-    exp_avg_sq = torch.addcmul(exp_avg_sq * fit(scalars.beta2, param), grad * gain2, grad)
+    exp_avg, exp_avg_sq = new_moments(grad, exp_avg, exp_avg_sq, scalars)
     if variant.amsgrad:
         maxima = [torch.maximum(maxima[0], exp_avg_sq)]
     largest = maxima[0] if variant.amsgrad else exp_avg_sq
@@ -94,6 +91,16 @@ def _step_one(
 def refusal(_device: torch.device, _scalars: Scalars | None) -> str | None:
     """Refuse nothing: operators serve whatever device, number or tensor subclass torch does."""
     return None
+
+
+def new_moments(
+    grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, scalars: Scalars
+) -> tuple[Tensor, Tensor]:
+    """Return the two running means after a gradient (negated if maximize)."""
+    gain1 = fit(1 - double(scalars.beta1), grad)
+    gain2 = fit(1 - double(scalars.beta2), grad)
+    squares = torch.addcmul(exp_avg_sq * fit(scalars.beta2, grad), grad * gain2, grad)
+    return torch.lerp(exp_avg, grad, gain1), squares
 
 
 def step_(leaves: Leaves, scalars: Scalars, variant: Variant) -> None:

@@ -159,3 +159,47 @@ def test_the_ensemble_loop_keeps_flat_memory_though_its_stack_requires_a_gradien
     early, late, (params, _) = flat(step, (params, state), 50)
     assert late == early
     assert all(p.grad_fn is None for p in params.values())
+
+
+@pytest.mark.parametrize("grads", [[None, None], [None, "ones"]])
+def test_a_leaf_without_a_gradient_keeps_its_recorded_history(grads):
+    lr = torch.tensor(0.1, requires_grad=True)
+    opt = AdamW(lr=lr)
+    params = [torch.ones(1), torch.ones(1)]
+    params, state = opt.update([torch.ones(1)] * 2, opt.init(params), params)
+    given = [None if g is None else torch.ones(1) for g in grads]
+    moved, after = opt.update(given, state, params)
+    assert moved[0].grad_fn is not None
+    slope = torch.autograd.grad(moved[0], lr, retain_graph=True)[0]
+    assert torch.equal(slope, torch.autograd.grad(params[0], lr)[0])
+    assert not after.step.requires_grad
+
+
+def test_under_vmap_plain_autograds_rule_holds_beneath():
+    opt = AdamW(lr=0.1)
+    params, grads = tracked(4, 3), torch.ones(4, 3)
+    state = vmap(opt.init)(params)
+    moved, _ = vmap(opt.update)(grads, state, params)
+    assert not moved.requires_grad
+    recorded, _ = vmap(AdamW(lr=0.1, differentiable=True).update)(grads, state, params)
+    assert torch.autograd.grad(recorded.sum(), params)[0].isfinite().all()
+    by_gradient, _ = vmap(opt.update)(grads.requires_grad_(), state, params)
+    assert by_gradient.requires_grad
+
+
+def test_members_with_numbers_of_their_own_keep_flat_memory_too():
+    opt = AdamW(lr=torch.rand(4))
+    params = nn.Parameter(torch.randn(3, 4))
+    state = vmap(AdamW().init, 1, AdamWState(0, 1, 1, ()))(params)
+
+    def step(params, state):
+        slopes = vmap(grad(lambda p: p.square().sum()), 1, 1)(params)
+        moved, state = vmap(
+            lambda o, g, s, p: o.update(g, s, p),
+            (0, 1, AdamWState(0, 1, 1, None), 1),
+            (1, AdamWState(0, 1, 1, ())),
+        )(opt, slopes, state, params)
+        return moved.requires_grad_(), state
+
+    early, late, _ = flat(step, (params, state), 50)
+    assert late == early

@@ -378,3 +378,24 @@ def test_large_members_with_numbers_of_their_own_take_a_kernel_call_each(monkeyp
     for i in range(3):
         own, p = tree_map(lambda t, i=i: t[i], opt), params["w"][i]
         assert torch.equal(mapped["w"][i], own.update(p, own.init(p), p)[0])
+
+
+@pytest.mark.parametrize("amsgrad", [False, True])
+@pytest.mark.parametrize("size", [1e-4, 1e-2, 1.1])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_reverse_and_forward_mode_agree_in_16_bits(dtype, size, amsgrad):
+    """What is stored between the two was rounded, down to zero; what is differentiated was not."""
+    p, g = torch.ones(3, dtype=dtype), torch.full((3,), size, dtype=dtype)
+    m, v = torch.full((3,), 0.5, dtype=dtype), torch.full((3,), size**2, dtype=dtype)
+    state = AdamWState(torch.tensor(1000.0).double(), m, v, v.clone() if amsgrad else ())
+
+    def moved(lr, beta2, g, m, v):
+        opt = AdamW(lr=lr, betas=(0.9, beta2), amsgrad=amsgrad)
+        own = state._replace(exp_avg=m, exp_avg_sq=v)
+        return opt.update(g, own, p)[0].float().sum()
+
+    args = (torch.tensor(0.1), torch.tensor(0.999), g, m, v)
+    directions = tuple(map(torch.ones_like, args))
+    slopes = grad(moved, tuple(range(5)))(*args)
+    along = sum((s.float() * d.float()).sum() for s, d in zip(slopes, directions, strict=True))
+    assert_close(along, jvp(moved, args, directions)[1], rtol=0.02)
