@@ -19,7 +19,7 @@ __all__ = ["KERNELS", "move", "move_", "unserved"]
 
 # Below this many elements in the average leaf of a member, a kernel call for each member costs
 # more than the plain operators on all members at once.
-_WORTH_A_CALL = 4096
+_WORTH_A_CALL = 512
 
 
 class Kernel(Protocol):
