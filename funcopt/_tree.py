@@ -25,7 +25,16 @@ with contextlib.suppress(ImportError):
 from . import _transforms
 from ._types import Tree
 
-__all__ = ["Paired", "Structure", "flatten", "pair", "paths", "register_node", "unflatten"]
+__all__ = [
+    "Paired",
+    "Structure",
+    "flatten",
+    "flatten_above",
+    "pair",
+    "paths",
+    "register_node",
+    "unflatten",
+]
 
 _NAMESPACE = "torch"
 
@@ -66,6 +75,11 @@ def _mirror(kinds: set[type]) -> bool:
 
 # Types that were found to be no node.
 _LEAF_KINDS: set[type] = {Tensor, torch.nn.Parameter}
+
+
+def flatten_above(tree: Tree, is_leaf: Callable[[Any], bool]) -> tuple[list[Any], Structure]:
+    """Return the subtrees for which `is_leaf` holds, with the other leaves, and what holds them."""
+    return optree.tree_flatten(tree, is_leaf, none_is_leaf=True, namespace=_NAMESPACE)
 
 
 def unflatten(structure: Structure, leaves: Iterable[Any]) -> Tree:

@@ -30,6 +30,20 @@ FLOORS = [
     "_inplace",
     "_adamw",
     "",
+    "testing._tensors",
+    "testing._trees",
+    "testing.strategies",
+    "testing._compare",
+    "testing._subject",
+    "testing.oracles",
+    "testing.laws._purity",
+    "testing.laws._agreement",
+    "testing.laws._transforms",
+    "testing.laws._algebra",
+    "testing.laws",
+    "testing._check",
+    "testing._machine",
+    "testing",
 ]
 
 

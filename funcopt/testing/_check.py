@@ -1,0 +1,216 @@
+"""All laws against one optimizer: a report to read, and a test per law for pytest."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import hypothesis
+from hypothesis import HealthCheck, Phase
+from hypothesis import strategies as st
+
+from .._types import Tree
+from . import strategies
+from ._compare import NotApplicable
+from .laws import LAWS, Law, compiles_once
+
+__all__ = ["Report", "Verdict", "check_law", "check_optimizer", "parametrize_laws", "problems"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What was found of one law.
+
+    Attributes:
+        law: Its name.
+        status: `"holds"`, `"fails"`, `"not applicable"` or `"error"` (the optimizer raised).
+        detail: Why it does not apply, or how it fails.
+        example: The smallest parameters and gradients found that break it; None otherwise.
+    """
+
+    law: str
+    status: str
+    detail: str = ""
+    example: tuple[Tree, list[Tree]] | None = None
+
+    def __str__(self) -> str:
+        lines = [f"  {self.status:<15} {self.law}"]
+        if self.detail:
+            lines[0] += f": {self.detail}"
+        if self.example is not None:
+            params, gradients = self.example
+            lines.append(f"{'':18}params = {params!r}".replace("\n", " "))
+            lines.append(f"{'':18}gradients = {gradients!r}".replace("\n", " "))
+        return "\n".join(lines)
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """The verdicts on one optimizer; printed, one law a line."""
+
+    optimizer: str
+    verdicts: tuple[Verdict, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every law that applies holds."""
+        return not self.broken
+
+    @property
+    def broken(self) -> tuple[str, ...]:
+        """The names of the laws that do not hold, or at which the optimizer raised."""
+        return tuple(v.law for v in self.verdicts if v.status in ("fails", "error"))
+
+    def __str__(self) -> str:
+        counts = {
+            "laws hold": sum(v.status == "holds" for v in self.verdicts),
+            "broken": len(self.broken),
+            "not applicable": sum(v.status == "not applicable" for v in self.verdicts),
+        }
+        summary = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+        return "\n".join([f"{self.optimizer}: {summary}", *map(str, self.verdicts)])
+
+
+@st.composite
+def problems(
+    draw: st.DrawFn, params: st.SearchStrategy[Tree] | None = None
+) -> tuple[Tree, list[Tree]]:
+    """Parameters, and gradients for two updates of them."""
+    drawn = draw(strategies.params() if params is None else params)
+    return drawn, draw(strategies.gradient_sequences(drawn, 2))
+
+
+def check_optimizer(
+    opt: Any,
+    *,
+    laws: Sequence[Law] = LAWS,
+    params: st.SearchStrategy[Tree] | None = None,
+    max_examples: int = 25,
+    seed: int = 0,
+) -> Report:
+    """Hold an optimizer to every law that applies to it.
+
+    Args:
+        opt: Anything with `init(params)` and `update(grads, state, params)`.
+        laws: The laws; a law named here applies by its own conditions still.
+        params: A strategy for the parameters; `strategies.params()` if None.
+        max_examples: How many problems to try for each law; a law that compiles takes a few.
+        seed: The same seed tries the same problems.
+
+    Returns:
+        A report, in the order of the laws. A law that fails comes with the smallest example found.
+
+    Raises:
+        TypeError: If `opt` lacks `init` or `update`.
+        ValueError: If `max_examples` is less than 1.
+
+    Example:
+        >>> import funcopt
+        >>> from funcopt.testing import check_optimizer, laws
+        >>> check_optimizer(funcopt.AdamW(), laws=[laws.deterministic], max_examples=5).ok
+        True
+    """
+    for method in ("init", "update"):
+        if not callable(getattr(opt, method, None)):
+            raise TypeError(f"{opt!r} has no {method}(): an optimizer has init() and update().")
+    if max_examples < 1:
+        raise ValueError(f"max_examples={max_examples}: must be at least 1.")
+    verdicts = tuple(
+        check_law(law, opt, params=params, max_examples=max_examples, seed=seed) for law in laws
+    )
+    return Report(type(opt).__name__, verdicts)
+
+
+# Each compilation takes a second.
+_FEW = 3
+
+
+def check_law(
+    law: Law,
+    opt: Any,
+    *,
+    params: st.SearchStrategy[Tree] | None = None,
+    max_examples: int = 25,
+    seed: int = 0,
+    shrink: bool = True,
+) -> Verdict:
+    """Hold an optimizer to one law; the arguments are those of `check_optimizer`.
+
+    Without `shrink`, the first example found is reported instead of the smallest.
+    """
+    compiles = law is compiles_once
+    tried: list[tuple[Tree, list[Tree]]] = []
+    reasons: list[str] = []
+    applied: list[bool] = []
+
+    def hold(problem: tuple[Tree, list[Tree]]) -> None:
+        tried[:] = [problem]
+        try:
+            law(opt, *problem)
+        except NotApplicable as reason:
+            reasons[:] = [str(reason)]
+            return
+        applied.append(True)
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            most = min(max_examples, _FEW) if compiles else max_examples
+            _search(hold, params, most, seed, shrink and not compiles)
+    except Exception as error:
+        status = "fails" if isinstance(error, AssertionError) else "error"
+        detail = str(error) if status == "fails" else f"{type(error).__name__}: {error}"
+        return Verdict(law.__name__, status, detail.splitlines()[0], tried[0])
+    if not applied:
+        return Verdict(law.__name__, "not applicable", reasons[0] if reasons else "no problem fits")
+    return Verdict(law.__name__, "holds")
+
+
+def _search(
+    hold: Callable[[tuple[Tree, list[Tree]]], None],
+    params: st.SearchStrategy[Tree] | None,
+    max_examples: int,
+    seed: int,
+    shrink: bool,
+) -> None:
+    """Try problems until one breaks a law, and shrink it; the last one tried is the smallest."""
+    phases = [Phase.explicit, Phase.generate, *([Phase.shrink] if shrink else [])]
+    settings = hypothesis.settings(
+        max_examples=max_examples,
+        phases=phases,
+        database=None,
+        deadline=None,
+        report_multiple_bugs=False,
+        print_blob=False,
+        verbosity=hypothesis.Verbosity.quiet,
+        suppress_health_check=list(HealthCheck),
+    )
+    test = hypothesis.given(problems(params))(hold)
+    hypothesis.seed(seed)(settings(test))()
+
+
+def parametrize_laws(
+    opt: Any, *, laws: Sequence[Law] = LAWS
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make a pytest test of one law into one test for each law.
+
+    Args:
+        opt: The optimizer, after which the tests are named.
+        laws: The laws.
+
+    Returns:
+        A decorator for a test that takes `law`, and calls it or `check_optimizer` with it.
+
+    Example:
+        >>> import funcopt
+        >>> from funcopt.testing import check_optimizer, parametrize_laws
+        >>> @parametrize_laws(funcopt.AdamW())
+        ... def test_adamw(law):
+        ...     assert check_optimizer(funcopt.AdamW(), laws=[law]).ok
+    """
+    import pytest  # noqa: PLC0415  # only who writes tests for pytest needs it
+
+    name = type(opt).__name__
+    return pytest.mark.parametrize("law", laws, ids=[f"{name}-{law.__name__}" for law in laws])

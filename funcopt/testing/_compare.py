@@ -1,0 +1,114 @@
+"""How two results are held against each other: the tolerances, and the message of a broken law."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _tree
+from .._types import Tree
+
+__all__ = ["EXACT", "ROUNDING", "LawBroken", "NotApplicable", "compare"]
+
+# How many units in the last place two results of the same equations may differ by, per step: in the
+# element itself, and in the largest element of its leaf. 16-bit results are rounded once from
+# float32, so an ulp either way; the others collect the roundings of some ten operations.
+ROUNDING: dict[torch.dtype, float] = {
+    torch.float16: 2.0,
+    torch.bfloat16: 2.0,
+    torch.float32: 16.0,
+    torch.float64: 16.0,
+    torch.complex64: 16.0,
+    torch.complex128: 16.0,
+}
+
+# To the bit; a NaN equals a NaN.
+EXACT: dict[torch.dtype, float] = dict.fromkeys(ROUNDING, 0.0)
+
+
+class LawBroken(AssertionError):  # noqa: N818
+    """A law does not hold. The message names the law, the path, the step, and both values."""
+
+
+class NotApplicable(Exception):  # noqa: N818
+    """A law says nothing about this optimizer. The message says why."""
+
+
+def compare(
+    law: str,
+    step: int,
+    root: str,
+    actual: Tree,
+    expected: Tree,
+    ulps: dict[torch.dtype, float] = EXACT,
+    before: Tree = None,
+) -> None:
+    """Hold one tree of tensors against another.
+
+    Args:
+        law: What to call it in the message.
+        step: Likewise.
+        root: The name of the tree.
+        actual: The one.
+        expected: The other.
+        ulps: How many units in the last place they may differ by, for each dtype.
+        before: What both came of: a number that is small because two large ones cancelled has the
+            rounding of the large ones.
+
+    Raises:
+        LawBroken: At the first leaf that differs in structure, shape, dtype, or by more than so
+            many units in the last place of its dtype.
+    """
+    wanted, structure = _tree.flatten(expected)
+    try:
+        leaves = _tree.pair(actual, root, structure).leaves
+    except ValueError as error:
+        raise LawBroken(
+            f"{law}: step {step}, {root}: got a tree of other leaves: {error}"
+        ) from None
+    olds = wanted if before is None else _tree.pair(before, root, structure).leaves
+    for index, (one, other, old) in enumerate(zip(leaves, wanted, olds, strict=True)):
+        reason = _difference(one, other, old, ulps)
+        if reason is not None:
+            path = _tree.paths(structure, root)[index]
+            raise LawBroken(f"{law}: step {step}, {path}: {reason}")
+
+
+def _difference(one: Any, other: Any, old: Any, ulps: dict[torch.dtype, float]) -> str | None:
+    if not (isinstance(one, Tensor) and isinstance(other, Tensor)):
+        same = type(one) is type(other) and one == other
+        return None if same else f"got {one!r}, expected {other!r}"
+    for name in ("shape", "dtype", "device"):
+        if getattr(one, name) != getattr(other, name):
+            return f"got {name} {getattr(one, name)}, expected {getattr(other, name)}"
+    one, other = one.detach(), other.detach()
+    if one.numel() == 0:
+        return None
+    wrong = ~_within(one, other, old.detach(), ulps.get(one.dtype, 0.0))
+    if not bool(wrong.any()):
+        return None
+    where = tuple(int(i) for i in wrong.nonzero()[0])
+    return f"got {_value(one, where)}, expected {_value(other, where)} at index {where}"
+
+
+def _within(one: Tensor, other: Tensor, old: Tensor, ulps: float) -> Tensor:
+    same = (one == other) | (one.isnan() & other.isnan())
+    if ulps == 0.0:
+        return same
+    ulp = torch.finfo(one.dtype).eps
+    wide_one, wide_other = _wide(one), _wide(other)
+    size = torch.maximum(wide_other.abs(), _wide(old).abs())
+    size = torch.where(size.isfinite(), size, 0.0)
+    # Below the normal range the steps between numbers no longer shrink.
+    allowed = ulps * (ulp * (size + size.max()) + torch.finfo(one.dtype).tiny * ulp)
+    return same | ((wide_one - wide_other).abs() <= allowed)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
+
+
+def _value(tensor: Tensor, where: tuple[int, ...]) -> str:
+    return f"{tensor[where].item():.9g}"

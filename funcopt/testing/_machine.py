@@ -1,0 +1,165 @@
+"""A state machine: everything one may do with an optimizer, in any order, against a model."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from torch.func import vmap
+
+from .. import _tree
+from .._kernels import KERNELS
+from .._types import Tree
+from . import strategies
+from ._compare import NotApplicable, compare
+from ._subject import clone, field, replace, tree_map
+from .oracles import oracle_of
+
+__all__ = ["OptimizerMachine"]
+
+# The machine runs in float64 against a model in float64, so that many updates drift by rounding
+# alone, and what is wrong stands out. The drift is some ulp an update, amplified by division.
+_DRIFT = {torch.float64: 2.0**20, torch.complex128: 2.0**20}
+
+
+class OptimizerMachine(RuleBasedStateMachine):
+    """Updates, in place or not, mapped or not, of whole or split trees, interleaved at random.
+
+    Beside the optimizer runs its oracle; after each rule both agree. To test an optimizer of your
+    own, subclass and set `optimizers`; another thing to do with an optimizer is one more method, a
+    `hypothesis.stateful.rule` that leaves `params` and `state` as the optimizer would.
+
+    Example:
+        >>> from funcopt.testing import OptimizerMachine, strategies
+        >>> class TestAMSGrad(OptimizerMachine.TestCase):
+        ...     pass
+    """
+
+    optimizers: ClassVar[st.SearchStrategy[Any]] = strategies.optimizers()
+    params_strategy: ClassVar[st.SearchStrategy[Tree]] = strategies.params(
+        dtype=st.sampled_from([torch.float64, torch.complex128])
+    )
+
+    opt: Any
+    params: Tree
+    state: Tree
+
+    @initialize(data=st.data())
+    def start(self, data: st.DataObject) -> None:
+        """Draw an optimizer and its parameters."""
+        self.opt = data.draw(self.optimizers)
+        self.params = clone(data.draw(self.params_strategy))
+        self.state = self.opt.init(self.params)
+        self.model = clone(self.params), clone(self.state)
+        self.updates = 0
+
+    def gradients(self, data: st.DataObject, *, none: bool = False) -> Tree:
+        """Draw gradients, and let the model take a step with them."""
+        grads = data.draw(strategies.gradients(self.params, none=none, layouts=["contiguous"]))
+        model_params, model_state = self.model
+        self.model = oracle_of(self.opt)(self.opt, grads, model_state, model_params)
+        self.updates += 1
+        return grads
+
+    @rule(data=st.data())
+    def update(self, data: st.DataObject) -> None:
+        """Take a pure update."""
+        self.params, self.state = self.opt.update(
+            self.gradients(data, none=True), self.state, self.params
+        )
+
+    @precondition(lambda self: hasattr(self.opt, "update_"))
+    @rule(data=st.data())
+    def update_in_place(self, data: st.DataObject) -> None:
+        """Take an update in place."""
+        self.opt.update_(self.gradients(data, none=True), self.state, self.params)
+
+    @rule(kernel=st.sampled_from(KERNELS))
+    def change_kernel(self, kernel: str) -> None:
+        """Go on with another kernel, if there is a choice."""
+        try:
+            field(self.opt, "kernel")
+        except NotApplicable:
+            return
+        self.opt = replace(self.opt, kernel=kernel)
+
+    @rule(data=st.data(), dim=st.sampled_from([0, -1]))
+    def update_as_a_member(self, data: st.DataObject, dim: int) -> None:
+        """Stack the run beside another, take a mapped update, and go on as one of the members."""
+        trees = (self.gradients(data), self.state, self.params)
+        beside = tree_map(lambda t: torch.stack([t * 2, t], dim), trees)
+        mapped = vmap(self.opt.update, dim)(*beside)
+        self.params, self.state = tree_map(lambda t: t[1].clone(), mapped)
+
+    @rule(data=st.data())
+    def update_in_two_halves(self, data: st.DataObject) -> None:
+        """Split the tree, update each half as a tree of its own, and join them again."""
+        grads = self.gradients(data, none=True)
+        structure = _tree.flatten(self.params)[1]
+        count = structure.num_leaves
+        halves = [range(count // 2), range(count // 2, count)]
+        if count < 2:
+            self.params, self.state = self.opt.update(grads, self.state, self.params)
+            return
+        results = [
+            self.opt.update(
+                *(_part(tree, structure, half) for tree in (grads, self.state, self.params))
+            )
+            for half in halves
+        ]
+        self.params = _join(self.params, structure, [params for params, _ in results])
+        self.state = _join(self.state, structure, [state for _, state in results])
+
+    @rule()
+    def save_and_load(self) -> None:
+        """Write the run to a file, and go on from there."""
+        trees = (self.params, self.state)
+        leaves, structure = _tree.flatten(trees)
+        file = io.BytesIO()
+        torch.save(leaves, file)
+        file.seek(0)
+        self.params, self.state = _tree.unflatten(structure, torch.load(file, weights_only=True))
+
+    @invariant()
+    def agrees_with_the_model(self) -> None:
+        """Parameters and state are the oracle's."""
+        if not hasattr(self, "model"):
+            return
+        for root, ours, models in zip(
+            ("params", "state"), (self.params, self.state), self.model, strict=True
+        ):
+            compare("the model", self.updates, root, ours, models, _DRIFT)
+
+
+def _like(structure: _tree.Structure) -> Callable[[Any], bool]:
+    """Whether a subtree is one of the parameters' structure: a tree of moments, say."""
+    return lambda tree: _tree.flatten(tree)[1] == structure
+
+
+def _part(tree: Tree, structure: _tree.Structure, half: range) -> Tree:
+    """Take some leaves of each subtree of the parameters' structure, as a list."""
+    subtrees, outside = _tree.flatten_above(tree, _like(structure))
+    return _tree.unflatten(
+        outside,
+        [
+            [_tree.flatten(each)[0][i] for i in half] if _like(structure)(each) else each
+            for each in subtrees
+        ],
+    )
+
+
+def _join(tree: Tree, structure: _tree.Structure, halves: list[Tree]) -> Tree:
+    """Put the parts of each subtree together again; what is not split is that of the first."""
+    subtrees, outside = _tree.flatten_above(tree, _like(structure))
+    parts = [outside.flatten_up_to(half) for half in halves]
+    joined = [
+        _tree.unflatten(structure, [leaf for half in own for leaf in half])
+        if _like(structure)(each)
+        else own[0]
+        for each, *own in zip(subtrees, *parts, strict=True)
+    ]
+    return _tree.unflatten(outside, joined)

@@ -1,0 +1,102 @@
+"""The optimizer under test: what it has, what can be replaced in it, and how it is run."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _tree
+from .._types import Tree
+from ._compare import NotApplicable
+
+__all__ = ["Step", "cast", "clone", "field", "leaves_of", "replace", "run", "tree_map"]
+
+
+class Step(NamedTuple):
+    """One update of a run: what went in, and what came out."""
+
+    number: int  # from 1
+    grads: Tree
+    state: Tree
+    params: Tree
+    new_params: Tree
+    new_state: Tree
+
+
+def run(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> Iterator[Step]:
+    """Yield the updates of a run, one after the other."""
+    state = opt.init(params)
+    for number, grads in enumerate(gradient_sequence, 1):
+        new_params, new_state = opt.update(grads, state, params)
+        yield Step(number, grads, state, params, new_params, new_state)
+        params, state = new_params, new_state
+
+
+def last(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> Step:
+    """Return the last update of a run."""
+    *_, final = run(opt, params, gradient_sequence)
+    return final
+
+
+def field(opt: Any, name: str) -> Any:
+    """Return a hyperparameter of an optimizer, or of the innermost that it wraps.
+
+    Raises:
+        NotApplicable: If there is none of that name.
+    """
+    while not hasattr(opt, name):
+        if not hasattr(opt, "inner"):
+            raise NotApplicable(f"it has no {name}")
+        opt = opt.inner
+    return getattr(opt, name)
+
+
+def replace(opt: Any, **values: Any) -> Any:
+    """Return the optimizer with some hyperparameters replaced, its own or those of what it wraps.
+
+    Raises:
+        NotApplicable: If it has none of that name, or is not a dataclass.
+    """
+    if not dataclasses.is_dataclass(opt) or isinstance(opt, type):
+        raise NotApplicable(f"{type(opt).__name__} is not a dataclass, so nothing can be replaced")
+    own = {name: value for name, value in values.items() if hasattr(opt, name)}
+    others = {name: value for name, value in values.items() if name not in own}
+    if others:
+        if not hasattr(opt, "inner"):
+            raise NotApplicable(f"it has no {', '.join(others)}")
+        own["inner"] = replace(opt.inner, **others)
+    return dataclasses.replace(opt, **own)
+
+
+def tree_map(function: Any, tree: Tree) -> Tree:
+    """Map a function over the tensors of a tree; None stays None."""
+    leaves, structure = _tree.flatten(tree)
+    return _tree.unflatten(structure, [None if leaf is None else function(leaf) for leaf in leaves])
+
+
+def leaves_of(tree: Tree) -> list[Tensor]:
+    """Return the tensors of a tree."""
+    return [leaf for leaf in _tree.flatten(tree)[0] if isinstance(leaf, Tensor)]
+
+
+def clone(tree: Tree) -> Tree:
+    """Copy the tensors of a tree, layout and all."""
+    return tree_map(_clone, tree)
+
+
+def _clone(tensor: Tensor) -> Tensor:
+    copy = torch.empty_strided(
+        tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
+    )
+    overlapping = any(s == 0 and n > 1 for s, n in zip(tensor.stride(), tensor.shape, strict=True))
+    return tensor.clone() if overlapping else copy.copy_(tensor)
+
+
+def cast(tree: Tree, dtype: torch.dtype) -> Tree:
+    """Cast the tensors of a tree; complex ones to the complex dtype of that precision."""
+    wide = dtype.to_complex()
+    return tree_map(lambda t: t.to(wide if t.is_complex() else dtype), tree)

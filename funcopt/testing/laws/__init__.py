@@ -1,0 +1,104 @@
+"""Laws: plain assertion functions `law(opt, params, gradient_sequence)`.
+
+A law says what must hold of any optimizer that has `init` and `update`, or of any that has what the
+law speaks of. It takes at least two steps, looks at the state as well as at the parameters, and
+raises `LawBroken` with its name, the step, the path and both values, or `NotApplicable` with the
+reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ..._types import Tree
+from .._compare import LawBroken, NotApplicable
+from ._agreement import (
+    compiles_once,
+    kernels_agree,
+    leaves_are_independent,
+    matches_oracle,
+    matches_torch,
+)
+from ._algebra import (
+    decay_is_decoupled,
+    first_step_is_sign,
+    maximize_is_minimize_negated,
+    scale_invariant,
+    zero_lr_moves_nothing,
+)
+from ._purity import (
+    bad_trees_raise,
+    deterministic,
+    inplace_is_pure,
+    keeps_structure,
+    never_mutates,
+    outputs_share_no_memory,
+    round_trips,
+    survives_zero_gradients,
+)
+from ._transforms import (
+    gradient_is_finite,
+    gradient_matches_differences,
+    nested_vmap_is_loop,
+    per_member_hyperparameters,
+    vmap_is_loop,
+)
+
+Law = Callable[[Any, Tree, list[Tree]], None]
+
+LAWS: tuple[Law, ...] = (
+    never_mutates,
+    outputs_share_no_memory,
+    deterministic,
+    keeps_structure,
+    inplace_is_pure,
+    round_trips,
+    bad_trees_raise,
+    survives_zero_gradients,
+    kernels_agree,
+    matches_torch,
+    matches_oracle,
+    leaves_are_independent,
+    vmap_is_loop,
+    nested_vmap_is_loop,
+    per_member_hyperparameters,
+    gradient_is_finite,
+    gradient_matches_differences,
+    zero_lr_moves_nothing,
+    maximize_is_minimize_negated,
+    decay_is_decoupled,
+    scale_invariant,
+    first_step_is_sign,
+    compiles_once,
+)
+
+__all__ = [
+    "LAWS",
+    "Law",
+    "LawBroken",
+    "NotApplicable",
+    "bad_trees_raise",
+    "compiles_once",
+    "decay_is_decoupled",
+    "deterministic",
+    "first_step_is_sign",
+    "gradient_is_finite",
+    "gradient_matches_differences",
+    "inplace_is_pure",
+    "keeps_structure",
+    "kernels_agree",
+    "leaves_are_independent",
+    "matches_oracle",
+    "matches_torch",
+    "maximize_is_minimize_negated",
+    "nested_vmap_is_loop",
+    "never_mutates",
+    "outputs_share_no_memory",
+    "per_member_hyperparameters",
+    "round_trips",
+    "scale_invariant",
+    "survives_zero_gradients",
+    "vmap_is_loop",
+    "zero_lr_moves_nothing",
+]

@@ -1,0 +1,164 @@
+"""Agreement with other ways to the same numbers: kernels, torch, an oracle, a compiler."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import _tree
+from ..._adamw import AdamW
+from ..._kernels import KERNELS
+from ..._types import Tree
+from .._compare import EXACT, ROUNDING, NotApplicable, compare
+from .._subject import cast, field, leaves_of, replace, run, tree_map
+from ..oracles import oracle_of
+
+__all__ = [
+    "compiles_once",
+    "kernels_agree",
+    "leaves_are_independent",
+    "matches_oracle",
+    "matches_torch",
+]
+
+
+def kernels_agree(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> None:
+    """Every kernel takes the same step, to a few ulp."""
+    field(opt, "kernel")
+    for step in run(opt, params, gradient_sequence):
+        for name in KERNELS:
+            new_params, new_state = replace(opt, kernel=name).update(
+                step.grads, step.state, step.params
+            )
+            law = f"kernels_agree (kernel={name!r})"
+            compare(law, step.number, "params", new_params, step.new_params, ROUNDING, step.params)
+            compare(law, step.number, "state", new_state, step.new_state, ROUNDING, step.state)
+
+
+_TORCH_FLAGS: dict[str, dict[str, bool]] = {
+    "plain": {"foreach": False, "fused": False},
+    "foreach": {"foreach": True},
+    "fused": {"fused": True},
+}
+
+
+def matches_torch(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> None:
+    """Each kernel gives the bits of torch.optim on the CPU in float32 and float64."""
+    if not isinstance(opt, AdamW):
+        raise NotApplicable(f"torch.optim has no counterpart of {type(opt).__name__}")
+    if any(not isinstance(number, float) for number in (opt.lr, *opt.betas, opt.weight_decay)):
+        raise NotApplicable("torch.optim takes its bits from Python numbers")
+    dtypes = (torch.float32, torch.float64)
+    chosen = [i for i, leaf in enumerate(_tree.flatten(params)[0]) if leaf.dtype in dtypes]
+
+    def pick(tree: Tree) -> list[Any]:
+        leaves = _tree.pair(tree, "grads", _tree.flatten(params)[1]).leaves
+        # In one layout: torch's fused kernel goes wrong where gradient and parameter differ in it.
+        return [None if leaves[i] is None else leaves[i].contiguous() for i in chosen]
+
+    for kernel, flags in _TORCH_FLAGS.items():
+        ours = replace(opt, kernel=kernel, step_per_leaf=True)
+        theirs = [torch.nn.Parameter(leaf.detach().clone()) for leaf in pick(params)]
+        if not theirs:
+            raise NotApplicable("there is no leaf in float32 or float64")
+        shared = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize")
+        options: dict[str, Any] = {name: getattr(opt, name) for name in shared}
+        torchs = torch.optim.AdamW(theirs, **{**options, **flags})
+        for step in run(ours, pick(params), [pick(grads) for grads in gradient_sequence]):
+            for parameter, grad in zip(theirs, step.grads, strict=True):
+                parameter.grad = None if grad is None else grad.clone()
+            torchs.step()
+            law = f"matches_torch (kernel={kernel!r})"
+            detached = [parameter.detach() for parameter in theirs]
+            compare(law, step.number, "params", step.new_params, detached, EXACT)
+
+
+def matches_oracle(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> None:
+    """Each step is its oracle's, rounded to the dtype of the leaf.
+
+    The oracle takes each step in float64 from what the optimizer stored, so that what is compared
+    is one step's rounding, not what rounding grows into.
+    """
+    oracle = oracle_of(opt)
+    for step in run(opt, params, gradient_sequence):
+        wide = [cast(tree, torch.float64) for tree in (step.grads, step.state, step.params)]
+        expected = oracle(opt, *wide)
+        for root, actual, exact, before in (
+            ("params", step.new_params, expected[0], step.params),
+            ("state", step.new_state, expected[1], step.state),
+        ):
+            rounded = _rounded(exact, actual)
+            compare("matches_oracle", step.number, root, actual, rounded, ROUNDING, before)
+
+
+def _rounded(exact: Tree, like: Tree) -> Tree:
+    leaves, structure = _tree.flatten(exact)
+    dtypes = [leaf.dtype for leaf in leaves_of(like)]
+    return _tree.unflatten(structure, [x.to(d) for x, d in zip(leaves, dtypes, strict=True)])
+
+
+def compiles_once(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> None:
+    """One compiled graph serves every step, and gives what eager execution gives."""
+    compiler: Any = torch.compiler  # typed in part
+    compiler.reset()
+    step_once: Any = torch.compile(opt.update, backend="aot_eager", fullgraph=True)
+    # The counts of two steps at least, or a constant in the graph would go unnoticed.
+    sequence = (gradient_sequence * 3)[: max(3, len(gradient_sequence))]
+    try:
+        for step in run(opt, params, sequence):
+            # In one layout, since another one rightly compiles anew; and without history, likewise.
+            given = [tree_map(_plain_layout, t) for t in (step.grads, step.state, step.params)]
+            expected = opt.update(*given)
+            result = step_once(*given)
+            compiler.set_stance("fail_on_recompile")
+            for root, tree, wanted, before in zip(
+                ("params", "state"), result, expected, (given[2], given[1]), strict=True
+            ):
+                compare("compiles_once", step.number, root, tree, wanted, ROUNDING, before)
+    finally:
+        compiler.set_stance("default")
+
+
+def _plain_layout(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone(memory_format=torch.contiguous_format)
+
+
+def leaves_are_independent(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> None:
+    """A leaf moves as it would alone, under another name, elsewhere, or stacked on itself."""
+    leaves, structure = _tree.flatten(params)
+    rows = [_tree.pair(grads, "grads", structure).leaves for grads in gradient_sequence]
+    whole = [_tree.flatten(step.new_params)[0] for step in run(opt, params, gradient_sequence)]
+    paths = _tree.paths(structure, "params")
+
+    backward = [f"x{index}" for index in reversed(range(len(leaves)))]
+
+    def renamed(row: list[Any]) -> Tree:
+        return dict(zip(backward, reversed(row), strict=True))
+
+    for step in run(opt, renamed(leaves), [renamed(row) for row in rows]):
+        expected = renamed(whole[step.number - 1])
+        compare(
+            "leaves_are_independent (renamed)",
+            step.number,
+            "params",
+            step.new_params,
+            expected,
+            ROUNDING,
+        )
+
+    for index, leaf in enumerate(leaves):
+        for law, prepare in _SETTINGS.items():
+            row = [prepare(r[index]) for r in rows]
+            for step in run(opt, [prepare(leaf)], [[g] for g in row]):
+                expected = prepare(whole[step.number - 1][index])
+                name = f"leaves_are_independent ({law})"
+                compare(name, step.number, paths[index], step.new_params[0], expected, ROUNDING)
+
+
+def _stacked(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else torch.stack([tensor, tensor])
+
+
+_SETTINGS = {"alone": lambda tensor: tensor, "stacked": _stacked}

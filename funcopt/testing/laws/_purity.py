@@ -1,0 +1,201 @@
+"""What it means to be a pure function of trees."""
+
+from __future__ import annotations
+
+import io
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import _tree
+from ..._types import Tree
+from .._compare import ROUNDING, LawBroken, NotApplicable, compare
+from .._subject import Step, cast, clone, leaves_of, run, tree_map
+
+__all__ = [
+    "bad_trees_raise",
+    "deterministic",
+    "inplace_is_pure",
+    "keeps_structure",
+    "never_mutates",
+    "outputs_share_no_memory",
+    "round_trips",
+    "survives_zero_gradients",
+]
+
+
+def never_mutates(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> None:
+    """`init` and `update` change no bit of what they are given."""
+    before = clone(params)
+    state = opt.init(params)
+    compare("never_mutates", 0, "params", params, before)
+    for number, grads in enumerate(gradient_sequence, 1):
+        copies = [clone(tree) for tree in (grads, state, params)]
+        new_params, new_state = opt.update(grads, state, params)
+        for root, tree, copy in zip(_ROOTS, (grads, state, params), copies, strict=True):
+            compare("never_mutates", number, root, tree, copy)
+        params, state = new_params, new_state
+
+
+_ROOTS = ("grads", "state", "params")
+
+
+def outputs_share_no_memory(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> None:
+    """No tensor that `init` or `update` returns shares memory with another or with an input."""
+    _check_memory(0, (opt.init(params),), {"params": params}, ("state",))
+    for step in run(opt, params, gradient_sequence):
+        given = {"grads": step.grads, "state": step.state, "params": step.params}
+        _check_memory(step.number, (step.new_params, step.new_state), given, ("params", "state"))
+
+
+def _check_memory(
+    number: int, results: tuple[Tree, ...], given: dict[str, Tree], roots: tuple[str, ...]
+) -> None:
+    owners: dict[int, str] = {}
+    for root, tree in given.items():
+        for path, pointer in _memory(tree, root):
+            owners[pointer] = path
+    for root, tree in zip(roots, results, strict=True):
+        for path, pointer in _memory(tree, f"new_{root}"):
+            if pointer in owners:
+                raise LawBroken(
+                    f"outputs_share_no_memory: step {number}, {path}: got the memory of "
+                    f"{owners[pointer]}, expected its own"
+                )
+            owners[pointer] = path
+
+
+def _memory(tree: Tree, root: str) -> list[tuple[str, int]]:
+    leaves, structure = _tree.flatten(tree)
+    return [
+        (path, leaf.untyped_storage().data_ptr())
+        for path, leaf in zip(_tree.paths(structure, root), leaves, strict=True)
+        if isinstance(leaf, Tensor) and leaf.numel() > 0
+    ]
+
+
+def deterministic(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> None:
+    """The same inputs give the same bits, with whatever memory held before."""
+    first = [(step.new_params, step.new_state) for step in run(opt, params, gradient_sequence)]
+    again = list(run(opt, clone(params), [clone(grads) for grads in gradient_sequence]))
+    for step, (new_params, new_state) in zip(again, first, strict=True):
+        compare("deterministic", step.number, "params", step.new_params, new_params)
+        compare("deterministic", step.number, "state", step.new_state, new_state)
+
+
+def keeps_structure(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> None:
+    """Trees, shapes, dtypes, devices and dense strides stay as they are from step to step."""
+    for step in run(opt, params, gradient_sequence):
+        _keeps(step, "params", step.new_params, step.params)
+        _keeps(step, "state", step.new_state, step.state)
+
+
+def _keeps(step: Step, root: str, new: Tree, old: Tree) -> None:
+    news, structure = _tree.flatten(new)
+    olds, expected = _tree.flatten(old)
+    law = f"keeps_structure: step {step.number}"
+    if structure != expected:
+        raise LawBroken(f"{law}, {root}: got a tree {structure}, expected {expected}")
+    for path, one, other in zip(_tree.paths(structure, root), news, olds, strict=True):
+        for name in ("shape", "dtype", "device"):
+            if getattr(one, name) != getattr(other, name):
+                got, wanted = getattr(one, name), getattr(other, name)
+                raise LawBroken(f"{law}, {path}: got {name} {got}, expected {wanted}")
+        dense = _strides(other) == _strides(torch.empty_like(other))
+        if dense and _strides(one) != _strides(other):
+            raise LawBroken(f"{law}, {path}: got strides {one.stride()}, expected {other.stride()}")
+
+
+def _strides(tensor: Tensor) -> list[int]:
+    """The strides that matter: along a dimension of size 1, or in an empty tensor, none does."""
+    if tensor.numel() == 0:
+        return []
+    return [s for s, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
+
+
+def inplace_is_pure(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> None:
+    """`update_` writes the bits that `update` returns into the trees it was given."""
+    if not callable(getattr(opt, "update_", None)):
+        raise NotApplicable("it has no update_")
+    own, state = clone(params), opt.init(params)
+    memory = _memory((own, state), "")
+    for step in run(opt, params, gradient_sequence):
+        result = opt.update_(step.grads, state, own)
+        for root, given, expected in (
+            ("params", own, step.new_params),
+            ("state", state, step.new_state),
+        ):
+            compare("inplace_is_pure", step.number, root, given, expected)
+        compare("inplace_is_pure", step.number, "result", result, (own, state))
+    if _memory((own, state), "") != memory:
+        raise LawBroken("inplace_is_pure: the tensors were moved in memory instead of written")
+
+
+def round_trips(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> None:
+    """A state that was saved and loaded goes on to the bit."""
+    state = opt.init(params)
+    for number, grads in enumerate(gradient_sequence, 1):
+        leaves, structure = _tree.flatten(state)
+        file = io.BytesIO()
+        torch.save(leaves, file)
+        file.seek(0)
+        loaded = _tree.unflatten(structure, torch.load(file, weights_only=True))
+        compare("round_trips", number, "state", loaded, state)
+        expected = opt.update(grads, state, params)
+        compare("round_trips", number, "result", opt.update(grads, loaded, params), expected)
+        params, state = expected
+
+
+def survives_zero_gradients(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> None:
+    """Gradients of exactly zero, at first and after others, leave every number finite."""
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        own = cast(tree_map(torch.real, params), dtype)
+        zeros = tree_map(torch.zeros_like, own)
+        sequence = [zeros, zeros]
+        if dtype in (torch.float32, torch.float64):
+            # In 16 bits a second moment can vanish where the first does not: that is their range.
+            given = [cast(tree_map(torch.real, grads), dtype) for grads in gradient_sequence]
+            sequence += [*given, zeros, zeros]
+        for step in run(opt, own, sequence):
+            for root, tree in (("params", step.new_params), ("state", step.new_state)):
+                finite = tree_map(lambda t: torch.where(t.isfinite(), t, torch.zeros_like(t)), tree)
+                compare(f"survives_zero_gradients ({dtype})", step.number, root, tree, finite)
+
+
+def bad_trees_raise(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> None:  # noqa: ARG001
+    """A gradient of a wrong structure or shape raises; keys in another order pair or raise."""
+    leaves = [leaf for leaf in leaves_of(params) if leaf.ndim > 0 and leaf.numel() > 1]
+    given = {
+        "a": leaves[0] if leaves else torch.ones(2),
+        "b": torch.ones(2, 3),
+        "c": torch.ones(2, 3),
+    }
+    grads = {name: torch.full_like(leaf, i + 1.0) for i, (name, leaf) in enumerate(given.items())}
+    state = opt.init(given)
+    bad = {
+        "a missing key": {name: grads[name] for name in ("a", "b")},
+        "an extra key": {**grads, "d": torch.ones(2)},
+        "a renamed key": {"a": grads["a"], "b": grads["b"], "d": grads["c"]},
+        "a transposed gradient": {**grads, "b": grads["b"].mT},
+        "a gradient to broadcast": {**grads, "b": grads["b"][:1]},
+        "a list for a dict": list(grads.values()),
+    }
+    silent = []
+    for what, wrong in bad.items():
+        try:
+            opt.update(wrong, opt.init(given), clone(given))
+        except Exception:  # which error it is, is the optimizer's choice
+            continue
+        silent.append(what)
+    if silent:
+        raise LawBroken(
+            f"bad_trees_raise: step 1, grads: got no error for {', '.join(silent)}, expected one"
+        )
+    turned = OrderedDict(reversed(grads.items()))
+    try:
+        moved = opt.update(turned, state, given)[0]
+    except Exception:  # to be that strict is to be right, too
+        return
+    compare("bad_trees_raise", 1, "params", moved, opt.update(grads, state, given)[0], ROUNDING)

@@ -1,0 +1,92 @@
+"""Oracles: an optimizer written again from its paper, in float64, to hold the real one to.
+
+An oracle shares no line with what it judges. It is a function `oracle(opt, grads, state, params)`
+of trees in float64 that returns the parameters and the state after one update. An optimizer without
+one of its own is judged by itself, run in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .. import _tree
+from .._adamw import AdamW, AdamWState
+from .._types import Tree
+
+__all__ = ["adamw", "oracle_of", "register"]
+
+Oracle = Callable[[Any, Tree, Any, Tree], tuple[Tree, Any]]
+
+_ORACLES: dict[type, Oracle] = {}
+
+
+def register(kind: type, oracle: Oracle) -> None:
+    """Let `oracle` judge the optimizers of a class.
+
+    Args:
+        kind: The class.
+        oracle: Called as `oracle(opt, grads, state, params)` with trees in float64 (complex128
+            where leaves are complex); returns `(params, state)` after one update.
+    """
+    _ORACLES[kind] = oracle
+
+
+def oracle_of(opt: Any) -> Oracle:
+    """Return the oracle of an optimizer: the one of its class, or its own update."""
+    for kind in type(opt).__mro__:
+        if kind in _ORACLES:
+            return _ORACLES[kind]
+    return lambda opt, grads, state, params: opt.update(grads, state, params)
+
+
+def adamw(opt: AdamW, grads: Tree, state: AdamWState, params: Tree) -> tuple[Tree, AdamWState]:
+    """AdamW from the papers' equations, leaf by leaf."""
+    leaves, structure = _tree.flatten(params)
+
+    def column(tree: Tree, root: str) -> list[Any]:
+        return _tree.pair(tree, root, structure).leaves
+
+    counts = column(state.step, "step") if opt.step_per_leaf else [state.step] * len(leaves)
+    maxima = column(state.max_exp_avg_sq, "max") if opt.amsgrad else [None] * len(leaves)
+    columns = (column(grads, "grads"), column(state.exp_avg, "m"), column(state.exp_avg_sq, "v"))
+    rows = [_one(opt, list(row)) for row in zip(leaves, *columns, maxima, counts, strict=True)]
+    trees = [_tree.unflatten(structure, [row[i] for row in rows]) for i in range(5)]
+    new_params, exp_avg, exp_avg_sq, largest, count = trees
+    return new_params, AdamWState(
+        count if opt.step_per_leaf else state.step + 1,
+        exp_avg,
+        exp_avg_sq,
+        largest if opt.amsgrad else (),
+    )
+
+
+def _one(opt: AdamW, row: list[Any]) -> list[Any]:
+    p, g, m, v, largest, t = row
+    if g is None:
+        return [p, m, v, largest, t]
+    if p.is_complex():
+        pairs = [
+            None if x is None else torch.view_as_real(x.resolve_conj())
+            for x in (p, g, m, v, largest)
+        ]
+        *moved, t = _one(opt, [*pairs, t])
+        return [*(None if x is None else torch.view_as_complex(x) for x in moved), t]
+    lr = opt.lr(t) if callable(opt.lr) else opt.lr
+    weight_decay = opt.weight_decay(t) if callable(opt.weight_decay) else opt.weight_decay
+    beta1, beta2 = opt.betas
+    t = t + 1
+    if opt.maximize:
+        g = -g
+    m = beta1 * m + (1 - beta1) * g
+    v = beta2 * v + (1 - beta2) * g * g
+    if opt.amsgrad:
+        largest = torch.maximum(largest, v)
+    mean = m / (1 - beta1**t)
+    spread = ((largest if opt.amsgrad else v) / (1 - beta2**t)).sqrt()
+    return [p - lr * weight_decay * p - lr * mean / (spread + opt.eps), m, v, largest, t]
+
+
+register(AdamW, adamw)

@@ -1,0 +1,324 @@
+"""Hypothesis strategies for what an optimizer is given: tensors, trees, gradients, hyperparameters.
+
+They follow the manner of `hypothesis.extra.numpy`: keyword-only options, bad options refused with
+the value in the message, and simplest things first, so that a failing example shrinks to the
+smallest tree of the plainest tensors. A tensor is drawn as a recipe (shape, dtype, kind of values,
+layout, seed), never element by element, which keeps drawing a tree to a millisecond or two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import torch
+from hypothesis import strategies as st
+from hypothesis.errors import InvalidArgument
+from torch import Tensor
+
+from .. import _tree
+from .._adamw import AdamW
+from .._types import Optimizer, Tree
+from ._tensors import LAYOUTS, VALUES, build, like
+from ._trees import NODES, assemble
+
+__all__ = [
+    "adamws",
+    "dtypes",
+    "gradient_sequences",
+    "gradients",
+    "hyperparameters",
+    "optimizers",
+    "params",
+    "shapes",
+    "tensors",
+    "trees",
+]
+
+T = TypeVar("T")
+
+_REAL = (torch.float32, torch.float64)
+_HALF = (torch.bfloat16, torch.float16)
+_COMPLEX = (torch.complex64, torch.complex128)
+
+
+def dtypes(*, half: bool = True, complex: bool = True) -> st.SearchStrategy[torch.dtype]:  # noqa: A002
+    """Dtypes that a parameter may have.
+
+    Args:
+        half: Whether to draw float16 and bfloat16.
+        complex: Whether to draw complex64 and complex128.
+
+    Example:
+        >>> from funcopt.testing import strategies
+        >>> strategies.dtypes(half=False, complex=False)
+        sampled_from((torch.float32, torch.float64))
+    """
+    return st.sampled_from(_REAL + (_HALF if half else ()) + (_COMPLEX if complex else ()))
+
+
+@st.composite
+def _shapes(
+    draw: st.DrawFn, min_dims: int, max_dims: int, min_side: int, max_side: int
+) -> tuple[int, ...]:
+    # One draw for all sides: shrinking it shrinks the shape, at a third of the cost of a list.
+    dims = draw(st.integers(min_dims, max_dims))
+    return tuple(draw(st.integers(min_side, max_side)) for _ in range(dims))
+
+
+def shapes(
+    *, min_dims: int = 0, max_dims: int = 3, min_side: int = 0, max_side: int = 4
+) -> st.SearchStrategy[tuple[int, ...]]:
+    """Shapes, from `()` up; a side of 0 makes an empty tensor.
+
+    Args:
+        min_dims: The fewest dimensions: at least 0.
+        max_dims: The most dimensions.
+        min_side: The smallest size of one: at least 0.
+        max_side: The largest.
+
+    Raises:
+        InvalidArgument: If a bound is negative or above its counterpart.
+    """
+    for low, high in (("min_dims", "max_dims"), ("min_side", "max_side")):
+        least, most = locals()[low], locals()[high]
+        if not 0 <= least <= most:
+            raise InvalidArgument(f"{low}={least}, {high}={most}: must be 0 <= {low} <= {high}.")
+    return _shapes(min_dims, max_dims, min_side, max_side)
+
+
+def _strategy(name: str, value: Any, kind: type[T], default: st.SearchStrategy[T]) -> Any:
+    """Turn None into a default, a value into itself drawn, and leave a strategy as it is."""
+    if value is None:
+        return default
+    if isinstance(value, st.SearchStrategy):
+        return value
+    if isinstance(value, kind):
+        return st.just(value)
+    raise InvalidArgument(f"{name}={value!r}: must be a {kind.__name__} or a strategy for one.")
+
+
+def _choice(name: str, names: Sequence[str], known: Sequence[str]) -> st.SearchStrategy[str]:
+    wrong = [given for given in names if given not in known]
+    if wrong or not names:
+        raise InvalidArgument(f"{name}={names!r}: must be some of {', '.join(known)}.")
+    return st.sampled_from([given for given in known if given in names])
+
+
+@st.composite
+def _tensors(draw: st.DrawFn, dtype: Any, shape: Any, values: Any, layouts: Any) -> Tensor:
+    return build(draw(shape), draw(dtype), draw(values), draw(layouts), draw(_SEEDS))
+
+
+_SEEDS = st.integers(0, 2**16)
+
+
+def tensors(
+    *,
+    dtype: torch.dtype | st.SearchStrategy[torch.dtype] | None = None,
+    shape: tuple[int, ...] | st.SearchStrategy[tuple[int, ...]] | None = None,
+    values: Sequence[str] = VALUES,
+    layouts: Sequence[str] = LAYOUTS,
+) -> st.SearchStrategy[Tensor]:
+    """Tensors: all finite, of every kind of value and layout that a kernel might get wrong.
+
+    Args:
+        dtype: A dtype or a strategy for one; `dtypes()` if None.
+        shape: A shape or a strategy for one; `shapes()` if None.
+        values: Some of `"zeros"`, `"ones"`, `"normal"`, `"sparse"` (normal with exact zeros),
+            `"tiny"` (subnormal), `"huge"`.
+        layouts: Some of `"contiguous"`, `"transposed"`, `"channels_last"`, `"sliced"`,
+            `"expanded"`.
+
+    Raises:
+        InvalidArgument: If an option is of the wrong type or names something unknown.
+
+    Example:
+        >>> import torch
+        >>> from hypothesis import given
+        >>> from funcopt.testing import strategies
+        >>> @given(strategies.tensors(dtype=torch.float32))
+        ... def all_are_finite(tensor):
+        ...     assert tensor.isfinite().all()
+        >>> all_are_finite()
+    """
+    return _tensors(
+        _strategy("dtype", dtype, torch.dtype, dtypes()),
+        _strategy("shape", shape, tuple, shapes()),
+        _choice("values", values, VALUES),
+        _choice("layouts", layouts, LAYOUTS),
+    )
+
+
+@st.composite
+def _trees(draw: st.DrawFn, leaves: Any, min_leaves: int, max_leaves: int, nodes: Any) -> Tree:
+    count = draw(st.integers(min_leaves, max_leaves))
+    kinds = [draw(nodes) for _ in range(2)]
+    return assemble([draw(leaves) for _ in range(count)], kinds)
+
+
+def trees(
+    leaves: st.SearchStrategy[Any] | None = None,
+    *,
+    min_leaves: int = 1,
+    max_leaves: int = 4,
+    nodes: Sequence[str] = NODES,
+) -> st.SearchStrategy[Tree]:
+    """Trees of whatever `leaves` draws, up to two nodes deep.
+
+    Args:
+        leaves: A strategy for the leaves; `tensors()` if None.
+        min_leaves: The fewest leaves: at least 0.
+        max_leaves: The most.
+        nodes: Some of `"dict"`, `"list"`, `"tuple"`, `"leaf"` (a bare leaf, if there is just one),
+            `"OrderedDict"`, `"namedtuple"`, `"unsorted dict"`, `"custom"`.
+
+    Raises:
+        InvalidArgument: If a bound is out of range or a node is unknown.
+    """
+    if not 0 <= min_leaves <= max_leaves:
+        raise InvalidArgument(
+            f"min_leaves={min_leaves}, max_leaves={max_leaves}: must be 0 <= min_leaves <= "
+            f"max_leaves."
+        )
+    drawn = _strategy("leaves", leaves, type(None), tensors())
+    return _trees(drawn, min_leaves, max_leaves, _choice("nodes", nodes, NODES))
+
+
+def params(
+    *,
+    dtype: torch.dtype | st.SearchStrategy[torch.dtype] | None = None,
+    shape: tuple[int, ...] | st.SearchStrategy[tuple[int, ...]] | None = None,
+    min_leaves: int = 1,
+    max_leaves: int = 4,
+    nodes: Sequence[str] = NODES,
+    values: Sequence[str] = ("zeros", "ones", "normal", "sparse"),
+    layouts: Sequence[str] = ("contiguous", "transposed", "channels_last", "sliced"),
+) -> st.SearchStrategy[Tree]:
+    """Trees of parameters: of moderate size, and of no layout that overlaps itself.
+
+    The options are those of `tensors` and `trees`.
+    """
+    leaves = tensors(dtype=dtype, shape=shape, values=values, layouts=layouts)
+    return trees(leaves, min_leaves=min_leaves, max_leaves=max_leaves, nodes=nodes)
+
+
+@st.composite
+def _gradients(
+    draw: st.DrawFn, structure: Any, leaves: list[Tensor], values: Any, layouts: Any, none: bool
+) -> Tree:
+    drawn: list[Tensor | None] = []
+    for leaf in leaves:
+        if none and draw(st.integers(0, 4)) == 4:
+            drawn.append(None)
+        else:
+            drawn.append(like(leaf, draw(values), draw(layouts), draw(_SEEDS)))
+    return _tree.unflatten(structure, drawn)
+
+
+def gradients(
+    params: Tree,
+    *,
+    values: Sequence[str] = ("ones", "normal", "sparse", "zeros"),
+    layouts: Sequence[str] = ("contiguous", "transposed", "expanded"),
+    none: bool = False,
+) -> st.SearchStrategy[Tree]:
+    """Gradients for these parameters, in any layout.
+
+    Args:
+        params: The parameters.
+        values: Kinds of values, as for `tensors`.
+        layouts: Layouts, as for `tensors`; they need not be those of the parameters.
+        none: Whether a leaf may have None instead.
+    """
+    leaves, structure = _tree.flatten(params)
+    return _gradients(
+        structure,
+        leaves,
+        _choice("values", values, VALUES),
+        _choice("layouts", layouts, LAYOUTS),
+        none,
+    )
+
+
+def gradient_sequences(
+    params: Tree,
+    steps: int | st.SearchStrategy[int] = 2,
+    *,
+    values: Sequence[str] = ("ones", "normal", "sparse", "zeros"),
+    layouts: Sequence[str] = ("contiguous", "transposed", "expanded"),
+    none: bool = False,
+) -> st.SearchStrategy[list[Tree]]:
+    """Lists of gradients, one for each update.
+
+    Args:
+        params: The parameters.
+        steps: How many, or a strategy for that: at least 1.
+        values: As for `gradients`.
+        layouts: As for `gradients`.
+        none: As for `gradients`.
+
+    Raises:
+        InvalidArgument: If `steps` is less than 1.
+    """
+    if isinstance(steps, int) and steps < 1:
+        raise InvalidArgument(f"steps={steps}: must be at least 1.")
+    count: st.SearchStrategy[int] = _strategy("steps", steps, int, st.just(2))
+    one = gradients(params, values=values, layouts=layouts, none=none)
+    return count.flatmap(lambda n: st.lists(one, min_size=n, max_size=n))
+
+
+def hyperparameters(*, tensor: bool = False) -> st.SearchStrategy[dict[str, Any]]:
+    """The hyperparameters of an `AdamW`, as keyword arguments.
+
+    Args:
+        tensor: Whether lr, betas, eps and weight_decay may be 0-dim float64 tensors.
+    """
+    numbers = {
+        "lr": st.sampled_from([0.1, 1e-3, 0.0, 1.0]),
+        "betas": st.sampled_from([(0.9, 0.999), (0.5, 0.75), (0.0, 0.0), (0.9, 0.0), (0.0, 0.99)]),
+        "eps": st.sampled_from([1e-8, 1e-3, 1.0]),
+        "weight_decay": st.sampled_from([0.0, 1e-2, 0.5]),
+    }
+    drawn = {
+        name: st.one_of(numbers[name], numbers[name].map(_as_tensor)) if tensor else numbers[name]
+        for name in numbers
+    }
+    flags = {name: st.booleans() for name in ("amsgrad", "maximize", "step_per_leaf")}
+    return st.fixed_dictionaries({**drawn, **flags})
+
+
+def _as_tensor(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_as_tensor, value))
+    return torch.tensor(value, dtype=torch.float64)
+
+
+def adamws(**fixed: Any) -> st.SearchStrategy[AdamW]:
+    """`AdamW` optimizers, with some hyperparameters fixed.
+
+    Args:
+        fixed: Hyperparameters by name, which are not drawn then; `tensor=True` is passed on to
+            `hyperparameters`.
+    """
+    tensor = fixed.pop("tensor", False)
+    unknown = [name for name in fixed if name not in AdamW.__dataclass_fields__]
+    if unknown:
+        raise InvalidArgument(f"{unknown[0]}={fixed[unknown[0]]!r}: AdamW has no such field.")
+    return hyperparameters(tensor=tensor).map(lambda drawn: AdamW(**{**drawn, **fixed}))
+
+
+# Whatever optimizers and wrappers there are; a new one joins by one line. A wrapper is a function
+# from a strategy for the inner optimizer to one for the wrapped.
+_OPTIMIZERS: list[st.SearchStrategy[Any]] = [adamws()]
+_WRAPPERS: list[Any] = []
+
+
+def optimizers() -> st.SearchStrategy[Optimizer[Any]]:
+    """Optimizers of every sort, bare or inside wrappers nested at random."""
+    bare = st.one_of(_OPTIMIZERS)
+    if not _WRAPPERS:
+        return bare
+    return st.recursive(
+        bare, lambda inner: st.one_of([wrap(inner) for wrap in _WRAPPERS]), max_leaves=3
+    )

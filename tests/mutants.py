@@ -1,0 +1,460 @@
+"""Planted defects: patches of the real code, each with a law that must catch it.
+
+`python -m tests.mutants` holds every mutant to every law and writes the table `tests/MUTANTS.md`.
+"""
+
+import contextlib
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from funcopt import AdamW, _tree, _work
+from funcopt._kernels import _adjoint, _memory, _operands, _rules, foreach, fused, plain
+from funcopt.testing import laws
+from funcopt.testing._check import check_law
+from funcopt.testing._subject import leaves_of, tree_map
+
+# The optimizer that the defects are planted in: nothing about it is a default.
+SUBJECT = AdamW(lr=0.1, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.1, amsgrad=True)
+
+Patch = pytest.MonkeyPatch
+
+
+class Mutant(NamedTuple):
+    name: str
+    plant: Callable[[Patch], None]
+    law: Callable[..., None]
+
+
+MUTANTS: list[Mutant] = []
+
+
+def caught_by(law: Callable[..., None]) -> Callable[..., Any]:
+    """Add a mutant named after its function, which plants it."""
+
+    def add(plant: Callable[[Patch], None]) -> Callable[[Patch], None]:
+        MUTANTS.append(Mutant(plant.__name__.replace("_", " "), plant, law))
+        return plant
+
+    return add
+
+
+@contextlib.contextmanager
+def planted(mutant: Mutant) -> Iterator[None]:
+    with Patch.context() as patch:
+        mutant.plant(patch)
+        yield
+
+
+def wrap(patch: Patch, owner: Any, name: str, change: Callable[..., Any]) -> None:
+    """Replace a function by `change(original, *arguments)`."""
+    original = getattr(owner, name)
+    patch.setattr(owner, name, lambda *args, **kwargs: change(original, *args, **kwargs))
+
+
+def after_update(patch: Patch, change: Callable[..., Any]) -> None:
+    """Change what `update` returns: `change(params, state, given)` with what it was given."""
+
+    def changed(original: Any, opt: AdamW, grads: Any, state: Any, params: Any) -> Any:
+        return change(*original(opt, grads, state, params), (opt, grads, state, params))
+
+    wrap(patch, AdamW, "update", changed)
+
+
+def number(patch: Patch, name: str, change: Callable[[Any, AdamW], Any]) -> None:
+    """Change a hyperparameter on its way to the kernel."""
+
+    def changed(original: Any, opt: AdamW) -> dict[str, Any]:
+        given = original(opt)
+        return {**given, name: change(given[name], opt)}
+
+    wrap(patch, AdamW, "_hyperparameters", changed)
+
+
+# What goes in and comes out.
+
+
+@caught_by(laws.never_mutates)
+def writes_into_the_parameters(patch: Patch) -> None:
+    def change(params: Any, state: Any, given: Any) -> Any:
+        for old, new in zip(leaves_of(given[3]), leaves_of(params), strict=True):
+            old.copy_(new)
+        return params, state
+
+    after_update(patch, change)
+
+
+@caught_by(laws.never_mutates)
+def negates_the_gradients_in_place(patch: Patch) -> None:
+    def change(original: Any, opt: AdamW, grads: Any, state: Any, params: Any) -> Any:
+        if opt.maximize:
+            return original(opt, grads, state, params)
+        for grad in leaves_of(grads):
+            if 0 not in grad.stride():
+                grad.mul_(0.5)
+        return original(opt, grads, state, params)
+
+    wrap(patch, AdamW, "update", change)
+
+
+@caught_by(laws.never_mutates)
+def counts_in_place(patch: Patch) -> None:
+    patch.setattr(
+        _work.Work, "advanced", lambda work: [count.add_(1) for count in work.steps.leaves]
+    )
+
+
+@caught_by(laws.outputs_share_no_memory)
+def returns_the_moments_in_the_memory_of_the_parameters(patch: Patch) -> None:
+    def change(params: Any, state: Any, given: Any) -> Any:
+        pairs = [torch.stack([p, p.clone()]) for p in leaves_of(params)]
+        structure = _tree.flatten(params)[1]
+        return _tree.unflatten(structure, [pair[0] for pair in pairs]), state._replace(
+            exp_avg=_tree.unflatten(
+                _tree.flatten(state.exp_avg)[1],
+                [pair[1].copy_(m) for pair, m in zip(pairs, leaves_of(state.exp_avg), strict=True)],
+            )
+        )
+
+    after_update(patch, change)
+
+
+@caught_by(laws.outputs_share_no_memory)
+def returns_the_count_it_was_given_where_nothing_moved(patch: Patch) -> None:
+    def change(params: Any, state: Any, given: Any) -> Any:
+        still = all(not grad.any() for grad in leaves_of(given[1]))
+        return params, state._replace(exp_avg_sq=given[2].exp_avg_sq) if still else state
+
+    after_update(patch, change)
+
+
+@caught_by(laws.deterministic)
+def adds_noise(patch: Patch) -> None:
+    after_update(
+        patch,
+        lambda params, state, _: (tree_map(lambda p: p + 1e-3 * torch.rand_like(p), params), state),
+    )
+
+
+@caught_by(laws.deterministic)
+def counts_outside_of_the_state(patch: Patch) -> None:
+    calls = []
+
+    def change(original: Any, opt: AdamW, old: Tensor, new: Tensor) -> Any:
+        calls.append(1)
+        return original(opt, old, new)._replace(step=torch.tensor(float(len(calls))))
+
+    wrap(patch, AdamW, "_numbers_at", change)
+
+
+@caught_by(laws.keeps_structure)
+def keeps_moments_in_float32_whatever_the_parameter(patch: Patch) -> None:
+    def change(params: Any, state: Any, given: Any) -> Any:
+        return params, state._replace(
+            exp_avg=tree_map(lambda m: m if m.is_complex() else m.float(), state.exp_avg)
+        )
+
+    after_update(patch, change)
+
+
+@caught_by(laws.keeps_structure)
+def returns_everything_contiguous(patch: Patch) -> None:
+    after_update(patch, lambda params, state, _: (tree_map(Tensor.contiguous, params), state))
+
+
+@caught_by(laws.keeps_structure)
+def returns_dicts_sorted(patch: Patch) -> None:
+    def change(params: Any, state: Any, given: Any) -> Any:
+        return dict(sorted(params.items())) if type(params) is dict else list(params), state
+
+    after_update(patch, change)
+
+
+@caught_by(laws.inplace_is_pure)
+def update_in_place_forgets_the_moments(patch: Patch) -> None:
+    def update_(opt: AdamW, grads: Any, state: Any, params: Any) -> Any:
+        for old, new in zip(
+            leaves_of(params), leaves_of(opt.update(grads, state, params)[0]), strict=True
+        ):
+            old.copy_(new)
+        return params, state
+
+    patch.setattr(AdamW, "update_", update_)
+
+
+@caught_by(laws.inplace_is_pure)
+def update_in_place_is_not_in_place(patch: Patch) -> None:
+    patch.setattr(AdamW, "update_", AdamW.update)
+
+
+@caught_by(laws.round_trips)
+def remembers_which_tensor_it_made(patch: Patch) -> None:
+    made = []
+
+    def change(params: Any, state: Any, given: Any) -> Any:
+        known = any(given[2].step is step for step in made)
+        made.append(state.step)
+        return tree_map(lambda p: p + (0.5 if known else 0.0), params), state
+
+    after_update(patch, change)
+
+
+@caught_by(laws.bad_trees_raise)
+def pairs_trees_by_position(patch: Patch) -> None:
+    def pair(tree: Any, root: str, structure: Any) -> Any:
+        return _tree.Paired(*_tree.flatten(tree), None)
+
+    patch.setattr(_work._tree, "pair", pair)
+
+
+@caught_by(laws.bad_trees_raise)
+def broadcasts_gradients(patch: Patch) -> None:
+    def change(original: Any, leaf: Any, param: Tensor, path: Any, what: str) -> None:
+        if leaf.shape == param.shape:
+            original(leaf, param, path, what)
+
+    wrap(patch, _work, "check_like", change)
+    patch.setattr(
+        _memory,
+        "_aligned",
+        lambda tensor, param: torch.empty_like(param).copy_(tensor.expand_as(param)),
+    )
+
+
+# The equations.
+
+
+@caught_by(laws.matches_oracle)
+def moments_are_swapped(patch: Patch) -> None:
+    after_update(
+        patch,
+        lambda params, state, _: (
+            params,
+            state._replace(exp_avg=state.exp_avg_sq, exp_avg_sq=state.exp_avg),
+        ),
+    )
+
+
+@caught_by(laws.matches_oracle)
+def the_count_stands_still(patch: Patch) -> None:
+    after_update(
+        patch, lambda params, state, given: (params, state._replace(step=given[2].step.clone()))
+    )
+
+
+@caught_by(laws.matches_torch)
+def the_bias_correction_is_one_step_ahead(patch: Patch) -> None:
+    def change(original: Any, opt: AdamW, old: Tensor, new: Tensor) -> Any:
+        return original(opt, old, new)._replace(step=new + 1)
+
+    wrap(patch, AdamW, "_numbers_at", change)
+
+
+@caught_by(laws.decay_is_decoupled)
+def decay_goes_through_the_moments(patch: Patch) -> None:
+    def change(original: Any, opt: AdamW, grads: Any, state: Any, params: Any) -> Any:
+        structure = _tree.flatten(params)[1]
+        pairs = zip(_tree.pair(grads, "grads", structure).leaves, leaves_of(params), strict=True)
+        decayed = [None if g is None else g + opt.weight_decay * p for g, p in pairs]
+        patch.setattr(AdamW, "weight_decay", 0.0, raising=False)
+        return original(opt, _tree.unflatten(structure, decayed), state, params)
+
+    wrap(patch, AdamW, "update", change)
+    number(patch, "weight_decay", lambda decay, _: 0.0)
+
+
+@caught_by(laws.decay_is_decoupled)
+def decay_is_applied_twice(patch: Patch) -> None:
+    number(patch, "weight_decay", lambda decay, _: 2 * decay)
+
+
+@caught_by(laws.matches_torch)
+def decay_comes_after_the_step(patch: Patch) -> None:
+    def change(params: Any, state: Any, given: Any) -> Any:
+        factor = 1 - float(given[0].lr) * float(given[0].weight_decay)
+        return tree_map(lambda p: p * factor, params), state
+
+    after_update(patch, change)
+    number(patch, "weight_decay", lambda decay, _: 0.0)
+
+
+@caught_by(laws.kernels_agree)
+def eps_is_inside_the_square_root_of_one_kernel(patch: Patch) -> None:
+    patch.setattr(plain, "root", lambda squares: (squares + 1e-4).sqrt())
+
+
+@caught_by(laws.scale_invariant)
+def eps_has_a_floor(patch: Patch) -> None:
+    number(patch, "eps", lambda eps, _: eps + 0.1)
+
+
+@caught_by(laws.first_step_is_sign)
+def the_learning_rate_is_half_as_large_again(patch: Patch) -> None:
+    number(patch, "lr", lambda lr, _: lr * 1.5)
+
+
+@caught_by(laws.zero_lr_moves_nothing)
+def the_learning_rate_has_a_floor(patch: Patch) -> None:
+    number(patch, "lr", lambda lr, _: lr + 0.01)
+
+
+def _without(patch: Patch, kernel: Any, **flags: Any) -> None:
+    def change(original: Any, leaves: Any, scalars: Any, variant: Any) -> None:
+        kept = {name: getattr(variant, name) for name in variant.__dataclass_fields__}
+        original(leaves, scalars, _operands.Variant(**{**kept, **flags}))
+
+    wrap(patch, kernel, "step_", change)
+
+
+@caught_by(laws.maximize_is_minimize_negated)
+def maximize_is_ignored_by_the_foreach_kernel(patch: Patch) -> None:
+    _without(patch, foreach, maximize=False)
+
+
+@caught_by(laws.maximize_is_minimize_negated)
+def maximize_is_ignored_by_the_fused_kernel(patch: Patch) -> None:
+    _without(patch, fused, maximize=False)
+
+
+@caught_by(laws.matches_torch)
+def amsgrads_maximum_is_dropped_by_the_foreach_kernel(patch: Patch) -> None:
+    _without(patch, foreach, amsgrad=False)
+
+
+@caught_by(laws.survives_zero_gradients)
+def sixteen_bits_are_computed_in_sixteen_bits(patch: Patch) -> None:
+    for kernel in (plain, foreach):
+        patch.setattr(kernel, "compute_dtype", lambda dtype: dtype)
+    patch.setattr(fused, "refusal", lambda device, scalars: "it is not there")
+    number(patch, "eps", lambda eps, _: 1e-8)
+
+
+@caught_by(laws.matches_oracle)
+def strides_are_ignored(patch: Patch) -> None:
+    patch.setattr(_memory, "_aligned", lambda tensor, param: tensor)
+
+
+@caught_by(laws.matches_oracle)
+def complex_gradients_are_conjugated(patch: Patch) -> None:
+    def change(original: Any, opt: AdamW, grads: Any, state: Any, params: Any) -> Any:
+        return original(opt, tree_map(torch.conj, grads), state, params)
+
+    wrap(patch, AdamW, "update", change)
+
+
+@caught_by(laws.leaves_are_independent)
+def gradients_are_scaled_by_their_norm_over_the_tree(patch: Patch) -> None:
+    def change(original: Any, opt: AdamW, grads: Any, state: Any, params: Any) -> Any:
+        norm = sum(g.abs().double().square().sum() for g in leaves_of(grads))
+        return original(opt, tree_map(lambda g: (g / (1 + norm)).to(g.dtype), grads), state, params)
+
+    wrap(patch, AdamW, "update", change)
+
+
+@caught_by(laws.matches_oracle)
+def a_zero_gradient_is_taken_for_none(patch: Patch) -> None:
+    def change(original: Any, opt: AdamW, grads: Any, state: Any, params: Any) -> Any:
+        kept = tree_map(lambda g: g if bool(g.any()) else None, grads)
+        return original(opt, kept, state, params)
+
+    wrap(patch, AdamW, "update", change)
+
+
+# The transforms.
+
+
+@caught_by(laws.vmap_is_loop)
+def members_are_stacked_in_reverse(patch: Patch) -> None:
+    def change(original: Any, leaf: Tensor, dim: int | None, size: int) -> Tensor:
+        return original(leaf, dim, size).flip(0)
+
+    wrap(patch, _rules, "_leaf_to_front", change)
+
+
+@caught_by(laws.vmap_is_loop)
+def only_the_first_dimension_can_be_mapped(patch: Patch) -> None:
+    def change(original: Any, leaf: Tensor, dim: int | None, size: int) -> Tensor:
+        front = original(leaf, dim, size)
+        return front if dim in (None, 0) else leaf.reshape(front.shape)
+
+    wrap(patch, _rules, "_leaf_to_front", change)
+
+
+@caught_by(laws.nested_vmap_is_loop)
+def the_outer_of_two_maps_reverses_its_members(patch: Patch) -> None:
+    def change(original: Any, leaf: Tensor, dim: int | None, size: int) -> Tensor:
+        front = original(leaf, dim, size)
+        return front if _rules._transforms.transformed() else front.roll(1, 0)
+
+    wrap(patch, _rules, "_leaf_to_front", change)
+
+
+@caught_by(laws.per_member_hyperparameters)
+def every_member_has_the_learning_rate_of_the_first(patch: Patch) -> None:
+    def change(original: Any, value: Any, dim: int | None) -> Any:
+        first = isinstance(value, Tensor) and dim is not None and value.ndim == 1
+        return value[0] if first else original(value, dim)
+
+    wrap(patch, _rules, "_number_to_front", change)
+
+
+@caught_by(laws.gradient_is_finite)
+def the_derivative_of_the_root_is_infinite_at_zero(patch: Patch) -> None:
+    patch.setattr(_adjoint, "_half_inverse_root", lambda squares: 0.5 * squares.rsqrt())
+
+
+@caught_by(laws.gradient_matches_differences)
+def the_adjoint_forgets_the_second_moment(patch: Patch) -> None:
+    patch.setattr(_adjoint, "_half_inverse_root", torch.zeros_like)
+
+
+@caught_by(laws.gradient_matches_differences)
+def the_adjoint_forgets_weight_decay(patch: Patch) -> None:
+    def change(original: Any, leaf: Any, pulled: Any, scalars: Any, variant: Any) -> Any:
+        return (pulled.param, *original(leaf, pulled, scalars, variant)[1:])
+
+    wrap(patch, _adjoint, "_before", change)
+
+
+@caught_by(laws.compiles_once)
+def the_count_is_read_in_python(patch: Patch) -> None:
+    def advanced(work: _work.Work) -> list[Tensor]:
+        return [torch.full_like(count, float(count) + 1) for count in work.steps.leaves]
+
+    patch.setattr(_work.Work, "advanced", advanced)
+
+
+TABLE = pathlib.Path(__file__).with_name("MUTANTS.md")
+
+
+def matrix() -> str:
+    """Hold every mutant to every law; return a Markdown table with a dot where it is caught."""
+    names = [law.__name__ for law in laws.LAWS]
+    head = [
+        "# Planted defects, and the laws that catch them",
+        "",
+        "Written by `python -m tests.mutants`. A dot: the law is broken, or raises.",
+        "",
+        "|  | " + " | ".join(f"{number}" for number in range(1, len(names) + 1)) + " |",
+        "|---" * (len(names) + 1) + "|",
+    ]
+    rows = []
+    for mutant in MUTANTS:
+        with planted(mutant):
+            verdicts = [check_law(law, SUBJECT, shrink=False).status for law in laws.LAWS]
+        marks = ["•" if verdict in ("fails", "error") else " " for verdict in verdicts]
+        rows.append((mutant.name, marks))
+    caught = [sum(marks[i] == "•" for _, marks in rows) for i in range(len(names))]
+    body = [f"| {name} | " + " | ".join(marks) + " |" for name, marks in rows]
+    foot = [f"{i}. `{name}` catches {caught[i - 1]}" for i, name in enumerate(names, 1)]
+    return "\n".join([*head, *body, "", *foot, ""])
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    TABLE.write_text(matrix())
+    print(TABLE.read_text())

@@ -1,0 +1,46 @@
+"""Every optimizer of the library under every law: one row of a table for each."""
+
+import pytest
+import torch
+
+from funcopt import AdamW
+from funcopt.testing import laws
+from funcopt.testing._check import check_law
+
+# A new optimizer or wrapper joins by one line.
+SUBJECTS = {
+    "AdamW": AdamW(),
+    "AdamW, amsgrad, ascending": AdamW(lr=0.1, amsgrad=True, maximize=True, eps=1e-3),
+    "AdamW, a count of each leaf": AdamW(betas=(0.5, 0.75), step_per_leaf=True, kernel="plain"),
+    "AdamW, tensors": AdamW(
+        lr=torch.tensor(0.1, dtype=torch.float64), betas=(0.9, torch.tensor(0.99))
+    ),
+    "AdamW, a schedule": AdamW(lr=lambda step: 0.1 / (1 + step), kernel="foreach"),
+}
+
+
+@pytest.mark.parametrize("law", laws.LAWS, ids=lambda law: law.__name__)
+@pytest.mark.parametrize("name", SUBJECTS)
+def test_every_law_holds_or_does_not_apply(name, law, pytestconfig):
+    examples = 200 if pytestconfig.getoption("--nightly") else 15
+    verdict = check_law(law, SUBJECTS[name], max_examples=examples)
+    assert verdict.status in ("holds", "not applicable"), verdict
+
+
+@pytest.mark.parametrize("law", laws.LAWS, ids=lambda law: law.__name__)
+def test_every_law_applies_to_a_plain_adamw(law):
+    examples = 1 if law is laws.compiles_once else 5
+    assert check_law(law, AdamW(), max_examples=examples).status == "holds"
+
+
+def test_a_broken_law_names_law_step_path_and_both_values():
+    class Adrift(AdamW):
+        def update(self, grads, state, params):
+            moved, state = super().update(grads, state, params)
+            return {name: p + state.step for name, p in moved.items()}, state
+
+    params = {"w": torch.ones(2)}
+    with pytest.raises(laws.LawBroken) as broken:
+        laws.zero_lr_moves_nothing(Adrift(), params, [params, params])
+    message = str(broken.value)
+    assert message == "zero_lr_moves_nothing: step 1, params['w']: got 2, expected 1 at index (0,)"

@@ -1,0 +1,45 @@
+"""Anything in any order: the machine on every AdamW, and a subclass of it that must fail."""
+
+import hypothesis
+import pytest
+from hypothesis import HealthCheck, Phase
+from hypothesis import strategies as st
+from hypothesis.stateful import run_state_machine_as_test
+
+from funcopt import AdamW
+from funcopt.testing import LawBroken, OptimizerMachine
+
+
+def settings(examples):
+    return hypothesis.settings(
+        max_examples=examples,
+        stateful_step_count=12,
+        deadline=None,
+        database=None,
+        derandomize=True,
+        suppress_health_check=list(HealthCheck),
+    )
+
+
+def test_every_adamw_agrees_with_its_oracle_whatever_is_done(pytestconfig):
+    examples = 500 if pytestconfig.getoption("--nightly") else 40
+    run_state_machine_as_test(OptimizerMachine, settings=settings(examples))
+
+
+class Stale(AdamW):
+    """In place, the count stands still."""
+
+    def update_(self, grads, state, params):
+        step = state.step.clone()
+        result = super().update_(grads, state, params)
+        state.step.copy_(step)
+        return result
+
+
+def test_a_defect_that_takes_two_different_rules_to_show_is_found():
+    class StaleMachine(OptimizerMachine):
+        optimizers = st.just(Stale(lr=0.1))
+
+    unshrunk = hypothesis.settings(settings(40), phases=[Phase.generate])
+    with pytest.raises(LawBroken, match="the model: step"):
+        run_state_machine_as_test(StaleMachine, settings=unshrunk)
