@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import _transforms
 
-__all__ = ["check_count", "check_distinct", "check_leaf", "check_like"]
+__all__ = ["check_alike", "check_count", "check_distinct", "check_leaves"]
 
 _DTYPES = frozenset(
     (
@@ -27,40 +27,61 @@ _DTYPES = frozenset(
 _COUNTS = frozenset((torch.float64, torch.float32, torch.int64, torch.int32))
 
 
-def check_leaf(leaf: Any, path: Callable[[], str]) -> None:
+def check_leaves(leaves: Sequence[Any], path: Callable[[int], str]) -> None:
     """Refuse whatever cannot be a parameter: no tensor, sparse, or of a dtype that cannot move."""
+    for index, leaf in enumerate(leaves):
+        if (
+            not isinstance(leaf, Tensor)
+            or leaf.dtype not in _DTYPES
+            or leaf.layout is not torch.strided
+        ):
+            _refuse_leaf(leaf, path(index))
+
+
+def _refuse_leaf(leaf: Any, path: str) -> None:
     if not isinstance(leaf, Tensor):
         raise TypeError(
-            f"{path()} is {_kind(leaf)}: every leaf must be a tensor. {_instead_of(leaf)}"
-        )
-    if leaf.dtype not in _DTYPES:
-        raise TypeError(
-            f"{path()} has dtype {leaf.dtype}: an optimizer moves float16, bfloat16, float32, "
-            f"float64, complex64 and complex128 leaves. Keep others (counters, buffers) in a "
-            f"tree of their own."
+            f"{path} is {_kind(leaf)}: every leaf must be a tensor. {_instead_of(leaf)}"
         )
     if leaf.layout is not torch.strided:
         raise TypeError(
-            f"{path()} has layout {leaf.layout}: only dense (strided) tensors are served. "
+            f"{path} has layout {leaf.layout}: only dense (strided) tensors are served. "
             f"Make it dense, with .to_dense() say."
         )
+    raise TypeError(
+        f"{path} has dtype {leaf.dtype}: an optimizer moves float16, bfloat16, float32, float64, "
+        f"complex64 and complex128 leaves. Keep others (counters, buffers) in a tree of their own."
+    )
 
 
-def check_like(leaf: Any, param: Tensor, path: Callable[[], str], what: str) -> None:
-    """Refuse a gradient or a moment that is not like its parameter."""
+def check_alike(
+    leaves: Sequence[Any], params: Sequence[Tensor], path: Callable[[int], str], what: str
+) -> None:
+    """Refuse gradients or moments that are not like their parameters."""
+    for index, (leaf, param) in enumerate(zip(leaves, params, strict=True)):
+        if not (
+            isinstance(leaf, Tensor)
+            and leaf.shape == param.shape
+            and leaf.dtype == param.dtype
+            and leaf.device == param.device
+            and leaf.layout is torch.strided
+        ):
+            _refuse_unlike(leaf, param, path(index), what)
+
+
+def _refuse_unlike(leaf: Any, param: Tensor, path: str, what: str) -> None:
     if not isinstance(leaf, Tensor):
-        raise TypeError(f"{path()} is {_kind(leaf)}: {what} must be a tensor.")
+        raise TypeError(f"{path} is {_kind(leaf)}: {what} must be a tensor.")
     if leaf.layout is not torch.strided:
         raise TypeError(
-            f"{path()} has layout {leaf.layout}: {what} must be dense. Make it so with "
+            f"{path} has layout {leaf.layout}: {what} must be dense. Make it so with "
             f".to_dense(), or build an embedding with sparse=False."
         )
     for name in ("shape", "dtype", "device"):
         own, wanted = getattr(leaf, name), getattr(param, name)
         if own != wanted:
             raise ValueError(
-                f"{path()}: {name} {_show(own)}, the parameter has {_show(wanted)}. "
-                f"{_REMEDIES[name]}"
+                f"{path}: {name} {_show(own)}, the parameter has {_show(wanted)}. {_REMEDIES[name]}"
             )
 
 
@@ -94,7 +115,10 @@ def check_distinct(leaves: Sequence[Tensor], path: Callable[[int], str], what: s
         path: Names leaf i.
         what: What goes wrong, for the message.
     """
-    pointers = [leaf.data_ptr() if _transforms.is_plain(leaf) else 0 for leaf in leaves]
+    if _transforms.all_plain(leaves):
+        pointers = [leaf.data_ptr() for leaf in leaves]
+    else:
+        pointers = [leaf.data_ptr() if _transforms.all_plain([leaf]) else 0 for leaf in leaves]
     if len(set(pointers)) == len(pointers):
         return
     first: dict[int, int] = {}

@@ -82,7 +82,7 @@ def _check_tensor(name: str, value: Tensor, source: str) -> None:
         raise TypeError(f"{name} is a tensor of layout {value.layout}: make it dense.")
     readable = (
         value.device.type == "cpu"
-        and _transforms.is_plain(value)
+        and _transforms.all_plain([value])
         and not _transforms.tracing()
         and not _transforms.transformed()
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import operator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -35,44 +37,46 @@ def check_inplace(work: Work, numbers: Iterable[Scalars]) -> None:
         )
     if _transforms.tracing():
         return
-    written = list(work.written())
-    for root, index, tensor in written:
-        if tensor.is_inference() and not torch.is_inference_mode_enabled():
-            raise RuntimeError(
-                f"{work.path(root, index)} was made in inference mode, outside of which it cannot "
-                f"be written. Use update(), or clone it first."
-            )
-        if not tensor.is_contiguous() and _overlaps_itself(tensor):
-            raise ValueError(
-                f"{work.path(root, index)} has strides {tensor.stride()} at shape "
-                f"{tuple(tensor.shape)}: several elements share one place in memory. "
-                f"Clone it first."
-            )
+    written = work.written()
+    for root, tensors in written.items():
+        _check_writable(tensors, partial(work.path, root))
+    places = [(root, index) for root, tensors in written.items() for index in range(len(tensors))]
     check_distinct(
-        [tensor for _, _, tensor in written],
-        lambda position: work.path(*written[position][:2]),
+        [tensor for tensors in written.values() for tensor in tensors],
+        lambda position: work.path(*places[position]),
         "one would be written over the other",
     )
 
 
-def _history(work: Work, numbers: Iterable[Scalars]) -> list[tuple[str, Tensor]]:
-    found = [
-        (PUBLIC_NAMES.get(name, name), number)
-        for own in numbers
-        for name, number in own._asdict().items()
-        if isinstance(number, Tensor) and number.requires_grad
-    ]
-    for index, grad in enumerate(work.grads):
-        if grad is not None and grad.requires_grad:
-            found.append((work.path("grads", index), grad))
-    for root, index, tensor in work.written():
-        # A parameter that merely requires a gradient is what everyone trains.
-        if tensor.requires_grad and not (root == "params" and tensor.is_leaf):
-            found.append((work.path(root, index), tensor))
-    return found
+def _history(work: Work, numbers: Iterable[Scalars]) -> Iterator[tuple[str, Tensor]]:
+    """Yield what would have its derivative lost, by name."""
+    for own in numbers:
+        for name, number in own._asdict().items():
+            if isinstance(number, Tensor) and number.requires_grad:
+                yield PUBLIC_NAMES.get(name, name), number
+    for root, tensors in {"grads": work.leaves().grads, **work.written()}.items():
+        if any(map(_requires_grad, tensors)):
+            for index, tensor in enumerate(tensors):
+                # A parameter that merely requires a gradient is what everyone trains.
+                if tensor.requires_grad and not (root == "params" and tensor.is_leaf):
+                    yield work.path(root, index), tensor
 
 
-def _overlaps_itself(tensor: Tensor) -> bool:
-    return any(
-        stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
-    )
+_requires_grad = operator.attrgetter("requires_grad")
+
+
+def _check_writable(tensors: list[Tensor], path: Callable[[int], str]) -> None:
+    if not torch.is_inference_mode_enabled() and any(map(Tensor.is_inference, tensors)):
+        index = [tensor.is_inference() for tensor in tensors].index(True)
+        raise RuntimeError(
+            f"{path(index)} was made in inference mode, outside of which it cannot be written. "
+            f"Use update(), or clone it first."
+        )
+    if all(map(Tensor.is_contiguous, tensors)):
+        return
+    for index, tensor in enumerate(tensors):
+        if any(s == 0 and n > 1 for s, n in zip(tensor.stride(), tensor.shape, strict=True)):
+            raise ValueError(
+                f"{path(index)} has strides {tensor.stride()} at shape {tuple(tensor.shape)}: "
+                f"several elements share one place in memory. Clone it first."
+            )

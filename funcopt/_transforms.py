@@ -8,11 +8,20 @@ falls on the safe side: plain operators, which are right everywhere and only slo
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["compiling", "forward_mode", "is_plain", "tracing", "transformed", "watched_by_operator"]
+__all__ = [
+    "all_plain",
+    "compiling",
+    "forward_mode",
+    "tracing",
+    "transformed",
+    "watched_by_operator",
+]
 
 try:
     from torch._C._functorch import TransformType
@@ -63,6 +72,9 @@ def watched_by_operator() -> bool:
     return any(level.key() not in _RULED for level in retrieve_all_functorch_interpreters())
 
 
-def is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor is just a tensor: no fake, sharded or otherwise overriding subclass."""
-    return type(tensor) is Tensor or type(tensor) is torch.nn.Parameter
+def all_plain(tensors: Iterable[Tensor]) -> bool:
+    """Whether tensors are just tensors: no fake, sharded or otherwise overriding subclass."""
+    return _PLAIN.issuperset(map(type, tensors))
+
+
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))

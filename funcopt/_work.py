@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
 from . import _transforms, _tree
-from ._checks import check_count, check_distinct, check_leaf, check_like
+from ._checks import check_alike, check_count, check_distinct, check_leaves
 from ._kernels import Leaves, Moved
 from ._types import Tree
 
 __all__ = ["Work", "flatten_params", "gather"]
+
+T = TypeVar("T")
 
 
 def flatten_params(params: Tree) -> tuple[list[Tensor], _tree.Structure]:
@@ -24,14 +26,10 @@ def flatten_params(params: Tree) -> tuple[list[Tensor], _tree.Structure]:
         ValueError: If two leaves share their memory.
     """
     leaves, structure = _tree.flatten(params)
-    for index, leaf in enumerate(leaves):
-        check_leaf(leaf, partial(_path, structure, "params", index))
+    path = partial(_path, structure, "params")
+    check_leaves(leaves, path)
     if not _transforms.tracing() and not _transforms.transformed():
-        check_distinct(
-            leaves,
-            partial(_path, structure, "params"),
-            "the update of one would be lost or made twice",
-        )
+        check_distinct(leaves, path, "the update of one would be lost or made twice")
     return leaves, structure
 
 
@@ -52,8 +50,8 @@ class Work(NamedTuple):
 
     def leaves(self) -> Leaves:
         """Return the leaves that have a gradient, for a kernel."""
-        grads = [grad for grad in self.grads if grad is not None]
-        columns = ([paired.leaves[i] for i in self.active] for paired in self._moving())
+        grads: list[Any] = take(self.grads, self.active)
+        columns = (take(paired.leaves, self.active) for paired in self._moving())
         params, exp_avgs, exp_avg_sqs, *maxima = columns
         return Leaves(params, grads, exp_avgs, exp_avg_sqs, maxima[0] if maxima else [])
 
@@ -73,18 +71,17 @@ class Work(NamedTuple):
             for index, count in enumerate(self.steps.leaves)
         ]
 
-    def written(self) -> Iterator[tuple[str, int, Tensor]]:
-        """Yield the tensors that an update in place writes, each with its tree and index."""
-        for root, paired in zip(_ROOTS, self._moving(), strict=False):
-            for index in self.active:
-                yield root, index, paired.leaves[index]
-        for index, count in enumerate(self.steps.leaves):
-            yield "state.step", index, count
+    def written(self) -> dict[str, list[Tensor]]:
+        """Return the tensors that an update in place writes, by the name of their tree."""
+        moving = zip(_ROOTS, self._moving(), strict=False)
+        columns = {root: take(paired.leaves, self.active) for root, paired in moving}
+        return {**columns, "state.step": self.steps.leaves}
 
     def path(self, root: str, index: int) -> str:
-        """Return the path of a leaf, for a message."""
-        one_count = root == "state.step" and not self.step_per_leaf
-        return root if one_count else _path(self.params.structure, root, index)
+        """Return the path of a leaf of `written`, or of a gradient, for a message."""
+        if root == "state.step":
+            return _path(self.steps.structure, root, index)
+        return _path(self.params.structure, root, self.active[index])
 
     def moments(self) -> Iterator[Tensor]:
         """Yield the moments of all leaves."""
@@ -95,12 +92,13 @@ class Work(NamedTuple):
         """Return the trees of parameters and moments, with copies of the leaves left alone."""
         trees = []
         for paired, tensors in zip(self._moving(), moved, strict=False):
-            leaves: list[Any] = [None] * len(paired.leaves)
-            for index, tensor in zip(self.active, tensors, strict=True):
-                leaves[index] = tensor
-            for index, leaf in enumerate(leaves):
-                if leaf is None:
-                    leaves[index] = paired.leaves[index].clone()
+            leaves = tensors
+            if len(tensors) < len(paired.leaves):
+                by_index = dict(zip(self.active, tensors, strict=True))
+                leaves = [
+                    by_index[i] if i in by_index else leaf.clone()
+                    for i, leaf in enumerate(paired.leaves)
+                ]
             if paired is self.params:
                 _keep_requiring(leaves, paired.leaves)
             trees.append(paired.rebuild(leaves))
@@ -109,6 +107,11 @@ class Work(NamedTuple):
     def _moving(self) -> list[_tree.Paired]:
         paired = [self.params, self.exp_avg, self.exp_avg_sq, self.max_exp_avg_sq]
         return [each for each in paired if each is not None]
+
+
+def take(values: list[T], indices: list[int]) -> list[T]:
+    """Return the values at these indices, which are in order."""
+    return values if len(indices) == len(values) else [values[index] for index in indices]
 
 
 def _keep_requiring(news: list[Tensor], olds: list[Tensor]) -> None:
@@ -141,9 +144,13 @@ def gather(grads: Tree, state: Any, params: Tree, *, amsgrad: bool, step_per_lea
 
     def like_params(tree: Tree, root: str, what: str) -> _tree.Paired:
         paired = _tree.pair(tree, root, structure)
-        for index, leaf in enumerate(paired.leaves):
-            if leaf is not None or what != "a gradient":
-                check_like(leaf, leaves[index], partial(_path, structure, root, index), what)
+        there = [i for i, leaf in enumerate(paired.leaves) if leaf is not None or root != "grads"]
+        check_alike(
+            take(paired.leaves, there),
+            take(leaves, there),
+            lambda position: _path(structure, root, there[position]),
+            what,
+        )
         return paired
 
     gradients = like_params(grads, "grads", "a gradient")

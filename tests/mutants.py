@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from funcopt import AdamW, _tree, _work
+from funcopt import AdamW, _checks, _tree, _work
 from funcopt._kernels import _adjoint, _memory, _operands, _rules, foreach, fused, plain
 from funcopt.testing import laws
 from funcopt.testing._check import check_law
@@ -213,11 +213,12 @@ def pairs_trees_by_position(patch: Patch) -> None:
 
 @caught_by(laws.bad_trees_raise)
 def broadcasts_gradients(patch: Patch) -> None:
-    def change(original: Any, leaf: Any, param: Tensor, path: Any, what: str) -> None:
+    def change(original: Any, leaf: Any, param: Tensor, path: str, what: str) -> None:
         if leaf.shape == param.shape:
             original(leaf, param, path, what)
 
-    wrap(patch, _work, "check_like", change)
+    wrap(patch, _checks, "_refuse_unlike", change)
+    patch.setattr(_memory, "_all_contiguous", lambda leaves: False)
     patch.setattr(
         _memory,
         "_aligned",
@@ -335,7 +336,7 @@ def sixteen_bits_are_computed_in_sixteen_bits(patch: Patch) -> None:
 
 @caught_by(laws.matches_oracle)
 def strides_are_ignored(patch: Patch) -> None:
-    patch.setattr(_memory, "_aligned", lambda tensor, param: tensor)
+    patch.setattr(_memory, "_all_contiguous", lambda leaves: True)
 
 
 @caught_by(laws.matches_oracle)

@@ -44,7 +44,10 @@ def run(leaves: Leaves, scalars: list[Scalars], variant: Variant) -> Moved:
         scalars: For each leaf its numbers. Leaves that share theirs share the object.
         variant: What is fixed.
     """
-    moved = _run(_real(leaves), scalars, variant)
+    reals = _real(leaves)
+    moved = _run(reals, scalars, variant)
+    if reals is leaves:
+        return moved
     return Moved(
         *(
             [unreal(tensor, like) for tensor, like in zip(column, leaves.params, strict=False)]
@@ -56,9 +59,7 @@ def run(leaves: Leaves, scalars: list[Scalars], variant: Variant) -> Moved:
 def run_(leaves: Leaves, scalars: list[Scalars], variant: Variant) -> None:
     """Move the leaves in place, with the same numbers as `run`."""
     with torch.no_grad():
-        if _transforms.watched_by_operator() or any(
-            _is_lazy(tensor) for column in written(leaves) for tensor in column
-        ):
+        if _transforms.watched_by_operator() or _any_lazy(leaves):
             moved = run(leaves, scalars, variant)
             for olds, news in zip(written(leaves), moved, strict=True):
                 for old, new in zip(olds, news, strict=True):
@@ -90,9 +91,11 @@ def _by_rule(leaves: Leaves, scalars: list[Scalars], variant: Variant) -> Moved:
 
 
 def _real(leaves: Leaves) -> Leaves:
+    if not any(map(Tensor.is_complex, leaves.params)):
+        return leaves
     return Leaves(*([real(tensor) for tensor in column] for column in leaves))
 
 
-def _is_lazy(tensor: Tensor) -> bool:
-    """Whether a complex tensor is a conjugate view, whose memory does not hold its values."""
-    return tensor.is_complex() and tensor.is_conj()
+def _any_lazy(leaves: Leaves) -> bool:
+    """Whether a tensor to be written is a conjugate view, whose memory does not hold its values."""
+    return any(any(map(Tensor.is_conj, column)) for column in written(leaves))

@@ -73,14 +73,16 @@ class _Part(NamedTuple):
 
 def _plan(leaves: Leaves, scalars: list[Scalars], variant: Variant) -> list[_Part]:
     read: dict[int, tuple[Scalars, object]] = {}
-    for own in scalars:
-        if id(own) not in read:
-            values = _read(own)
-            read[id(own)] = values, tuple(n if isinstance(n, float) else id(n) for n in values)
+    for own in dict(zip(map(id, scalars), scalars, strict=True)).values():
+        values = _read(own)
+        read[id(own)] = values, tuple(n if isinstance(n, float) else id(n) for n in values)
+    kinds = [(param.device, param.dtype) for param in leaves.params]
     groups: dict[object, list[int]] = {}
-    for index, (param, own) in enumerate(zip(leaves.params, scalars, strict=True)):
-        key = param.device, param.dtype, read[id(own)][1]
-        groups.setdefault(key, []).append(index)
+    if len(read) == 1 and len(set(kinds)) == 1:
+        groups[kinds[0]] = list(range(len(kinds)))
+    else:
+        for index, (kind, own) in enumerate(zip(kinds, scalars, strict=True)):
+            groups.setdefault((kind, read[id(own)][1]), []).append(index)
     return [
         _choose(indices, leaves, read[id(scalars[indices[0]])][0], variant)
         for indices in groups.values()
@@ -95,7 +97,7 @@ def _read(scalars: Scalars) -> Scalars:
 def _value(name: str, number: Number) -> Number:
     if not isinstance(number, Tensor):
         return number
-    if number.device.type != "cpu" or not _transforms.is_plain(number):
+    if number.device.type != "cpu" or not _transforms.all_plain([number]):
         return number.detach()
     values = [number.item()] if number.ndim == 0 else number.detach().reshape(-1).tolist()
     for value in values:
@@ -108,7 +110,7 @@ def _value(name: str, number: Number) -> Number:
 def _choose(indices: list[int], leaves: Leaves, scalars: Scalars, variant: Variant) -> _Part:
     params = [leaves.params[index] for index in indices]
     tensors = [number for number in scalars if isinstance(number, Tensor)]
-    if not all(map(_transforms.is_plain, params + tensors)):
+    if not _transforms.all_plain(params + tensors):
         return _Part(indices, scalars, _BY_NAME["plain"])  # a subclass knows operators only
     device = params[0].device
     if variant.kernel != "auto":
@@ -122,9 +124,10 @@ def _choose(indices: list[int], leaves: Leaves, scalars: Scalars, variant: Varia
         return _Part(indices, scalars, kernel)
     # Along each dimension in which numbers differ, all have its size, or 1.
     members = math.prod(map(max, zip(*(n.shape for n in tensors if n.ndim > 0), strict=True)))
-    elements = sum(param.numel() for param in params)
-    if members > 1 and elements < _WORTH_A_CALL * members * len(params):
-        return _Part(indices, scalars, _BY_NAME["plain"])
+    if members > 1:
+        elements = sum(param.numel() for param in params)
+        if elements < _WORTH_A_CALL * members * len(params):
+            return _Part(indices, scalars, _BY_NAME["plain"])
     serving = (k for k in _BY_NAME.values() if k.refusal(device, scalars) is None)
     return _Part(indices, scalars, next(serving))
 
