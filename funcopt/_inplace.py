@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
@@ -55,14 +54,10 @@ def _history(work: Work, numbers: Iterable[Scalars]) -> Iterator[tuple[str, Tens
             if isinstance(number, Tensor) and number.requires_grad:
                 yield PUBLIC_NAMES.get(name, name), number
     for root, tensors in {"grads": work.leaves().grads, **work.written()}.items():
-        if any(map(_requires_grad, tensors)):
-            for index, tensor in enumerate(tensors):
-                # A parameter that merely requires a gradient is what everyone trains.
-                if tensor.requires_grad and not (root == "params" and tensor.is_leaf):
-                    yield work.path(root, index), tensor
-
-
-_requires_grad = operator.attrgetter("requires_grad")
+        for index, tensor in enumerate(tensors):
+            # A parameter that merely requires a gradient is what everyone trains.
+            if tensor.requires_grad and not (root == "params" and tensor.is_leaf):
+                yield work.path(root, index), tensor
 
 
 def _check_writable(tensors: list[Tensor], path: Callable[[int], str]) -> None:
