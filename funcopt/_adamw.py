@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, NamedTuple, TypeVar
@@ -14,6 +13,7 @@ from . import _kernels, _tree
 from ._hyperparameters import check_flag, check_zero_dim, normalize
 from ._inplace import check_inplace
 from ._kernels import KERNELS, Scalars, Variant
+from ._node import register_optimizer
 from ._types import Number, Schedule, Tree
 from ._work import Work, flatten_params, gather
 
@@ -40,6 +40,7 @@ class AdamWState(NamedTuple):
     max_exp_avg_sq: Tree
 
 
+@register_optimizer
 @dataclass(frozen=True)
 class AdamW:
     r"""Adam with decoupled weight decay.
@@ -241,7 +242,7 @@ class AdamW:
                 f"or the last update returned. The order is update(grads, state, params)."
             )
         work = gather(grads, state, params, amsgrad=self.amsgrad, step_per_leaf=self.step_per_leaf)
-        for index, leaf in enumerate(work.params.leaves if self.kernel != "auto" else []):
+        for index, leaf in enumerate(work.leaves().params if self.kernel != "auto" else []):
             reason = _kernels.unserved(self.kernel, leaf.device)
             if reason is not None:
                 raise ValueError(
@@ -277,57 +278,3 @@ class AdamW:
 
     def _variant(self) -> Variant:
         return Variant(self.amsgrad, self.maximize, self.kernel, self.differentiable)
-
-
-class _Static(NamedTuple):
-    """What of an `AdamW` is no leaf: all but the tensors among its hyperparameters."""
-
-    structure: _tree.Structure
-    dynamic: tuple[bool, ...]  # for each leaf of that structure, whether it is a tensor
-    leaves: tuple[Any, ...]  # the others
-    flags: tuple[Any, ...]
-
-
-_FLAGS = ("amsgrad", "maximize", "step_per_leaf", "kernel", "differentiable")
-
-
-def _flatten(opt: AdamW) -> tuple[list[Any], _Static]:
-    if "_placeholders" in vars(opt):
-        children, static = vars(opt)["_placeholders"]
-        return children, static
-    leaves, structure = _tree.flatten(opt._hyperparameters())
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor)], _Static(
-        structure,
-        tuple(isinstance(leaf, Tensor) for leaf in leaves),
-        tuple(leaf for leaf in leaves if not isinstance(leaf, Tensor)),
-        tuple(getattr(opt, name) for name in _FLAGS),
-    )
-
-
-def _names(opt: AdamW) -> list[str]:
-    _, static = _flatten(opt)
-    paths = _tree.paths(static.structure, "")
-    return [
-        path.replace("['", "", 1).replace("']", "", 1)
-        for path, dynamic in zip(paths, static.dynamic, strict=True)
-        if dynamic
-    ]
-
-
-def _unflatten(static: _Static, children: Iterable[Any]) -> AdamW:
-    # Not through __init__: transforms rebuild a node around placeholders, which no check knows.
-    children = list(children)
-    tensors, others = iter(children), iter(static.leaves)
-    leaves = [next(tensors if dynamic else others) for dynamic in static.dynamic]
-    lr, beta1, beta2, eps, weight_decay = _tree.unflatten(static.structure, leaves).values()
-    opt = object.__new__(AdamW)
-    values = {"lr": lr, "betas": (beta1, beta2), "eps": eps, "weight_decay": weight_decay}
-    for name, value in (*values.items(), *zip(_FLAGS, static.flags, strict=True)):
-        object.__setattr__(opt, name, value)
-    if not all(isinstance(child, Tensor) for child in children):
-        # What is no tensor would not be found to be a leaf again, so remember that it is one.
-        object.__setattr__(opt, "_placeholders", (children, static))
-    return opt
-
-
-_tree.register_node(AdamW, _flatten, _unflatten, _names)

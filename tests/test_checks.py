@@ -240,3 +240,11 @@ def test_a_kernel_that_cannot_serve_a_device_says_why(kernel):
     )
     with pytest.raises(ValueError, match=message):
         opt.update(weights, state, weights)
+
+
+@pytest.mark.parametrize("kernel", ["fused", "foreach"])
+def test_a_leaf_without_a_gradient_needs_no_kernel(kernel):
+    opt = AdamW(kernel=kernel)
+    weights = {"skipped": torch.ones(2, device="meta"), "w": torch.ones(2)}
+    moved, _ = opt.update({"skipped": None, "w": torch.ones(2)}, opt.init(weights), weights)
+    assert not torch.equal(moved["w"], weights["w"])

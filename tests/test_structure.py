@@ -14,6 +14,7 @@ FLOORS = [
     "_types",
     "_transforms",
     "_tree",
+    "_node",
     "_hyperparameters",
     "_checks",
     "_kernels._operands",
@@ -79,7 +80,7 @@ def places(pattern):
 
 
 def test_one_place_knows_pytrees():
-    assert places(r"\boptree\.|_pytree") == {"_tree"}
+    assert places(r"\boptree\.\w|_pytree") == {"_tree"}
 
 
 def test_one_place_knows_the_transforms():

@@ -1,0 +1,72 @@
+"""An optimizer as a pytree: the tensors among its fields are leaves, the rest is structure."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any, NamedTuple, TypeVar
+
+from torch import Tensor
+
+from . import _tree
+
+__all__ = ["register_optimizer"]
+
+OptimizerT = TypeVar("OptimizerT")
+
+
+class _Static(NamedTuple):
+    """What of an optimizer is no leaf: all but the tensors among its fields."""
+
+    structure: _tree.Structure
+    dynamic: tuple[bool, ...]  # for each leaf of that structure, whether it is a tensor
+    leaves: tuple[Any, ...]  # the others
+
+
+def register_optimizer(cls: type[OptimizerT]) -> type[OptimizerT]:
+    """Make a frozen dataclass a pytree node for `torch.func` and for optree.
+
+    Fields may be trees themselves: of a pair of betas, or of an inner optimizer, the tensors are
+    leaves.
+
+    Returns:
+        The class, so that this can stand above its definition.
+    """
+    dataclass: Any = cls  # which is more than its type says
+    fields = [field.name for field in dataclasses.fields(dataclass)]
+
+    def flatten(opt: OptimizerT) -> tuple[list[Any], _Static]:
+        if "_placeholders" in vars(opt):
+            children, static = vars(opt)["_placeholders"]
+            return children, static
+        leaves, structure = _tree.flatten({name: getattr(opt, name) for name in fields})
+        return [leaf for leaf in leaves if isinstance(leaf, Tensor)], _Static(
+            structure,
+            tuple(isinstance(leaf, Tensor) for leaf in leaves),
+            tuple(leaf for leaf in leaves if not isinstance(leaf, Tensor)),
+        )
+
+    def unflatten(static: _Static, children: Iterable[Any]) -> OptimizerT:
+        # Not through __init__: transforms rebuild a node around placeholders, which no check knows.
+        children = list(children)
+        tensors, others = iter(children), iter(static.leaves)
+        leaves = [next(tensors if dynamic else others) for dynamic in static.dynamic]
+        opt = object.__new__(cls)
+        for name, value in _tree.unflatten(static.structure, leaves).items():
+            object.__setattr__(opt, name, value)
+        if not all(isinstance(child, Tensor) for child in children):
+            # What is no tensor would not be found to be a leaf again, so remember that it is one.
+            object.__setattr__(opt, "_placeholders", (children, static))
+        return opt
+
+    def names(opt: OptimizerT) -> list[str]:
+        _, static = flatten(opt)
+        paths = _tree.paths(static.structure, "")
+        return [
+            path.replace("['", "", 1).replace("']", "", 1)
+            for path, dynamic in zip(paths, static.dynamic, strict=True)
+            if dynamic
+        ]
+
+    _tree.register_node(cls, flatten, unflatten, names)
+    return cls
