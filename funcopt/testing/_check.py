@@ -77,9 +77,9 @@ class Report:
 def problems(
     draw: st.DrawFn, params: st.SearchStrategy[Tree] | None = None
 ) -> tuple[Tree, list[Tree]]:
-    """Parameters, and gradients for two updates of them."""
+    """Parameters, and gradients for two or three updates of them."""
     drawn = draw(strategies.params() if params is None else params)
-    return drawn, draw(strategies.gradient_sequences(drawn, 2))
+    return drawn, draw(strategies.gradient_sequences(drawn, st.integers(2, 3)))
 
 
 def check_optimizer(

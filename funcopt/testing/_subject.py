@@ -73,9 +73,11 @@ def replace(opt: Any, **values: Any) -> Any:
 
 
 def tree_map(function: Any, tree: Tree) -> Tree:
-    """Map a function over the tensors of a tree; None stays None."""
+    """Map a function over the tensors of a tree; what is none, such as None, stays as it is."""
     leaves, structure = _tree.flatten(tree)
-    return _tree.unflatten(structure, [None if leaf is None else function(leaf) for leaf in leaves])
+    return _tree.unflatten(
+        structure, [function(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    )
 
 
 def leaves_of(tree: Tree) -> list[Tensor]:
@@ -97,6 +99,14 @@ def _clone(tensor: Tensor) -> Tensor:
 
 
 def cast(tree: Tree, dtype: torch.dtype) -> Tree:
-    """Cast the tensors of a tree; complex ones to the complex dtype of that precision."""
-    wide = dtype.to_complex()
-    return tree_map(lambda t: t.to(wide if t.is_complex() else dtype), tree)
+    """Cast the tensors of a tree; complex ones to the complex dtype of that precision.
+
+    Counts and other integers stay what they are.
+    """
+
+    def convert(tensor: Tensor) -> Tensor:
+        if tensor.is_complex():
+            return tensor.to(dtype.to_complex())
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+    return tree_map(convert, tree)

@@ -106,3 +106,43 @@ def test_an_optimizer_that_raises_is_reported_as_an_error():
     (verdict,) = check_optimizer(Broken(), laws=[laws.deterministic]).verdicts
     assert verdict.status == "error"
     assert verdict.detail == "RuntimeError: out of order"
+
+
+@dataclasses.dataclass(frozen=True)
+class Momentum:
+    """Descent with momentum: counts in int64, keeps the gradient before its sign is turned."""
+
+    lr: float = 0.1
+    maximize: bool = False
+
+    def init(self, params):
+        return torch.zeros((), dtype=torch.int64), tree_map(torch.zeros_like, params)
+
+    def update(self, grads, state, params):
+        tree_map(self.check, grads, params)
+        count, means = state[0] + 1, tree_map(lambda m, g: 0.9 * m + 0.1 * g, state[1], grads)
+        rate = (1 if self.maximize else -1) * self.lr / (1 - 0.9 ** count.double())
+        return tree_map(lambda p, m: (p + rate * m).to(p.dtype), params, means), (count, means)
+
+    def check(self, grad, param):
+        if grad.shape != param.shape:
+            raise ValueError(f"shape {grad.shape} for {param.shape}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Halved:
+    """A wrapper: the inner optimizer sees half the gradients."""
+
+    inner: object
+
+    def init(self, params):
+        return self.inner.init(params)
+
+    def update(self, grads, state, params):
+        return self.inner.update(tree_map(lambda g: g / 2, grads), state, params)
+
+
+@pytest.mark.parametrize("opt", [Momentum(), Halved(Momentum()), Halved(AdamW(lr=0.1))], ids=repr)
+def test_optimizers_that_are_right_raise_no_false_alarm(opt):
+    report = check_optimizer(opt, max_examples=40)
+    assert report.ok, report

@@ -94,9 +94,8 @@ def matches_oracle(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> Non
 
 
 def _rounded(exact: Tree, like: Tree) -> Tree:
-    leaves, structure = _tree.flatten(exact)
-    dtypes = [leaf.dtype for leaf in leaves_of(like)]
-    return _tree.unflatten(structure, [x.to(d) for x, d in zip(leaves, dtypes, strict=True)])
+    dtypes = iter([leaf.dtype for leaf in leaves_of(like)])
+    return tree_map(lambda tensor: tensor.to(next(dtypes)), exact)
 
 
 def compiles_once(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> None:

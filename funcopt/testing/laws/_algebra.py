@@ -37,9 +37,10 @@ def maximize_is_minimize_negated(opt: Any, params: Tree, gradient_sequence: list
         other = replace(variant, maximize=not maximize)
         expected = list(run(variant, params, gradient_sequence))
         for step, wanted in zip(run(other, params, negated), expected, strict=True):
+            # Not the state: whether a gradient is kept there before or after its sign is turned is
+            # the optimizer's own affair.
             law = "maximize_is_minimize_negated"
             compare(law, step.number, "params", step.new_params, wanted.new_params)
-            compare(law, step.number, "state", step.new_state, wanted.new_state)
 
 
 def _kernels(opt: Any) -> list[Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -34,10 +34,8 @@ def vmap_is_loop(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> None:
         for number, grads in enumerate(gradients, 1):
             mapped = vmap(opt.update, (dim, 0, dim))(grads, state, stacked)
             for i in range(_MEMBERS):
-                own = opt.update(
-                    _member(grads, i, dim), _member(state, i), _member(stacked, i, dim)
-                )
-                _same_member("vmap_is_loop", number, i, mapped, own)
+                given = _member(grads, i, dim), _member(state, i), _member(stacked, i, dim)
+                _same_member("vmap_is_loop", number, i, mapped, opt.update(*given), given)
             stacked, state = vmap(_same, 0, (dim, 0))(*mapped)
 
 
@@ -49,9 +47,9 @@ def nested_vmap_is_loop(opt: Any, params: Tree, gradient_sequence: list[Tree]) -
     for number, grads in enumerate(gradients, 1):
         mapped = vmap(vmap(opt.update))(grads, state, stacked)
         for i in range(_MEMBERS):
-            own = opt.update(*(_member(_member(tree, i), i) for tree in (grads, state, stacked)))
+            given = [_member(_member(tree, i), i) for tree in (grads, state, stacked)]
             inner = tuple(_member(tree, i) for tree in mapped)
-            _same_member("nested_vmap_is_loop", number, i, inner, own)
+            _same_member("nested_vmap_is_loop", number, i, inner, opt.update(*given), given)
         stacked, state = mapped
 
 
@@ -69,8 +67,9 @@ def per_member_hyperparameters(opt: Any, params: Tree, gradient_sequence: list[T
         mapped = step(lrs, grads, state, stacked)
         for i in range(_MEMBERS):
             member = replace(opt, lr=lrs[i].item())
-            own = member.update(*(_member(tree, i) for tree in (grads, state, stacked)))
-            _same_member("per_member_hyperparameters", number, i, mapped, own)
+            given = [_member(tree, i) for tree in (grads, state, stacked)]
+            own = member.update(*given)
+            _same_member("per_member_hyperparameters", number, i, mapped, own, given)
         stacked, state = mapped
 
 
@@ -94,9 +93,14 @@ def _without_none(gradient_sequence: list[Tree]) -> list[Tree]:
     return gradient_sequence
 
 
-def _same_member(law: str, number: int, i: int, mapped: Tree, own: Tree) -> None:
-    for root, whole, alone in zip(("params", "state"), mapped, own, strict=True):
-        compare(f"{law} (member {i})", number, root, _member(whole, i), alone, ROUNDING)
+def _same_member(
+    law: str, number: int, i: int, mapped: Tree, own: Tree, given: Sequence[Tree]
+) -> None:
+    """Hold member i of a mapped update against its own, both of which came of `given`."""
+    _, state, params = given
+    trees = zip(("params", "state"), mapped, own, (params, state), strict=True)
+    for root, whole, alone, before in trees:
+        compare(f"{law} (member {i})", number, root, _member(whole, i), alone, ROUNDING, before)
 
 
 def gradient_is_finite(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> None:
