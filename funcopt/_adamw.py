@@ -62,9 +62,9 @@ class AdamW:
     (ICLR 2019), with weight decay times the learning rate as in `torch.optim.AdamW`; amsgrad is
     from Reddi et al., *On the Convergence of Adam and Beyond* (ICLR 2018), with the maximum taken
     before the bias correction, again as in torch. On the CPU, in float32 and float64, the same
-    kernel gives torch's bits. 16-bit leaves are computed in float32 by every kernel, so that a zero
-    gradient in float16 moves nothing, where torch's foreach gives NaN. A complex leaf is a pair of
-    real ones.
+    kernel gives torch's bits. 16-bit leaves are computed in float32 by every kernel, so that zero
+    gradients in float16 leave all but weight decay at rest, where torch's foreach gives NaN. A
+    complex leaf is a pair of real ones.
 
     Args:
         lr: Learning rate: at least 0; a number, a 0-dim tensor, or a schedule, which is called with
@@ -134,7 +134,7 @@ class AdamW:
 
         Raises:
             TypeError: If a leaf is no such tensor.
-            ValueError: If two leaves share their memory.
+            ValueError: If two leaves start at the same place in memory, as tied weights do.
 
         Example:
             >>> import torch, funcopt
@@ -171,7 +171,8 @@ class AdamW:
         Raises:
             TypeError: If a leaf is not a dense tensor of a floating-point or complex dtype.
             ValueError: If the trees, shapes, dtypes or devices do not match, if two parameters
-                share their memory, or if a hyperparameter is out of range or no single number.
+                start at the same place in memory, or if a hyperparameter is out of range or no
+                single number.
 
         Example:
             >>> import torch, funcopt
@@ -213,7 +214,8 @@ class AdamW:
             RuntimeError: Under a transform of `torch.func`, or if a gradient, a state tensor, a
                 hyperparameter or a parameter's own history asks for a derivative of the update.
             TypeError: As `update`.
-            ValueError: As `update`, and if tensors to be written share their memory.
+            ValueError: As `update`, and if a tensor to be written is expanded, or starts in memory
+                where another one or a gradient does.
 
         Example:
             >>> import torch, funcopt
@@ -262,7 +264,7 @@ class AdamW:
         given = self._hyperparameters()
         for name, number in given.items():
             if callable(number):
-                given[name] = normalize(name, number(old), source=" from its schedule")
+                given[name] = normalize(name, number(old.clone()), source=" from its schedule")
             check_zero_dim(name, given[name])
         return Scalars(new, *given.values())
 

@@ -134,6 +134,8 @@ def check_distinct(leaves: Sequence[Tensor], path: Callable[[int], str], what: s
 
 
 def _instead_of(leaf: object) -> str:
+    if leaf is None:
+        return "Leave its key out."
     if isinstance(leaf, torch.nn.Module):
         return "Pass dict(module.named_parameters())."
     return "Take it out of the tree, or register its type as a pytree node."

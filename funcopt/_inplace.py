@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -22,7 +22,8 @@ def check_inplace(work: Work, numbers: Iterable[Scalars]) -> None:
     Raises:
         RuntimeError: Under a transform of `torch.func` or forward mode, or if anything that goes
             into the update carries history.
-        ValueError: If a tensor to be written overlaps itself or another one.
+        ValueError: If a tensor to be written is expanded, or starts where another one or a gradient
+            does.
     """
     if _transforms.transformed() or _transforms.forward_mode():
         raise RuntimeError(
@@ -45,6 +46,24 @@ def check_inplace(work: Work, numbers: Iterable[Scalars]) -> None:
         lambda position: work.path(*places[position]),
         "one would be written over the other",
     )
+    _check_not_written(work, written)
+
+
+def _check_not_written(work: Work, written: Mapping[str, Sequence[Tensor]]) -> None:
+    """Refuse gradients that a kernel might read after it has written over them."""
+    grads = work.leaves().grads
+    targets = [tensor for tensors in written.values() for tensor in tensors]
+    if not _transforms.all_plain(grads + targets):  # fake tensors have no memory to share
+        return
+    places = {tensor.data_ptr() for tensor in targets if tensor.numel() > 0}
+    if places.isdisjoint(map(Tensor.data_ptr, grads)):
+        return
+    for index, grad in enumerate(grads):
+        if grad.numel() > 0 and grad.data_ptr() in places and not grad.is_meta:
+            raise ValueError(
+                f"{work.path('grads', index)} shares its memory with a tensor that is to be "
+                f"written. Clone it, or use update()."
+            )
 
 
 def _history(work: Work, numbers: Iterable[Scalars]) -> Iterator[tuple[str, Tensor]]:

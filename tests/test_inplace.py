@@ -178,3 +178,14 @@ def test_it_refuses_inference_tensors_outside_of_inference_mode():
     with pytest.raises(RuntimeError, match=r"state.exp_avg\['w'\] was made in inference mode"):
         opt.update_({"w": torch.ones(2)}, state, params)
     assert torch.equal(params["w"], torch.ones(2))
+
+
+def test_it_refuses_gradients_that_it_would_write_over():
+    params = {"a": torch.ones(2), "b": torch.zeros(2)}
+    opt = AdamW()
+    state = opt.init(params)
+    with pytest.raises(
+        ValueError, match=r"grads\['a'\] shares its memory with a tensor that is to"
+    ):
+        opt.update_({"a": params["b"], "b": torch.ones(2)}, state, params)
+    assert torch.equal(params["a"], torch.ones(2))

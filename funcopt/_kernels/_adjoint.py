@@ -33,7 +33,7 @@ __all__ = ["Saved", "adjoint"]
 
 
 class Saved(NamedTuple):
-    """What is kept between a step and its adjoint: the gradient and two sizes of the parameters."""
+    """What is kept between a step and its adjoint: the gradient and, at the least, two moments."""
 
     grads: list[Tensor]
     exp_avgs: list[Tensor]
@@ -84,7 +84,7 @@ class _Leaf(NamedTuple):
     exp_avg: Tensor
     exp_avg_sq: Tensor
     max_exp_avg_sq: Tensor | None
-    param: Tensor  # None if its derivative is not wanted, in which case nobody asks
+    param: Any  # a tensor if the derivative of lr or weight decay is wanted, else None
     new_exp_avg: Tensor
     new_exp_avg_sq: Tensor
     largest: Tensor

@@ -11,6 +11,7 @@ from torch import Tensor
 from .._types import Number
 
 __all__ = [
+    "PUBLIC_NAMES",
     "Leaves",
     "Moved",
     "Scalars",

@@ -3,8 +3,8 @@
 `torch._fused_adamw_` believes whatever it is told: it reads shapes and strides off the parameters
 alone, updates a tensor listed twice twice, ignores autograd, and bumps no version counter. What it
 needs to be right is established before it is called: same shapes, dtypes and dense strides in
-every list (`_memory`), no tensor twice (`_checks`), no history and no transform (`_rules`). The
-name is private to torch; one without it is served by the foreach kernel.
+every list (`_memory`), no tensor twice (`_checks`), no history and no transform (`_history`, and
+`run` of this package). The name is private to torch; one without it gets the foreach kernel.
 """
 
 from __future__ import annotations

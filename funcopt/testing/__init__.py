@@ -10,7 +10,7 @@ Example:
     ...     funcopt.AdamW(), laws=[laws.never_mutates, laws.vmap_is_loop], max_examples=5
     ... )
     >>> print(report)
-    AdamW: 2 laws hold
+    AdamW: 2 hold
       holds           never_mutates
       holds           vmap_is_loop
 """

@@ -65,7 +65,7 @@ class Report:
 
     def __str__(self) -> str:
         counts = {
-            "laws hold": sum(v.status == "holds" for v in self.verdicts),
+            "hold": sum(v.status == "holds" for v in self.verdicts),
             "broken": len(self.broken),
             "not applicable": sum(v.status == "not applicable" for v in self.verdicts),
         }
@@ -103,7 +103,7 @@ def check_optimizer(
         A report, in the order of the laws. A law that fails comes with the smallest example found.
 
     Raises:
-        TypeError: If `opt` lacks `init` or `update`.
+        TypeError: If `opt` lacks `init` or `update`, or `params` is no strategy.
         ValueError: If `max_examples` is less than 1.
 
     Example:
@@ -115,6 +115,11 @@ def check_optimizer(
     for method in ("init", "update"):
         if not callable(getattr(opt, method, None)):
             raise TypeError(f"{opt!r} has no {method}(): an optimizer has init() and update().")
+    if params is not None and not isinstance(params, st.SearchStrategy):
+        raise TypeError(
+            f"params={params!r}: must be a strategy, such as strategies.params() or "
+            f"hypothesis.strategies.just(...)."
+        )
     if max_examples < 1:
         raise ValueError(f"max_examples={max_examples}: must be at least 1.")
     verdicts = tuple(
@@ -160,9 +165,12 @@ def check_law(
             most = min(max_examples, _FEW) if compiles else max_examples
             _search(hold, params, most, seed, shrink and not compiles)
     except Exception as error:
+        if not tried:  # nothing could be drawn, which is not the optimizer's fault
+            raise
         status = "fails" if isinstance(error, AssertionError) else "error"
         detail = str(error) if status == "fails" else f"{type(error).__name__}: {error}"
-        return Verdict(law.__name__, status, detail.splitlines()[0], tried[0])
+        first_line = next(iter(detail.splitlines()), type(error).__name__)
+        return Verdict(law.__name__, status, first_line, tried[0])
     if not applied:
         return Verdict(law.__name__, "not applicable", reasons[0] if reasons else "no problem fits")
     return Verdict(law.__name__, "holds")

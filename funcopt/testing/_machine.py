@@ -35,8 +35,9 @@ class OptimizerMachine(RuleBasedStateMachine):
 
     Example:
         >>> from funcopt.testing import OptimizerMachine, strategies
-        >>> class TestAMSGrad(OptimizerMachine.TestCase):
-        ...     pass
+        >>> class AMSGradMachine(OptimizerMachine):
+        ...     optimizers = strategies.adamws(amsgrad=True)
+        >>> TestAMSGrad = AMSGradMachine.TestCase  # which pytest and unittest collect
     """
 
     optimizers: ClassVar[st.SearchStrategy[Any]] = strategies.optimizers()

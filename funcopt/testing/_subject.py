@@ -13,7 +13,7 @@ from .. import _tree
 from .._types import Tree
 from ._compare import NotApplicable
 
-__all__ = ["Step", "cast", "clone", "field", "leaves_of", "replace", "run", "tree_map"]
+__all__ = ["Step", "cast", "clone", "field", "last", "leaves_of", "replace", "run", "tree_map"]
 
 
 class Step(NamedTuple):
@@ -48,11 +48,18 @@ def field(opt: Any, name: str) -> Any:
     Raises:
         NotApplicable: If there is none of that name.
     """
-    while not hasattr(opt, name):
-        if not hasattr(opt, "inner"):
+    while name not in _fields(opt):
+        if "inner" not in _fields(opt):
             raise NotApplicable(f"it has no {name}")
         opt = opt.inner
     return getattr(opt, name)
+
+
+def _fields(opt: Any) -> set[str]:
+    """The names that a copy of an optimizer can be given other values for."""
+    if not dataclasses.is_dataclass(opt):
+        return set()
+    return {each.name for each in dataclasses.fields(opt) if each.init}
 
 
 def replace(opt: Any, **values: Any) -> Any:
@@ -63,12 +70,12 @@ def replace(opt: Any, **values: Any) -> Any:
     """
     if not dataclasses.is_dataclass(opt) or isinstance(opt, type):
         raise NotApplicable(f"{type(opt).__name__} is not a dataclass, so nothing can be replaced")
-    own = {name: value for name, value in values.items() if hasattr(opt, name)}
+    own = {name: value for name, value in values.items() if name in _fields(opt)}
     others = {name: value for name, value in values.items() if name not in own}
     if others:
-        if not hasattr(opt, "inner"):
+        if "inner" not in _fields(opt):
             raise NotApplicable(f"it has no {', '.join(others)}")
-        own["inner"] = replace(opt.inner, **others)
+        own["inner"] = replace(field(opt, "inner"), **others)
     return dataclasses.replace(opt, **own)
 
 

@@ -99,6 +99,9 @@ def _strategy(name: str, value: Any, kind: type[T], default: st.SearchStrategy[T
 
 
 def _choice(name: str, names: Sequence[str], known: Sequence[str]) -> st.SearchStrategy[str]:
+    if isinstance(names, st.SearchStrategy):
+        raise InvalidArgument(f"{name}={names!r}: must be names, not a strategy for one.")
+    names = list(names)
     wrong = [given for given in names if given not in known]
     if wrong or not names:
         raise InvalidArgument(f"{name}={names!r}: must be some of {', '.join(known)}.")
@@ -142,6 +145,8 @@ def tensors(
         ...     assert tensor.isfinite().all()
         >>> all_are_finite()
     """
+    if isinstance(dtype, torch.dtype) and not (dtype.is_floating_point or dtype.is_complex):
+        raise InvalidArgument(f"dtype={dtype}: must be floating-point or complex.")
     return _tensors(
         _strategy("dtype", dtype, torch.dtype, dtypes()),
         _strategy("shape", shape, tuple, shapes()),

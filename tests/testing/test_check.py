@@ -80,7 +80,7 @@ def test_the_report_counts():
         laws=[laws.never_mutates, laws.keeps_structure, laws.kernels_agree],
         max_examples=5,
     )
-    assert str(report).startswith("Writing: 1 laws hold, 1 broken, 1 not applicable")
+    assert str(report).startswith("Writing: 1 hold, 1 broken, 1 not applicable")
 
 
 def test_what_is_no_optimizer_is_refused():
@@ -146,3 +146,16 @@ class Halved:
 def test_optimizers_that_are_right_raise_no_false_alarm(opt):
     report = check_optimizer(opt, max_examples=40)
     assert report.ok, report
+
+
+def test_a_law_that_fails_without_a_word_is_reported_all_the_same():
+    def wordless(opt, params, gradient_sequence):
+        assert not gradient_sequence
+
+    (verdict,) = check_optimizer(Descent(), laws=[wordless]).verdicts
+    assert (verdict.status, verdict.law) == ("fails", "wordless")
+
+
+def test_parameters_that_are_no_strategy_are_refused():
+    with pytest.raises(TypeError, match=r"must be a strategy, such as strategies.params\(\)"):
+        check_optimizer(AdamW(), params={"w": torch.ones(2)})

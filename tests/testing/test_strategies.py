@@ -141,6 +141,7 @@ REFUSED = {
     "min_side=3, max_side=2": lambda: strategies.shapes(min_side=3, max_side=2),
     "min_dims=-1": lambda: strategies.shapes(min_dims=-1),
     "dtype='float32'": lambda: strategies.tensors(dtype="float32"),
+    "dtype=torch.int64": lambda: strategies.tensors(dtype=torch.int64),
     "shape=3": lambda: strategies.tensors(shape=3),
     "values=\\['odd'\\]": lambda: strategies.tensors(values=["odd"]),
     "layouts=\\[\\]": lambda: strategies.tensors(layouts=[]),

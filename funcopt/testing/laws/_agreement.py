@@ -26,7 +26,8 @@ __all__ = [
 
 def kernels_agree(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> None:
     """Every kernel takes the same step, to a few ulp."""
-    field(opt, "kernel")
+    if field(opt, "kernel") not in KERNELS:
+        raise NotApplicable("its kernels are of its own")
     for step in run(opt, params, gradient_sequence):
         for name in KERNELS:
             new_params, new_state = replace(opt, kernel=name).update(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ... import _tree
 from ..._adamw import AdamW
+from ..._kernels import KERNELS
 from ..._types import Tree
 from .._compare import ROUNDING, NotApplicable, compare
 from .._subject import field, last, replace, run, tree_map
@@ -46,18 +47,16 @@ def maximize_is_minimize_negated(opt: Any, params: Tree, gradient_sequence: list
 def _kernels(opt: Any) -> list[Any]:
     """The optimizer with each of its kernels, if it has a choice of them."""
     try:
-        field(opt, "kernel")
+        if field(opt, "kernel") not in KERNELS:
+            return [opt]
     except NotApplicable:
         return [opt]
     return [replace(opt, kernel=name) for name in ("plain", "foreach", "fused")]
 
 
 def _of_adams_family(opt: Any) -> None:
-    inner = opt
-    while hasattr(inner, "inner"):
-        inner = inner.inner
-    if not isinstance(inner, AdamW):
-        raise NotApplicable(f"it holds for AdamW, and this is a {type(inner).__name__}")
+    if not isinstance(opt, AdamW):
+        raise NotApplicable(f"it holds for AdamW, and this is a {type(opt).__name__}")
 
 
 def decay_is_decoupled(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> None:

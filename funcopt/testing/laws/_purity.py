@@ -36,6 +36,10 @@ def never_mutates(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> None
         new_params, new_state = opt.update(grads, state, params)
         for root, tree, copy in zip(_ROOTS, (grads, state, params), copies, strict=True):
             compare("never_mutates", number, root, tree, copy)
+            if any(leaf.requires_grad for leaf in leaves_of(tree)):
+                raise LawBroken(
+                    f"never_mutates: step {number}, {root}: was made to require a gradient"
+                )
         params, state = new_params, new_state
 
 
@@ -99,6 +103,8 @@ def _keeps(step: Step, root: str, new: Tree, old: Tree) -> None:
     if structure != expected:
         raise LawBroken(f"{law}, {root}: got a tree {structure}, expected {expected}")
     for path, one, other in zip(_tree.paths(structure, root), news, olds, strict=True):
+        if not (isinstance(one, Tensor) and isinstance(other, Tensor)):
+            continue
         for name in ("shape", "dtype", "device"):
             if getattr(one, name) != getattr(other, name):
                 got, wanted = getattr(one, name), getattr(other, name)

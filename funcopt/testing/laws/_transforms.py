@@ -79,6 +79,8 @@ def _same(*trees: Tree) -> tuple[Tree, ...]:
 
 def _stack(tree: Tree, dim: int = 0) -> Tree:
     """Stack members that differ, so that no two can be confused."""
+    if not leaves_of(tree):
+        raise NotApplicable("there is nothing to map over")
     return tree_map(lambda t: torch.stack([t * (i + 1) / 2 for i in range(_MEMBERS)], dim), tree)
 
 
@@ -156,6 +158,8 @@ def _differentiable(
     try:
         result = after(cast(params, torch.float64), [tracked])
     except RuntimeError as error:
+        if "requires grad" not in str(error) and "require grad" not in str(error):
+            raise
         raise NotApplicable(f"it is not differentiable: {error}") from error
     if not result.requires_grad:
         raise NotApplicable("it is not differentiable: its results have no history")
