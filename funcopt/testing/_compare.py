@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import _tree
 from .._types import Tree
 
-__all__ = ["EXACT", "ROUNDING", "LawBroken", "NotApplicable", "compare"]
+__all__ = ["EXACT", "ROUNDING", "LawBroken", "NotApplicable", "compare", "wide"]
 
 # How many units in the last place two results of the same equations may differ by, per step: in the
 # element itself, and in the largest element of its leaf. They collect the roundings of some ten
@@ -98,15 +98,16 @@ def _within(one: Tensor, other: Tensor, old: Tensor, ulps: float) -> Tensor:
     if ulps == 0.0:
         return same
     ulp = torch.finfo(one.dtype).eps
-    wide_one, wide_other = _wide(one), _wide(other)
-    size = torch.maximum(wide_other.abs(), _wide(old).abs())
+    wide_one, wide_other = wide(one), wide(other)
+    size = torch.maximum(wide_other.abs(), wide(old).abs())
     size = torch.where(size.isfinite(), size, 0.0)
     # Below the normal range the steps between numbers no longer shrink.
     allowed = ulps * (ulp * (size + size.max()) + torch.finfo(one.dtype).tiny * ulp)
     return same | ((wide_one - wide_other).abs() <= allowed)
 
 
-def _wide(tensor: Tensor) -> Tensor:
+def wide(tensor: Tensor) -> Tensor:
+    """Return a tensor in the dtype in which results are held against each other."""
     return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
 
 

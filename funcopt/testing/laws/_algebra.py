@@ -11,7 +11,7 @@ from ... import _tree
 from ..._adamw import AdamW
 from ..._kernels import KERNELS
 from ..._types import Tree
-from .._compare import ROUNDING, NotApplicable, compare
+from .._compare import ROUNDING, NotApplicable, compare, wide
 from .._subject import field, last, replace, run, tree_map
 
 __all__ = [
@@ -54,14 +54,14 @@ def _kernels(opt: Any) -> list[Any]:
     return [replace(opt, kernel=name) for name in ("plain", "foreach", "fused")]
 
 
-def _of_adams_family(opt: Any) -> None:
+def _only_adamw(opt: Any) -> None:
     if not isinstance(opt, AdamW):
         raise NotApplicable(f"it holds for AdamW, and this is a {type(opt).__name__}")
 
 
 def decay_is_decoupled(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> None:
     """Weight decay shrinks the parameters by 1 - lr * decay, and touches nothing else."""
-    _of_adams_family(opt)
+    _only_adamw(opt)
     lr = field(opt, "lr")
     if callable(lr):
         raise NotApplicable("its lr is a schedule")
@@ -70,8 +70,8 @@ def decay_is_decoupled(opt: Any, params: Tree, gradient_sequence: list[Tree]) ->
     for step in run(with_decay, params, gradient_sequence):
         bare, state = without.update(step.grads, step.state, step.params)
         compare("decay_is_decoupled", step.number, "state", step.new_state, state, ROUNDING)
-        shrunk = tree_map(lambda p: _up(p) * (float(lr) * decay), step.params)
-        expected = _combine(lambda p, s: (_up(p) - s).to(p.dtype), bare, shrunk)
+        shrunk = tree_map(lambda p: wide(p) * (float(lr) * decay), step.params)
+        expected = _combine(lambda p, s: (wide(p) - s).to(p.dtype), bare, shrunk)
         compare("decay_is_decoupled", step.number, "params", step.new_params, expected, _LOOSE)
 
 
@@ -81,7 +81,7 @@ _LOOSE = {dtype: 2 * ulps for dtype, ulps in ROUNDING.items()}
 
 def scale_invariant(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> None:
     """Without eps, gradients four times as large move the parameters by the same."""
-    _of_adams_family(opt)
+    _only_adamw(opt)
     bare = replace(opt, eps=0.0)
     nonzero = [tree_map(_nonzero, grads) for grads in gradient_sequence]
     scaled = [tree_map(lambda g: g * 4, grads) for grads in nonzero]
@@ -99,7 +99,7 @@ _MOMENTS_TOO = {dtype: 64 * ulps for dtype, ulps in ROUNDING.items()}
 
 def first_step_is_sign(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> None:
     """Without eps and decay, the first step has the size of lr and the sign of the gradient."""
-    _of_adams_family(opt)
+    _only_adamw(opt)
     lr = field(opt, "lr")
     if callable(lr):
         raise NotApplicable("its lr is a schedule")
@@ -116,7 +116,7 @@ def first_step_is_sign(opt: Any, params: Tree, gradient_sequence: list[Tree]) ->
     step = last(replace(opt, eps=0.0, weight_decay=0.0), real, [grads])
     sign = -1.0 if field(opt, "maximize") else 1.0
     expected = [
-        (_up(p) - float(lr) * sign * _up(g).sign()).to(p.dtype)
+        (wide(p) - float(lr) * sign * wide(g).sign()).to(p.dtype)
         for p, g in zip(real, grads, strict=True)
     ]
     compare("first_step_is_sign", 1, "params", step.new_params, expected, ROUNDING)
@@ -124,10 +124,6 @@ def first_step_is_sign(opt: Any, params: Tree, gradient_sequence: list[Tree]) ->
 
 def _nonzero(grad: Tensor) -> Tensor:
     return torch.where(grad == 0, torch.ones_like(grad), grad)
-
-
-def _up(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
 
 
 def _combine(function: Any, one: Tree, other: Tree) -> Tree:
