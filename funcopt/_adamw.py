@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, NamedTuple, TypeVar
@@ -9,26 +10,29 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from . import _kernels, _tree
+from . import _kernels, _transforms, _tree
 from ._hyperparameters import check_flag, check_zero_dim, normalize
 from ._inplace import check_inplace
 from ._kernels import KERNELS, Scalars, Variant
 from ._node import register_optimizer
 from ._types import Number, Schedule, Tree
-from ._work import Work, flatten_params, gather
+from ._work import Work, check_untied, flatten_params, gather, too_many_to_compile
 
 __all__ = ["AdamW", "AdamWState"]
 
 ParamsT = TypeVar("ParamsT")
+
+# The hyperparameters as messages call them, in the order of `Scalars`.
+_NAMES = ("lr", "betas[0]", "betas[1]", "eps", "weight_decay")
 
 
 class AdamWState(NamedTuple):
     """The state of `AdamW`: tensors only, in trees of the shape of the parameters.
 
     Attributes:
-        step: How many updates were made: a float64 tensor of shape (), on the CPU unless moved;
-            with `step_per_leaf` a tree of them. In float64 it counts on where float32 stops, at
-            2**24.
+        step: How many updates were made: a float64 tensor of shape (), on the GPU if all
+            parameters are on one, else on the CPU; with `step_per_leaf` a tree of them. In float64
+            it counts on where float32 stops, at 2**24.
         exp_avg: The running mean of the gradients.
         exp_avg_sq: The running mean of their squares.
         max_exp_avg_sq: The largest `exp_avg_sq` so far; `()` unless amsgrad.
@@ -79,8 +83,9 @@ class AdamW:
         step_per_leaf: Count the updates of each leaf, so that a leaf whose gradient is sometimes
             None has its own bias corrections, as in torch.optim; a schedule then sees each leaf's
             own count. Off: one count for the tree, advanced by every update.
-        kernel: `"auto"` takes the fastest that is right for the tensors; `"fused"`, `"foreach"`
-            and `"plain"` name one. Tracers and forward mode always see plain operators.
+        kernel: `"auto"` takes the fastest that is right for the tensors; `"fused"`, `"foreach"`,
+            `"triton"` (CUDA alone) and `"plain"` name one. Tracers and forward mode always see
+            plain operators.
         differentiable: Whether plain autograd records an update. None: if a state tensor or a
             hyperparameter requires a gradient, or if a gradient depends on anything that does, save
             these parameters themselves. Under a transform of `torch.func` always.
@@ -147,8 +152,13 @@ class AdamW:
         def zeros() -> Tree:
             return _tree.unflatten(structure, [torch.zeros_like(leaf) for leaf in leaves])
 
+        # Beside parameters on one GPU, where a captured CUDA graph counts on at each replay.
+        devices = {leaf.device for leaf in leaves}
+        on_gpu = len(devices) == 1 and next(iter(devices)).type == "cuda"
+        place = devices.pop() if on_gpu else "cpu"
+
         def count() -> Tensor:
-            return torch.zeros((), dtype=torch.float64, device="cpu")
+            return torch.zeros((), dtype=torch.float64, device=place)
 
         step = (
             _tree.unflatten(structure, [count() for _ in leaves]) if self.step_per_leaf else count()
@@ -157,6 +167,9 @@ class AdamW:
 
     def update(self, grads: Tree, state: AdamWState, params: ParamsT) -> tuple[ParamsT, AdamWState]:
         """Return the new parameters and the new state, in fresh memory.
+
+        On the CPU, many small leaves (of up to 4096 elements) come in storages of up to 2**18
+        elements that several share, each its own part: clone one to keep or save it alone.
 
         Args:
             grads: The gradients: a tree with the keys of `params`, each like its parameter in
@@ -183,16 +196,23 @@ class AdamW:
             >>> params
             [tensor([0.9899, 0.9899]), tensor([1., 1.])]
         """
+        if too_many_to_compile(params):
+            return _transforms.uncompiled(self.update, grads, state, params)
         work = self._gather(grads, state, params)
-        counts = work.advanced()
-        leaves, numbers = work.leaves(), self._numbers(work, counts)
-        others = (*work.moments(), *chain.from_iterable(numbers))
-        with _kernels.recording(work.params.leaves, leaves.grads, others, self.differentiable):
-            moved = _kernels.run(leaves, work.per_leaf(numbers), self._variant())
-            new_params, *moments = work.rebuild(moved)
+        check_untied(work.params.leaves, work.params.structure)
+        counts = work.counts.after(work.active, work.watched)
+        numbers = self._numbers(work, counts)
+        gradients, moments = work.historic()
+        read = all(own.read for own in numbers)
+        others = moments if read else (*moments, *chain.from_iterable(numbers))
+        with _kernels.recording(work.params.leaves, gradients, others, self.differentiable):
+            moved = _kernels.run(
+                work.leaves, work.counts.of(work.active, numbers), self._variant(), work.layout
+            )
+            new_params, *new_moments = work.rebuild(moved)
         if not self.amsgrad:
-            moments.append(())
-        return new_params, AdamWState(work.steps.rebuild(counts), *moments)
+            new_moments.append(())
+        return new_params, AdamWState(work.counts.rebuild(counts), *new_moments)
 
     def update_(
         self, grads: Tree, state: AdamWState, params: ParamsT
@@ -227,14 +247,19 @@ class AdamW:
             Parameter containing:
             tensor([0.8990, 0.8990], requires_grad=True)
         """
+        if too_many_to_compile(params):
+            return _transforms.uncompiled(self.update_, grads, state, params)
         work = self._gather(grads, state, params)
-        counts = work.advanced()
+        counts = work.counts.after(work.active, work.watched)
         numbers = self._numbers(work, counts)
         check_inplace(work, numbers)
-        _kernels.run_(work.leaves(), work.per_leaf(numbers), self._variant())
-        with torch.no_grad():
-            for old, new in zip(work.steps.leaves, counts, strict=True):
-                _kernels.write(old, new)
+        # Entering no_grad takes longer than moving a small leaf.
+        recorded = work.layout is None or work.layout.params_require_grad
+        with torch.no_grad() if recorded else nullcontext():
+            _kernels.run_(
+                work.leaves, work.counts.of(work.active, numbers), self._variant(), work.layout
+            )
+            work.counts.write(counts)
         return params, state
 
     def _gather(self, grads: Tree, state: AdamWState, params: Tree) -> Work:
@@ -244,7 +269,7 @@ class AdamW:
                 f"or the last update returned. The order is update(grads, state, params)."
             )
         work = gather(grads, state, params, amsgrad=self.amsgrad, step_per_leaf=self.step_per_leaf)
-        for index, leaf in enumerate(work.leaves().params if self.kernel != "auto" else []):
+        for index, leaf in enumerate(work.leaves.params if self.kernel != "auto" else []):
             reason = _kernels.unserved(self.kernel, leaf.device)
             if reason is not None:
                 raise ValueError(
@@ -253,30 +278,31 @@ class AdamW:
                 )
         return work
 
-    def _numbers(self, work: Work, counts: list[Tensor]) -> list[Scalars]:
+    def _numbers(self, work: Work, counts: list[Number]) -> list[Scalars]:
         """The numbers of this update, for each count of updates."""
+        given: tuple[Any, ...] = (self.lr, *self.betas, self.eps, self.weight_decay)
+        if all(type(number) is float for number in given):
+            return [Scalars(_detached(count), *given) for count in counts]
+        named = list(zip(_NAMES, given, strict=True))
         return [
-            self._numbers_at(old.detach(), new.detach())
-            for old, new in zip(work.steps.leaves, counts, strict=True)
+            Scalars(_detached(new), *(_number_at(name, number, old) for name, number in named))
+            for old, new in zip(work.counts.tensors, counts, strict=True)
         ]
-
-    def _numbers_at(self, old: Tensor, new: Tensor) -> Scalars:
-        given = self._hyperparameters()
-        for name, number in given.items():
-            if callable(number):
-                given[name] = normalize(name, number(old.clone()), source=" from its schedule")
-            check_zero_dim(name, given[name])
-        return Scalars(new, *given.values())
-
-    def _hyperparameters(self) -> dict[str, Any]:
-        """The hyperparameters under the names that messages use, in the order of `Scalars`."""
-        return {
-            "lr": self.lr,
-            "betas[0]": self.betas[0],
-            "betas[1]": self.betas[1],
-            "eps": self.eps,
-            "weight_decay": self.weight_decay,
-        }
 
     def _variant(self) -> Variant:
         return Variant(self.amsgrad, self.maximize, self.kernel, self.differentiable)
+
+
+def _detached(count: Number) -> Number:
+    """Return a count without history: no derivative goes through how often was counted."""
+    return count.detach() if isinstance(count, Tensor) and count.requires_grad else count
+
+
+def _number_at(name: str, given: Number | Schedule, count: Tensor) -> Number:
+    """Return the number that a hyperparameter is after so many updates."""
+    if isinstance(given, (float, Tensor)):
+        number = given
+    else:  # a schedule gets a copy, and may do with it what it likes
+        number = normalize(name, given(count.detach().clone()), source=" from its schedule")
+    check_zero_dim(name, number)
+    return number

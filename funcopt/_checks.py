@@ -116,7 +116,7 @@ def check_distinct(leaves: Sequence[Tensor], path: Callable[[int], str], what: s
         what: What goes wrong, for the message.
     """
     if _transforms.all_plain(leaves):
-        pointers = [leaf.data_ptr() for leaf in leaves]
+        pointers = list(map(Tensor.data_ptr, leaves))
     else:
         pointers = [leaf.data_ptr() if _transforms.all_plain([leaf]) else 0 for leaf in leaves]
     if len(set(pointers)) == len(pointers):

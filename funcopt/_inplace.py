@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from itertools import chain
 
 import torch
 from torch import Tensor
 
 from . import _transforms
 from ._checks import check_distinct
-from ._kernels import PUBLIC_NAMES, Scalars
+from ._kernels import PUBLIC_NAMES, Layout, Scalars
 from ._work import Work
 
 __all__ = ["check_inplace"]
@@ -25,41 +26,57 @@ def check_inplace(work: Work, numbers: Iterable[Scalars]) -> None:
         ValueError: If a tensor to be written is expanded, or starts where another one or a gradient
             does.
     """
-    if _transforms.transformed() or _transforms.forward_mode():
+    if work.watched and (_transforms.transformed() or _transforms.forward_mode()):
         raise RuntimeError(
             "update_() writes in place, which a transform (vmap, grad, jvp, ...) cannot follow. "
             "Use update()."
         )
+    if work.layout is not None and _is_fine_at_a_glance(work, work.layout, numbers):
+        return
     for name, tensor in _history(work, numbers):
         raise RuntimeError(
             f"{name} {'has a history' if tensor.grad_fn else 'requires a gradient'}, which writing "
             f"in place would lose. Use update(), or detach it if no derivative is wanted."
         )
-    if _transforms.tracing():
-        return
-    written = work.written()
-    for root, tensors in written.items():
-        _check_writable(tensors, partial(work.path, root))
-    places = [(root, index) for root, tensors in written.items() for index in range(len(tensors))]
+    if work.layout is not None:  # while operators are traced there is no memory yet
+        for root, tensors in work.written().items():
+            _check_writable(tensors, partial(work.path, root))
+        _check_apart(work)
+
+
+def _is_fine_at_a_glance(work: Work, layout: Layout, numbers: Iterable[Scalars]) -> bool:
+    """Whether all is seen to be fine at a glance, as nearly always; else the fault is looked for.
+
+    The layout vouches for the leaves, save for where they start and for parameters' histories. A
+    count that was read vouches for itself: only a plain one without history is.
+    """
+    counts = work.counts.tensors
+    tensors = [*chain.from_iterable(work.leaves), *counts]
+    return (
+        layout.writable
+        and all(own.read for own in numbers)
+        and not any(map(Tensor.is_inference, counts))
+        and not (layout.params_require_grad and any(not p.is_leaf for p in work.leaves.params))
+        and len(set(map(Tensor.data_ptr, tensors))) == len(tensors)
+    )
+
+
+def _check_apart(work: Work) -> None:
+    """Refuse tensors that would be written over another one, or over a gradient still read."""
+    columns = work.written()
+    targets = list(chain.from_iterable(columns.values()))
+    grads = work.leaves.grads
+    places = [(root, index) for root, tensors in columns.items() for index in range(len(tensors))]
     check_distinct(
-        [tensor for tensors in written.values() for tensor in tensors],
+        targets,
         lambda position: work.path(*places[position]),
         "one would be written over the other",
     )
-    _check_not_written(work, written)
-
-
-def _check_not_written(work: Work, written: Mapping[str, Sequence[Tensor]]) -> None:
-    """Refuse gradients that a kernel might read after it has written over them."""
-    grads = work.leaves().grads
-    targets = [tensor for tensors in written.values() for tensor in tensors]
     if not _transforms.all_plain(grads + targets):  # fake tensors have no memory to share
         return
-    places = {tensor.data_ptr() for tensor in targets if tensor.numel() > 0}
-    if places.isdisjoint(map(Tensor.data_ptr, grads)):
-        return
+    taken = {tensor.data_ptr() for tensor in targets if tensor.numel() > 0}
     for index, grad in enumerate(grads):
-        if grad.numel() > 0 and grad.data_ptr() in places and not grad.is_meta:
+        if grad.numel() > 0 and grad.data_ptr() in taken and not grad.is_meta:
             raise ValueError(
                 f"{work.path('grads', index)} shares its memory with a tensor that is to be "
                 f"written. Clone it, or use update()."
@@ -69,10 +86,11 @@ def _check_not_written(work: Work, written: Mapping[str, Sequence[Tensor]]) -> N
 def _history(work: Work, numbers: Iterable[Scalars]) -> Iterator[tuple[str, Tensor]]:
     """Yield what would have its derivative lost, by name."""
     for own in numbers:
-        for name, number in own._asdict().items():
+        for name, number in zip(Scalars._fields, own, strict=True):
             if isinstance(number, Tensor) and number.requires_grad:
                 yield PUBLIC_NAMES.get(name, name), number
-    for root, tensors in {"grads": work.leaves().grads, **work.written()}.items():
+    columns = {"grads": work.leaves.grads, **work.written()}
+    for root, tensors in columns.items():
         for index, tensor in enumerate(tensors):
             # A parameter that merely requires a gradient is what everyone trains.
             if tensor.requires_grad and not (root == "params" and tensor.is_leaf):

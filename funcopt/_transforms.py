@@ -8,33 +8,45 @@ falls on the safe side: plain operators, which are right everywhere and only slo
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 __all__ = [
+    "Members",
     "all_plain",
+    "beneath_vmap",
     "compiling",
+    "exporting",
     "forward_mode",
     "tracing",
     "transformed",
+    "uncompiled",
     "watched_by_operator",
 ]
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 try:
-    from torch._C._functorch import TransformType
-    from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
+    from torch._C._functorch import TransformType, _add_batch_dim, _unwrap_batched
+    from torch._functorch.pyfunctorch import (
+        VmapInterpreter,
+        retrieve_all_functorch_interpreters,
+        retrieve_current_functorch_interpreter,
+    )
 
     _RULED: set[TransformType] | None = {TransformType.Vmap, TransformType.Grad}
 except ImportError:  # pragma: no cover
     _RULED = None
 
 
-def compiling() -> bool:
-    """Whether this very Python code is being compiled or exported."""
-    return torch.compiler.is_compiling()
+# Whether this very Python code is being compiled or exported.
+compiling = torch.compiler.is_compiling
 
 
 def tracing() -> bool:
@@ -46,9 +58,26 @@ def tracing() -> bool:
     )
 
 
-def transformed() -> bool:
-    """Whether any transform of `torch.func` is under way (vmap, grad, jvp, functionalize, ...)."""
-    return torch._C._are_functorch_transforms_active()
+def uncompiled(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """Call a function outside of the graph that is being compiled, which breaks there."""
+    result: R = _uncompiled(function, *args, **kwargs)
+    return result
+
+
+_disable: Any = torch.compiler.disable  # which torch leaves untyped
+_uncompiled = _disable(
+    lambda function, *args, **kwargs: function(*args, **kwargs),
+    reason="An update of so many leaves would take hours to compile, and gain nothing: its kernels "
+    "are compiled already. Compile without fullgraph=True, or leave the update outside.",
+)
+
+
+# Whether that is for an export.
+exporting = torch.compiler.is_exporting
+
+
+# Whether any transform of `torch.func` is under way (vmap, grad, jvp, functionalize, ...).
+transformed = torch._C._are_functorch_transforms_active
 
 
 def forward_mode() -> bool:
@@ -70,6 +99,44 @@ def watched_by_operator() -> bool:
     if _RULED is None:  # pragma: no cover
         return True
     return any(level.key() not in _RULED for level in retrieve_all_functorch_interpreters())
+
+
+class Members:
+    """The members of one vmap: how they lie in a tensor that is mapped over, and in a result."""
+
+    def __init__(self, interpreter: VmapInterpreter) -> None:
+        """Note how many members there are, and at which level of nesting."""
+        self.size = interpreter.batch_size()
+        self._level = interpreter.level()
+
+    def unwrap(self, operand: Any) -> tuple[Any, int | None]:
+        """Return what is beneath an operand and its dimension of members, None if it has none."""
+        if not isinstance(operand, Tensor):
+            return operand, None
+        return _unwrap_batched(operand, self._level)
+
+    def wrap(self, result: Tensor) -> Tensor:
+        """Return the tensor that stands for each member of a result, stacked in front."""
+        return _add_batch_dim(result, 0, self._level)
+
+
+@contextlib.contextmanager
+def beneath_vmap() -> Iterator[Members | None]:
+    """Step beneath the innermost vmap, if nothing but vmaps is under way; else give None.
+
+    A vmap alone may be stepped beneath by hand: what follows sees the stacked tensors. Above or
+    beneath a grad, order matters, which the rules of an `autograd.Function` know; they take several
+    times longer.
+    """
+    if _RULED is None or any(
+        level.key() != TransformType.Vmap for level in retrieve_all_functorch_interpreters()
+    ):
+        yield None
+        return
+    interpreter: Any = retrieve_current_functorch_interpreter()
+    members = Members(interpreter)
+    with interpreter.lower():
+        yield members
 
 
 def all_plain(tensors: Iterable[Tensor]) -> bool:

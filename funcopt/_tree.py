@@ -28,8 +28,10 @@ from ._types import Tree
 __all__ = [
     "Paired",
     "Structure",
+    "columns_of_dicts",
     "flatten",
     "flatten_above",
+    "has_more_leaves",
     "pair",
     "paths",
     "register_node",
@@ -46,10 +48,83 @@ NodeT = TypeVar("NodeT")
 
 def flatten(tree: Tree) -> tuple[list[Any], Structure]:
     """Return the leaves of a tree, in order, and its structure. `None` is a leaf."""
+    if _transforms.compiling():
+        return optree.tree_flatten(tree, none_is_leaf=True, namespace=_NAMESPACE)
+    if type(tree) is dict and _CERTAIN_LEAVES.issuperset(map(type, tree.values())):
+        return _flatten_dict(tree)
+    if type(tree) in _CERTAIN_LEAVES:
+        return [tree], _LEAF
     leaves, structure = optree.tree_flatten(tree, none_is_leaf=True, namespace=_NAMESPACE)
-    if not _transforms.compiling() and _mirror({type(leaf) for leaf in leaves}):
+    if _mirror({type(leaf) for leaf in leaves}):
         return flatten(tree)
     return leaves, structure
+
+
+def _flatten_dict(tree: dict[Any, Any]) -> tuple[list[Any], Structure]:
+    """Flatten a dict of leaves, which is what `named_parameters` gives: its structure is its keys.
+
+    Optree sorts the keys at each call; here the structure of keys that came before is remembered.
+    """
+    keys = tuple(tree)
+    found = _remembered(keys)
+    if found is None:
+        numbered: Tree = {key: position for position, key in enumerate(keys)}
+        positions, structure = optree.tree_flatten(
+            numbered, none_is_leaf=True, namespace=_NAMESPACE
+        )
+        found = [keys[position] for position in positions], structure
+        if _are_strings(keys):
+            if len(_structures) >= _MOST_STRUCTURES:
+                _structures.clear()
+            _structures[keys] = found
+    order, structure = found
+    return list(map(tree.__getitem__, order)), structure
+
+
+def _remembered(keys: tuple[Any, ...]) -> tuple[list[Any], Structure] | None:
+    """Return the order of the keys and the structure of a dict with these keys, if remembered."""
+    return _structures.get(keys) if _are_strings(keys) else None
+
+
+def _are_strings(keys: tuple[Any, ...]) -> bool:
+    """Whether keys that are equal are the same: others may not be, as 1 and True."""
+    return _STRING.issuperset(map(type, keys))
+
+
+_CERTAIN_LEAVES = frozenset((Tensor, torch.nn.Parameter, type(None)))
+_A_LEAF: Tree = 0
+_LEAF = optree.tree_structure(_A_LEAF, none_is_leaf=True, namespace=_NAMESPACE)
+
+_STRING = frozenset((str,))
+_MOST_STRUCTURES = 256
+_structures: dict[tuple[Any, ...], tuple[list[Any], Structure]] = {}
+
+
+def has_more_leaves(tree: Tree, most: int) -> bool:
+    """Whether a tree has more leaves than that; if it is wide at the top, without a look inside."""
+    if isinstance(tree, (dict, list, tuple)) and len(tree) > most:
+        return True
+    return len(flatten(tree)[0]) > most
+
+
+def columns_of_dicts(trees: Sequence[Tree]) -> tuple[list[list[Any]], Structure] | None:
+    """Return the values of dicts that have the same keys in the same order, seen before as leaves.
+
+    Whether the values are leaves this time is for the caller to find out: it compares them with the
+    leaves of last time. None where this shortcut does not apply.
+    """
+    first = trees[0]
+    keys = tuple(first) if type(first) is dict else ()
+    found = _remembered(keys)
+    if found is None:
+        return None
+    order, structure = found
+    columns = []
+    for tree in trees:
+        if type(tree) is not dict or tuple(tree) != keys:
+            return None
+        columns.append(list(map(tree.__getitem__, order)))
+    return columns, structure
 
 
 def _mirror(kinds: set[type]) -> bool:
@@ -120,6 +195,8 @@ class Paired(NamedTuple):
 
     def rebuild(self, leaves: Sequence[Any]) -> Tree:
         """Return a tree like the one that was paired, from leaves in the order of the other."""
+        if self.structure is _LEAF:
+            return leaves[0]
         if self.order is None:
             return unflatten(self.structure, leaves)
         own: list[Any] = [None] * len(leaves)
@@ -146,7 +223,7 @@ def pair(tree: Tree, root: str, structure: Structure) -> Paired:
         ValueError: If a leaf of either tree has no counterpart in the other.
     """
     leaves, own = flatten(tree)
-    if own == structure:
+    if own is structure or own == structure:
         return Paired(leaves, own, None)
     positions = {path: position for position, path in enumerate(paths(own, ""))}
     wanted = paths(structure, "")

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
 from . import _transforms, _tree
-from ._checks import check_alike, check_count, check_distinct, check_leaves
-from ._kernels import Leaves, Moved
+from ._checks import check_alike, check_distinct, check_leaves
+from ._counts import Counts, gather_counts
+from ._kernels import Layout, Leaves, Moved, known, layout_of, written
 from ._types import Tree
 
-__all__ = ["Work", "flatten_params", "gather"]
+__all__ = ["Work", "check_untied", "flatten_params", "gather", "too_many_to_compile"]
 
 T = TypeVar("T")
 
@@ -26,11 +27,40 @@ def flatten_params(params: Tree) -> tuple[list[Tensor], _tree.Structure]:
         ValueError: If two leaves share their memory.
     """
     leaves, structure = _tree.flatten(params)
-    path = partial(_path, structure, "params")
-    check_leaves(leaves, path)
-    if not _transforms.tracing() and not _transforms.transformed():
-        check_distinct(leaves, path, "the update of one would be lost or made twice")
+    check_leaves(leaves, partial(_path, structure, "params"))
+    check_untied(leaves, structure)
     return leaves, structure
+
+
+def check_untied(leaves: list[Tensor], structure: _tree.Structure) -> None:
+    """Refuse parameters that share their memory, as far as that can be told.
+
+    Raises:
+        ValueError: If two start at the same place.
+    """
+    if not _transforms.tracing() and not _transforms.transformed():
+        check_distinct(
+            leaves,
+            lambda index: _path(structure, "params", index),
+            "the update of one would be lost or made twice",
+        )
+
+
+# Compiling takes a fraction of a second for each leaf, and more for each the more there are.
+_MOST_TO_COMPILE = 400
+
+
+def too_many_to_compile(params: Tree) -> bool:
+    """Whether an update that is being compiled had better stay out of the graph.
+
+    Where it cannot, within a derivative or a vmap and in an export, it goes in at whatever length.
+    """
+    return (
+        _transforms.compiling()
+        and not _transforms.exporting()
+        and not _transforms.transformed()
+        and _tree.has_more_leaves(params, _MOST_TO_COMPILE)
+    )
 
 
 _ROOTS = ("params", "state.exp_avg", "state.exp_avg_sq", "state.max_exp_avg_sq")
@@ -40,94 +70,67 @@ class Work(NamedTuple):
     """One update, leaf by leaf, in the order of the parameters."""
 
     params: _tree.Paired
-    grads: list[Tensor | None]
-    steps: _tree.Paired  # one count for all, or one for each leaf
-    exp_avg: _tree.Paired
-    exp_avg_sq: _tree.Paired
-    max_exp_avg_sq: _tree.Paired | None
+    counts: Counts
+    moments: list[_tree.Paired]
     active: list[int]  # the leaves that have a gradient
-    step_per_leaf: bool
+    leaves: Leaves  # those leaves, for a kernel
+    whole: bool  # every leaf has a gradient
+    layout: Layout | None  # what is known of them; None while operators are traced
+    watched: bool  # by a tracer, or by a transform or mode that follows derivatives or members
 
-    def leaves(self) -> Leaves:
-        """Return the leaves that have a gradient, for a kernel."""
-        grads: list[Any] = take(self.grads, self.active)
-        columns = (take(paired.leaves, self.active) for paired in self._moving())
-        params, exp_avgs, exp_avg_sqs, *maxima = columns
-        return Leaves(params, grads, exp_avgs, exp_avg_sqs, maxima[0] if maxima else [])
-
-    def per_leaf(self, values: Sequence[Any]) -> list[Any]:
-        """Return for each leaf that has a gradient its value, out of one for each count."""
-        if not self.step_per_leaf:
-            return list(values) * len(self.active)
-        return [values[index] for index in self.active]
-
-    def advanced(self) -> list[Tensor]:
-        """Return the counts after this update; that of a leaf left alone stands still."""
-        if not self.step_per_leaf:
-            return [count + 1 for count in self.steps.leaves]
-        moving = set(self.active)
-        return [
-            count + 1 if index in moving else count.clone()
-            for index, count in enumerate(self.steps.leaves)
-        ]
+    def historic(self) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """Return the gradients and all moments, or nothing if none is known to have a history."""
+        if self.whole and self.layout is not None and not self.layout.others_require_grad:
+            return (), ()
+        return self.leaves.grads, [tensor for paired in self.moments for tensor in paired.leaves]
 
     def written(self) -> dict[str, list[Tensor]]:
         """Return the tensors that an update in place writes, by the name of their tree."""
-        moving = zip(_ROOTS, self._moving(), strict=False)
-        columns = {root: take(paired.leaves, self.active) for root, paired in moving}
-        return {**columns, "state.step": self.steps.leaves}
+        columns = dict(zip(_ROOTS, written(self.leaves), strict=True))
+        columns["state.step"] = self.counts.tensors
+        return columns
 
     def path(self, root: str, index: int) -> str:
         """Return the path of a leaf of `written`, or of a gradient, for a message."""
         if root == "state.step":
-            return _path(self.steps.structure, root, index)
+            return _path(self.counts.paired.structure, root, index)
         return _path(self.params.structure, root, self.active[index])
-
-    def moments(self) -> Iterator[Tensor]:
-        """Yield the moments of all leaves."""
-        for paired in self._moving()[1:]:
-            yield from paired.leaves
 
     def rebuild(self, moved: Moved) -> list[Tree]:
         """Return the trees of parameters and moments, with copies of the leaves left alone."""
-        trees = []
-        for paired, tensors in zip(self._moving(), moved, strict=False):
-            leaves = tensors
-            if len(tensors) < len(paired.leaves):
-                by_index = dict(zip(self.active, tensors, strict=True))
-                leaves = [
-                    by_index[i] if i in by_index else leaf.clone()
-                    for i, leaf in enumerate(paired.leaves)
-                ]
-            if paired is self.params:
-                _keep_requiring(leaves, paired.leaves)
-            trees.append(paired.rebuild(leaves))
-        return trees
+        columns = list(moved)
+        if not self.whole:
+            columns = [
+                self._filled(paired.leaves, tensors)
+                for paired, tensors in zip([self.params, *self.moments], moved, strict=False)
+            ]
+        self._keep_requiring(columns[0])
+        moments = [
+            paired.rebuild(tensors)
+            for paired, tensors in zip(self.moments, columns[1:], strict=False)
+        ]
+        return [self.params.rebuild(columns[0]), *moments]
 
-    def _moving(self) -> list[_tree.Paired]:
-        paired = [self.params, self.exp_avg, self.exp_avg_sq, self.max_exp_avg_sq]
-        return [each for each in paired if each is not None]
+    def _filled(self, olds: list[Tensor], news: list[Tensor]) -> list[Tensor]:
+        by_index = dict(zip(self.active, news, strict=True))
+        return [by_index[i] if i in by_index else old.clone() for i, old in enumerate(olds)]
 
+    def _keep_requiring(self, news: list[Tensor]) -> None:
+        """Let new parameters require a gradient where the old did, but for a transform's sake.
 
-def take(values: list[T], indices: list[int]) -> list[T]:
-    """Return the values at these indices, which are in order."""
-    return values if len(indices) == len(values) else [values[index] for index in indices]
-
-
-def _keep_requiring(news: list[Tensor], olds: list[Tensor]) -> None:
-    """Let new parameters require a gradient where the old did, unless a transform sees to that.
-
-    A compiled graph cannot return a tensor that was told so inside it.
-    """
-    if _transforms.tracing() or _transforms.transformed():
-        return
-    for new, old in zip(news, olds, strict=True):
-        if old.requires_grad and not new.requires_grad:
-            new.requires_grad_()
+        A compiled graph cannot return a tensor that was told so inside it.
+        """
+        if self.layout is None or (self.whole and not self.layout.params_require_grad):
+            return
+        if _transforms.transformed():
+            return
+        for new, old in zip(news, self.params.leaves, strict=True):
+            if old.requires_grad and not new.requires_grad:
+                new.requires_grad_()
 
 
 def gather(grads: Tree, state: Any, params: Tree, *, amsgrad: bool, step_per_leaf: bool) -> Work:
-    """Lay out an update flat.
+    """Lay out an update flat, checked.
 
     Args:
         grads: The gradients, with None for a leaf that has none.
@@ -138,51 +141,73 @@ def gather(grads: Tree, state: Any, params: Tree, *, amsgrad: bool, step_per_lea
 
     Raises:
         TypeError: If a leaf is not a dense floating-point or complex tensor.
-        ValueError: If a tree does not match the parameters, or two parameters share memory.
+        ValueError: If a tree does not match the parameters.
     """
-    leaves, structure = flatten_params(params)
-
-    def like_params(tree: Tree, root: str, what: str) -> _tree.Paired:
-        paired = _tree.pair(tree, root, structure)
-        there = [i for i, leaf in enumerate(paired.leaves) if leaf is not None or root != "grads"]
-        check_alike(
-            take(paired.leaves, there),
-            take(leaves, there),
-            lambda position: _path(structure, root, there[position]),
-            what,
-        )
-        return paired
-
-    gradients = like_params(grads, "grads", "a gradient")
-    return Work(
-        params=_tree.Paired(leaves, structure, None),
-        grads=gradients.leaves,
-        steps=_counts(state.step, structure if step_per_leaf else None),
-        exp_avg=like_params(state.exp_avg, "state.exp_avg", "a moment"),
-        exp_avg_sq=like_params(state.exp_avg_sq, "state.exp_avg_sq", "a moment"),
-        max_exp_avg_sq=(
-            like_params(state.max_exp_avg_sq, "state.max_exp_avg_sq", "a moment")
-            if _has_maximum(state, amsgrad)
-            else None
-        ),
-        active=[index for index, grad in enumerate(gradients.leaves) if grad is not None],
-        step_per_leaf=step_per_leaf,
+    trees = [params, grads, state.exp_avg, state.exp_avg_sq]
+    if _has_maximum(state, amsgrad):
+        trees.append(state.max_exp_avg_sq)
+    tracing = _transforms.tracing()
+    watched = tracing or _transforms.transformed() or _transforms.forward_mode()
+    work = None if tracing else _gather_known(trees, state.step, step_per_leaf, watched)
+    if work is not None:
+        return work
+    leaves, structure = _tree.flatten(params)
+    own = _tree.Paired(leaves, structure, None)
+    gradients, *moments = (
+        _tree.pair(tree, root, structure)
+        for tree, root in zip(trees[1:], ("grads", *_ROOTS[1:]), strict=False)
     )
+    counts = gather_counts(state.step, structure if step_per_leaf else None)
+    active = [index for index, grad in enumerate(gradients.leaves) if grad is not None]
+    moving = _leaves([_take(paired.leaves, active) for paired in (own, gradients, *moments)])
+    whole = len(active) == len(leaves)
+    layout = known(moving) if whole and not tracing else None
+    if layout is None:
+        _check(own, gradients, moments, active)
+        layout = None if tracing else layout_of(moving)
+    return Work(own, counts, moments, active, moving, whole, layout, watched)
 
 
-def _counts(step: Tree, structure: _tree.Structure | None) -> _tree.Paired:
-    if structure is None:
-        paired = _tree.Paired(*_tree.flatten(step), None)
-        if len(paired.leaves) != 1 or paired.leaves[0] is not step:
-            raise ValueError(
-                f"state.step is {_kind(step)}: with step_per_leaf=False it is one tensor. "
-                f"Make the state with init() of this optimizer."
-            )
-    else:
-        paired = _tree.pair(step, "state.step", structure)
-    for index, count in enumerate(paired.leaves):
-        check_count(count, partial(_path, paired.structure, "state.step", index))
-    return paired
+def _gather_known(trees: list[Tree], step: Tree, step_per_leaf: bool, watched: bool) -> Work | None:
+    """Lay out dicts of leaves that look as leaves looked that were checked before."""
+    found = _tree.columns_of_dicts(trees)
+    if found is None:
+        return None
+    columns, structure = found
+    leaves = _leaves(columns)
+    layout = known(leaves)
+    if layout is None:
+        return None
+    params, _, *moments = [_tree.Paired(column, structure, None) for column in columns]
+    counts = gather_counts(step, structure if step_per_leaf else None)
+    active = list(range(len(columns[0])))
+    return Work(params, counts, moments, active, leaves, True, layout, watched)
+
+
+def _leaves(columns: list[Any]) -> Leaves:
+    return Leaves(*columns, *([[]] if len(columns) < len(Leaves._fields) else []))
+
+
+def _take(values: list[T], indices: list[int]) -> list[T]:
+    """Return the values at these indices, which are in order."""
+    return values if len(indices) == len(values) else [values[index] for index in indices]
+
+
+def _check(
+    params: _tree.Paired, grads: _tree.Paired, moments: list[_tree.Paired], active: list[int]
+) -> None:
+    """Check leaf by leaf, to name the one that is wrong."""
+    structure = params.structure
+    check_leaves(params.leaves, partial(_path, structure, "params"))
+    check_alike(
+        _take(grads.leaves, active),
+        _take(params.leaves, active),
+        lambda position: _path(structure, "grads", active[position]),
+        "a gradient",
+    )
+    for root, paired in zip(_ROOTS[1:], moments, strict=False):
+        path = partial(_path, structure, root)
+        check_alike(paired.leaves, params.leaves, path, "a moment")
 
 
 def _has_maximum(state: Any, amsgrad: bool) -> bool:
@@ -193,10 +218,6 @@ def _has_maximum(state: Any, amsgrad: bool) -> bool:
             f"has amsgrad={amsgrad}. Make the state with init() of this optimizer."
         )
     return kept
-
-
-def _kind(value: object) -> str:
-    return f"a {type(value).__name__}"
 
 
 def _path(structure: _tree.Structure, root: str, index: int) -> str:

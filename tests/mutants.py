@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from funcopt import AdamW, _checks, _tree, _work
-from funcopt._kernels import _adjoint, _memory, _operands, _rules, foreach, fused, plain
+from funcopt import AdamW, _checks, _counts, _tree, _work
+from funcopt._kernels import Scalars, _adjoint, _layout, _memory, _rules, foreach, fused, plain
 from funcopt.testing import laws
 from funcopt.testing._check import check_law
 from funcopt.testing._subject import leaves_of, tree_map
@@ -46,6 +46,7 @@ def caught_by(law: Callable[..., None]) -> Callable[..., Any]:
 @contextlib.contextmanager
 def planted(mutant: Mutant) -> Iterator[None]:
     with Patch.context() as patch:
+        patch.setattr(_layout, "_recent", ())  # a defect neither finds nor leaves what is known
         mutant.plant(patch)
         yield
 
@@ -68,11 +69,19 @@ def after_update(patch: Patch, change: Callable[..., Any]) -> None:
 def number(patch: Patch, name: str, change: Callable[[Any, AdamW], Any]) -> None:
     """Change a hyperparameter on its way to the kernel."""
 
-    def changed(original: Any, opt: AdamW) -> dict[str, Any]:
-        given = original(opt)
-        return {**given, name: change(given[name], opt)}
+    def changed(own: Scalars, opt: AdamW) -> Scalars:
+        return own._replace(**{name: change(getattr(own, name), opt)})
 
-    wrap(patch, AdamW, "_hyperparameters", changed)
+    numbers(patch, changed)
+
+
+def numbers(patch: Patch, change: Callable[[Scalars, AdamW], Scalars]) -> None:
+    """Change the numbers of a step on their way to the kernel."""
+
+    def changed(original: Any, opt: AdamW, work: Any, counts: Any) -> list[Scalars]:
+        return [change(own, opt) for own in original(opt, work, counts)]
+
+    wrap(patch, AdamW, "_numbers", changed)
 
 
 # What goes in and comes out.
@@ -103,9 +112,7 @@ def negates_the_gradients_in_place(patch: Patch) -> None:
 
 @caught_by(laws.never_mutates)
 def counts_in_place(patch: Patch) -> None:
-    patch.setattr(
-        _work.Work, "advanced", lambda work: [count.add_(1) for count in work.steps.leaves]
-    )
+    patch.setattr(_counts.Counts, "after", lambda own, *_: [count.add_(1) for count in own.tensors])
 
 
 @caught_by(laws.outputs_share_no_memory)
@@ -144,11 +151,11 @@ def adds_noise(patch: Patch) -> None:
 def counts_outside_of_the_state(patch: Patch) -> None:
     calls = []
 
-    def change(original: Any, opt: AdamW, old: Tensor, new: Tensor) -> Any:
+    def change(own: Scalars, opt: AdamW) -> Scalars:
         calls.append(1)
-        return original(opt, old, new)._replace(step=torch.tensor(float(len(calls))))
+        return own._replace(step=torch.tensor(float(len(calls))))
 
-    wrap(patch, AdamW, "_numbers_at", change)
+    numbers(patch, change)
 
 
 @caught_by(laws.keeps_structure)
@@ -218,7 +225,7 @@ def broadcasts_gradients(patch: Patch) -> None:
             original(leaf, param, path, what)
 
     wrap(patch, _checks, "_refuse_unlike", change)
-    patch.setattr(_memory, "_all_contiguous", lambda leaves: False)
+    patch.setattr(_layout, "_is_ready", lambda tensor: False)
     patch.setattr(
         _memory,
         "_aligned",
@@ -249,10 +256,7 @@ def the_count_stands_still(patch: Patch) -> None:
 
 @caught_by(laws.matches_torch)
 def the_bias_correction_is_one_step_ahead(patch: Patch) -> None:
-    def change(original: Any, opt: AdamW, old: Tensor, new: Tensor) -> Any:
-        return original(opt, old, new)._replace(step=new + 1)
-
-    wrap(patch, AdamW, "_numbers_at", change)
+    numbers(patch, lambda own, opt: own._replace(step=own.step + 1))
 
 
 @caught_by(laws.decay_is_decoupled)
@@ -285,7 +289,7 @@ def decay_comes_after_the_step(patch: Patch) -> None:
 
 @caught_by(laws.kernels_agree)
 def eps_is_inside_the_square_root_of_one_kernel(patch: Patch) -> None:
-    patch.setattr(plain, "root", lambda squares: (squares + 1e-4).sqrt())
+    patch.setattr(plain, "_root", lambda squares: (squares + 1e-4).sqrt())
 
 
 @caught_by(laws.scale_invariant)
@@ -305,8 +309,7 @@ def the_learning_rate_has_a_floor(patch: Patch) -> None:
 
 def _without(patch: Patch, kernel: Any, **flags: Any) -> None:
     def change(original: Any, leaves: Any, scalars: Any, variant: Any) -> None:
-        kept = {name: getattr(variant, name) for name in variant.__dataclass_fields__}
-        original(leaves, scalars, _operands.Variant(**{**kept, **flags}))
+        original(leaves, scalars, variant._replace(**flags))
 
     wrap(patch, kernel, "step_", change)
 
@@ -336,7 +339,7 @@ def sixteen_bits_are_computed_in_sixteen_bits(patch: Patch) -> None:
 
 @caught_by(laws.matches_oracle)
 def strides_are_ignored(patch: Patch) -> None:
-    patch.setattr(_memory, "_all_contiguous", lambda leaves: True)
+    patch.setattr(_layout, "_is_ready", lambda tensor: True)
 
 
 @caught_by(laws.matches_oracle)
@@ -405,12 +408,14 @@ def every_member_has_the_learning_rate_of_the_first(patch: Patch) -> None:
 
 @caught_by(laws.gradient_is_finite)
 def the_derivative_of_the_root_is_infinite_at_zero(patch: Patch) -> None:
-    patch.setattr(_adjoint, "_half_inverse_root", lambda squares: 0.5 * squares.rsqrt())
+    patch.setattr(
+        _adjoint, "_of_square", lambda of_root, safe, zero: of_root / safe.masked_fill(zero, 0.0)
+    )
 
 
 @caught_by(laws.gradient_matches_differences)
 def the_adjoint_forgets_the_second_moment(patch: Patch) -> None:
-    patch.setattr(_adjoint, "_half_inverse_root", torch.zeros_like)
+    patch.setattr(_adjoint, "_of_square", lambda of_root, *_: torch.zeros_like(of_root))
 
 
 @caught_by(laws.gradient_matches_differences)
@@ -423,10 +428,10 @@ def the_adjoint_forgets_weight_decay(patch: Patch) -> None:
 
 @caught_by(laws.compiles_once)
 def the_count_is_read_in_python(patch: Patch) -> None:
-    def advanced(work: _work.Work) -> list[Tensor]:
-        return [torch.full_like(count, float(count) + 1) for count in work.steps.leaves]
+    def after(own: _counts.Counts, *_: Any) -> list[Tensor]:
+        return [torch.full_like(count, float(count) + 1) for count in own.tensors]
 
-    patch.setattr(_work.Work, "advanced", advanced)
+    patch.setattr(_counts.Counts, "after", after)
 
 
 TABLE = pathlib.Path(__file__).with_name("MUTANTS.md")

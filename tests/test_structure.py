@@ -21,12 +21,18 @@ FLOORS = [
     "_kernels.plain",
     "_kernels.foreach",
     "_kernels.fused",
+    "_kernels._threads",
+    "_kernels._layout",
+    "_kernels._pages",
     "_kernels._memory",
+    "_kernels._triton_source",
+    "_kernels.triton",
     "_kernels._adjoint",
     "_kernels._history",
     "_kernels._eager",
     "_kernels._rules",
     "_kernels",
+    "_counts",
     "_work",
     "_inplace",
     "_adamw",
@@ -84,7 +90,8 @@ def test_one_place_knows_pytrees():
 
 
 def test_one_place_knows_the_transforms():
-    assert places(r"torch\._C|_functorch|is_compiling|forward_ad") == {"_transforms"}
+    assert places(r"torch\._C(?!\._dynamo)|_functorch|is_compiling|forward_ad") == {"_transforms"}
+    assert places(r"torch\._C\._dynamo") == {"_kernels._layout"}
 
 
 def test_each_private_operator_is_called_in_one_place():

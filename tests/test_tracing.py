@@ -6,10 +6,11 @@ from torch import nn
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.func import functional_call, grad, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from funcopt import AdamW, AdamWState
+from funcopt import AdamW, AdamWState, _work
 
-from .cases import Point, assert_close, clone, random_like, tree_map
+from .cases import Point, assert_close, assert_same_bits, clone, random_like, tree_map
 
 BACKENDS = ["eager", "aot_eager", "inductor"]
 
@@ -218,3 +219,47 @@ def test_an_optimizer_passed_to_a_compiled_function_may_be_built_in_it():
     moved, after = step(lr, weights, state, weights)
     assert isinstance(after, AdamWState)
     assert_close((moved, after), expected)
+
+
+def test_many_leaves_stay_out_of_the_graph_instead_of_compiling_for_hours(monkeypatch):
+    monkeypatch.setattr(_work, "_MOST_TO_COMPILE", 3)
+    opt = AdamW()
+    params = {f"{i}": torch.randn(2) for i in range(4)}
+    grads = random_like(params)
+    state = opt.init(params)
+    expected = opt.update(grads, state, params)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="leave the update outside"):
+        torch.compile(opt.update, backend="aot_eager", fullgraph=True)(grads, state, params)
+
+    @torch.compile(backend="aot_eager")
+    def step(grads, state, params):
+        doubled = {name: 2 * grad for name, grad in grads.items()}
+        return opt.update({name: grad / 2 for name, grad in doubled.items()}, state, params)
+
+    assert_same_bits(step(grads, state, params), expected)
+    torch.compile(opt.update_, backend="aot_eager")(grads, state, params)
+    assert_same_bits((params, state), expected)
+
+
+def test_many_leaves_go_into_the_graph_where_it_cannot_break(monkeypatch):
+    monkeypatch.setattr(_work, "_MOST_TO_COMPILE", 3)
+    opt = AdamW(lr=0.1)
+    params = {f"{i}": torch.randn(2) for i in range(4)}
+    state = opt.init(params)
+
+    def loss(grads):
+        return sum(leaf.sum() for leaf in opt.update(grads, state, params)[0].values())
+
+    grads = random_like(params)
+    compiled = torch.compile(grad(loss), backend="aot_eager", fullgraph=True)(grads)
+    assert_close(compiled, grad(loss)(grads))
+    exported = torch.export.export(Step(opt), (grads, state, params)).module()
+    assert_close(exported(grads, state, params), opt.update(grads, state, params))
+
+
+def test_fake_tensors_of_symbolic_shape_are_served_outside_of_their_mode():
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    params, grads = ({"a": mode.from_tensor(torch.randn(5, 4))} for _ in range(2))
+    opt = AdamW()
+    moved, _ = opt.update(grads, opt.init(params), params)
+    assert isinstance(moved["a"], FakeTensor)

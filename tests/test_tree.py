@@ -157,3 +157,38 @@ def test_nodes_without_keys_pair_only_if_they_are_alike():
     params = Bag(torch.ones(2), torch.ones(2))
     with pytest.raises(ValueError, match="grads does not have the structure of params"):
         AdamW().update(Bag(torch.ones(2)), AdamW().init(params), params)
+
+
+def test_dicts_that_were_seen_before_are_still_looked_into():
+    opt = AdamW(lr=0.1)
+    params = {"a": torch.ones(2), "b": torch.zeros(2)}
+    state = opt.init(params)
+    expected, _ = opt.update(params, state, params)
+    for odd in (
+        {"a": params["a"]},
+        {**params, "c": params["a"]},
+        {"a": params["a"], "c": params["b"]},
+    ):
+        with pytest.raises(ValueError, match="grads does not have the structure of params"):
+            opt.update(odd, state, params)
+    with pytest.raises(TypeError, match=r"grads\['b'\] is of type float"):
+        opt.update({"a": params["a"], "b": 1.0}, state, params)
+    nested = {"a": params["a"], "b": [params["b"]]}
+    with pytest.raises(ValueError, match="grads does not have the structure of params"):
+        opt.update(nested, state, params)
+    moved, _ = opt.update(dict(reversed(params.items())), state, params)
+    assert_same_bits(moved, expected)
+    assert list(moved) == ["a", "b"]
+
+
+def test_keys_that_are_equal_but_not_the_same_keep_their_types():
+    class Name(str):
+        pass
+
+    opt = AdamW()
+    for keys in (["a"], [Name("a")], [1], [True], [1.0]):
+        params = {key: torch.ones(2) for key in keys}
+        moved, state = opt.update(params, opt.init(params), params)
+        moved, state = opt.update(params, state, moved)
+        assert [(type(key), key) for key in moved] == [(type(key), key) for key in keys]
+        assert [type(key) for key in state.exp_avg] == [type(key) for key in keys]

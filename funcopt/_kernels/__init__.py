@@ -14,25 +14,32 @@ from .. import _transforms
 from . import _eager, plain
 from ._eager import KERNELS, unserved
 from ._history import recording
+from ._layout import Layout, known, layout_of
 from ._operands import PUBLIC_NAMES, Leaves, Moved, Scalars, Variant, real, unreal, write, written
 from ._rules import ruled_step
 
 __all__ = [
     "KERNELS",
     "PUBLIC_NAMES",
+    "Layout",
     "Leaves",
     "Moved",
     "Scalars",
     "Variant",
+    "known",
+    "layout_of",
     "recording",
     "run",
     "run_",
     "unserved",
     "write",
+    "written",
 ]
 
 
-def run(leaves: Leaves, scalars: list[Scalars], variant: Variant) -> Moved:
+def run(
+    leaves: Leaves, scalars: Scalars | list[Scalars], variant: Variant, layout: Layout | None = None
+) -> Moved:
     """Return the leaves after one step, in fresh memory.
 
     The step can be differentiated under a transform, and wherever gradients are being recorded:
@@ -41,13 +48,14 @@ def run(leaves: Leaves, scalars: list[Scalars], variant: Variant) -> Moved:
     Args:
         leaves: The tensors of leaves that have a gradient, checked: alike within a leaf, dense in
             layout (any strides), of floating-point or complex dtype.
-        scalars: For each leaf its numbers. Leaves that share theirs share the object.
+        scalars: The numbers of all leaves, or for each leaf its own. Leaves that share theirs then
+            share the object.
         variant: What is fixed.
+        layout: What is known of the leaves, if anything is.
     """
-    reals = _real(leaves)
-    moved = _run(reals, scalars, variant)
-    if reals is leaves:
-        return moved
+    if layout.real if layout else not any(map(Tensor.is_complex, leaves.params)):
+        return _run(leaves, scalars, variant, layout)
+    moved = _run(_real(leaves), scalars, variant, None)
     return Moved(
         *(
             [unreal(tensor, like) for tensor, like in zip(column, leaves.params, strict=False)]
@@ -56,28 +64,36 @@ def run(leaves: Leaves, scalars: list[Scalars], variant: Variant) -> Moved:
     )
 
 
-def run_(leaves: Leaves, scalars: list[Scalars], variant: Variant) -> None:
-    """Move the leaves in place, with the same numbers as `run`."""
-    with torch.no_grad():
-        if _transforms.watched_by_operator() or _any_lazy(leaves):
-            moved = run(leaves, scalars, variant)
-            for olds, news in zip(written(leaves), moved, strict=True):
-                for old, new in zip(olds, news, strict=True):
-                    write(old, new)
-        else:
-            _eager.move_(_real(leaves), scalars, variant)
+def run_(
+    leaves: Leaves, scalars: Scalars | list[Scalars], variant: Variant, layout: Layout | None = None
+) -> None:
+    """Move the leaves in place, with the same numbers as `run`, while no gradient is recorded."""
+    if layout is None or _any_lazy(leaves, layout):
+        moved = run(leaves, scalars, variant, layout)
+        for olds, news in zip(written(leaves), moved, strict=True):
+            for old, new in zip(olds, news, strict=True):
+                write(old, new)
+    elif layout.real:
+        _eager.move_(leaves, scalars, variant, layout)
+    else:
+        reals = _real(leaves)
+        _eager.move_(reals, scalars, variant, layout_of(reals))
 
 
-def _run(leaves: Leaves, scalars: list[Scalars], variant: Variant) -> Moved:
+def _run(
+    leaves: Leaves, scalars: Scalars | list[Scalars], variant: Variant, layout: Layout | None
+) -> Moved:
     if _transforms.watched_by_operator():
         return plain.step(leaves, scalars, variant)
     if _transforms.transformed() or torch.is_grad_enabled():
         return _by_rule(leaves, scalars, variant)
-    return _eager.move(leaves, scalars, variant)
+    return _eager.move(leaves, scalars, variant, layout or layout_of(leaves))
 
 
-def _by_rule(leaves: Leaves, scalars: list[Scalars], variant: Variant) -> Moved:
+def _by_rule(leaves: Leaves, scalars: Scalars | list[Scalars], variant: Variant) -> Moved:
     """Take one ruled step for each set of numbers: a rule knows one set."""
+    if isinstance(scalars, Scalars):
+        return ruled_step(leaves, scalars, variant)
     groups: dict[int, list[int]] = {}
     for index, own in enumerate(scalars):
         groups.setdefault(id(own), []).append(index)
@@ -91,11 +107,9 @@ def _by_rule(leaves: Leaves, scalars: list[Scalars], variant: Variant) -> Moved:
 
 
 def _real(leaves: Leaves) -> Leaves:
-    if not any(map(Tensor.is_complex, leaves.params)):
-        return leaves
     return Leaves(*([real(tensor) for tensor in column] for column in leaves))
 
 
-def _any_lazy(leaves: Leaves) -> bool:
+def _any_lazy(leaves: Leaves, layout: Layout) -> bool:
     """Whether a tensor to be written is a conjugate view, whose memory does not hold its values."""
-    return any(any(map(Tensor.is_conj, column)) for column in written(leaves))
+    return not layout.ready and any(any(map(Tensor.is_conj, column)) for column in written(leaves))

@@ -1,20 +1,18 @@
 r"""The adjoint of a step: how cotangents of its results become cotangents of what went in.
 
-With $D = \sqrt{\hat v_t} / \sqrt{b_2} + \epsilon$, $u = m_t / D$, $a = \eta / b_1$, where $b_1$ and
-$b_2$ are the bias corrections, and a bar over what a cotangent belongs to:
+With $r = \sqrt{\hat v_t}$ and $c = \sqrt{b_2}$ the denominator of the step is
+$D = r / c + \epsilon = E / c$, where $E = r + c\,\epsilon$. With $a = \eta / b_1$, the bias
+corrections $b_1$ and $b_2$, and a bar over what a cotangent belongs to:
 
-$$ \bar D = a\,\bar\theta_t\,u / D \qquad
-   \bar{\hat v} \mathrel{+}= \bar D / (2 \sqrt{b_2 \hat v}) \qquad
-   \bar m \mathrel{+}= -a\,\bar\theta_t / D $$
+$$ q = \bar\theta_t / E \qquad w = m_t / E \qquad
+   \bar m \mathrel{+}= -a\,c\,q \qquad
+   \bar{\hat v} \mathrel{+}= \frac{a\,c}{2}\,\frac{q\,w}{r} $$
 
 $$ \bar\theta_{t-1} = (1 - \eta\lambda)\,\bar\theta_t \qquad
    \bar m_{t-1} = \beta_1 \bar m \qquad \bar v_{t-1} = \beta_2 \bar v \qquad
    \bar g = (1 - \beta_1)\,\bar m + 2 (1 - \beta_2)\,g\,\bar v $$
 
-It is written in plain differentiable operators, so that it has an adjoint of its own. What is kept
-is what went into the step; the moments after it are computed again, in the precision of the step.
-Those that were stored may have been rounded to 16 bits, and the moments before the step could not
-be had from them at all where beta = 0.
+It is written in plain differentiable operators, so that it has an adjoint of its own.
 """
 
 from __future__ import annotations
@@ -25,21 +23,39 @@ from typing import Any, NamedTuple, overload
 import torch
 from torch import Tensor
 
+from .. import _transforms
 from .._types import Number
-from ._operands import Leaves, Scalars, Variant, compute_dtype, fit
-from .plain import Corrections, double, new_moments, root
+from ._operands import Leaves, Moved, Scalars, Variant, compute_dtype, fit
+from .plain import Corrections, double, new_moments
 
-__all__ = ["Saved", "adjoint"]
+__all__ = ["Saved", "adjoint", "worth_keeping"]
 
 
 class Saved(NamedTuple):
     """What is kept between a step and its adjoint: the gradient and, at the least, two moments."""
 
     grads: list[Tensor]
-    exp_avgs: list[Tensor]
+    exp_avgs: list[Tensor]  # the moments before the step, unless those after it are kept
     exp_avg_sqs: list[Tensor]
-    max_exp_avg_sqs: list[Tensor]  # empty unless amsgrad
+    max_exp_avg_sqs: list[Tensor]  # before the step; empty unless amsgrad
     params: list[Tensor]  # empty unless the derivative of lr or weight decay is wanted
+    new_exp_avgs: list[Tensor]
+    new_exp_avg_sqs: list[Tensor]
+
+
+def worth_keeping(leaves: Leaves, moved: Moved, needs: Scalars) -> Saved:
+    """Return what the adjoint of a step needs of it.
+
+    That is the gradient and two moments, which cost no memory of their own: those after this step
+    are those before the next. Those after it save computing them again; but in 16 bits they were
+    rounded, and the derivative of a beta asks for those before it, which cannot be had from them.
+    """
+    params = leaves.params if needs.lr or needs.weight_decay else []
+    rounded = any(compute_dtype(grad.dtype) is not grad.dtype for grad in leaves.grads)
+    if rounded or needs.beta1 or needs.beta2:
+        return Saved(*leaves[1:], params, [], [])
+    news = moved.exp_avgs, moved.exp_avg_sqs
+    return Saved(leaves.grads, [], [], leaves.max_exp_avg_sqs, params, *news)
 
 
 def adjoint(
@@ -65,12 +81,15 @@ def adjoint(
     of_numbers: dict[str, Tensor] = {}
     of_leaves: list[list[Tensor | None]] = [[] for _ in Leaves._fields]
     for index, grad in enumerate(saved.grads):
-        leaf = _step_again([_widen(column, index) for column in saved], scalars, variant)
-        after = [_widen(column, index) for column in cotangents]
+        dtype = compute_dtype(grad.dtype)
+        leaf = _step_again([_widen(column, index, dtype) for column in saved], scalars, variant)
+        after = [_widen(column, index, dtype) for column in cotangents]
         pulled = _pull_back(leaf, after, scalars, corrections)
         before = _before(leaf, pulled, scalars, variant)
         for column, cotangent in zip(of_leaves, before, strict=False):
-            column.append(None if cotangent is None else cotangent.to(grad.dtype))
+            if cotangent is not None and cotangent.dtype is not grad.dtype:
+                cotangent = cotangent.to(grad.dtype)  # noqa: PLW2901
+            column.append(cotangent)
         for name, part in _of_numbers(leaf, pulled, scalars, corrections, needs):
             total = _sum_to(part, getattr(scalars, name))
             of_numbers[name] = of_numbers[name] + total if name in of_numbers else total
@@ -81,8 +100,8 @@ class _Leaf(NamedTuple):
     """One leaf, in the dtype to compute in: what went into the step, and what came of it."""
 
     grad: Tensor  # negated if maximize
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
+    exp_avg: Any  # a tensor if the derivative of a beta is wanted, else perhaps None
+    exp_avg_sq: Any
     max_exp_avg_sq: Tensor | None
     param: Any  # a tensor if the derivative of lr or weight decay is wanted, else None
     new_exp_avg: Tensor
@@ -97,50 +116,62 @@ class _Pulled(NamedTuple):
     exp_avg: Tensor | None
     exp_avg_sq: Tensor | None
     old_max_exp_avg_sq: Tensor | None
-    direction: Tensor  # u
-    denominator: Tensor | None  # the cotangent of D
+    root: Tensor  # r itself
+    direction: Tensor  # w
+    product: Tensor | None  # q w
 
 
-def _widen(column: list[Any], index: int) -> Any:
+def _widen(column: list[Any], index: int, dtype: torch.dtype) -> Any:
     tensor = column[index] if column else None
-    return None if tensor is None else tensor.to(compute_dtype(tensor.dtype))
+    return tensor if tensor is None or tensor.dtype is dtype else tensor.to(dtype)
 
 
 def _step_again(column: list[Any], scalars: Scalars, variant: Variant) -> _Leaf:
-    grad, exp_avg, exp_avg_sq, max_exp_avg_sq, param = column
+    grad, exp_avg, exp_avg_sq, max_exp_avg_sq, param, new_exp_avg, new_exp_avg_sq = column
     if variant.maximize:
         grad = -grad
-    moments = new_moments(grad, exp_avg, exp_avg_sq, scalars)
-    largest = moments[1] if max_exp_avg_sq is None else torch.maximum(max_exp_avg_sq, moments[1])
-    return _Leaf(grad, exp_avg, exp_avg_sq, max_exp_avg_sq, param, *moments, largest)
+    if new_exp_avg is None:
+        new_exp_avg, new_exp_avg_sq = new_moments(grad, exp_avg, exp_avg_sq, scalars)
+    largest = new_exp_avg_sq
+    if max_exp_avg_sq is not None:
+        largest = torch.maximum(max_exp_avg_sq, new_exp_avg_sq)
+    before = grad, exp_avg, exp_avg_sq, max_exp_avg_sq, param
+    return _Leaf(*before, new_exp_avg, new_exp_avg_sq, largest)
 
 
 def _pull_back(
     leaf: _Leaf, cotangents: list[Tensor | None], scalars: Scalars, corrections: Corrections
 ) -> _Pulled:
     of_param, of_exp_avg, of_exp_avg_sq, of_max = cotangents
-    correction2_root = fit(corrections.correction2_root, leaf.largest)
-    denominator = root(leaf.largest) / correction2_root + fit(scalars.eps, leaf.largest)
+    zero = leaf.largest == 0
+    if torch.is_grad_enabled() or _transforms.transformed() or _transforms.forward_mode():
+        # This may be differentiated in its turn, and no infinity must come back from a root.
+        safe_root = leaf.largest.masked_fill(zero, 1.0).sqrt()
+        root = safe_root.masked_fill(zero, 0.0)
+    else:
+        safe_root = root = leaf.largest.sqrt()
+    correction2_root = corrections.correction2_root
+    denominator = root + fit(double(scalars.eps) * correction2_root, root)
     direction = leaf.new_exp_avg / denominator
-    of_denominator = of_largest = None
+    product = of_largest = None
+    scale = corrections.step_size * correction2_root
     if of_param is not None:
-        ratio = of_param * fit(corrections.step_size, of_param) / denominator
-        of_denominator = ratio * direction
-        of_exp_avg = _add(of_exp_avg, -ratio)
-        of_largest = of_denominator * _half_inverse_root(leaf.largest) / correction2_root
+        quotient = of_param / denominator
+        product = quotient * direction
+        of_exp_avg = _plus(of_exp_avg, quotient, -scale)
+        of_largest = _of_square(product, safe_root, zero)
     if leaf.max_exp_avg_sq is None:
-        of_exp_avg_sq = _add(of_exp_avg_sq, of_largest)
-    elif (of_max := _add(of_max, of_largest)) is not None:
+        of_exp_avg_sq = _plus(of_exp_avg_sq, of_largest, 0.5 * scale)
+    elif (of_max := _plus(of_max, of_largest, 0.5 * scale)) is not None:
         share = _share_of_new(leaf.new_exp_avg_sq, leaf.max_exp_avg_sq)
-        of_exp_avg_sq = _add(of_exp_avg_sq, of_max * share)
+        of_exp_avg_sq = _plus(of_exp_avg_sq, of_max * share, 1.0)
         of_max = of_max * (1 - share)
-    return _Pulled(of_param, of_exp_avg, of_exp_avg_sq, of_max, direction, of_denominator)
+    return _Pulled(of_param, of_exp_avg, of_exp_avg_sq, of_max, root, direction, product)
 
 
-def _half_inverse_root(squares: Tensor) -> Tensor:
-    """The derivative of `plain.root`: zero at zero, and no infinity on the way back either."""
-    zero = squares == 0
-    return 0.5 * squares.masked_fill(zero, 1.0).rsqrt().masked_fill(zero, 0.0)
+def _of_square(of_root: Tensor, safe_root: Tensor, zero: Tensor) -> Tensor:
+    """Twice the cotangent of a square, of that of its root: as for `plain.root`, zero at zero."""
+    return (of_root / safe_root).masked_fill(zero, 0.0)
 
 
 def _share_of_new(new: Tensor, old: Tensor) -> Tensor:
@@ -154,9 +185,9 @@ def _before(
     """The cotangents of the leaf before the step, in the order of `Leaves`."""
     decay = 1 - double(scalars.lr) * double(scalars.weight_decay)
     beta1, beta2 = double(scalars.beta1), double(scalars.beta2)
-    through_avg = _times(pulled.exp_avg, 1 - beta1)
-    through_sq = _times(pulled.exp_avg_sq, 2 * (1 - beta2))
-    of_grad = _add(through_avg, None if through_sq is None else through_sq * leaf.grad)
+    of_grad = _times(pulled.exp_avg, 1 - beta1)
+    if pulled.exp_avg_sq is not None:
+        of_grad = _add_product(of_grad, pulled.exp_avg_sq, leaf.grad, 2 * (1 - beta2))
     if variant.maximize and of_grad is not None:
         of_grad = -of_grad
     return (
@@ -181,25 +212,33 @@ def _of_numbers(
         yield "beta1", pulled.exp_avg * (leaf.exp_avg - leaf.grad)
     if needs.beta2 and pulled.exp_avg_sq is not None:
         yield "beta2", pulled.exp_avg_sq * (leaf.exp_avg_sq - leaf.grad**2)
-    if pulled.param is None or pulled.denominator is None:
+    if pulled.param is None or pulled.product is None:
         return
-    descent = -pulled.param * pulled.direction
+    correction2_root = corrections.correction2_root
+    descent = _times(-pulled.param * pulled.direction, correction2_root)
     if needs.lr:
         yield "lr", _times(descent, 1 / corrections.correction1)
         yield "lr", _times(-pulled.param * leaf.param, weight_decay)
     if needs.weight_decay:
         yield "weight_decay", _times(-pulled.param * leaf.param, lr)
     if needs.eps:
-        yield "eps", pulled.denominator
+        yield "eps", _times(pulled.product, corrections.step_size * correction2_root**2)
     if needs.beta1:  # through the first bias correction, and so on below through the second
         yield "beta1", _times(descent, lr * step * beta1 ** (step - 1) / corrections.correction1**2)
     if needs.beta2:
-        slope = step * beta2 ** (step - 1) / (2 * corrections.correction2_root**3)
-        yield "beta2", _times(pulled.denominator * root(leaf.largest), slope)
+        slope = step * beta2 ** (step - 1) / (2 * correction2_root)
+        yield "beta2", _times(pulled.product * pulled.root, corrections.step_size * slope)
 
 
-def _add(one: Tensor | None, other: Tensor | None) -> Tensor | None:
-    return other if one is None else one if other is None else one + other
+def _plus(base: Tensor | None, tensor: Tensor | None, number: Number) -> Tensor | None:
+    """Return base + number * tensor, where None stands for zeros."""
+    if tensor is None:
+        return base
+    if base is None:
+        return _times(tensor, number)
+    if isinstance(number, Tensor):
+        return base + _times(tensor, number)
+    return torch.add(base, tensor, alpha=number)
 
 
 @overload
@@ -208,6 +247,13 @@ def _times(tensor: Tensor, number: Number) -> Tensor: ...
 def _times(tensor: Tensor | None, number: Number) -> Tensor | None: ...
 def _times(tensor: Tensor | None, number: Number) -> Tensor | None:
     return None if tensor is None else tensor * fit(number, tensor)
+
+
+def _add_product(base: Tensor | None, one: Tensor, other: Tensor, number: Number) -> Tensor:
+    if base is None or isinstance(number, Tensor):
+        product = _times(one, number) * other
+        return product if base is None else base + product
+    return torch.addcmul(base, one, other, value=number)
 
 
 def _sum_to(part: Tensor, number: Tensor) -> Tensor:

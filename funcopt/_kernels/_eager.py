@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
@@ -12,8 +14,10 @@ from torch import Tensor
 from .. import _transforms
 from .._hyperparameters import check_number
 from .._types import Number
-from . import _memory, foreach, fused, plain
+from . import _memory, foreach, fused, plain, triton
+from ._layout import Batch, Layout, layout_of
 from ._operands import PUBLIC_NAMES, Leaves, Moved, Scalars, Variant, written
+from ._threads import one_thread
 
 __all__ = ["KERNELS", "move", "move_", "unserved"]
 
@@ -32,12 +36,16 @@ class Kernel(Protocol):
         """Move leaves of one dtype and device, laid out alike and densely, in place."""
 
 
-# In the order in which "auto" tries them: the fastest first, the one that refuses nothing last.
 _BY_NAME: dict[str, Kernel] = {
+    "triton": cast(Kernel, triton),
     "fused": cast(Kernel, fused),
     "foreach": cast(Kernel, foreach),
     "plain": cast(Kernel, plain),
 }
+
+# In the order in which "auto" tries them: the fastest first, the one that refuses nothing last.
+_IN_PLACE = ("fused", "triton", "foreach", "plain")
+_OUT_OF_PLACE = ("triton", "fused", "foreach", "plain")
 
 KERNELS = ("auto", *_BY_NAME)
 
@@ -47,51 +55,110 @@ def unserved(kernel: str, device: torch.device) -> str | None:
     return None if kernel == "auto" else _BY_NAME[kernel].refusal(device, None)
 
 
-def move(leaves: Leaves, scalars: list[Scalars], variant: Variant) -> Moved:
+def move(
+    leaves: Leaves, scalars: Scalars | list[Scalars], variant: Variant, layout: Layout
+) -> Moved:
     """Return the leaves after one step, in fresh memory."""
-    parts = _plan(leaves, scalars, variant)
-    copied = _memory.copies(leaves)
-    _execute(parts, copied, variant)
-    return written(copied)
+    moved = Moved([], [], [], [])
+    places: list[int] = []
+    for part in _plan(leaves, scalars, variant, layout, in_place=False):
+        for batch in part.batches:
+            places.extend(batch.indices)
+            results = _move_batch(leaves.take(batch.indices), batch, part, variant)
+            for column, tensors in zip(moved, results, strict=True):
+                column.extend(tensors)
+    return moved if places == sorted(places) else _in_order(moved, places)
 
 
-def move_(leaves: Leaves, scalars: list[Scalars], variant: Variant) -> None:
+def move_(
+    leaves: Leaves, scalars: Scalars | list[Scalars], variant: Variant, layout: Layout
+) -> None:
     """Move the leaves in place. Whatever can be refused is refused before anything is written."""
-    parts = _plan(leaves, scalars, variant)
-    borrowed = _memory.borrow(leaves)
-    _execute(parts, borrowed, variant)
+    parts = _plan(leaves, scalars, variant, layout, in_place=True)
+    borrowed = leaves if layout.ready else _memory.borrow(leaves)
+    for part in parts:
+        for batch in part.batches:
+            with _threads_for(batch):
+                _step_(part, borrowed.take(batch.indices), variant)
     _memory.give_back(borrowed, leaves)
 
 
-class _Part(NamedTuple):
-    """Leaves that can be moved together."""
+def _move_batch(leaves: Leaves, batch: Batch, part: _Part, variant: Variant) -> Moved:
+    with _threads_for(batch):
+        if batch.sizes is not None:
+            packed = _memory.packed(leaves)
+            _step_(part, packed, variant)
+            return _memory.unpacked(written(packed), batch.sizes)
+        if part.kernel is triton:
+            aligned = leaves if part.aligned else _memory.borrow(leaves)
+            return triton.step(aligned, part.scalars, variant)
+        copied = _memory.copies(leaves, aligned=part.aligned)
+        _step_(part, copied, variant)
+        return written(copied)
 
-    indices: list[int]
+
+def _in_order(moved: Moved, places: list[int]) -> Moved:
+    order = sorted(range(len(places)), key=places.__getitem__)
+    return Moved(*([column[position] for position in order] if column else [] for column in moved))
+
+
+def _threads_for(batch: Batch) -> AbstractContextManager[None]:
+    return one_thread() if batch.small else nullcontext()
+
+
+class _Part(NamedTuple):
+    """Leaves that can be moved together, batch by batch."""
+
+    batches: list[Batch]
     scalars: Scalars
     kernel: Kernel
+    aligned: bool  # the tensors of a leaf are laid out alike already
+    stacked: bool  # leaves have a first dimension of members, with numbers of their own
 
 
-def _plan(leaves: Leaves, scalars: list[Scalars], variant: Variant) -> list[_Part]:
-    read: dict[int, tuple[Scalars, object]] = {}
-    for own in dict(zip(map(id, scalars), scalars, strict=True)).values():
-        values = _read(own)
-        read[id(own)] = values, tuple(n if isinstance(n, float) else id(n) for n in values)
-    kinds = [(param.device, param.dtype) for param in leaves.params]
-    groups: dict[object, list[int]] = {}
-    if len(read) == 1 and len(set(kinds)) == 1:
-        groups[kinds[0]] = list(range(len(kinds)))
-    else:
-        for index, (kind, own) in enumerate(zip(kinds, scalars, strict=True)):
-            groups.setdefault((kind, read[id(own)][1]), []).append(index)
-    return [
-        _choose(indices, leaves, read[id(scalars[indices[0]])][0], variant)
-        for indices in groups.values()
-    ]
+def _plan(
+    leaves: Leaves,
+    scalars: Scalars | list[Scalars],
+    variant: Variant,
+    layout: Layout,
+    *,
+    in_place: bool,
+) -> list[_Part]:
+    parts = []
+    for indices, own in _by_numbers(scalars):
+        seen = layout if indices is None else layout_of(leaves.take(indices))
+        for batches in seen.batches_in_place if in_place else seen.batches:
+            if indices is not None:
+                batches = [batch.among(indices) for batch in batches]  # noqa: PLW2901
+            device = leaves.params[batches[0].indices[0]].device
+            kernel = _choose(device, own, variant, seen, in_place)
+            part = _Part(batches, own, kernel, aligned=seen.ready, stacked=_are_stacked(own))
+            parts.append(_of_members(part, leaves, variant) if part.stacked else part)
+    return parts
+
+
+def _by_numbers(
+    scalars: Scalars | list[Scalars],
+) -> Iterable[tuple[list[int] | None, Scalars]]:
+    """Group leaves by the values of their numbers; None stands for all of them."""
+    if isinstance(scalars, Scalars):
+        return [(None, _read(scalars))]
+    distinct = {id(own): own for own in scalars}
+    read = {key: _read(own) for key, own in distinct.items()}
+    groups: dict[object, tuple[list[int], Scalars]] = {}
+    for index, own in enumerate(scalars):
+        values = read[id(own)]
+        key = tuple(number if isinstance(number, float) else id(number) for number in values)
+        groups.setdefault(key, ([], values))[0].append(index)
+    return groups.values()
 
 
 def _read(scalars: Scalars) -> Scalars:
     """Replace tensors by their values, where reading them is free and the members agree."""
-    return Scalars(*map(_value, Scalars._fields, scalars))
+    if not scalars.read:
+        return Scalars(*map(_value, Scalars._fields, scalars))
+    check_number("step", cast(float, scalars.step))
+    return scalars
 
 
 def _value(name: str, number: Number) -> Number:
@@ -99,7 +166,7 @@ def _value(name: str, number: Number) -> Number:
         return number
     if number.device.type != "cpu" or not _transforms.all_plain([number]):
         return number.detach()
-    values = [number.item()] if number.ndim == 0 else number.detach().reshape(-1).tolist()
+    values: list[float] = number.detach().reshape(-1).tolist()
     for value in values:
         check_number(PUBLIC_NAMES.get(name, name), value)
     if values and values.count(values[0]) == len(values):
@@ -107,39 +174,54 @@ def _value(name: str, number: Number) -> Number:
     return number.detach()
 
 
-def _choose(indices: list[int], leaves: Leaves, scalars: Scalars, variant: Variant) -> _Part:
-    params = [leaves.params[index] for index in indices]
-    tensors = [number for number in scalars if isinstance(number, Tensor)]
-    if not _transforms.all_plain(params + tensors):
-        return _Part(indices, scalars, _BY_NAME["plain"])  # a subclass knows operators only
-    device = params[0].device
-    if variant.kernel != "auto":
-        kernel = _BY_NAME[variant.kernel]
-        reason = kernel.refusal(device, scalars)
-        if reason is not None:
-            raise ValueError(
-                f"kernel={variant.kernel!r} cannot serve {params[0].dtype} leaves on {device}: "
-                f"{reason}. kernel='auto' takes the fastest one that can."
-            )
-        return _Part(indices, scalars, kernel)
+def _choose(
+    device: torch.device, scalars: Scalars, variant: Variant, layout: Layout, in_place: bool
+) -> Kernel:
+    tensors = [] if scalars.read else [n for n in scalars if isinstance(n, Tensor)]
+    if not layout.plain or (tensors and not _transforms.all_plain(tensors)):
+        return _BY_NAME["plain"]  # a subclass knows operators only
+    if variant.kernel == "auto":
+        # Triton would serve the CPU in its interpreter, which is there for tests of it alone.
+        order = _IN_PLACE if in_place or device.type == "cpu" else _OUT_OF_PLACE
+        serving = (
+            k for k in map(_BY_NAME.__getitem__, order) if k.refusal(device, scalars) is None
+        )
+        return next(serving)
+    kernel = _BY_NAME[variant.kernel]
+    reason = kernel.refusal(device, scalars)
+    if reason is not None:
+        raise ValueError(
+            f"kernel={variant.kernel!r} cannot serve leaves on {device}: {reason}. kernel='auto' "
+            f"takes the fastest one that can."
+        )
+    return kernel
+
+
+def _are_stacked(scalars: Scalars) -> bool:
+    """Whether leaves have a first dimension of members, each with numbers of its own."""
+    return not scalars.read and any(isinstance(n, Tensor) and n.ndim > 0 for n in scalars)
+
+
+def _of_members(part: _Part, leaves: Leaves, variant: Variant) -> _Part:
+    """Make one batch of all, and if the members are small move them together."""
+    indices = sorted(chain.from_iterable(batch.indices for batch in part.batches))
+    part = part._replace(batches=[Batch(indices)])
+    if variant.kernel != "auto" or part.kernel is triton:
+        return part
     # Along each dimension in which numbers differ, all have its size, or 1.
-    members = math.prod(map(max, zip(*(n.shape for n in tensors if n.ndim > 0), strict=True)))
-    if members > 1:
-        elements = sum(param.numel() for param in params)
-        if elements < _WORTH_A_CALL * members * len(params):
-            return _Part(indices, scalars, _BY_NAME["plain"])
-    serving = (k for k in _BY_NAME.values() if k.refusal(device, scalars) is None)
-    return _Part(indices, scalars, next(serving))
+    shapes = [n.shape for n in part.scalars if isinstance(n, Tensor) and n.ndim > 0]
+    members = math.prod(map(max, zip(*shapes, strict=True)))
+    elements = sum(leaves.params[index].numel() for index in indices)
+    small = members > 1 and elements < _WORTH_A_CALL * members * len(indices)
+    return part._replace(kernel=_BY_NAME["plain"]) if small else part
 
 
-def _execute(parts: list[_Part], leaves: Leaves, variant: Variant) -> None:
-    for part in parts:
-        own = leaves if len(part.indices) == len(leaves.params) else leaves.take(part.indices)
-        if part.kernel is plain:
-            plain.step_(own, part.scalars, variant)
-            continue
-        for member, scalars in _members(own, part.scalars):
+def _step_(part: _Part, leaves: Leaves, variant: Variant) -> None:
+    if part.stacked and part.kernel is not plain and part.kernel is not triton:
+        for member, scalars in _members(leaves, part.scalars):
             part.kernel.step_(member, scalars, variant)
+    else:
+        part.kernel.step_(leaves, part.scalars, variant)
 
 
 def _members(leaves: Leaves, scalars: Scalars) -> Iterator[tuple[Leaves, Scalars]]:

@@ -1,27 +1,33 @@
 """Memory for the in-place kernels: fresh copies for `update`, the tensors themselves for `update_`.
 
 The kernels want the tensors of a leaf laid out alike and densely. Whatever is not is copied into
-the parameter's layout, so that any strides are served and none slows down the others.
+the parameter's layout, so that any strides are served and none slows down the others. Copies of
+many small leaves are laid side by side, where a kernel finds them as one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
+from itertools import chain
 
 import torch
 from torch import Tensor
 
-from ._operands import Leaves, write, written
+from .. import _transforms
+from ._operands import Leaves, Moved, write, written
+from ._pages import copy_of, is_mapped
 
-__all__ = ["borrow", "copies", "give_back"]
+__all__ = ["borrow", "copies", "give_back", "packed", "unpacked"]
 
 
-def copies(leaves: Leaves) -> Leaves:
+def copies(leaves: Leaves, *, aligned: bool) -> Leaves:
     """Return the leaves in memory that a kernel may write, aligned; the gradients as they are."""
-    params = [param.clone() for param in leaves.params]  # dense, in the parameter's own layout
-    if _all_contiguous(leaves):
-        moments = ([tensor.clone() for tensor in column] for column in leaves[2:])
+    if aligned:
+        copied = iter(_copies(list(chain.from_iterable(written(leaves)))))
+        params, *moments = ([next(copied) for _ in column] for column in written(leaves))
         return Leaves(params, leaves.grads, *moments)
+    params = [param.clone() for param in leaves.params]  # dense, in the parameter's own layout
     return Leaves(
         params,
         _map(_aligned, leaves.grads, params),
@@ -29,10 +35,37 @@ def copies(leaves: Leaves) -> Leaves:
     )
 
 
+def _copies(tensors: list[Tensor]) -> list[Tensor]:
+    if not _transforms.all_plain(tensors):
+        return [tensor.clone() for tensor in tensors]
+    if any(map(is_mapped, tensors)):
+        return [copy_of(tensor) if is_mapped(tensor) else tensor.clone() for tensor in tensors]
+    return list(_clone_all(tensors)) if tensors else []
+
+
+# One call for a list, where torch has it.
+_clone_all: Callable[[list[Tensor]], Iterable[Tensor]] = getattr(
+    torch, "_foreach_clone", partial(map, Tensor.clone)
+)
+
+
+def packed(leaves: Leaves) -> Leaves:
+    """Return contiguous leaves laid side by side in fresh memory, as one leaf."""
+    return Leaves(*([torch.cat(column)] if column else [] for column in leaves))
+
+
+def unpacked(leaf: Moved, sizes: list[int]) -> Moved:
+    """Return the leaves that lie side by side in one.
+
+    They share a storage but no element, and are no views in the eyes of autograd: each has a
+    version of its own. This is far quicker than to allocate each of them.
+    """
+    split = torch.unsafe_split_with_sizes
+    return Moved(*(list(split(column[0], sizes)) if column else [] for column in leaf))
+
+
 def borrow(leaves: Leaves) -> Leaves:
     """Return the leaves themselves, or aligned copies of those that a kernel could not take."""
-    if _all_contiguous(leaves):
-        return leaves
     params = [param if _is_dense(param) else param.clone() for param in leaves.params]
     return Leaves(params, *(_map(_aligned, column, params) for column in leaves[1:]))
 
@@ -48,14 +81,6 @@ def give_back(borrowed: Leaves, leaves: Leaves) -> None:
     if torch.is_inference_mode_enabled():  # where tensors have no version
         moved = [tensor for tensor in moved if not tensor.is_inference()]
     torch.autograd.graph.increment_version(moved)
-
-
-def _all_contiguous(leaves: Leaves) -> bool:
-    """Whether nothing needs aligning, which is so nearly always and can be had quickly."""
-    return all(
-        all(map(Tensor.is_contiguous, column)) and not any(map(Tensor.is_neg, column))
-        for column in leaves
-    )
 
 
 def _map(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .. import _transforms
 from .._types import Number
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "Variant",
     "compute_dtype",
     "fit",
+    "for_each",
     "real",
     "unreal",
     "write",
@@ -35,7 +36,9 @@ class Leaves(NamedTuple):
     max_exp_avg_sqs: list[Tensor]  # empty unless amsgrad
 
     def take(self, indices: list[int]) -> Leaves:
-        """Return the leaves at these indices."""
+        """Return the leaves at these indices, which are in order."""
+        if len(indices) == len(self.params):
+            return self
         return Leaves(*([column[i] for i in indices] if column else [] for column in self))
 
 
@@ -54,12 +57,13 @@ def written(leaves: Leaves) -> Moved:
 
 
 def write(old: Tensor, new: Tensor) -> None:
-    """Write a tensor's new value into it.
-
-    Not `old.copy_(new)`: compiled by torch 2.13, that is silently dropped for a float64 tensor of
-    shape (), which is what a count of updates is. Writing through a view is not.
-    """
-    old[...] = new
+    """Write a tensor's new value into it."""
+    if _transforms.tracing():
+        # Compiled by torch 2.13, `copy_` is silently dropped for a float64 tensor of shape (),
+        # which is what a count of updates is. Writing through a view is not.
+        old[...] = new
+    else:
+        old.copy_(new)
 
 
 class Scalars(NamedTuple):
@@ -76,13 +80,25 @@ class Scalars(NamedTuple):
     eps: Number
     weight_decay: Number
 
+    @property
+    def read(self) -> bool:
+        """Whether all are Python numbers."""
+        return _READ.issuperset(map(type, self))
+
+
+_READ = frozenset((float,))
+
+
+def for_each(scalars: Scalars | list[Scalars], count: int) -> list[Scalars]:
+    """Return the numbers of each leaf, where they may be given once for all."""
+    return [scalars] * count if isinstance(scalars, Scalars) else scalars
+
 
 # What a user calls those numbers that have another name here.
 PUBLIC_NAMES = {"beta1": "betas[0]", "beta2": "betas[1]"}
 
 
-@dataclass(frozen=True)
-class Variant:
+class Variant(NamedTuple):
     """What is fixed about an optimizer: which equations, which kernel, who builds a graph."""
 
     amsgrad: bool

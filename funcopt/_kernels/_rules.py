@@ -20,8 +20,9 @@ from torch import Tensor
 from .. import _transforms
 from .._types import Number
 from . import _eager
-from ._adjoint import Saved, adjoint
+from ._adjoint import Saved, adjoint, worth_keeping
 from ._history import recording
+from ._layout import layout_of
 from ._operands import Leaves, Moved, Scalars, Variant
 
 __all__ = ["ruled_step"]
@@ -30,7 +31,44 @@ __all__ = ["ruled_step"]
 def ruled_step(leaves: Leaves, scalars: Scalars, variant: Variant) -> Moved:
     """Return the leaves after one step with the same numbers, under whatever is watching."""
     count = len(leaves.params)
-    return Moved(*_columns(_apply(variant, count, *scalars, *_chain(leaves)), count, 4))
+    operands = (*scalars, *_chain(leaves))
+    if not _transforms.transformed():
+        return Moved(*_columns(_apply(variant, count, *operands), count, 4))
+    with _transforms.beneath_vmap() as members:
+        if members is None:
+            return Moved(*_columns(_apply(variant, count, *operands), count, 4))
+        beneath, dims = zip(*map(members.unwrap, operands), strict=True)
+        flat = _step_stacked(members.size, dims, variant, count, beneath)
+    return Moved(*_columns(list(map(members.wrap, flat)), count, 4))
+
+
+def _step_stacked(
+    size: int,
+    dims: tuple[int | None, ...],
+    variant: Variant,
+    count: int,
+    operands: tuple[Any, ...],
+) -> tuple[Tensor, ...]:
+    """Take the step of all members of a vmap at once, stacked in front."""
+    given = Leaves(*_columns(operands[6:], count, 5))
+    # Decided before anything is moved, since what is moved has a history of its own.
+    others = (*_chain(given[2:]), *operands[:6])
+    with recording(given.params, given.grads, others, variant.differentiable):
+        scalars = _aligned(Scalars(*map(_number_to_front, operands[:6], dims[:6])))
+        stacked = [
+            _leaf_to_front(leaf, dim, size)
+            for leaf, dim in zip(operands[6:], dims[6:], strict=True)
+        ]
+        transformed = _transforms.transformed()
+        if _lead(scalars) and not transformed:
+            # Each member will be moved by itself, which wants it in one piece.
+            stacked = [leaf.contiguous() for leaf in stacked]
+        leaves = Leaves(*_columns(stacked, count, 5))
+        if transformed or torch.is_grad_enabled():
+            moved = ruled_step(leaves, scalars, variant)
+        else:
+            moved = _eager.move(leaves, scalars, variant, layout_of(leaves))
+    return _chain(moved)
 
 
 class _Step(torch.autograd.Function):
@@ -43,15 +81,14 @@ class _Step(torch.autograd.Function):
     @staticmethod
     def forward(variant: Variant, count: int, *operands: Any) -> tuple[Tensor, ...]:
         scalars, leaves = Scalars(*operands[:6]), Leaves(*_columns(operands[6:], count, 5))
-        return _chain(_eager.move(leaves, [scalars] * count, variant))
+        return _chain(_eager.move(leaves, scalars, variant, layout_of(leaves)))
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], _output: tuple[Tensor, ...]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         variant, count, *operands = inputs
         numbers, leaves = operands[:6], Leaves(*_columns(operands[6:], count, 5))
         needs = Scalars(*ctx.needs_input_grad[2:8])
-        params = leaves.params if needs.lr or needs.weight_decay else []
-        saved = Saved(*leaves[1:], params)
+        saved = worth_keeping(leaves, Moved(*_columns(output, count, 4)), needs)
         ctx.variant = variant
         ctx.count = count
         ctx.lengths = [len(column) for column in saved]
@@ -74,20 +111,7 @@ class _Step(torch.autograd.Function):
     def vmap(
         info: Any, in_dims: tuple[int | None, ...], variant: Variant, count: int, *operands: Any
     ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        number_dims, leaf_dims = in_dims[2:8], in_dims[8:]
-        given = Leaves(*_columns(operands[6:], count, 5))
-        # Decided before anything is moved, since what is moved has a history of its own.
-        others = (*_chain(given[2:]), *operands[:6])
-        with recording(given.params, given.grads, others, variant.differentiable):
-            scalars = _aligned(Scalars(*map(_number_to_front, operands[:6], number_dims)))
-            stacked = [
-                _leaf_to_front(leaf, dim, info.batch_size)
-                for leaf, dim in zip(operands[6:], leaf_dims, strict=True)
-            ]
-            if _lead(scalars) and not _transforms.transformed():
-                # Each member will be moved by itself, which wants it in one piece.
-                stacked = [leaf.contiguous() for leaf in stacked]
-            flat = _apply(variant, count, *scalars, *stacked)
+        flat = _step_stacked(info.batch_size, in_dims[2:], variant, count, operands)
         return flat, (0,) * len(flat)
 
 
@@ -99,7 +123,7 @@ def _number_to_front(number: Number, dim: int | None) -> Number:
     if not isinstance(number, Tensor):
         return number
     if dim is not None:
-        return number.movedim(dim, 0)
+        return number if dim == 0 else number.movedim(dim, 0)
     # A number with dimensions of inner vmaps needs a place for this one; a 0-dim number has none.
     return number.unsqueeze(0) if number.ndim > 0 else number
 
@@ -123,6 +147,8 @@ def _aligned(scalars: Scalars) -> Scalars:
 
 
 def _leaf_to_front(leaf: Tensor, dim: int | None, size: int) -> Tensor:
+    if dim == 0:
+        return leaf
     return leaf.expand(size, *leaf.shape) if dim is None else leaf.movedim(dim, 0)
 
 

@@ -11,8 +11,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from ._operands import Leaves, Scalars, Variant, compute_dtype
-from .plain import Corrections
+from ._operands import Leaves, Scalars, Variant, compute_dtype, fit
+from .plain import Corrections, double
 
 __all__ = ["refusal", "step_"]
 
@@ -36,8 +36,10 @@ def refusal(device: torch.device, scalars: Scalars | None) -> str | None:
         return f"torch {torch.__version__} lacks some of the _foreach_ functions"
     if device.type not in ("cpu", "cuda"):
         return f"it serves cpu and cuda, not {device.type}"
-    for name, number in (scalars._asdict() if scalars else {}).items():
-        if isinstance(number, Tensor) and number.device.type != "cpu":
+    for name, number in zip(Scalars._fields, scalars or (), strict=False):
+        if not isinstance(number, Tensor) or number.device.type == "cpu":
+            continue
+        if name not in ("step", "lr") or number.ndim > 0 or number.device != device:
             return f"it takes numbers whose value can be read, and {name} is on {number.device}"
     return None
 
@@ -57,17 +59,23 @@ def step_(leaves: Leaves, scalars: Scalars, variant: Variant) -> None:
 
 def _step_(leaves: Leaves, scalars: Scalars, variant: Variant) -> None:
     params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs = leaves
-    _, lr, beta1, beta2, eps, weight_decay = (cast(float, number) for number in scalars)
+    beta1, beta2, eps = cast(tuple[float, float, float], scalars[2:5])
     corrections = Corrections(scalars)
     if variant.maximize:
         grads = list(torch._foreach_neg(grads))
-    torch._foreach_mul_(params, 1 - lr * weight_decay)
+    decay = fit(1 - double(scalars.lr) * double(scalars.weight_decay), params[0])
+    step_size = fit(corrections.step_size, params[0])
+    torch._foreach_mul_(params, decay)
     torch._foreach_lerp_(exp_avgs, grads, 1 - beta1)
     torch._foreach_mul_(exp_avg_sqs, beta2)
     torch._foreach_addcmul_(exp_avg_sqs, grads, grads, 1 - beta2)
     if variant.amsgrad:
         torch._foreach_maximum_(max_exp_avg_sqs, exp_avg_sqs)
     denominators = torch._foreach_sqrt(max_exp_avg_sqs if variant.amsgrad else exp_avg_sqs)
-    torch._foreach_div_(denominators, corrections.correction2_root)
+    torch._foreach_div_(denominators, fit(corrections.correction2_root, params[0]))
     torch._foreach_add_(denominators, eps)
-    torch._foreach_addcdiv_(params, exp_avgs, denominators, -corrections.step_size)
+    if isinstance(step_size, Tensor):  # on the device, where its value is not read
+        torch._foreach_div_(denominators, -step_size)
+        torch._foreach_addcdiv_(params, exp_avgs, denominators)
+    else:
+        torch._foreach_addcdiv_(params, exp_avgs, denominators, -step_size)

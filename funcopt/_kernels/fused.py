@@ -25,7 +25,7 @@ def refusal(device: torch.device, scalars: Scalars | None) -> str | None:
         return f"torch {torch.__version__} has no fused AdamW"
     if device.type not in ("cpu", "cuda"):
         return f"it serves cpu and cuda, not {device.type}"
-    for name, number in (scalars._asdict() if scalars else {}).items():
+    for name, number in zip(Scalars._fields, scalars or (), strict=False):
         if not isinstance(number, Tensor) or number.device.type == "cpu":
             continue
         # The kernel itself reads these two from tensors on the leaves' own device.
@@ -39,7 +39,11 @@ def step_(leaves: Leaves, scalars: Scalars, variant: Variant) -> None:
     device = leaves.params[0].device
     # The kernel reads the count as float32, whatever it is given. Beyond 2**24 that rounds, by one
     # part in 2**24, which shows in the corrections only where a beta is that close to 1.
-    count = torch.as_tensor(scalars.step, dtype=torch.float32, device=device)
+    count = (
+        scalars.step.to(device, torch.float32)
+        if isinstance(scalars.step, Tensor)
+        else torch.scalar_tensor(scalars.step, dtype=torch.float32, device=device)
+    )
     fused_adamw: Any = torch._fused_adamw_  # overloaded on lr in ways no type checker follows
     fused_adamw(
         leaves.params,

@@ -18,8 +18,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import _transforms
 from .._types import Number
-from ._operands import Leaves, Moved, Scalars, Variant, compute_dtype, fit, write, written
+from ._operands import Leaves, Moved, Scalars, Variant, compute_dtype, fit, for_each, write, written
 
 __all__ = ["Corrections", "double", "new_moments", "refusal", "root", "step", "step_"]
 
@@ -40,6 +41,12 @@ def root(squares: Tensor) -> Tensor:
     return squares.masked_fill(zero, 1.0).sqrt().masked_fill(zero, 0.0)
 
 
+def _root(squares: Tensor) -> Tensor:
+    """The square root, as above wherever somebody may differentiate."""
+    followed = torch.is_grad_enabled() or _transforms.transformed() or _transforms.forward_mode()
+    return root(squares) if followed else squares.sqrt()
+
+
 class Corrections:
     """The two bias corrections of a step, and the step size that comes of the first."""
 
@@ -52,11 +59,11 @@ class Corrections:
         self.step_size: Number = double(scalars.lr) / self.correction1
 
 
-def step(leaves: Leaves, scalars: list[Scalars], variant: Variant) -> Moved:
-    """Return the leaves after one step, each with its own numbers."""
+def step(leaves: Leaves, scalars: Scalars | list[Scalars], variant: Variant) -> Moved:
+    """Return the leaves after one step, with the same numbers or each with its own."""
     moved = Moved([], [], [], [])
     known: dict[int, Corrections] = {}
-    for index, own in enumerate(scalars):
+    for index, own in enumerate(for_each(scalars, len(leaves.params))):
         corrections = known.get(id(own))
         if corrections is None:
             corrections = known[id(own)] = Corrections(own)
@@ -83,7 +90,7 @@ def _step_one(
     if variant.amsgrad:
         maxima = [torch.maximum(maxima[0], exp_avg_sq)]
     largest = maxima[0] if variant.amsgrad else exp_avg_sq
-    denominator = root(largest) / correction2_root + fit(scalars.eps, param)
+    denominator = _root(largest) / correction2_root + fit(scalars.eps, param)
     param = torch.addcdiv(param * decay, exp_avg * -step_size, denominator)
     return [tensor.to(stored) for tensor in (param, exp_avg, exp_avg_sq, *maxima)]
 
@@ -99,13 +106,17 @@ def new_moments(
     """Return the two running means after a gradient (negated if maximize)."""
     gain1 = fit(1 - double(scalars.beta1), grad)
     gain2 = fit(1 - double(scalars.beta2), grad)
-    squares = torch.addcmul(exp_avg_sq * fit(scalars.beta2, grad), grad * gain2, grad)
+    squares = exp_avg_sq * fit(scalars.beta2, grad)
+    if isinstance(gain2, Tensor):
+        squares = torch.addcmul(squares, grad * gain2, grad)
+    else:
+        squares = torch.addcmul(squares, grad, grad, value=gain2)
     return torch.lerp(exp_avg, grad, gain1), squares
 
 
 def step_(leaves: Leaves, scalars: Scalars, variant: Variant) -> None:
     """Move the leaves in place."""
-    moved = step(leaves, [scalars] * len(leaves.params), variant)
+    moved = step(leaves, scalars, variant)
     for olds, news in zip(written(leaves), moved, strict=True):
         for old, new in zip(olds, news, strict=True):
             write(old, new)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ... import _tree
 from ..._adamw import AdamW
-from ..._kernels import KERNELS
+from ..._kernels import KERNELS, unserved
 from ..._types import Tree
 from .._compare import EXACT, ROUNDING, NotApplicable, compare
 from .._subject import cast, field, leaves_of, replace, run, tree_map
@@ -28,8 +28,10 @@ def kernels_agree(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> None
     """Every kernel takes the same step, to a few ulp."""
     if field(opt, "kernel") not in KERNELS:
         raise NotApplicable("its kernels are of its own")
+    devices = {leaf.device for leaf in leaves_of(params)}
+    serving = [k for k in KERNELS if all(unserved(k, device) is None for device in devices)]
     for step in run(opt, params, gradient_sequence):
-        for name in KERNELS:
+        for name in serving:
             new_params, new_state = replace(opt, kernel=name).update(
                 step.grads, step.state, step.params
             )

@@ -1,0 +1,106 @@
+"""How many updates were made: one count for the whole tree, or one for each leaf."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from . import _transforms, _tree
+from ._checks import check_count
+from ._kernels import write
+from ._types import Number, Tree
+
+__all__ = ["Counts", "gather_counts"]
+
+T = TypeVar("T")
+
+
+class Counts(NamedTuple):
+    """The counts of a state."""
+
+    paired: _tree.Paired
+    per_leaf: bool
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The counts: one, or those of the leaves in the order of the parameters."""
+        return self.paired.leaves
+
+    def of(self, leaves: list[int], values: list[T]) -> T | list[T]:
+        """Return of one value for each count the one of all leaves, or those of these leaves."""
+        return [values[index] for index in leaves] if self.per_leaf else values[0]
+
+    def after(self, moving: list[int], watched: bool) -> list[Number]:
+        """Return the counts after an update of these leaves; those of other leaves stand still.
+
+        A count whose value is at hand is returned as a float: all that is done with it then takes
+        a fraction of the time.
+
+        Args:
+            moving: The leaves that have a gradient.
+            watched: Whether somebody follows the operators, so that values are not to be read.
+        """
+        counts: list[Number] = list(self.tensors) if watched else list(map(_value, self.tensors))
+        advancing = set(moving) if self.per_leaf else {0}
+        return [count + 1 if index in advancing else count for index, count in enumerate(counts)]
+
+    def rebuild(self, counts: list[Number]) -> Tree:
+        """Return the tree of counts with these values, in fresh memory."""
+        tensors = [_fresh(new, old) for old, new in zip(self.tensors, counts, strict=True)]
+        return self.paired.rebuild(tensors)
+
+    def write(self, counts: list[Number]) -> None:
+        """Write these values into the counts."""
+        for old, new in zip(self.tensors, counts, strict=True):
+            if isinstance(new, Tensor):
+                write(old, new)
+            else:
+                old.fill_(new)
+
+
+def _value(count: Tensor) -> Number:
+    readable = (
+        count.dtype is torch.float64
+        and count.device.type == "cpu"
+        and not count.requires_grad
+        and _transforms.all_plain([count])
+    )
+    return float(count.item()) if readable else count
+
+
+def _fresh(new: Number, old: Tensor) -> Tensor:
+    if not isinstance(new, Tensor):
+        return torch.scalar_tensor(new, dtype=old.dtype, device=old.device)
+    return new.clone() if new is old else new
+
+
+def gather_counts(step: Tree, structure: _tree.Structure | None) -> Counts:
+    """Return the counts, checked.
+
+    Args:
+        step: A tensor of shape (), or a tree of them.
+        structure: That of the parameters, if each leaf has a count of its own.
+
+    Raises:
+        TypeError: If a count is not a tensor of a dtype that can count.
+        ValueError: If it is not of shape (), or the tree does not match the parameters.
+    """
+    if structure is None:
+        paired = _tree.Paired(*_tree.flatten(step), None)
+        if len(paired.leaves) != 1 or paired.leaves[0] is not step:
+            raise ValueError(
+                f"state.step is a {type(step).__name__}: with step_per_leaf=False it is one "
+                f"tensor. Make the state with init() of this optimizer."
+            )
+    else:
+        paired = _tree.pair(step, "state.step", structure)
+    for index, count in enumerate(paired.leaves):
+        check_count(count, partial(_path, paired.structure, index))
+    return Counts(paired, structure is not None)
+
+
+def _path(structure: _tree.Structure, index: int) -> str:
+    return _tree.paths(structure, "state.step")[index]

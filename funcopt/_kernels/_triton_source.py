@@ -1,0 +1,212 @@
+"""The step in one pass, as Triton source: what each program of a launch does.
+
+A program moves some blocks of one member of one leaf. Which those are, where they lie and what the
+numbers are it reads from a table of 64-bit words, built by `triton.py`:
+
+- for each leaf: its first program; the programs of a member; the elements of a member;
+- for each leaf: the addresses of param, grad, exp_avg, exp_avg_sq (and max_exp_avg_sq) before the
+  step, and of the same without grad after it;
+- for each of the six numbers the address of a float64; then for each its stride over the members.
+"""
+
+# Triton ships no types. This file is the border: what comes of Triton is untyped here, and what is
+# told to the type checker is no more than that.
+# mypy: disable-error-code="import-untyped, import-not-found"
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+from __future__ import annotations
+
+from typing import Any
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # pragma: no cover
+    triton = None
+
+__all__ = ["step_kernel", "tl", "triton"]
+
+
+def _jit(function: Any) -> Any:
+    # Without Triton this file can be imported, and nothing in it run.
+    return function if triton is None else triton.jit(function)
+
+
+def _entry(function: Any) -> Any:
+    # A count gets no kernel of its own for being 1, or a multiple of 16.
+    return function if triton is None else triton.jit(function, do_not_specialize=["leaves", "run"])
+
+
+# Capitals are what is fixed at compilation, as in Triton's own sources.
+# ruff: noqa: N803, N806, SIM300
+
+
+@_entry
+def step_kernel(
+    table,
+    leaves,
+    run,
+    DTYPE: tl.constexpr,
+    AMSGRAD: tl.constexpr,
+    MAXIMIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Move `run` blocks of BLOCK elements, or as many as are left of the member."""
+    TENSORS: tl.constexpr = 9 if AMSGRAD else 7
+    leaf = _leaf_of(tl.program_id(0), table, leaves)
+    place = (tl.program_id(0) - tl.load(table + leaf)).to(tl.int32)
+    programs = tl.load(table + leaves + leaf).to(tl.int32)
+    elements = tl.load(table + 2 * leaves + leaf)
+    member = (place // programs).to(tl.int64)
+    begin = (place % programs).to(tl.int64) * run * BLOCK
+    size = tl.minimum(elements - begin, run * BLOCK).to(tl.int32)
+
+    addresses = table + 3 * leaves + leaf
+    start = (member * elements + begin) * (DTYPE.primitive_bitwidth // 8)
+    param = tl.load(addresses) + start
+    grad = tl.load(addresses + leaves) + start
+    exp_avg = tl.load(addresses + 2 * leaves) + start
+    exp_avg_sq = tl.load(addresses + 3 * leaves) + start
+    largest = exp_avg_sq
+    if AMSGRAD:
+        largest = tl.load(addresses + 4 * leaves) + start
+    after = addresses + (TENSORS // 2 + 1) * leaves
+    new_param = tl.load(after) + start
+    new_exp_avg = tl.load(after + leaves) + start
+    new_exp_avg_sq = tl.load(after + 2 * leaves) + start
+    new_largest = new_exp_avg_sq
+    if AMSGRAD:
+        new_largest = tl.load(after + 3 * leaves) + start
+
+    olds = (param, grad, exp_avg, exp_avg_sq, largest)
+    news = (new_param, new_exp_avg, new_exp_avg_sq, new_largest)
+    spread = param | grad | exp_avg | exp_avg_sq | largest
+    aligned = ((spread | new_param | new_exp_avg | new_exp_avg_sq | new_largest) & 15) == 0
+    numbers = _numbers(table + (3 + TENSORS) * leaves, member, DTYPE)
+    offset = 0
+    while offset < size:
+        # Whole blocks in aligned memory are moved 16 bytes at a time, which a mask would forbid.
+        if aligned & (size - offset >= BLOCK):
+            _move(olds, news, numbers, offset, size, DTYPE, AMSGRAD, MAXIMIZE, BLOCK, True)
+        else:
+            _move(olds, news, numbers, offset, size, DTYPE, AMSGRAD, MAXIMIZE, BLOCK, False)
+        offset += BLOCK
+
+
+@_jit
+def _leaf_of(program, table, leaves):
+    """Return the last leaf whose first program is not after this one."""
+    low = 0
+    high = leaves
+    while high - low > 1:
+        middle = (low + high) // 2
+        beyond = tl.load(table + middle) > program
+        low = tl.where(beyond, low, middle)
+        high = tl.where(beyond, middle, high)
+    return low
+
+
+@_jit
+def _numbers(table, member, DTYPE: tl.constexpr):
+    """Return what the numbers of a member come to, found in float64 and rounded once."""
+    COMPUTE: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
+    step = _number(table, 0, member)
+    lr = _number(table, 1, member)
+    beta1 = _number(table, 2, member)
+    beta2 = _number(table, 3, member)
+    eps = _number(table, 4, member)
+    weight_decay = _number(table, 5, member)
+    decay = 1.0 - lr * weight_decay
+    step_size = lr / _one_minus_power(beta1, step)
+    correction2_root = tl.sqrt(_one_minus_power(beta2, step))
+    return (
+        decay.to(COMPUTE),
+        (1.0 - beta1).to(COMPUTE),
+        beta2.to(COMPUTE),
+        (1.0 - beta2).to(COMPUTE),
+        step_size.to(COMPUTE),
+        correction2_root.to(COMPUTE),
+        eps.to(COMPUTE),
+    )
+
+
+@_jit
+def _number(table, INDEX: tl.constexpr, member):
+    address = tl.load(table + INDEX).to(tl.pointer_type(tl.float64))
+    return tl.load(address + tl.load(table + 6 + INDEX) * member)
+
+
+@_jit
+def _one_minus_power(beta, step):
+    """Return 1 - beta**step to the last digits, also where the power is nearly 1.
+
+    There the subtraction leaves few digits. Its error is the power's rounding, and the logarithm of
+    the rounded power knows it: (1 - u) * (log of the power) / (log of u) has it divided out.
+    """
+    power = tl.where(beta > 0.0, tl.exp2(step * tl.log2(tl.where(beta > 0.0, beta, 0.5))), 0.0)
+    difference = 1.0 - power
+    if (power > 0.5) & (power < 1.0):
+        difference *= step * tl.log2(beta) / tl.log2(power)
+    return difference
+
+
+@_jit
+def _move(
+    olds,
+    news,
+    numbers,
+    offset,
+    size,
+    DTYPE: tl.constexpr,
+    AMSGRAD: tl.constexpr,
+    MAXIMIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """Move one block: the equations of `plain`, in the same order."""
+    COMPUTE: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
+    decay, gain1, beta2, gain2, step_size, correction2_root, eps = numbers
+    lanes = tl.arange(0, BLOCK)
+    mask = None if WHOLE else lanes < size - offset
+    param = tl.load(_pointers(olds[0], offset, lanes, DTYPE, WHOLE), mask=mask).to(COMPUTE)
+    grad = tl.load(_pointers(olds[1], offset, lanes, DTYPE, WHOLE), mask=mask).to(COMPUTE)
+    exp_avg = tl.load(_pointers(olds[2], offset, lanes, DTYPE, WHOLE), mask=mask).to(COMPUTE)
+    exp_avg_sq = tl.load(_pointers(olds[3], offset, lanes, DTYPE, WHOLE), mask=mask).to(COMPUTE)
+
+    if MAXIMIZE:
+        grad = -grad
+    # As torch.lerp, which takes the end that is nearer.
+    toward = grad - exp_avg
+    exp_avg = tl.where(gain1 < 0.5, exp_avg + gain1 * toward, grad - toward * (1.0 - gain1))
+    exp_avg_sq = exp_avg_sq * beta2 + (grad * gain2) * grad
+    largest = exp_avg_sq
+    if AMSGRAD:
+        largest = tl.load(_pointers(olds[4], offset, lanes, DTYPE, WHOLE), mask=mask).to(COMPUTE)
+        largest = tl.maximum(largest, exp_avg_sq, propagate_nan=tl.PropagateNan.ALL)
+        tl.store(_pointers(news[3], offset, lanes, DTYPE, WHOLE), largest.to(DTYPE), mask=mask)
+    denominator = _quotient(_root(largest, DTYPE), correction2_root, DTYPE) + eps
+    param = param * decay + _quotient(exp_avg * -step_size, denominator, DTYPE)
+
+    tl.store(_pointers(news[0], offset, lanes, DTYPE, WHOLE), param.to(DTYPE), mask=mask)
+    tl.store(_pointers(news[1], offset, lanes, DTYPE, WHOLE), exp_avg.to(DTYPE), mask=mask)
+    tl.store(_pointers(news[2], offset, lanes, DTYPE, WHOLE), exp_avg_sq.to(DTYPE), mask=mask)
+
+
+@_jit
+def _pointers(address, offset, lanes, DTYPE: tl.constexpr, WHOLE: tl.constexpr):
+    first = (address + offset * (DTYPE.primitive_bitwidth // 8)).to(tl.pointer_type(DTYPE))
+    if WHOLE:
+        first = tl.multiple_of(first, 16)
+    return first + lanes
+
+
+@_jit
+def _root(squares, DTYPE: tl.constexpr):
+    """The square root. In float32, plain `sqrt` would take what is below 1e-38 for zero."""
+    return tl.sqrt(squares) if DTYPE == tl.float64 else tl.sqrt_rn(squares)
+
+
+@_jit
+def _quotient(numerator, denominator, DTYPE: tl.constexpr):
+    """The quotient: correctly rounded, but for leaves whose own rounding is far coarser."""
+    return tl.div_rn(numerator, denominator) if DTYPE == tl.float32 else numerator / denominator

@@ -1,0 +1,136 @@
+"""The Triton kernel on a GPU: all that holds in the interpreter, and what only a GPU can show."""
+
+import contextlib
+import warnings
+
+import pytest
+import torch
+
+from funcopt._kernels import plain
+from funcopt._kernels import triton as kernel
+from funcopt._kernels._operands import Leaves, Moved, written
+
+from . import test_triton
+from .test_triton import AMSGRAD, NUMBERS, PLAIN, assert_agrees, check, copy, flat, make_leaves
+
+if not torch.cuda.is_available():
+    pytest.skip("no CUDA device", allow_module_level=True)
+
+
+@pytest.fixture
+def where() -> str:
+    return "cuda"
+
+
+launches = test_triton.launches
+globals().update(test_triton.ON_ANY_DEVICE)
+
+
+@contextlib.contextmanager
+def no_synchronization():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that this mode is a prototype
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+# Numbers by where they are; a learning rate for each of 3 members among them.
+PLACES = {
+    "numbers": {},
+    "on the device": {"step": torch.tensor(3), "lr": torch.tensor(0.1)},
+    "on the device, for each member": {"lr": torch.tensor([0.1, 0.2, 0.3])},
+}
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_nothing_waits_for_the_device(name):
+    scalars = NUMBERS._replace(**{n: number.cuda() for n, number in PLACES[name].items()})
+    leaves = make_leaves([(3,), (3, 2000)], "cuda")
+    kernel.step(leaves, scalars, PLAIN)  # which compiles
+    with no_synchronization():
+        moved = kernel.step(leaves, scalars, PLAIN)
+    assert_agrees(moved, leaves, scalars, PLAIN)
+
+
+def test_numbers_for_each_member_may_be_on_the_cpu():
+    scalars = NUMBERS._replace(lr=torch.tensor([0.1, 0.2, 0.3]))
+    leaves = make_leaves([(3,), (3, 2000)], "cuda")
+    kernel.step(leaves, scalars, PLAIN)
+    with no_synchronization():
+        moved = kernel.step(leaves, scalars, PLAIN)
+    assert_agrees(moved, leaves, scalars, PLAIN)
+
+
+def test_runs_of_blocks_are_right():
+    check(make_leaves([(20_000_003,), (5,), (3000, 4000)], "cuda"), NUMBERS)
+
+
+def test_consecutive_calls_do_not_disturb_each_other():
+    """Their tables pass through the same pinned memory, one after the other."""
+    all_leaves = [make_leaves([(1000, 1000), (n,)], "cuda") for n in range(1, 30)]
+    results = [kernel.step(leaves, NUMBERS, PLAIN) for leaves in all_leaves]
+    for leaves, moved in zip(all_leaves, results, strict=True):
+        assert_agrees(moved, leaves, NUMBERS, PLAIN)
+
+
+def test_a_graph_replays_with_the_numbers_of_the_day():
+    count = torch.ones((), dtype=torch.float64, device="cuda")
+    lr = torch.tensor(0.1, device="cuda")
+    scalars = NUMBERS._replace(step=count, lr=lr)
+    leaves = make_leaves([(3,), (70, 1000)], "cuda", amsgrad=True)
+    kernel.step(leaves, scalars, AMSGRAD)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        moved = kernel.step(leaves, scalars, AMSGRAD)
+        count += 1
+    # Other tables come and go between capture and replay.
+    for size in range(1, 20):
+        kernel.step(make_leaves([(size,), (size,)], "cuda"), NUMBERS, PLAIN)
+    for step, rate in ((1, 0.1), (2, 0.7), (3, 0.01)):
+        lr.fill_(rate)
+        for grad in leaves.grads:
+            grad.normal_()
+        graph.replay()
+        assert_agrees(moved, leaves, NUMBERS._replace(step=step, lr=float(lr)), AMSGRAD)
+
+
+def test_a_graph_moves_in_place():
+    count = torch.zeros((), dtype=torch.float64, device="cuda")
+    leaves = make_leaves([(3,), (70, 1000)], "cuda")
+    expected = copy(leaves)
+    kernel.step_(copy(leaves), NUMBERS, PLAIN)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        count += 1
+        kernel.step_(leaves, NUMBERS._replace(step=count), PLAIN)
+    for step in range(1, 4):
+        graph.replay()
+        plain.step_(expected, NUMBERS._replace(step=step), PLAIN)
+    for one, other in zip(flat(written(leaves)), flat(written(expected)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_another_stream_is_served():
+    leaves = make_leaves([(1000, 1000)], "cuda")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        moved = kernel.step(leaves, NUMBERS, PLAIN)
+    torch.cuda.current_stream().wait_stream(stream)
+    assert_agrees(moved, leaves, NUMBERS, PLAIN)
+
+
+def test_a_leaf_may_have_more_elements_than_fit_into_32_bits():
+    count = 2**31 + 5000
+    if torch.cuda.mem_get_info()[0] < 9 * 2 * count:
+        pytest.skip("the device has too little memory")
+    columns = [[torch.ones(count, dtype=torch.bfloat16, device="cuda")] for _ in range(4)]
+    leaves = Leaves(*columns, [])
+    moved = kernel.step(leaves, NUMBERS, PLAIN)
+    for end in (slice(0, 3000), slice(2**31 - 3000, count)):
+        part = Leaves(*([tensor[end] for tensor in column] for column in leaves))
+        result = Moved(*([tensor[end] for tensor in column] for column in moved))
+        assert_agrees(result, part, NUMBERS, PLAIN)

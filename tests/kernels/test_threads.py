@@ -1,0 +1,69 @@
+"""One thread for small tensors, and nobody else notices."""
+
+import threading
+
+import pytest
+import torch
+
+from funcopt import AdamW
+from funcopt._kernels import _threads, fused
+from funcopt._kernels._threads import one_thread
+
+
+@pytest.fixture
+def two_threads():
+    count = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(count)
+
+
+def in_another_thread(question):
+    answers = []
+    thread = threading.Thread(target=lambda: answers.append(question()))
+    thread.start()
+    thread.join(10)
+    return answers[0]
+
+
+def test_operators_within_start_no_threads_and_afterwards_do_again(two_threads):
+    with one_thread():
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == 2
+
+
+def test_it_ends_with_an_error_too(two_threads):
+    with pytest.raises(ValueError, match="within"), one_thread():
+        raise ValueError("within")
+    assert torch.get_num_threads() == 2
+
+
+def test_no_other_thread_notices_be_it_new_or_old(two_threads):
+    with one_thread():
+        assert in_another_thread(torch.get_num_threads) == 2
+    assert in_another_thread(torch.get_num_threads) == 2
+
+
+def test_where_the_runtime_is_not_found_nothing_is_done(two_threads, monkeypatch):
+    monkeypatch.setattr(_threads, "_setter", lambda: None)
+    with one_thread():
+        assert torch.get_num_threads() == 2
+
+
+def test_small_leaves_are_moved_by_one_thread_and_large_ones_by_all(two_threads, monkeypatch):
+    counts = []
+    step_ = fused.step_
+    monkeypatch.setattr(
+        fused,
+        "step_",
+        lambda leaves, *rest: (
+            counts.append((leaves.params[0].numel(), torch.get_num_threads())),
+            step_(leaves, *rest),
+        ),
+    )
+    params = [torch.zeros(7) for _ in range(10)] + [torch.zeros(10_000)]
+    opt = AdamW()
+    state = opt.init(params)
+    opt.update(params, state, params)
+    opt.update_([p.clone() for p in params], state, params)
+    assert sorted(counts) == [(7, 1), (7, 1), (10_000, 2), (10_000, 2)]
