@@ -33,10 +33,14 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 try:
-    from torch._C._functorch import TransformType, _add_batch_dim, _unwrap_batched
+    from torch._C._functorch import (
+        TransformType,
+        _add_batch_dim,
+        _unwrap_batched,
+        get_interpreter_stack,
+    )
     from torch._functorch.pyfunctorch import (
         VmapInterpreter,
-        retrieve_all_functorch_interpreters,
         retrieve_current_functorch_interpreter,
     )
 
@@ -98,7 +102,7 @@ def watched_by_operator() -> bool:
         return False
     if _RULED is None:  # pragma: no cover
         return True
-    return any(level.key() not in _RULED for level in retrieve_all_functorch_interpreters())
+    return any(level.key() not in _RULED for level in get_interpreter_stack() or ())
 
 
 class Members:
@@ -128,9 +132,8 @@ def beneath_vmap() -> Iterator[Members | None]:
     beneath a grad, order matters, which the rules of an `autograd.Function` know; they take several
     times longer.
     """
-    if _RULED is None or any(
-        level.key() != TransformType.Vmap for level in retrieve_all_functorch_interpreters()
-    ):
+    levels = get_interpreter_stack() if _RULED is not None else None
+    if not levels or any(level.key() != TransformType.Vmap for level in levels):
         yield None
         return
     interpreter: Any = retrieve_current_functorch_interpreter()

@@ -167,7 +167,7 @@ def _value(name: str, number: Number) -> Number:
     if number.device.type != "cpu" or not _transforms.all_plain([number]):
         return number.detach()
     values: list[float] = number.detach().reshape(-1).tolist()
-    for value in values:
+    for value in dict.fromkeys(values):
         check_number(PUBLIC_NAMES.get(name, name), value)
     if values and values.count(values[0]) == len(values):
         return float(values[0])
