@@ -203,8 +203,7 @@ class AdamW:
         counts = work.counts.after(work.active, work.watched)
         numbers = self._numbers(work, counts)
         gradients, moments = work.historic()
-        read = all(own.read for own in numbers)
-        others = moments if read else (*moments, *chain.from_iterable(numbers))
+        others = (*moments, *chain.from_iterable(numbers))
         with _kernels.recording(work.params.leaves, gradients, others, self.differentiable):
             moved = _kernels.run(
                 work.leaves, work.counts.of(work.active, numbers), self._variant(), work.layout

@@ -98,9 +98,5 @@ def gather_counts(step: Tree, structure: _tree.Structure | None) -> Counts:
     else:
         paired = _tree.pair(step, "state.step", structure)
     for index, count in enumerate(paired.leaves):
-        check_count(count, partial(_path, paired.structure, index))
+        check_count(count, partial(_tree.path, paired.structure, "state.step", index))
     return Counts(paired, structure is not None)
-
-
-def _path(structure: _tree.Structure, index: int) -> str:
-    return _tree.paths(structure, "state.step")[index]

@@ -22,6 +22,7 @@ __all__ = [
     "beneath_vmap",
     "compiling",
     "exporting",
+    "followed",
     "forward_mode",
     "tracing",
     "transformed",
@@ -87,6 +88,11 @@ transformed = torch._C._are_functorch_transforms_active
 def forward_mode() -> bool:
     """Whether a forward-mode derivative is under way, in `torch.func` or in plain autograd."""
     return forward_ad._current_level >= 0
+
+
+def followed() -> bool:
+    """Whether what operators compute may be differentiated."""
+    return torch.is_grad_enabled() or transformed() or forward_mode()
 
 
 def watched_by_operator() -> bool:

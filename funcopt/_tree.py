@@ -33,6 +33,7 @@ __all__ = [
     "flatten_above",
     "has_more_leaves",
     "pair",
+    "path",
     "paths",
     "register_node",
     "unflatten",
@@ -168,6 +169,11 @@ def paths(structure: Structure, root: str) -> list[str]:
     if names is None:
         names = [accessor.codify("") for accessor in structure.accessors()]
     return [root + name for name in names]
+
+
+def path(structure: Structure, root: str, index: int) -> str:
+    """Return the path of one leaf."""
+    return paths(structure, root)[index]
 
 
 def _torch_paths(structure: Structure) -> list[str] | None:

@@ -27,7 +27,7 @@ def flatten_params(params: Tree) -> tuple[list[Tensor], _tree.Structure]:
         ValueError: If two leaves share their memory.
     """
     leaves, structure = _tree.flatten(params)
-    check_leaves(leaves, partial(_path, structure, "params"))
+    check_leaves(leaves, partial(_tree.path, structure, "params"))
     check_untied(leaves, structure)
     return leaves, structure
 
@@ -41,7 +41,7 @@ def check_untied(leaves: list[Tensor], structure: _tree.Structure) -> None:
     if not _transforms.tracing() and not _transforms.transformed():
         check_distinct(
             leaves,
-            lambda index: _path(structure, "params", index),
+            lambda index: _tree.path(structure, "params", index),
             "the update of one would be lost or made twice",
         )
 
@@ -93,8 +93,8 @@ class Work(NamedTuple):
     def path(self, root: str, index: int) -> str:
         """Return the path of a leaf of `written`, or of a gradient, for a message."""
         if root == "state.step":
-            return _path(self.counts.paired.structure, root, index)
-        return _path(self.params.structure, root, self.active[index])
+            return _tree.path(self.counts.paired.structure, root, index)
+        return _tree.path(self.params.structure, root, self.active[index])
 
     def rebuild(self, moved: Moved) -> list[Tree]:
         """Return the trees of parameters and moments, with copies of the leaves left alone."""
@@ -198,15 +198,15 @@ def _check(
 ) -> None:
     """Check leaf by leaf, to name the one that is wrong."""
     structure = params.structure
-    check_leaves(params.leaves, partial(_path, structure, "params"))
+    check_leaves(params.leaves, partial(_tree.path, structure, "params"))
     check_alike(
         _take(grads.leaves, active),
         _take(params.leaves, active),
-        lambda position: _path(structure, "grads", active[position]),
+        lambda position: _tree.path(structure, "grads", active[position]),
         "a gradient",
     )
     for root, paired in zip(_ROOTS[1:], moments, strict=False):
-        path = partial(_path, structure, root)
+        path = partial(_tree.path, structure, root)
         check_alike(paired.leaves, params.leaves, path, "a moment")
 
 
@@ -218,7 +218,3 @@ def _has_maximum(state: Any, amsgrad: bool) -> bool:
             f"has amsgrad={amsgrad}. Make the state with init() of this optimizer."
         )
     return kept
-
-
-def _path(structure: _tree.Structure, root: str, index: int) -> str:
-    return _tree.paths(structure, root)[index]

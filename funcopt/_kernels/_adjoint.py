@@ -87,9 +87,7 @@ def adjoint(
         pulled = _pull_back(leaf, after, scalars, corrections)
         before = _before(leaf, pulled, scalars, variant)
         for column, cotangent in zip(of_leaves, before, strict=False):
-            if cotangent is not None and cotangent.dtype is not grad.dtype:
-                cotangent = cotangent.to(grad.dtype)  # noqa: PLW2901
-            column.append(cotangent)
+            column.append(_cast(cotangent, grad.dtype))
         for name, part in _of_numbers(leaf, pulled, scalars, corrections, needs):
             total = _sum_to(part, getattr(scalars, name))
             of_numbers[name] = of_numbers[name] + total if name in of_numbers else total
@@ -122,7 +120,10 @@ class _Pulled(NamedTuple):
 
 
 def _widen(column: list[Any], index: int, dtype: torch.dtype) -> Any:
-    tensor = column[index] if column else None
+    return _cast(column[index], dtype) if column else None
+
+
+def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return tensor if tensor is None or tensor.dtype is dtype else tensor.to(dtype)
 
 
@@ -144,7 +145,7 @@ def _pull_back(
 ) -> _Pulled:
     of_param, of_exp_avg, of_exp_avg_sq, of_max = cotangents
     zero = leaf.largest == 0
-    if torch.is_grad_enabled() or _transforms.transformed() or _transforms.forward_mode():
+    if _transforms.followed():
         # This may be differentiated in its turn, and no infinity must come back from a root.
         safe_root = leaf.largest.masked_fill(zero, 1.0).sqrt()
         root = safe_root.masked_fill(zero, 0.0)

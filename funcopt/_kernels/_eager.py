@@ -127,9 +127,8 @@ def _plan(
     parts = []
     for indices, own in _by_numbers(scalars):
         seen = layout if indices is None else layout_of(leaves.take(indices))
-        for batches in seen.batches_in_place if in_place else seen.batches:
-            if indices is not None:
-                batches = [batch.among(indices) for batch in batches]  # noqa: PLW2901
+        for there in seen.batches_in_place if in_place else seen.batches:
+            batches = there if indices is None else [batch.among(indices) for batch in there]
             device = leaves.params[batches[0].indices[0]].device
             kernel = _choose(device, own, variant, seen, in_place)
             part = _Part(batches, own, kernel, aligned=seen.ready, stacked=_are_stacked(own))

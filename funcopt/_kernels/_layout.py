@@ -156,17 +156,12 @@ def _batches_in_place(group: list[int], params: Sequence[Tensor]) -> list[Batch]
 def _batches(group: list[int], params: Sequence[Tensor], packing: bool) -> list[Batch]:
     if params[group[0]].device.type != "cpu":
         return [Batch(group)]
-    packs = list(_packs(group, params)) if packing else []
-    packed = {index for pack in packs for index in pack.indices}
+    batches = list(_packs(group, params)) if packing else []
+    packed = {index for pack in batches for index in pack.indices}
     rest = [index for index in group if index not in packed]
-    small: list[Batch] = []
-    large: list[Batch] = []
     for batch in _batches_in_place(rest, params) if rest else []:
-        if batch.small:
-            small.append(batch)
-        else:
-            large.extend(_cut(batch.indices, params))
-    return [*packs, *small, *large]
+        batches.extend([batch] if batch.small else _cut(batch.indices, params))
+    return batches
 
 
 def _packs(group: list[int], params: Sequence[Tensor]) -> Iterator[Batch]:

@@ -20,6 +20,7 @@ __all__ = [
     "fit",
     "for_each",
     "real",
+    "unreadable",
     "unreal",
     "write",
     "written",
@@ -92,6 +93,16 @@ _READ = frozenset((float,))
 def for_each(scalars: Scalars | list[Scalars], count: int) -> list[Scalars]:
     """Return the numbers of each leaf, where they may be given once for all."""
     return [scalars] * count if isinstance(scalars, Scalars) else scalars
+
+
+def unreadable(scalars: Scalars | None, device: torch.device) -> str | None:
+    """Say which number on a device a kernel cannot take that reads all but count and lr itself."""
+    for name, number in zip(Scalars._fields, scalars or (), strict=False):
+        if not isinstance(number, Tensor) or number.device.type == "cpu":
+            continue
+        if name not in ("step", "lr") or number.ndim > 0 or number.device != device:
+            return f"it takes numbers whose value can be read, and {name} is on {number.device}"
+    return None
 
 
 # What a user calls those numbers that have another name here.

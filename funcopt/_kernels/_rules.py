@@ -32,8 +32,6 @@ def ruled_step(leaves: Leaves, scalars: Scalars, variant: Variant) -> Moved:
     """Return the leaves after one step with the same numbers, under whatever is watching."""
     count = len(leaves.params)
     operands = (*scalars, *_chain(leaves))
-    if not _transforms.transformed():
-        return Moved(*_columns(_apply(variant, count, *operands), count, 4))
     with _transforms.beneath_vmap() as members:
         if members is None:
             return Moved(*_columns(_apply(variant, count, *operands), count, 4))

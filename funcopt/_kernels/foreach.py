@@ -11,7 +11,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from ._operands import Leaves, Scalars, Variant, compute_dtype, fit
+from ._operands import Leaves, Scalars, Variant, compute_dtype, fit, unreadable
 from .plain import Corrections, double
 
 __all__ = ["refusal", "step_"]
@@ -36,12 +36,7 @@ def refusal(device: torch.device, scalars: Scalars | None) -> str | None:
         return f"torch {torch.__version__} lacks some of the _foreach_ functions"
     if device.type not in ("cpu", "cuda"):
         return f"it serves cpu and cuda, not {device.type}"
-    for name, number in zip(Scalars._fields, scalars or (), strict=False):
-        if not isinstance(number, Tensor) or number.device.type == "cpu":
-            continue
-        if name not in ("step", "lr") or number.ndim > 0 or number.device != device:
-            return f"it takes numbers whose value can be read, and {name} is on {number.device}"
-    return None
+    return unreadable(scalars, device)
 
 
 def step_(leaves: Leaves, scalars: Scalars, variant: Variant) -> None:

@@ -37,14 +37,10 @@ def root(squares: Tensor) -> Tensor:
     second moment does not move the parameter to first order, so zero is also the true value. The
     first fill keeps the infinity out of the backward pass, the second sets the value.
     """
+    if not _transforms.followed():
+        return squares.sqrt()
     zero = squares == 0
     return squares.masked_fill(zero, 1.0).sqrt().masked_fill(zero, 0.0)
-
-
-def _root(squares: Tensor) -> Tensor:
-    """The square root, as above wherever somebody may differentiate."""
-    followed = torch.is_grad_enabled() or _transforms.transformed() or _transforms.forward_mode()
-    return root(squares) if followed else squares.sqrt()
 
 
 class Corrections:
@@ -90,7 +86,7 @@ def _step_one(
     if variant.amsgrad:
         maxima = [torch.maximum(maxima[0], exp_avg_sq)]
     largest = maxima[0] if variant.amsgrad else exp_avg_sq
-    denominator = _root(largest) / correction2_root + fit(scalars.eps, param)
+    denominator = root(largest) / correction2_root + fit(scalars.eps, param)
     param = torch.addcdiv(param * decay, exp_avg * -step_size, denominator)
     return [tensor.to(stored) for tensor in (param, exp_avg, exp_avg_sq, *maxima)]
 
