@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain
@@ -15,6 +16,7 @@ from ._hyperparameters import check_flag, check_zero_dim, normalize
 from ._inplace import check_inplace
 from ._kernels import KERNELS, Scalars, Variant
 from ._node import register_optimizer
+from ._routine import Routine, routine
 from ._types import Number, Schedule, Tree
 from ._work import Work, check_untied, flatten_params, gather, too_many_to_compile
 
@@ -24,6 +26,7 @@ ParamsT = TypeVar("ParamsT")
 
 # The hyperparameters as messages call them, in the order of `Scalars`.
 _NAMES = ("lr", "betas[0]", "betas[1]", "eps", "weight_decay")
+_FLOAT = frozenset((float,))
 
 
 class AdamWState(NamedTuple):
@@ -198,17 +201,21 @@ class AdamW:
         """
         if too_many_to_compile(params):
             return _transforms.uncompiled(self.update, grads, state, params)
+        known = self._routine(grads, state, params)
+        moved = None if known is None else known.move(self._numbers, self._variant())
+        if moved is not None:
+            return moved[0], AdamWState(*moved[1:])
         work = self._gather(grads, state, params)
         check_untied(work.params.leaves, work.params.structure)
         counts = work.counts.after(work.active, work.watched)
-        numbers = self._numbers(work, counts)
+        numbers = self._numbers(work.counts.tensors, counts)
         gradients, moments = work.historic()
         others = (*moments, *chain.from_iterable(numbers))
         with _kernels.recording(work.params.leaves, gradients, others, self.differentiable):
-            moved = _kernels.run(
+            columns = _kernels.run(
                 work.leaves, work.counts.of(work.active, numbers), self._variant(), work.layout
             )
-            new_params, *new_moments = work.rebuild(moved)
+            new_params, *new_moments = work.rebuild(columns)
         if not self.amsgrad:
             new_moments.append(())
         return new_params, AdamWState(work.counts.rebuild(counts), *new_moments)
@@ -248,9 +255,12 @@ class AdamW:
         """
         if too_many_to_compile(params):
             return _transforms.uncompiled(self.update_, grads, state, params)
+        known = self._routine(grads, state, params)
+        if known is not None and known.move_(self._numbers, self._variant()):
+            return params, state
         work = self._gather(grads, state, params)
         counts = work.counts.after(work.active, work.watched)
-        numbers = self._numbers(work, counts)
+        numbers = self._numbers(work.counts.tensors, counts)
         check_inplace(work, numbers)
         # Entering no_grad takes longer than moving a small leaf.
         recorded = work.layout is None or work.layout.params_require_grad
@@ -277,15 +287,26 @@ class AdamW:
                 )
         return work
 
-    def _numbers(self, work: Work, counts: list[Number]) -> list[Scalars]:
-        """The numbers of this update, for each count of updates."""
+    def _routine(self, grads: Tree, state: AdamWState, params: Tree) -> Routine | None:
+        """The step, if all but the numbers in it is as it was in one before."""
+        if not isinstance(state, AdamWState) or self.step_per_leaf or self.differentiable:
+            return None
+        trees = [params, grads, state.exp_avg, state.exp_avg_sq]
+        if self.amsgrad:
+            trees.append(state.max_exp_avg_sq)
+        elif not isinstance(state.max_exp_avg_sq, tuple):
+            return None
+        return routine(trees, state.step, self.kernel)
+
+    def _numbers(self, olds: Sequence[Tensor], news: Sequence[Number]) -> list[Scalars]:
+        """The numbers of this update, for each count of updates, before it and after."""
         given: tuple[Any, ...] = (self.lr, *self.betas, self.eps, self.weight_decay)
-        if all(type(number) is float for number in given):
-            return [Scalars(_detached(count), *given) for count in counts]
+        if _FLOAT.issuperset(map(type, given)):
+            return [Scalars(_detached(new), *given) for new in news]
         named = list(zip(_NAMES, given, strict=True))
         return [
             Scalars(_detached(new), *(_number_at(name, number, old) for name, number in named))
-            for old, new in zip(work.counts.tensors, counts, strict=True)
+            for old, new in zip(olds, news, strict=True)
         ]
 
     def _variant(self) -> Variant:

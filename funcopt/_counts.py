@@ -8,12 +8,12 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from . import _transforms, _tree
+from . import _tree
 from ._checks import check_count
 from ._kernels import write
 from ._types import Number, Tree
 
-__all__ = ["Counts", "gather_counts"]
+__all__ = ["Counts", "fresh", "gather_counts", "value_of"]
 
 T = TypeVar("T")
 
@@ -43,13 +43,13 @@ class Counts(NamedTuple):
             moving: The leaves that have a gradient.
             watched: Whether somebody follows the operators, so that values are not to be read.
         """
-        counts: list[Number] = list(self.tensors) if watched else list(map(_value, self.tensors))
+        counts: list[Number] = list(self.tensors) if watched else list(map(value_of, self.tensors))
         advancing = set(moving) if self.per_leaf else {0}
         return [count + 1 if index in advancing else count for index, count in enumerate(counts)]
 
     def rebuild(self, counts: list[Number]) -> Tree:
         """Return the tree of counts with these values, in fresh memory."""
-        tensors = [_fresh(new, old) for old, new in zip(self.tensors, counts, strict=True)]
+        tensors = [fresh(new, old) for old, new in zip(self.tensors, counts, strict=True)]
         return self.paired.rebuild(tensors)
 
     def write(self, counts: list[Number]) -> None:
@@ -61,17 +61,19 @@ class Counts(NamedTuple):
                 old.fill_(new)
 
 
-def _value(count: Tensor) -> Number:
+def value_of(count: Tensor) -> Number:
+    """Return the value of a count, if it can be read at no price; else the count itself."""
     readable = (
-        count.dtype is torch.float64
-        and count.device.type == "cpu"
+        type(count) is Tensor
+        and count.dtype is torch.float64
+        and count.is_cpu
         and not count.requires_grad
-        and _transforms.all_plain([count])
     )
     return float(count.item()) if readable else count
 
 
-def _fresh(new: Number, old: Tensor) -> Tensor:
+def fresh(new: Number, old: Tensor) -> Tensor:
+    """Return a new count of this value, like the old one."""
     if not isinstance(new, Tensor):
         return torch.scalar_tensor(new, dtype=old.dtype, device=old.device)
     return new.clone() if new is old else new

@@ -27,6 +27,7 @@ __all__ = [
     "tracing",
     "transformed",
     "uncompiled",
+    "watched",
     "watched_by_operator",
 ]
 
@@ -93,6 +94,11 @@ def forward_mode() -> bool:
 def followed() -> bool:
     """Whether what operators compute may be differentiated."""
     return torch.is_grad_enabled() or transformed() or forward_mode()
+
+
+def watched() -> bool:
+    """Whether a transform or a mode follows the step, for its members or its derivative."""
+    return transformed() or forward_mode()
 
 
 def watched_by_operator() -> bool:

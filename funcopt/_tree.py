@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
@@ -73,17 +74,25 @@ def _flatten_dict(tree: dict[Any, Any]) -> tuple[list[Any], Structure]:
         positions, structure = optree.tree_flatten(
             numbered, none_is_leaf=True, namespace=_NAMESPACE
         )
-        found = [keys[position] for position in positions], structure
+        found = _taker([keys[position] for position in positions]), structure
         if _are_strings(keys):
             if len(_structures) >= _MOST_STRUCTURES:
                 _structures.clear()
             _structures[keys] = found
-    order, structure = found
-    return list(map(tree.__getitem__, order)), structure
+    take, structure = found
+    return take(tree), structure
 
 
-def _remembered(keys: tuple[Any, ...]) -> tuple[list[Any], Structure] | None:
-    """Return the order of the keys and the structure of a dict with these keys, if remembered."""
+def _taker(keys: list[Any]) -> Callable[[Any], list[Any]]:
+    """Return the function that takes the values at these keys out of a dict."""
+    if len(keys) < 2:  # of one key, an itemgetter gives no tuple
+        return lambda tree: [tree[key] for key in keys]
+    take = operator.itemgetter(*keys)
+    return lambda tree: list(take(tree))
+
+
+def _remembered(keys: tuple[Any, ...]) -> tuple[Callable[[Any], list[Any]], Structure] | None:
+    """Return how to take the leaves out of a dict with these keys, and its structure, if known."""
     return _structures.get(keys) if _are_strings(keys) else None
 
 
@@ -98,7 +107,7 @@ _LEAF = optree.tree_structure(_A_LEAF, none_is_leaf=True, namespace=_NAMESPACE)
 
 _STRING = frozenset((str,))
 _MOST_STRUCTURES = 256
-_structures: dict[tuple[Any, ...], tuple[list[Any], Structure]] = {}
+_structures: dict[tuple[Any, ...], tuple[Callable[[Any], list[Any]], Structure]] = {}
 
 
 def has_more_leaves(tree: Tree, most: int) -> bool:
@@ -115,17 +124,14 @@ def columns_of_dicts(trees: Sequence[Tree]) -> tuple[list[list[Any]], Structure]
     leaves of last time. None where this shortcut does not apply.
     """
     first = trees[0]
-    keys = tuple(first) if type(first) is dict else ()
-    found = _remembered(keys)
+    found = _remembered(keys := tuple(first)) if type(first) is dict else None
     if found is None:
         return None
-    order, structure = found
-    columns = []
-    for tree in trees:
+    for tree in trees[1:]:
         if type(tree) is not dict or tuple(tree) != keys:
             return None
-        columns.append(list(map(tree.__getitem__, order)))
-    return columns, structure
+    take, structure = found
+    return list(map(take, trees)), structure
 
 
 def _mirror(kinds: set[type]) -> bool:

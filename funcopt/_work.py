@@ -14,7 +14,15 @@ from ._counts import Counts, gather_counts
 from ._kernels import Layout, Leaves, Moved, known, layout_of, written
 from ._types import Tree
 
-__all__ = ["Work", "check_untied", "flatten_params", "gather", "too_many_to_compile"]
+__all__ = [
+    "Recalled",
+    "Work",
+    "check_untied",
+    "flatten_params",
+    "gather",
+    "recall",
+    "too_many_to_compile",
+]
 
 T = TypeVar("T")
 
@@ -147,7 +155,7 @@ def gather(grads: Tree, state: Any, params: Tree, *, amsgrad: bool, step_per_lea
     if _has_maximum(state, amsgrad):
         trees.append(state.max_exp_avg_sq)
     tracing = _transforms.tracing()
-    watched = tracing or _transforms.transformed() or _transforms.forward_mode()
+    watched = tracing or _transforms.watched()
     work = None if tracing else _gather_known(trees, state.step, step_per_leaf, watched)
     if work is not None:
         return work
@@ -168,19 +176,33 @@ def gather(grads: Tree, state: Any, params: Tree, *, amsgrad: bool, step_per_lea
     return Work(own, counts, moments, active, moving, whole, layout, watched)
 
 
-def _gather_known(trees: list[Tree], step: Tree, step_per_leaf: bool, watched: bool) -> Work | None:
-    """Lay out dicts of leaves that look as leaves looked that were checked before."""
+class Recalled(NamedTuple):
+    """Trees whose leaves look as leaves looked that were checked before."""
+
+    leaves: Leaves
+    structure: _tree.Structure  # of every one of them
+    layout: Layout
+
+
+def recall(trees: list[Tree]) -> Recalled | None:
+    """Lay out trees flat without checking anything, if all that is to be checked is known."""
     found = _tree.columns_of_dicts(trees)
     if found is None:
         return None
     columns, structure = found
     leaves = _leaves(columns)
     layout = known(leaves)
-    if layout is None:
+    return None if layout is None else Recalled(leaves, structure, layout)
+
+
+def _gather_known(trees: list[Tree], step: Tree, step_per_leaf: bool, watched: bool) -> Work | None:
+    recalled = recall(trees)
+    if recalled is None:
         return None
-    params, _, *moments = [_tree.Paired(column, structure, None) for column in columns]
+    leaves, structure, layout = recalled
+    params, _, *moments = [_tree.Paired(column, structure, None) for column in leaves if column]
     counts = gather_counts(step, structure if step_per_leaf else None)
-    active = list(range(len(columns[0])))
+    active = list(range(len(leaves.params)))
     return Work(params, counts, moments, active, leaves, True, layout, watched)
 
 

@@ -35,6 +35,7 @@ FLOORS = [
     "_counts",
     "_work",
     "_inplace",
+    "_routine",
     "_adamw",
     "",
     "testing._tensors",

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import _transforms
 from . import _eager, plain
-from ._eager import KERNELS, unserved
+from ._eager import KERNELS, move, move_, unserved
 from ._history import recording
 from ._layout import Layout, known, layout_of
 from ._operands import PUBLIC_NAMES, Leaves, Moved, Scalars, Variant, real, unreal, write, written
@@ -28,6 +28,8 @@ __all__ = [
     "Variant",
     "known",
     "layout_of",
+    "move",
+    "move_",
     "recording",
     "run",
     "run_",

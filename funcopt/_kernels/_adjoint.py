@@ -26,7 +26,7 @@ from torch import Tensor
 from .. import _transforms
 from .._types import Number
 from ._operands import Leaves, Moved, Scalars, Variant, compute_dtype, fit
-from .plain import Corrections, double, new_moments
+from .plain import Corrections, Gains, double, new_moments
 
 __all__ = ["Saved", "adjoint", "worth_keeping"]
 
@@ -132,7 +132,9 @@ def _step_again(column: list[Any], scalars: Scalars, variant: Variant) -> _Leaf:
     if variant.maximize:
         grad = -grad
     if new_exp_avg is None:
-        new_exp_avg, new_exp_avg_sq = new_moments(grad, exp_avg, exp_avg_sq, scalars)
+        new_exp_avg, new_exp_avg_sq = new_moments(
+            grad, exp_avg, exp_avg_sq, Gains.to(grad, scalars)
+        )
     largest = new_exp_avg_sq
     if max_exp_avg_sq is not None:
         largest = torch.maximum(max_exp_avg_sq, new_exp_avg_sq)

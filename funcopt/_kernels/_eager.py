@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -59,12 +58,16 @@ def move(
     leaves: Leaves, scalars: Scalars | list[Scalars], variant: Variant, layout: Layout
 ) -> Moved:
     """Return the leaves after one step, in fresh memory."""
+    plan = _plan(leaves, scalars, variant, layout, in_place=False)
+    if len(plan) == 1 and len(plan[0][0].batches) == 1:  # of all leaves, in order
+        ((part, own),) = plan
+        return _move_batch(leaves, part.batches[0], part, own, variant)
     moved = Moved([], [], [], [])
     places: list[int] = []
-    for part in _plan(leaves, scalars, variant, layout, in_place=False):
+    for part, own in plan:
         for batch in part.batches:
             places.extend(batch.indices)
-            results = _move_batch(leaves.take(batch.indices), batch, part, variant)
+            results = _move_batch(leaves.take(batch.indices), batch, part, own, variant)
             for column, tensors in zip(moved, results, strict=True):
                 column.extend(tensors)
     return moved if places == sorted(places) else _in_order(moved, places)
@@ -76,25 +79,25 @@ def move_(
     """Move the leaves in place. Whatever can be refused is refused before anything is written."""
     parts = _plan(leaves, scalars, variant, layout, in_place=True)
     borrowed = leaves if layout.ready else _memory.borrow(leaves)
-    for part in parts:
+    for part, own in parts:
         for batch in part.batches:
-            with _threads_for(batch):
-                _step_(part, borrowed.take(batch.indices), variant)
+            _step_batch_(borrowed.take(batch.indices), batch, part, own, variant)
     _memory.give_back(borrowed, leaves)
 
 
-def _move_batch(leaves: Leaves, batch: Batch, part: _Part, variant: Variant) -> Moved:
-    with _threads_for(batch):
-        if batch.sizes is not None:
-            packed = _memory.packed(leaves)
-            _step_(part, packed, variant)
-            return _memory.unpacked(written(packed), batch.sizes)
-        if part.kernel is triton:
-            aligned = leaves if part.aligned else _memory.borrow(leaves)
-            return triton.step(aligned, part.scalars, variant)
-        copied = _memory.copies(leaves, aligned=part.aligned)
-        _step_(part, copied, variant)
-        return written(copied)
+def _move_batch(
+    leaves: Leaves, batch: Batch, part: _Part, scalars: Scalars, variant: Variant
+) -> Moved:
+    if batch.sizes is not None:
+        packed = _memory.packed(leaves)
+        _step_batch_(packed, batch, part, scalars, variant)
+        return _memory.unpacked(written(packed), batch.sizes)
+    if part.kernel is triton:
+        aligned = leaves if part.aligned else _memory.borrow(leaves)
+        return triton.step(aligned, scalars, variant)
+    copied = _memory.copies(leaves, aligned=part.aligned)
+    _step_batch_(copied, batch, part, scalars, variant)
+    return written(copied)
 
 
 def _in_order(moved: Moved, places: list[int]) -> Moved:
@@ -102,17 +105,12 @@ def _in_order(moved: Moved, places: list[int]) -> Moved:
     return Moved(*([column[position] for position in order] if column else [] for column in moved))
 
 
-def _threads_for(batch: Batch) -> AbstractContextManager[None]:
-    return one_thread() if batch.small else nullcontext()
-
-
 class _Part(NamedTuple):
     """Leaves that can be moved together, batch by batch."""
 
     batches: list[Batch]
-    scalars: Scalars
     kernel: Kernel
-    aligned: bool  # the tensors of a leaf are laid out alike already
+    aligned: bool  # they are just tensors, those of a leaf in one layout
     stacked: bool  # leaves have a first dimension of members, with numbers of their own
 
 
@@ -123,16 +121,38 @@ def _plan(
     layout: Layout,
     *,
     in_place: bool,
+) -> list[tuple[_Part, Scalars]]:
+    """Decide who moves what, with which numbers."""
+    pairs: list[tuple[_Part, Scalars]] = []
+    for indices, own in _by_numbers(scalars):
+        if indices is None and own.read:  # what kernel serves does not depend on their values
+            parts = layout.plans.get((variant.kernel, in_place))
+            if parts is None:
+                parts = _parts(leaves, None, own, variant, layout, in_place)
+                layout.plans[variant.kernel, in_place] = parts
+        else:
+            parts = _parts(leaves, indices, own, variant, layout, in_place)
+        pairs.extend((part, own) for part in parts)
+    return pairs
+
+
+def _parts(
+    leaves: Leaves,
+    indices: list[int] | None,
+    scalars: Scalars,
+    variant: Variant,
+    layout: Layout,
+    in_place: bool,
 ) -> list[_Part]:
     parts = []
-    for indices, own in _by_numbers(scalars):
-        seen = layout if indices is None else layout_of(leaves.take(indices))
-        for there in seen.batches_in_place if in_place else seen.batches:
-            batches = there if indices is None else [batch.among(indices) for batch in there]
-            device = leaves.params[batches[0].indices[0]].device
-            kernel = _choose(device, own, variant, seen, in_place)
-            part = _Part(batches, own, kernel, aligned=seen.ready, stacked=_are_stacked(own))
-            parts.append(_of_members(part, leaves, variant) if part.stacked else part)
+    seen = layout if indices is None else layout_of(leaves.take(indices))
+    for there in seen.batches_in_place if in_place else seen.batches:
+        batches = there if indices is None else [batch.among(indices) for batch in there]
+        device = leaves.params[batches[0].indices[0]].device
+        kernel = _choose(device, scalars, variant, seen, in_place)
+        aligned = seen.plain and seen.ready
+        part = _Part(batches, kernel, aligned, stacked=_are_stacked(scalars))
+        parts.append(_of_members(part, leaves, scalars, variant) if part.stacked else part)
     return parts
 
 
@@ -201,26 +221,36 @@ def _are_stacked(scalars: Scalars) -> bool:
     return not scalars.read and any(isinstance(n, Tensor) and n.ndim > 0 for n in scalars)
 
 
-def _of_members(part: _Part, leaves: Leaves, variant: Variant) -> _Part:
+def _of_members(part: _Part, leaves: Leaves, scalars: Scalars, variant: Variant) -> _Part:
     """Make one batch of all, and if the members are small move them together."""
     indices = sorted(chain.from_iterable(batch.indices for batch in part.batches))
     part = part._replace(batches=[Batch(indices)])
     if variant.kernel != "auto" or part.kernel is triton:
         return part
     # Along each dimension in which numbers differ, all have its size, or 1.
-    shapes = [n.shape for n in part.scalars if isinstance(n, Tensor) and n.ndim > 0]
+    shapes = [n.shape for n in scalars if isinstance(n, Tensor) and n.ndim > 0]
     members = math.prod(map(max, zip(*shapes, strict=True)))
     elements = sum(leaves.params[index].numel() for index in indices)
     small = members > 1 and elements < _WORTH_A_CALL * members * len(indices)
     return part._replace(kernel=_BY_NAME["plain"]) if small else part
 
 
-def _step_(part: _Part, leaves: Leaves, variant: Variant) -> None:
-    if part.stacked and part.kernel is not plain and part.kernel is not triton:
-        for member, scalars in _members(leaves, part.scalars):
-            part.kernel.step_(member, scalars, variant)
+def _step_batch_(
+    leaves: Leaves, batch: Batch, part: _Part, scalars: Scalars, variant: Variant
+) -> None:
+    if batch.small:
+        with one_thread():
+            _step_(leaves, part, scalars, variant)
     else:
-        part.kernel.step_(leaves, part.scalars, variant)
+        _step_(leaves, part, scalars, variant)
+
+
+def _step_(leaves: Leaves, part: _Part, scalars: Scalars, variant: Variant) -> None:
+    if part.stacked and part.kernel is not plain and part.kernel is not triton:
+        for member, own in _members(leaves, scalars):
+            part.kernel.step_(member, own, variant)
+    else:
+        part.kernel.step_(leaves, scalars, variant)
 
 
 def _members(leaves: Leaves, scalars: Scalars) -> Iterator[tuple[Leaves, Scalars]]:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from .. import _transforms
@@ -63,17 +64,15 @@ class Layout(NamedTuple):
 
     batches: list[list[Batch]]  # for each device and dtype, how to move copies of its leaves
     batches_in_place: list[list[Batch]]  # and how to move the leaves themselves
+    devices: list[torch.device]  # where leaves are
+    plans: dict[Any, Any]  # what was decided before, for those who decide by it
     plain: bool  # no tensor is of a subclass that overrides operators
     ready: bool  # every tensor is contiguous, and no view that conjugates or negates when read
     real: bool  # none is complex
-    inference: bool  # some tensor was made in inference mode
     params_require_grad: bool  # some parameter does
     others_require_grad: bool  # some gradient or moment does
-
-    @property
-    def writable(self) -> bool:
-        """Whether nothing that is known stands against writing into the tensors."""
-        return self.plain and self.ready and not self.inference and not self.others_require_grad
+    writable: bool  # nothing that is known stands against writing into the tensors
+    calm: bool  # nothing at all about them asks for more than to be moved by a kernel
 
 
 class _Known(NamedTuple):
@@ -87,12 +86,16 @@ _recent: tuple[_Known, ...] = ()
 
 def known(leaves: Leaves) -> Layout | None:
     """Return what was learned of leaves that looked the same, if that is remembered."""
-    lengths = tuple(map(len, leaves))
+    global _recent  # noqa: PLW0603  # replaced whole, so that threads need no lock
     params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs = leaves
-    for entry in _recent:
+    lengths = len(params), len(grads), len(exp_avgs), len(exp_avg_sqs), len(max_exp_avg_sqs)
+    recent = _recent
+    for entry in recent:
         if entry.lengths == lengths and entry.unchanged(
             *params, *grads, *exp_avgs, *exp_avg_sqs, *max_exp_avg_sqs
         ):
+            if entry is not recent[0]:  # so that the one in use is found first
+                _recent = (entry, *(other for other in recent if other is not entry))
             return entry.layout
     return None
 
@@ -133,15 +136,22 @@ def _survey(leaves: Leaves) -> Layout:
     for index, param in enumerate(leaves.params):
         by_kind.setdefault((param.device, param.dtype), []).append(index)
     groups = list(by_kind.values())
+    real = not any(map(Tensor.is_complex, leaves.params))
+    others_require_grad = any(map(_any_requires_grad, leaves[1:]))
+    inferred = any(map(Tensor.is_inference, tensors))
+    writable = plain and ready and not inferred and not others_require_grad
     return Layout(
         batches=[_batches(group, leaves.params, packing=plain and ready) for group in groups],
         batches_in_place=[_batches_in_place(group, leaves.params) for group in groups],
+        devices=list({param.device for param in leaves.params}),
+        plans={},
         plain=plain,
         ready=ready,
-        real=not any(map(Tensor.is_complex, leaves.params)),
-        inference=any(map(Tensor.is_inference, tensors)),
+        real=real,
         params_require_grad=_any_requires_grad(leaves.params),
-        others_require_grad=any(map(_any_requires_grad, leaves[1:])),
+        others_require_grad=others_require_grad,
+        writable=writable,
+        calm=writable and real,
     )
 
 

@@ -7,14 +7,11 @@ many small leaves are laid side by side, where a kernel finds them as one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from functools import partial
-from itertools import chain
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from .. import _transforms
 from ._operands import Leaves, Moved, write, written
 from ._pages import copy_of, is_mapped
 
@@ -22,11 +19,16 @@ __all__ = ["borrow", "copies", "give_back", "packed", "unpacked"]
 
 
 def copies(leaves: Leaves, *, aligned: bool) -> Leaves:
-    """Return the leaves in memory that a kernel may write, aligned; the gradients as they are."""
+    """Return the leaves in memory that a kernel may write, aligned; the gradients as they are.
+
+    Args:
+        leaves: The leaves.
+        aligned: Whether they are just tensors, those of a leaf in one layout.
+    """
     if aligned:
-        copied = iter(_copies(list(chain.from_iterable(written(leaves)))))
-        params, *moments = ([next(copied) for _ in column] for column in written(leaves))
-        return Leaves(params, leaves.grads, *moments)
+        clone_all = _large_clone_all if any(map(is_mapped, leaves.params)) else _clone_all
+        params, grads, *moments = leaves
+        return Leaves(clone_all(params), grads, *(clone_all(c) if c else [] for c in moments))
     params = [param.clone() for param in leaves.params]  # dense, in the parameter's own layout
     return Leaves(
         params,
@@ -35,18 +37,16 @@ def copies(leaves: Leaves, *, aligned: bool) -> Leaves:
     )
 
 
-def _copies(tensors: list[Tensor]) -> list[Tensor]:
-    if not _transforms.all_plain(tensors):
-        return [tensor.clone() for tensor in tensors]
-    if any(map(is_mapped, tensors)):
-        return [copy_of(tensor) if is_mapped(tensor) else tensor.clone() for tensor in tensors]
-    return list(_clone_all(tensors)) if tensors else []
+def _each_clone(tensors: list[Tensor]) -> list[Tensor]:
+    return [tensor.clone() for tensor in tensors]
 
 
 # One call for a list, where torch has it.
-_clone_all: Callable[[list[Tensor]], Iterable[Tensor]] = getattr(
-    torch, "_foreach_clone", partial(map, Tensor.clone)
-)
+_clone_all: Callable[[list[Tensor]], list[Tensor]] = getattr(torch, "_foreach_clone", _each_clone)
+
+
+def _large_clone_all(tensors: list[Tensor]) -> list[Tensor]:
+    return [copy_of(tensor) if is_mapped(tensor) else tensor.clone() for tensor in tensors]
 
 
 def packed(leaves: Leaves) -> Leaves:
@@ -77,7 +77,8 @@ def give_back(borrowed: Leaves, leaves: Leaves) -> None:
             for new, old in zip(computed, own, strict=True):
                 if new is not old:
                     write(old, new)
-    moved = [tensor for column in written(leaves) for tensor in column]
+    params, _, exp_avgs, exp_avg_sqs, max_exp_avg_sqs = leaves
+    moved = [*params, *exp_avgs, *exp_avg_sqs, *max_exp_avg_sqs]
     if torch.is_inference_mode_enabled():  # where tensors have no version
         moved = [tensor for tensor in moved if not tensor.is_inference()]
     torch.autograd.graph.increment_version(moved)

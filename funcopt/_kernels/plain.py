@@ -15,6 +15,8 @@ float64 the bits are the same.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -22,7 +24,7 @@ from .. import _transforms
 from .._types import Number
 from ._operands import Leaves, Moved, Scalars, Variant, compute_dtype, fit, for_each, write, written
 
-__all__ = ["Corrections", "double", "new_moments", "refusal", "root", "step", "step_"]
+__all__ = ["Corrections", "Gains", "double", "new_moments", "refusal", "root", "step", "step_"]
 
 
 def double(number: Number) -> Number:
@@ -58,37 +60,73 @@ class Corrections:
 def step(leaves: Leaves, scalars: Scalars | list[Scalars], variant: Variant) -> Moved:
     """Return the leaves after one step, with the same numbers or each with its own."""
     moved = Moved([], [], [], [])
-    known: dict[int, Corrections] = {}
+    corrections: dict[int, Corrections] = {}
+    fitted: dict[object, _Fitted] = {}
     for index, own in enumerate(for_each(scalars, len(leaves.params))):
-        corrections = known.get(id(own))
-        if corrections is None:
-            corrections = known[id(own)] = Corrections(own)
         column = [tensors[index] for tensors in leaves if tensors]
-        for tensors, tensor in zip(
-            moved, _step_one(column, own, corrections, variant), strict=False
-        ):
+        param = column[0]
+        stored, computed = param.dtype, compute_dtype(param.dtype)
+        if stored is not computed:
+            column = [tensor.to(computed) for tensor in column]
+        # A tracer pays for every operator, so the numbers are made to fit once for leaves alike.
+        alike = id(own), computed, param.device, param.ndim
+        if alike not in fitted:
+            if id(own) not in corrections:
+                corrections[id(own)] = Corrections(own)
+            fitted[alike] = _Fitted.to(column[0], own, corrections[id(own)])
+        stepped = _step_one(column, fitted[alike], variant)
+        if stored is not computed:
+            stepped = [tensor.to(stored) for tensor in stepped]
+        for tensors, tensor in zip(moved, stepped, strict=False):
             tensors.append(tensor)
     return moved
 
 
-def _step_one(
-    column: list[Tensor], scalars: Scalars, corrections: Corrections, variant: Variant
-) -> list[Tensor]:
-    stored = column[0].dtype
-    param, grad, exp_avg, exp_avg_sq, *maxima = (t.to(compute_dtype(stored)) for t in column)
-    decay = fit(1 - double(scalars.lr) * double(scalars.weight_decay), param)
-    step_size = fit(corrections.step_size, param)
-    correction2_root = fit(corrections.correction2_root, param)
+class Gains(NamedTuple):
+    """The numbers of the running means, so that they combine with leaves alike."""
 
+    beta2: Number
+    gain1: Number  # 1 - beta1
+    gain2: Number  # 1 - beta2
+
+    @classmethod
+    def to(cls, leaf: Tensor, scalars: Scalars) -> Gains:
+        """Make the numbers fit a leaf."""
+        gain1, gain2 = 1 - double(scalars.beta1), 1 - double(scalars.beta2)
+        return cls(fit(scalars.beta2, leaf), fit(gain1, leaf), fit(gain2, leaf))
+
+
+class _Fitted(NamedTuple):
+    """All numbers of a step, so that they combine with leaves alike."""
+
+    gains: Gains
+    decay: Number
+    descent: Number  # minus the step size
+    correction2_root: Number
+    eps: Number
+
+    @classmethod
+    def to(cls, leaf: Tensor, scalars: Scalars, corrections: Corrections) -> _Fitted:
+        return cls(
+            Gains.to(leaf, scalars),
+            fit(1 - double(scalars.lr) * double(scalars.weight_decay), leaf),
+            fit(-corrections.step_size, leaf),
+            fit(corrections.correction2_root, leaf),
+            fit(scalars.eps, leaf),
+        )
+
+
+def _step_one(column: list[Tensor], fitted: _Fitted, variant: Variant) -> list[Tensor]:
+    param, grad, exp_avg, exp_avg_sq, *maxima = column
     if variant.maximize:
         grad = -grad
-    exp_avg, exp_avg_sq = new_moments(grad, exp_avg, exp_avg_sq, scalars)
+    exp_avg, exp_avg_sq = new_moments(grad, exp_avg, exp_avg_sq, fitted.gains)
     if variant.amsgrad:
         maxima = [torch.maximum(maxima[0], exp_avg_sq)]
     largest = maxima[0] if variant.amsgrad else exp_avg_sq
-    denominator = root(largest) / correction2_root + fit(scalars.eps, param)
-    param = torch.addcdiv(param * decay, exp_avg * -step_size, denominator)
-    return [tensor.to(stored) for tensor in (param, exp_avg, exp_avg_sq, *maxima)]
+    denominator = root(largest) / fitted.correction2_root + fitted.eps
+    param = torch.addcdiv(param * fitted.decay, exp_avg * fitted.descent, denominator)
+    return [param, exp_avg, exp_avg_sq, *maxima]
 
 
 def refusal(_device: torch.device, _scalars: Scalars | None) -> str | None:
@@ -97,17 +135,15 @@ def refusal(_device: torch.device, _scalars: Scalars | None) -> str | None:
 
 
 def new_moments(
-    grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, scalars: Scalars
+    grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, gains: Gains
 ) -> tuple[Tensor, Tensor]:
     """Return the two running means after a gradient (negated if maximize)."""
-    gain1 = fit(1 - double(scalars.beta1), grad)
-    gain2 = fit(1 - double(scalars.beta2), grad)
-    squares = exp_avg_sq * fit(scalars.beta2, grad)
-    if isinstance(gain2, Tensor):
-        squares = torch.addcmul(squares, grad * gain2, grad)
+    squares = exp_avg_sq * gains.beta2
+    if isinstance(gains.gain2, Tensor):
+        squares = torch.addcmul(squares, grad * gains.gain2, grad)
     else:
-        squares = torch.addcmul(squares, grad, grad, value=gain2)
-    return torch.lerp(exp_avg, grad, gain1), squares
+        squares = torch.addcmul(squares, grad, grad, value=gains.gain2)
+    return torch.lerp(exp_avg, grad, gains.gain1), squares
 
 
 def step_(leaves: Leaves, scalars: Scalars, variant: Variant) -> None:

@@ -186,8 +186,7 @@ def _interleave(
 
 def _sample(step: Step, calls: int, clock: Clock) -> float:
     """Return the seconds that a step takes."""
-    if calls > 1:
-        step()  # pays for what the candidate before left behind: cold caches, threads that spin
+    step()  # pays for what the candidate before left behind: cold caches, threads that spin
     start = clock()
     for _ in range(calls):
         step()

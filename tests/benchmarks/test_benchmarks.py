@@ -48,9 +48,10 @@ def test_ratios_are_right_though_the_machine_is_sometimes_slower():
 def test_every_round_takes_everyone_in_an_order_of_its_own():
     machine = Machine()
     compare([machine.candidate(n, 1.0) for n in "abcd"], Settings(CPU, 10, 1e9), machine)
-    warmed_up = len(machine.log) - 4 * 10
-    starts = range(warmed_up, len(machine.log), 4)
-    orders = [tuple(machine.log[start : start + 4]) for start in starts]
+    # Each sample is a step to warm up and one that is timed.
+    log = machine.log[-2 * 4 * 10 :]
+    assert log[::2] == log[1::2]
+    orders = [tuple(log[start : start + 8 : 2]) for start in range(0, len(log), 8)]
     assert all(sorted(order) == list("abcd") for order in orders)
     assert len(set(orders)) > 5
 

@@ -58,7 +58,7 @@ def test_tensors_made_in_inference_mode_are_told_apart():
     with torch.inference_mode():
         inferred = leaves_of()
     assert known(inferred) is None
-    assert layout_of(inferred).inference
+    assert not layout_of(inferred).writable
 
 
 def test_members_of_a_vmap_are_told_apart_from_tensors():
