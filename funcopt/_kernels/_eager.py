@@ -183,13 +183,14 @@ def _read(scalars: Scalars) -> Scalars:
 def _value(name: str, number: Number) -> Number:
     if not isinstance(number, Tensor):
         return number
-    if number.device.type != "cpu" or not _transforms.all_plain([number]):
+    if not number.is_cpu or not _transforms.all_plain([number]):
         return number.detach()
-    values: list[float] = number.detach().reshape(-1).tolist()
-    for value in dict.fromkeys(values):
-        check_number(PUBLIC_NAMES.get(name, name), value)
+    values: list[float] = (number if number.ndim == 1 else number.reshape(-1)).tolist()
+    name = PUBLIC_NAMES.get(name, name)
     if values and values.count(values[0]) == len(values):
-        return float(values[0])
+        return check_number(name, float(values[0]))
+    for value in dict.fromkeys(values):
+        check_number(name, value)
     return number.detach()
 
 

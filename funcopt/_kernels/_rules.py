@@ -52,13 +52,16 @@ def _step_stacked(
     # Decided before anything is moved, since what is moved has a history of its own.
     others = (*_chain(given[2:]), *operands[:6])
     with recording(given.params, given.grads, others, variant.differentiable):
-        scalars = _aligned(Scalars(*map(_number_to_front, operands[:6], dims[:6])))
+        scalars = Scalars(*map(_number_to_front, operands[:6], dims[:6]))
+        lead = _lead(scalars)
+        if lead > 1:
+            scalars = _aligned(scalars, lead)
         stacked = [
-            _leaf_to_front(leaf, dim, size)
+            leaf if dim == 0 else _leaf_to_front(leaf, dim, size)
             for leaf, dim in zip(operands[6:], dims[6:], strict=True)
         ]
         transformed = _transforms.transformed()
-        if _lead(scalars) and not transformed:
+        if lead and not transformed:
             # Each member will be moved by itself, which wants it in one piece.
             stacked = [leaf.contiguous() for leaf in stacked]
         leaves = Leaves(*_columns(stacked, count, 5))
@@ -131,13 +134,12 @@ def _lead(scalars: Scalars) -> int:
     return max(number.ndim if isinstance(number, Tensor) else 0 for number in scalars)
 
 
-def _aligned(scalars: Scalars) -> Scalars:
+def _aligned(scalars: Scalars, lead: int) -> Scalars:
     """Give numbers that differ over outer vmaps alone a place for the inner ones, too."""
-    lead = _lead(scalars)
     return Scalars(
         *(
             number.reshape(number.shape + (1,) * (lead - number.ndim))
-            if isinstance(number, Tensor) and number.ndim > 0
+            if isinstance(number, Tensor) and 0 < number.ndim < lead
             else number
             for number in scalars
         )
@@ -145,8 +147,6 @@ def _aligned(scalars: Scalars) -> Scalars:
 
 
 def _leaf_to_front(leaf: Tensor, dim: int | None, size: int) -> Tensor:
-    if dim == 0:
-        return leaf
     return leaf.expand(size, *leaf.shape) if dim is None else leaf.movedim(dim, 0)
 
 
