@@ -3,8 +3,11 @@
 import ast
 import pathlib
 import re
+import subprocess
+import sys
 
 import funcopt
+from funcopt import interop
 
 ROOT = pathlib.Path(funcopt.__file__).parent
 FILES = {path: path.read_text() for path in sorted(ROOT.rglob("*.py"))}
@@ -37,6 +40,10 @@ FLOORS = [
     "_inplace",
     "_adamw",
     "",
+    "interop._source",
+    "interop._torch_optim",
+    "interop._checkpoint",
+    "interop",
     "testing._tensors",
     "testing._trees",
     "testing.strategies",
@@ -109,8 +116,18 @@ def test_files_and_functions_can_be_taken_in_at_a_glance():
                 assert length <= 50, (path.name, node.name, length)
 
 
+def test_the_core_does_without_what_stands_beside_it():
+    loaded = (
+        "import sys, funcopt; print([m for m in sys.modules if m.startswith('funcopt.interop')])"
+    )
+    run = subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
+
+
 def test_every_public_name_is_documented_with_an_example():
     for name in ("AdamW", "Optimizer"):
         assert ">>>" in getattr(funcopt, name).__doc__, name
     for method in ("init", "update", "update_"):
         assert ">>>" in getattr(funcopt.AdamW, method).__doc__, method
+    for name in interop.__all__:
+        assert ">>>" in getattr(interop, name).__doc__, name
