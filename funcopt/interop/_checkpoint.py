@@ -182,7 +182,9 @@ def _faults(wanted: dict[str, Tensor], d: Mapping[str, Any], strict: bool) -> It
         elif strict:
             yield f"{key}: missing"
     if strict:
-        yield from (f"{key}: not in the template" for key in d if key not in {*wanted, _FORMAT})
+        yield from (
+            f"{key}: not in the template" for key in d if key not in wanted and key != _FORMAT
+        )
 
 
 def _differences(key: str, entry: Any, leaf: Tensor) -> Iterator[str]:

@@ -82,8 +82,8 @@ def _only(groups: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     )
     how = f"which differ in {', '.join(differ)}" if differ else "which agree in every option"
     raise ValueError(
-        f"the source has {len(groups)} param groups{f', {how}' if groups else ''}: groups are not "
-        f"served yet. Only a source with one group can be taken over."
+        f"the source has {len(groups)} param groups{f', {how}' if groups else ''}: only a source "
+        f"with one can be taken over. Groups with options of their own are not served yet."
     )
 
 

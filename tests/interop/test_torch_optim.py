@@ -304,8 +304,8 @@ def unnamed(saved, group):
     del group["param_names"]
 
 
-def two_groups(saved, group):
-    saved["param_groups"].append({**group, "lr": 7.0})
+def two_groups(saved, group, **options):
+    saved["param_groups"].append({**group, **options})
     group["params"], saved["param_groups"][1]["params"] = [0], [1]
 
 
@@ -321,7 +321,11 @@ REFUSED = {
     "RAdam": (of(torch.optim.RAdam, decoupled_weight_decay=True), "no 'amsgrad', 'fused'"),
     "NAdam": (of(torch.optim.NAdam, decoupled_weight_decay=True), "no 'amsgrad', 'fused'"),
     "SGD": (of(torch.optim.SGD), "not that of a torch.optim.AdamW"),
-    "groups": (edit(two_groups), "2 param groups, which differ in lr: groups are not served yet"),
+    "equal groups": (edit(two_groups), "2 param groups, which agree in every option"),
+    "groups": (
+        edit(lambda s, g: two_groups(s, g, lr=7.0)),
+        "2 param groups, which differ in lr: only .* not served yet",
+    ),
     "no step": (edit(lambda s, g: s["state"][0].pop("step")), r"params\['first'\] lacks step"),
     "no moment": (
         edit(lambda s, g: s["state"][1].pop("exp_avg_sq")),
