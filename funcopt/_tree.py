@@ -188,7 +188,7 @@ def names(structure: Structure) -> list[str]:
 
 
 def insertion_order(structure: Structure) -> list[int]:
-    """Return the leaves in the order in which they were put into dicts, which flattening sorts."""
+    """Return the leaves in the order in which dicts were filled, whether or not that is ours."""
     walk = _walk(structure)
     return list(range(structure.num_leaves)) if walk is None else [index for index, _ in walk]
 
