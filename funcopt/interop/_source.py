@@ -116,7 +116,7 @@ def places(source: Source, leaves: list[Tensor], structure: _tree.Structure) -> 
     """
     own = {id(tensor): place for place, tensor in enumerate(source.tensors or [])}
     if any(id(leaf) in own for leaf in leaves):
-        labels = source.names or [f"parameter {place}" for place in own.values()]
+        labels = source.names or [f"parameter {place}" for place in range(len(source.entries))]
         found = [own.get(id(leaf)) for leaf in leaves]
         return _complete(found, labels, _tree.paths(structure, "params"))
     if source.names is not None:

@@ -222,10 +222,9 @@ def to_torch(opt: AdamW, state: AdamWState, params: Tree) -> dict[str, Any]:
     entries: dict[int, dict[str, Tensor]] = {}
     for place, index in enumerate(order):
         count = counts[index if opt.step_per_leaf else 0]
-        moments = [paired.leaves[index].detach() for paired in work.moments]
+        moments = [_laid_out_as(leaves[index], paired.leaves[index]) for paired in work.moments]
         if count > 0 or any(bool(moment.any()) for moment in moments):
-            entries[place] = {"step": _step(count)}
-            entries[place] |= dict(zip(_MOMENTS, map(torch.clone, moments), strict=False))
+            entries[place] = {"step": _step(count), **dict(zip(_MOMENTS, moments, strict=False))}
     group = {
         "lr": _number("lr", opt.lr),
         "betas": (_number("betas[0]", opt.betas[0]), _number("betas[1]", opt.betas[1])),
@@ -269,6 +268,11 @@ def _number(name: str, given: Number | Schedule) -> float:
         )
     check_zero_dim(name, given)
     return float(given.detach().item()) if isinstance(given, Tensor) else given
+
+
+def _laid_out_as(leaf: Tensor, moment: Tensor) -> Tensor:
+    """A copy of a moment in the strides of its parameter, which torch's fused kernel counts on."""
+    return torch.empty_like(leaf, requires_grad=False).copy_(moment.detach())
 
 
 def _step(count: float) -> Tensor:

@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 
 from funcopt.interop import to_state_dict
 
+from .runs import after_one_step
 from .test_checkpoint import GOLDEN_STATE
-from .test_torch_optim import after_one_step
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 

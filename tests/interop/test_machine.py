@@ -11,7 +11,7 @@ from funcopt.testing import OptimizerMachine, strategies
 
 from ..cases import assert_same_bits, leaves
 from ..testing.test_machine import settings
-from .test_torch_optim import torch_optimizer, torch_params, torch_step
+from .runs import torch_optimizer, torch_params, torch_step
 
 
 class HandOverMachine(OptimizerMachine):
