@@ -27,8 +27,9 @@ def to_state_dict(state: Tree) -> dict[str, Tensor]:
     """Return a state as a flat dict from path to tensor.
 
     `torch.save` (with `torch.load(weights_only=True)`), `safetensors.torch.save_file` and
-    `torch.distributed.checkpoint.save` take it as it is. Do not hand a state itself to the last: it
-    stores a NamedTuple as opaque bytes, and each rank then silently reloads what rank 0 had.
+    `torch.distributed.checkpoint.save` take it as it is; the last with sharded tensors too. Do not
+    hand a state itself to that one: it stores a NamedTuple as opaque bytes, and each rank then
+    silently reloads what rank 0 had.
 
     A key is the Python expression that reaches the tensor from `state`, such as
     `state.exp_avg['0.weight']`, so that no two keys of a tree, be they strings with dots or
