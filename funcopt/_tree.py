@@ -33,6 +33,9 @@ __all__ = [
     "flatten",
     "flatten_above",
     "has_more_leaves",
+    "insertion_order",
+    "is_flat",
+    "names",
     "pair",
     "path",
     "paths",
@@ -182,20 +185,57 @@ def path(structure: Structure, root: str, index: int) -> str:
     return paths(structure, root)[index]
 
 
+def names(structure: Structure) -> list[str]:
+    """Return for each leaf its keys joined by dots, as modules name parameters: `0.weight`."""
+    walk = _walk(structure)
+    if walk is not None:
+        return [".".join(map(_key, keys)) for _, keys in sorted(walk, key=lambda step: step[0])]
+    return [".".join(map(_key, accessor)) for accessor in structure.accessors()]
+
+
+def insertion_order(structure: Structure) -> list[int]:
+    """Return the leaves in the order in which dicts were filled, whether or not that is ours."""
+    walk = _walk(structure)
+    return list(range(structure.num_leaves)) if walk is None else [index for index, _ in walk]
+
+
+def is_flat(structure: Structure) -> bool:
+    """Whether a tree is a leaf, or one node and its leaves."""
+    return bool(structure.num_nodes - structure.num_leaves <= 1)
+
+
+def _key(entry: Any) -> str:
+    """A key of torch (of a dict, a sequence, an attribute), or an entry of optree, in words."""
+    for attribute in ("key", "idx", "name", "field", "entry"):
+        if hasattr(entry, attribute):
+            return str(getattr(entry, attribute))
+    return str(entry)
+
+
 def _torch_paths(structure: Structure) -> list[str] | None:
     """The paths by the keys that torch knows of its nodes, which optree was not told of.
 
     None where torch does not know a node, or was not told of its keys either.
+    """
+    walk = _walk(structure)
+    if walk is None:
+        return None
+    paths = dict(walk)
+    return [torch_pytree.keystr(paths[index]) for index in range(structure.num_leaves)]
+
+
+def _walk(structure: Structure) -> list[tuple[int, Any]] | None:
+    """Each leaf and its keys, in the order in which torch finds them, that of insertion.
+
+    None where torch does not know a node, or was not told of its keys.
     """
     numbered = unflatten(structure, range(structure.num_leaves))
     try:
         found, _ = torch_pytree.tree_flatten_with_path(numbered)
     except ValueError:
         return None
-    names = {leaf: torch_pytree.keystr(path) for path, leaf in found if isinstance(leaf, int)}
-    if len(names) != structure.num_leaves:
-        return None
-    return [names[index] for index in range(structure.num_leaves)]
+    walk = [(leaf, keys) for keys, leaf in found if isinstance(leaf, int)]
+    return walk if len(dict(walk)) == structure.num_leaves else None
 
 
 class Paired(NamedTuple):

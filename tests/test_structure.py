@@ -3,8 +3,11 @@
 import ast
 import pathlib
 import re
+import subprocess
+import sys
 
 import funcopt
+from funcopt import interop
 
 ROOT = pathlib.Path(funcopt.__file__).parent
 FILES = {path: path.read_text() for path in sorted(ROOT.rglob("*.py"))}
@@ -38,6 +41,10 @@ FLOORS = [
     "_routine",
     "_adamw",
     "",
+    "interop._source",
+    "interop._torch_optim",
+    "interop._checkpoint",
+    "interop",
     "testing._tensors",
     "testing._trees",
     "testing.strategies",
@@ -110,8 +117,22 @@ def test_files_and_functions_can_be_taken_in_at_a_glance():
                 assert length <= 50, (path.name, node.name, length)
 
 
+def loaded_by(module):
+    """The modules there are once this one is imported."""
+    code = f"import sys, {module}; print(*sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(run.stdout.split())
+
+
+def test_the_core_does_without_what_stands_beside_it():
+    assert not {"funcopt.interop", "funcopt.testing"} & loaded_by("funcopt")
+    assert not {"safetensors", "hypothesis"} & loaded_by("funcopt.interop")
+
+
 def test_every_public_name_is_documented_with_an_example():
     for name in ("AdamW", "Optimizer"):
         assert ">>>" in getattr(funcopt, name).__doc__, name
     for method in ("init", "update", "update_"):
         assert ">>>" in getattr(funcopt.AdamW, method).__doc__, method
+    for name in interop.__all__:
+        assert ">>>" in getattr(interop, name).__doc__, name

@@ -9,11 +9,13 @@ from typing import Any, ClassVar
 import torch
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from torch import Tensor
 from torch.func import vmap
 
 from .. import _tree
 from .._kernels import KERNELS, unserved
 from .._types import Tree
+from ..interop import from_state_dict, to_state_dict
 from . import strategies
 from ._compare import NotApplicable, compare
 from ._subject import clone, field, replace, tree_map
@@ -127,6 +129,24 @@ class OptimizerMachine(RuleBasedStateMachine):
         torch.save(leaves, file)
         file.seek(0)
         self.params, self.state = _tree.unflatten(structure, torch.load(file, weights_only=True))
+
+    @precondition(lambda self: self.only_tensors())
+    @rule()
+    def checkpoint(self) -> None:
+        """Write the state to a file as a flat dict, and read it into a new one."""
+        file = io.BytesIO()
+        torch.save(to_state_dict(self.state), file)
+        file.seek(0)
+        entries = torch.load(file, weights_only=True)
+        state = from_state_dict(self.opt.init(self.params), entries)
+        compare("the checkpoint", self.updates, "state", state, self.state)
+        self.state = state
+
+    def only_tensors(self) -> bool:
+        """Whether the state is tensors alone, as a checkpoint must be."""
+        return hasattr(self, "state") and all(
+            isinstance(leaf, Tensor) for leaf in _tree.flatten(self.state)[0]
+        )
 
     @invariant()
     def agrees_with_the_model(self) -> None:

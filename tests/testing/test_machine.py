@@ -7,7 +7,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import run_state_machine_as_test
 
 from funcopt import AdamW
-from funcopt.testing import LawBroken, OptimizerMachine
+from funcopt.interop import from_state_dict
+from funcopt.testing import LawBroken, OptimizerMachine, _machine
+
+from ..cases import tree_map
 
 
 def settings(examples):
@@ -43,3 +46,14 @@ def test_a_defect_that_takes_two_different_rules_to_show_is_found():
     unshrunk = hypothesis.settings(settings(40), phases=[Phase.generate])
     with pytest.raises(LawBroken, match="the model: step"):
         run_state_machine_as_test(StaleMachine, settings=unshrunk)
+
+
+def test_a_checkpoint_that_loses_a_bit_is_found(monkeypatch):
+    def lossy(template, entries):
+        state = from_state_dict(template, entries)
+        return tree_map(lambda leaf: leaf * (1 - 2**-50), state)
+
+    monkeypatch.setattr(_machine, "from_state_dict", lossy)
+    unshrunk = hypothesis.settings(settings(40), phases=[Phase.generate])
+    with pytest.raises(LawBroken, match="the checkpoint: step"):
+        run_state_machine_as_test(OptimizerMachine, settings=unshrunk)

@@ -1,0 +1,217 @@
+"""A state as a flat dict from path to tensor, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from .. import _transforms, _tree
+from .._types import Tree
+
+__all__ = ["from_state_dict", "to_state_dict"]
+
+StateT = TypeVar("StateT")
+
+# Every other key begins with "state" or "torch", so that no path can be taken for this one.
+_FORMAT = "funcopt.format"
+_VERSION = 1
+
+# The most faults that one message lists.
+_MOST = 20
+
+
+def to_state_dict(state: Tree) -> dict[str, Tensor]:
+    """Return a state as a flat dict from path to tensor.
+
+    `torch.save` (with `torch.load(weights_only=True)`), `safetensors.torch.save_file` and
+    `torch.distributed.checkpoint.save` take it as it is; the last with sharded tensors too. Do not
+    hand a state itself to that one: it stores a NamedTuple as opaque bytes, and each rank then
+    silently reloads what rank 0 had.
+
+    A key is the Python expression that reaches the tensor from `state`, such as
+    `state.exp_avg['0.weight']`, so that no two keys of a tree, be they strings with dots or
+    integers, can be taken for each other. A complex tensor is stored as pairs of real numbers,
+    which every format knows, under `torch.view_as_real(state.exp_avg['w'])`. The entry
+    `funcopt.format` is the version of this format: now 1.
+
+    A tensor that is contiguous and has a storage to itself is given as it is, not as a copy: it
+    goes on to change if `update_` writes into the state. Others are copied, since safetensors takes
+    no two that share a storage, and `torch.save` would write all of it.
+
+    Args:
+        state: What `init` or `update` of any optimizer returned, or any other tree of dense
+            tensors: `{"params": params, "state": state}`, say.
+
+    Raises:
+        TypeError: If a leaf is not a dense tensor.
+        ValueError: If two leaves have the same path.
+
+    Example:
+        >>> import torch, funcopt
+        >>> from funcopt.interop import to_state_dict
+        >>> for key, tensor in to_state_dict(funcopt.AdamW().init([torch.ones(2)])).items():
+        ...     print(key, tensor)
+        funcopt.format tensor(1)
+        state.step tensor(0., dtype=torch.float64)
+        state.exp_avg[0] tensor([0., 0.])
+        state.exp_avg_sq[0] tensor([0., 0.])
+    """
+    entries = {_FORMAT: torch.tensor(_VERSION)}
+    taken: set[int] = set()
+    for key, leaf in _entries(state).items():
+        entries[key] = _with_own_storage(leaf, taken)
+    return entries
+
+
+def from_state_dict(template: StateT, d: Mapping[str, Tensor], *, strict: bool = True) -> StateT:
+    """Return the state that `to_state_dict` turned into a dict, in fresh memory.
+
+    To resume with `torch.distributed.checkpoint`, load into the dict of a new state, whose tensors
+    it writes over: `d = to_state_dict(opt.init(params))`, `load(d, ...)`, and then this. Note that
+    it casts to the dtypes it finds there without a word.
+
+    Args:
+        template: A state such as `opt.init(params)`, which gives structure, shapes, dtypes, layout
+            and devices, and is not changed. Tensors of `d` on another device are moved.
+        d: The dict.
+        strict: Whether every leaf of the template must have an entry, and every entry a leaf. If
+            not, a leaf without one is copied from the template, and an entry without one is left
+            out. Whatever is there must fit nevertheless, and the version must be known.
+
+    Raises:
+        TypeError: If `d` is not a mapping, or a leaf of the template is not a dense tensor.
+        ValueError: If the version is missing or unknown, or if entries are missing, extra, of
+            another shape or dtype, or hold no values: all are named at once.
+
+    Example:
+        >>> import torch, funcopt
+        >>> from funcopt.interop import from_state_dict, to_state_dict
+        >>> opt, params = funcopt.AdamW(), {"w": torch.ones(2)}
+        >>> _, state = opt.update({"w": torch.ones(2)}, opt.init(params), params)
+        >>> from_state_dict(opt.init(params), to_state_dict(state)).exp_avg
+        {'w': tensor([0.1000, 0.1000])}
+    """
+    if not isinstance(d, Mapping):
+        raise TypeError(
+            f"the second argument is of type {type(d).__name__}: it must be the dict that "
+            f"to_state_dict() made. The order is from_state_dict(template, d)."
+        )
+    wanted = _entries(template)
+    _check_version(d)
+    faults = list(_faults(wanted, d, strict))
+    if faults:
+        shown = faults if len(faults) <= _MOST else [*faults[:_MOST], f"... ({len(faults)} in all)"]
+        raise ValueError(
+            "\n  ".join(["the dict does not fit the template:", *shown])
+            + "\nMake the template with init() of the same optimizer from the same parameters."
+        )
+    _, structure = _tree.flatten(template)
+    with torch.no_grad():
+        leaves = [_filled(leaf, d.get(key)) for key, leaf in wanted.items()]
+    state: StateT = _tree.unflatten(structure, leaves)
+    return state
+
+
+def _entries(tree: Tree) -> dict[str, Tensor]:
+    """Return the leaves by the keys of their entries, in order."""
+    leaves, structure = _tree.flatten(tree)
+    entries: dict[str, Tensor] = {}
+    for path, leaf in zip(_tree.paths(structure, "state"), leaves, strict=True):
+        if not isinstance(leaf, Tensor):
+            raise TypeError(
+                f"{path} is of type {type(leaf).__name__}: a checkpoint holds tensors alone. Make "
+                f"a number a 0-dim tensor."
+            )
+        if leaf.layout is not torch.strided:
+            raise TypeError(
+                f"{path} has layout {leaf.layout}: make it dense, with .to_dense() say."
+            )
+        key = f"torch.view_as_real({path})" if leaf.is_complex() else path
+        if key in entries:
+            raise ValueError(
+                f"{path} is the path of two leaves: their keys print alike. Use strings as keys."
+            )
+        entries[key] = leaf
+    return entries
+
+
+def _with_own_storage(leaf: Tensor, taken: set[int]) -> Tensor:
+    """Return a contiguous real tensor alone in its storage: the leaf itself if it is one already.
+
+    Args:
+        leaf: The leaf.
+        taken: Where the storages start that earlier entries have to themselves, to be added to.
+    """
+    tensor = leaf.detach().resolve_conj().resolve_neg()
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    if not _transforms.all_plain([tensor]):  # sharded or fake: what saves it knows its memory
+        return tensor
+    storage = tensor.untyped_storage()
+    fills = tensor.is_contiguous() and storage.nbytes() == tensor.numel() * tensor.element_size()
+    if not fills or storage.data_ptr() in taken:
+        return tensor.clone(memory_format=torch.contiguous_format)
+    taken.add(storage.data_ptr())
+    return tensor
+
+
+def _check_version(d: Mapping[str, Any]) -> None:
+    """Refuse a dict of another format before its entries are read as if they were of this one."""
+    if _FORMAT not in d:
+        raise ValueError(
+            f"the dict has no entry {_FORMAT!r}: to_state_dict() did not make it. A state dict of "
+            f"torch.optim.AdamW is read by from_torch()."
+        )
+    version = d[_FORMAT]
+    value = version.item() if isinstance(version, Tensor) and version.numel() == 1 else version
+    if value != _VERSION:
+        raise ValueError(
+            f"{_FORMAT} is {value}: this version of funcopt reads {_VERSION}. A newer one may read "
+            f"it."
+        )
+
+
+def _faults(wanted: dict[str, Tensor], d: Mapping[str, Any], strict: bool) -> Iterator[str]:
+    for key, leaf in wanted.items():
+        if leaf.is_meta:
+            yield f"{key}: the template is on the meta device, and would hold no values"
+        if key in d:
+            yield from _differences(key, d[key], leaf)
+        elif strict:
+            yield f"{key}: missing"
+    if strict:
+        yield from (
+            f"{key}: not in the template" for key in d if key not in wanted and key != _FORMAT
+        )
+
+
+def _differences(key: str, entry: Any, leaf: Tensor) -> Iterator[str]:
+    if not isinstance(entry, Tensor):
+        yield f"{key}: of type {type(entry).__name__}, not a tensor"
+        return
+    expected = _real(leaf)
+    if entry.shape != expected.shape:
+        yield f"{key}: shape {tuple(entry.shape)}, the template has {tuple(expected.shape)}"
+    if entry.dtype != expected.dtype:
+        yield f"{key}: dtype {entry.dtype}, the template has {expected.dtype}"
+    if entry.layout is not torch.strided:
+        yield f"{key}: layout {entry.layout}, which is not dense"
+    if entry.is_meta:
+        yield f"{key}: on the meta device, where it holds no values"
+
+
+def _filled(leaf: Tensor, entry: Tensor | None) -> Tensor:
+    """Return a tensor like a leaf of the template, with the values of its entry, if it has one."""
+    fresh = torch.empty_like(leaf, requires_grad=False)
+    if entry is None:
+        return fresh.copy_(leaf)
+    _real(fresh).copy_(entry)
+    return fresh
+
+
+def _real(tensor: Tensor) -> Tensor:
+    """Return a tensor as its entry shows it: a complex one as pairs."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor

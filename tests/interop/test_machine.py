@@ -1,0 +1,53 @@
+"""Among everything one may do with an optimizer: hand it to torch.optim, step there, come back."""
+
+import dataclasses
+
+from hypothesis import strategies as st
+from hypothesis.stateful import rule, run_state_machine_as_test
+
+from funcopt import _tree
+from funcopt.interop import from_torch, to_torch
+from funcopt.testing import OptimizerMachine, strategies
+
+from ..cases import assert_same_bits, leaves
+from ..testing.test_machine import settings
+from .runs import torch_optimizer, torch_params, torch_step
+
+
+class HandOverMachine(OptimizerMachine):
+    """Runs that go to and fro between funcopt and torch.optim."""
+
+    optimizers = strategies.adamws()
+
+    def handed_over(self):
+        """A torch.optim.AdamW that goes on from here; its fused kernel takes nothing complex."""
+        opt = self.opt
+        if opt.kernel == "fused" and any(leaf.is_complex() for leaf in leaves(self.params)):
+            opt = dataclasses.replace(opt, kernel="plain")
+        theirs = torch_optimizer(self.params)
+        theirs.load_state_dict(to_torch(opt, self.state, self.params))
+        return theirs
+
+    def taken_over(self, theirs):
+        return from_torch(theirs, self.params, step_per_leaf=self.opt.step_per_leaf)
+
+    @rule()
+    def hand_over_and_back(self):
+        opt, state = self.taken_over(self.handed_over())
+        assert dataclasses.replace(opt, kernel=self.opt.kernel) == self.opt
+        assert_same_bits(state, self.state)
+        self.opt, self.state = opt, state
+
+    @rule(data=st.data())
+    def step_in_torch(self, data):
+        theirs = self.handed_over()
+        torch_step(theirs, self.gradients(data, none=self.opt.step_per_leaf))
+        leaves_there, structure = torch_params(theirs), _tree.flatten(self.params)[1]
+        moved = [leaves_there[name].detach().clone() for name in _tree.names(structure)]
+        self.opt, self.state = self.taken_over(theirs)
+        self.params = _tree.unflatten(structure, moved)
+
+
+def test_a_run_goes_to_torch_and_back_whatever_else_is_done(pytestconfig):
+    examples = 300 if pytestconfig.getoption("--nightly") else 30
+    run_state_machine_as_test(HandOverMachine, settings=settings(examples))
