@@ -37,6 +37,8 @@ FLOORS = [
     "_inplace",
     "_adamw",
     "",
+    "_operators",
+    "torchscript",
     "testing._tensors",
     "testing._trees",
     "testing.strategies",
