@@ -1,9 +1,12 @@
 """Many threads at one optimizer, which TorchScript runs without Python's lock."""
 
 import threading
+import time
 
 import pytest
 import torch
+
+import funcopt
 
 from .trainers import FORMS, trainer
 
@@ -49,6 +52,25 @@ def test_a_cold_optimizer_loses_no_state(form, listed):
     assert len(state) == len(params)
     assert all(state[param]["step"] == 2 for param in params)
     assert all(torch.equal(param, params[0]) for param in params)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_steps_exclude_each_other(form, monkeypatch):
+    under_way, together = [], []
+    step_ = funcopt.AdamW.update_
+
+    def slowly(*args):
+        under_way.append(None)
+        together.append(len(under_way))
+        time.sleep(0.002)  # while other threads may run
+        under_way.pop()
+        return step_(*args)
+
+    monkeypatch.setattr(funcopt.AdamW, "update_", slowly)
+    params = [torch.ones(3) for _ in range(THREADS)]
+    made = trainer(form, params)
+    in_threads(lambda index: made.step_param(params[index], torch.ones(3)))
+    assert together == [1] * THREADS
 
 
 @pytest.mark.parametrize("form", FORMS)
