@@ -4,9 +4,12 @@
 They meet over a file in the directory, and talk on the loopback interface.
 """
 
+import contextlib
+import gc
 import os
 import pathlib
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -63,11 +66,26 @@ def parallel(build: Any) -> DistributedDataParallel:
     return DistributedDataParallel(build(), bucket_cap_mb=0.004)
 
 
+@contextlib.contextmanager
+def meeting(backend: str, rank: int, directory: pathlib.Path) -> Iterator[None]:
+    """Let the processes meet, and part in good order."""
+    dist.init_process_group(
+        backend, init_method=f"file://{directory}/store", rank=rank, world_size=WORLD
+    )
+    yield
+    # Models first. If one were the last to hold the group, torch 2.13 would wait in its destructor
+    # for a thread of the group, and that thread for Python's lock, which the destructor holds.
+    gc.collect()
+    dist.destroy_process_group()
+
+
 def ddp(rank: int, directory: pathlib.Path) -> None:
     """The optimizer in DDP's own hook, which calls it from a thread of C++ with gradients on."""
-    dist.init_process_group(
-        "gloo", init_method=f"file://{directory}/store", rank=rank, world_size=WORLD
-    )
+    with meeting("gloo", rank, directory):
+        _train_in_the_hook()
+
+
+def _train_in_the_hook() -> None:
     fused, reference = parallel(perceptron), parallel(perceptron)
     options = dict(OPTIONS)
     with torchscript.register():
@@ -80,7 +98,6 @@ def ddp(rank: int, directory: pathlib.Path) -> None:
         opt.step()
         assert_equal(fused, reference)
     assert not any(map(torch.equal, fused.parameters(), start))
-    dist.destroy_process_group()
 
 
 def zero(rank: int, directory: pathlib.Path) -> None:
@@ -90,17 +107,12 @@ def zero(rank: int, directory: pathlib.Path) -> None:
     62300). The plain hook makes its collectives in the same order in every process, so it does not;
     the same backend by its other name, "cpu:gloo" (see `init_process_group`), is let pass.
     """
-    dist.init_process_group(
-        "cpu:gloo", init_method=f"file://{directory}/store", rank=rank, world_size=WORLD
-    )
-    owned = [
-        _train_sharded(build, shard) for build, shard in ((perceptron, True), (one_weight, False))
-    ]
-    everything: list[Any] = [None] * WORLD
-    dist.all_gather_object(everything, owned)
-    assert sorted(owns[1] for owns in everything) == [0, 1]
+    with meeting("cpu:gloo", rank, directory):
+        owned = [_train_sharded(perceptron, True), _train_sharded(one_weight, False)]
+        everything: list[Any] = [None] * WORLD
+        dist.all_gather_object(everything, owned)
     assert all(owns[0] > 0 for owns in everything)
-    dist.destroy_process_group()
+    assert sorted(owns[1] for owns in everything) == [0, 1]
 
 
 def _train_sharded(build: Any, shard_buckets: bool) -> int:
