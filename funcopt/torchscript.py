@@ -159,9 +159,9 @@ class FunctionalAdamW:
                 which leaves the parameter and its state as they are.
 
         Raises:
-            ValueError: If there are not as many gradients as parameters, or one does not match its
-                parameter; the message has its index.
-            TypeError: If one is not dense.
+            ValueError: If there are not as many gradients as parameters, one does not match its
+                parameter, or two parameters share their memory; the message has the index.
+            TypeError: If a gradient or parameter is not dense, or no dtype that can be moved.
         """
         self._move(self.param_group["params"], gradients)
 

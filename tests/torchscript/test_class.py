@@ -12,7 +12,7 @@ from torch import nn
 import funcopt
 from funcopt.torchscript import FunctionalAdamW
 
-from ..cases import KERNELS, TORCH_FLAGS, assert_same_bits
+from ..cases import KERNELS, TORCH_FLAGS, assert_close, assert_same_bits
 from .trainers import FORMS, gradients_of, parameters, step_torch, tensors_of, trainer
 
 FLAGS = {"plain": {}, "foreach": {"foreach": True}, "fused": {"fused": True}}
@@ -66,6 +66,21 @@ def test_other_dtypes_have_the_bits_of_update(form, dtype):
         made.step(grads)
         pure, state = opt.update(grads, state, pure)
     assert_same_bits([p.detach() for p in params], pure)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_each_device_is_served(form, kernel, device):
+    params = [nn.Parameter(param.to(device)) for param in parameters()]
+    copies = [nn.Parameter(param.detach().clone()) for param in params]
+    reference = torch.optim.AdamW(copies, **TORCH_FLAGS[kernel])
+    made = trainer(form, params, **FLAGS[kernel])
+    for grads in gradients_of(params, 8):
+        made.step(grads)
+        step_torch(reference, copies, grads)
+    assert_close([p.detach() for p in params], [p.detach() for p in copies])
+    assert all(made.state()[param]["step"].device.type == "cpu" for param in params)
+    assert all(made.state()[param]["exp_avg"].device == param.device for param in params)
 
 
 def test_the_interface_is_that_of_torch():
@@ -254,6 +269,15 @@ def test_what_cannot_be_written_is_refused_and_nothing_has_moved(form):
         made.step([torch.ones(3), torch.ones(3)])
     assert torch.equal(params[0], torch.ones(3))
     assert made.state() == {}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_parameters_that_share_memory_are_refused(form):
+    param = torch.ones(3)
+    made = trainer(form, [param, param])
+    with pytest.raises((ValueError, RuntimeError), match=r"params\[1\] shares .* params\[0\]"):
+        made.step([torch.ones(3), torch.ones(3)])
+    assert torch.equal(param, torch.ones(3))
 
 
 @pytest.mark.parametrize("amsgrad", [False, True])
