@@ -45,6 +45,8 @@ FLOORS = [
     "interop._torch_optim",
     "interop._checkpoint",
     "interop",
+    "_operators",
+    "torchscript",
     "testing._tensors",
     "testing._trees",
     "testing.strategies",
