@@ -15,6 +15,7 @@ float64 the bits are the same.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -60,6 +61,16 @@ class Corrections:
 def step(leaves: Leaves, scalars: Scalars | list[Scalars], variant: Variant) -> Moved:
     """Return the leaves after one step, with the same numbers or each with its own."""
     moved = Moved([], [], [], [])
+    for stepped in _each(leaves, scalars, variant):
+        for tensors, tensor in zip(moved, stepped, strict=False):
+            tensors.append(tensor)
+    return moved
+
+
+def _each(
+    leaves: Leaves, scalars: Scalars | list[Scalars], variant: Variant
+) -> Iterator[list[Tensor]]:
+    """Yield the new tensors of each leaf, in the order of `Moved`."""
     corrections: dict[int, Corrections] = {}
     fitted: dict[object, _Fitted] = {}
     for index, own in enumerate(for_each(scalars, len(leaves.params))):
@@ -75,11 +86,7 @@ def step(leaves: Leaves, scalars: Scalars | list[Scalars], variant: Variant) -> 
                 corrections[id(own)] = Corrections(own)
             fitted[alike] = _Fitted.to(column[0], own, corrections[id(own)])
         stepped = _step_one(column, fitted[alike], variant)
-        if stored is not computed:
-            stepped = [tensor.to(stored) for tensor in stepped]
-        for tensors, tensor in zip(moved, stepped, strict=False):
-            tensors.append(tensor)
-    return moved
+        yield stepped if stored is computed else [tensor.to(stored) for tensor in stepped]
 
 
 class Gains(NamedTuple):
@@ -147,8 +154,8 @@ def new_moments(
 
 
 def step_(leaves: Leaves, scalars: Scalars, variant: Variant) -> None:
-    """Move the leaves in place."""
-    moved = step(leaves, scalars, variant)
-    for olds, news in zip(written(leaves), moved, strict=True):
-        for old, new in zip(olds, news, strict=True):
-            write(old, new)
+    """Move the leaves in place, one after another: what one leaves behind serves the next."""
+    columns = [column for column in written(leaves) if column]
+    for index, stepped in enumerate(_each(leaves, scalars, variant)):
+        for column, new in zip(columns, stepped, strict=True):
+            write(column[index], new)
