@@ -302,7 +302,10 @@ class AdamW:
         """The numbers of this update, for each count of updates, before it and after."""
         given: tuple[Any, ...] = (self.lr, *self.betas, self.eps, self.weight_decay)
         if _FLOAT.issuperset(map(type, given)):
-            return [Scalars(_detached(new), *given) for new in news]
+            if not _FLOAT.issuperset(map(type, news)):
+                return [Scalars(_detached(new), *given) for new in news]
+            shared = {new: Scalars(new, *given) for new in dict.fromkeys(news)}
+            return [shared[new] for new in news]
         named = list(zip(_NAMES, given, strict=True))
         return [
             Scalars(_detached(new), *(_number_at(name, number, old) for name, number in named))

@@ -30,8 +30,11 @@ class Counts(NamedTuple):
         return self.paired.leaves
 
     def of(self, leaves: list[int], values: list[T]) -> T | list[T]:
-        """Return of one value for each count the one of all leaves, or those of these leaves."""
-        return [values[index] for index in leaves] if self.per_leaf else values[0]
+        """Return of one value for each count that of these leaves, or one each if they differ."""
+        if not self.per_leaf:
+            return values[0]
+        own = [values[index] for index in leaves]
+        return own[0] if len(set(map(id, own))) == 1 else own
 
     def after(self, moving: list[int], watched: bool) -> list[Number]:
         """Return the counts after an update of these leaves; those of other leaves stand still.

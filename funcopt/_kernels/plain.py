@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .. import _transforms
 from .._types import Number
-from ._operands import Leaves, Moved, Scalars, Variant, compute_dtype, fit, for_each, write, written
+from ._operands import Leaves, Moved, Scalars, Variant, compute_dtype, fit, for_each
 
 __all__ = ["Corrections", "Gains", "double", "new_moments", "refusal", "root", "step", "step_"]
 
@@ -61,23 +61,38 @@ class Corrections:
 def step(leaves: Leaves, scalars: Scalars | list[Scalars], variant: Variant) -> Moved:
     """Return the leaves after one step, with the same numbers or each with its own."""
     moved = Moved([], [], [], [])
-    for stepped in _each(leaves, scalars, variant):
+    stored = [param.dtype for param in leaves.params]
+    for dtype, (column, fitted) in zip(stored, _each(leaves, scalars), strict=True):
+        stepped = _step_one(column, fitted, variant)
+        if dtype is not stepped[0].dtype:
+            stepped = [tensor.to(dtype) for tensor in stepped]
         for tensors, tensor in zip(moved, stepped, strict=False):
             tensors.append(tensor)
     return moved
 
 
+def step_(leaves: Leaves, scalars: Scalars | list[Scalars], variant: Variant) -> None:
+    """Move the leaves in place, with the same numbers, where nobody may follow the operators."""
+    for index, (column, fitted) in enumerate(_each(leaves, scalars)):
+        _step_one_(column, fitted, variant)
+        own = [tensors[index] for tensors in leaves if tensors]
+        if own[0] is not column[0]:  # computed in another dtype
+            for old, new in zip(own, column, strict=True):
+                if old is not leaves.grads[index]:
+                    old.copy_(new)
+
+
 def _each(
-    leaves: Leaves, scalars: Scalars | list[Scalars], variant: Variant
-) -> Iterator[list[Tensor]]:
-    """Yield the new tensors of each leaf, in the order of `Moved`."""
+    leaves: Leaves, scalars: Scalars | list[Scalars]
+) -> Iterator[tuple[list[Tensor], _Fitted]]:
+    """Yield the tensors of each leaf in the dtype to compute in, and the numbers to fit them."""
     corrections: dict[int, Corrections] = {}
     fitted: dict[object, _Fitted] = {}
     for index, own in enumerate(for_each(scalars, len(leaves.params))):
         column = [tensors[index] for tensors in leaves if tensors]
         param = column[0]
-        stored, computed = param.dtype, compute_dtype(param.dtype)
-        if stored is not computed:
+        computed = compute_dtype(param.dtype)
+        if param.dtype is not computed:
             column = [tensor.to(computed) for tensor in column]
         # A tracer pays for every operator, so the numbers are made to fit once for leaves alike.
         alike = id(own), computed, param.device, param.ndim
@@ -85,8 +100,7 @@ def _each(
             if id(own) not in corrections:
                 corrections[id(own)] = Corrections(own)
             fitted[alike] = _Fitted.to(column[0], own, corrections[id(own)])
-        stepped = _step_one(column, fitted[alike], variant)
-        yield stepped if stored is computed else [tensor.to(stored) for tensor in stepped]
+        yield column, fitted[alike]
 
 
 class Gains(NamedTuple):
@@ -136,6 +150,29 @@ def _step_one(column: list[Tensor], fitted: _Fitted, variant: Variant) -> list[T
     return [param, exp_avg, exp_avg_sq, *maxima]
 
 
+def _step_one_(column: list[Tensor], fitted: _Fitted, variant: Variant) -> None:
+    """Do the same in place, which spares most of the memory that operators would ask for."""
+    param, grad, exp_avg, exp_avg_sq, *maxima = column
+    beta2, gain1, gain2 = fitted.gains
+    if variant.maximize:
+        grad = -grad
+    exp_avg.lerp_(grad, gain1)
+    exp_avg_sq.mul_(beta2)
+    if isinstance(gain2, Tensor):
+        exp_avg_sq.addcmul_(grad * gain2, grad)
+    else:
+        exp_avg_sq.addcmul_(grad, grad, value=gain2)
+    for largest in maxima:
+        largest.copy_(torch.maximum(largest, exp_avg_sq))
+    denominator = (maxima[0] if maxima else exp_avg_sq).sqrt()
+    denominator.div_(fitted.correction2_root).add_(fitted.eps)
+    param.mul_(fitted.decay)
+    if isinstance(fitted.descent, Tensor):
+        param.addcdiv_(exp_avg * fitted.descent, denominator)
+    else:
+        param.addcdiv_(exp_avg, denominator, value=fitted.descent)
+
+
 def refusal(_device: torch.device, _scalars: Scalars | None) -> str | None:
     """Refuse nothing: operators serve whatever device, number or tensor subclass torch does."""
     return None
@@ -151,11 +188,3 @@ def new_moments(
     else:
         squares = torch.addcmul(squares, grad, grad, value=gains.gain2)
     return torch.lerp(exp_avg, grad, gains.gain1), squares
-
-
-def step_(leaves: Leaves, scalars: Scalars, variant: Variant) -> None:
-    """Move the leaves in place, one after another: what one leaves behind serves the next."""
-    columns = [column for column in written(leaves) if column]
-    for index, stepped in enumerate(_each(leaves, scalars, variant)):
-        for column, new in zip(columns, stepped, strict=True):
-            write(column[index], new)
