@@ -16,9 +16,16 @@ from ._hyperparameters import check_flag, check_zero_dim, normalize
 from ._inplace import check_inplace
 from ._kernels import KERNELS, Scalars, Variant
 from ._node import register_optimizer
-from ._routine import Routine, routine
+from ._routine import Routine, find_routine, have_history
 from ._types import Number, Schedule, Tree
-from ._work import Work, check_untied, flatten_params, gather, too_many_to_compile
+from ._work import (
+    Work,
+    check_untied,
+    flatten_params,
+    gather,
+    too_many_to_compile,
+    trees_of,
+)
 
 __all__ = ["AdamW", "AdamWState"]
 
@@ -201,14 +208,15 @@ class AdamW:
         """
         if too_many_to_compile(params):
             return _transforms.uncompiled(self.update, grads, state, params)
-        known = self._routine(grads, state, params)
-        moved = None if known is None else known.move(self._numbers, self._variant())
-        if moved is not None:
-            return moved[0], AdamWState(*moved[1:])
+        routine = self._find_routine(grads, state, params)
+        numbers = [] if routine is None else self._numbers([routine.step], [routine.new_step])
+        if routine is not None and not have_history(numbers[0]):
+            new_params, *new_state = routine.move(numbers[0], self._variant())
+            return new_params, AdamWState(*new_state)
         work = self._gather(grads, state, params)
         check_untied(work.params.leaves, work.params.structure)
         counts = work.counts.after(work.active, work.watched)
-        numbers = self._numbers(work.counts.tensors, counts)
+        numbers = numbers or self._numbers(work.counts.tensors, counts)
         gradients, moments = work.historic()
         others = (*moments, *chain.from_iterable(numbers))
         with _kernels.recording(work.params.leaves, gradients, others, self.differentiable):
@@ -255,12 +263,14 @@ class AdamW:
         """
         if too_many_to_compile(params):
             return _transforms.uncompiled(self.update_, grads, state, params)
-        known = self._routine(grads, state, params)
-        if known is not None and known.move_(self._numbers, self._variant()):
+        routine = self._find_routine(grads, state, params, writing=True)
+        numbers = [] if routine is None else self._numbers([routine.step], [routine.new_step])
+        if routine is not None and not have_history(numbers[0]):
+            routine.move_(numbers[0], self._variant())
             return params, state
         work = self._gather(grads, state, params)
         counts = work.counts.after(work.active, work.watched)
-        numbers = self._numbers(work.counts.tensors, counts)
+        numbers = numbers or self._numbers(work.counts.tensors, counts)
         check_inplace(work, numbers)
         # Entering no_grad takes longer than moving a small leaf.
         recorded = work.layout is None or work.layout.params_require_grad
@@ -287,16 +297,14 @@ class AdamW:
                 )
         return work
 
-    def _routine(self, grads: Tree, state: AdamWState, params: Tree) -> Routine | None:
+    def _find_routine(
+        self, grads: Tree, state: AdamWState, params: Tree, *, writing: bool = False
+    ) -> Routine | None:
         """The step, if all but the numbers in it is as it was in one before."""
         if not isinstance(state, AdamWState) or self.step_per_leaf or self.differentiable:
             return None
-        trees = [params, grads, state.exp_avg, state.exp_avg_sq]
-        if self.amsgrad:
-            trees.append(state.max_exp_avg_sq)
-        elif not isinstance(state.max_exp_avg_sq, tuple):
-            return None
-        return routine(trees, state.step, self.kernel)
+        trees = trees_of(grads, state, params, amsgrad=self.amsgrad)
+        return find_routine(trees, state.step, self.kernel, writing=writing)
 
     def _numbers(self, olds: Sequence[Tensor], news: Sequence[Number]) -> list[Scalars]:
         """The numbers of this update, for each count of updates, before it and after."""

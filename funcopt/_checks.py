@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import _transforms
 
-__all__ = ["check_alike", "check_count", "check_distinct", "check_leaves"]
+__all__ = ["are_apart", "check_alike", "check_count", "check_distinct", "check_leaves"]
 
 _DTYPES = frozenset(
     (
@@ -105,6 +105,15 @@ def check_count(leaf: Any, path: Callable[[], str]) -> None:
             f"{path()} has shape {tuple(leaf.shape)}: the count must have shape (). A state that "
             f"vmap(init) made belongs to vmap(update)."
         )
+
+
+def are_apart(tensors: Sequence[Tensor]) -> bool:
+    """Whether all tensors start at places of their own, as nearly always; empty ones nowhere."""
+    pointers = list(map(Tensor.data_ptr, tensors))
+    if len(set(pointers)) == len(pointers):
+        return True
+    pointers = [pointer for pointer in pointers if pointer]
+    return len(set(pointers)) == len(pointers)
 
 
 def check_distinct(leaves: Sequence[Tensor], path: Callable[[int], str], what: str) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _transforms
-from ._checks import check_distinct
+from ._checks import are_apart, check_distinct
 from ._kernels import PUBLIC_NAMES, Layout, Scalars
 from ._work import Work
 
@@ -57,7 +57,7 @@ def _is_fine_at_a_glance(work: Work, layout: Layout, numbers: Iterable[Scalars])
         and all(own.read for own in numbers)
         and not any(map(Tensor.is_inference, counts))
         and not (layout.params_require_grad and any(not p.is_leaf for p in work.leaves.params))
-        and len(set(map(Tensor.data_ptr, tensors))) == len(tensors)
+        and are_apart(tensors)
     )
 
 

@@ -10,6 +10,7 @@ The state of a parameter is a dict of the tensors of `AdamWState`, for this para
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from typing import Any, TypeAlias, TypeVar
@@ -133,14 +134,42 @@ def _complete(state: State, names: tuple[str, ...], index: int) -> State:
 # One lock for all optimizers, as several may share parameters (each trainer has one of its own in
 # RPC training), and as TorchScript cannot keep one by optimizer. What TorchScript itself would need
 # it for is the Dict of states, in which an insertion moves what another thread is reading.
-_lock = threading.Lock()
+class _Turn:
+    """Whose turn it is to make a step. No thread begins a step within a step of its own."""
+
+    lock: threading.Lock
+    thread: int | None  # that of the step that is being made
+
+    def __init__(self) -> None:
+        self.start_anew()
+
+    def start_anew(self) -> None:
+        self.lock = threading.Lock()
+        self.thread = None
+
+    def begin(self) -> None:
+        # A step that was interrupted just before its end (by Ctrl-C, or while it was traced) has
+        # left the turn with its thread.
+        if self.thread != threading.get_ident():
+            self.lock.acquire()
+            self.thread = threading.get_ident()
+
+    def end(self) -> None:
+        if self.thread == threading.get_ident():
+            self.thread = None
+            self.lock.release()
+
+
+_turn = _Turn()
+if hasattr(os, "register_at_fork"):  # a step of another thread does not go on in a child
+    os.register_at_fork(after_in_child=_turn.start_anew)
 
 
 @_operator("begin_step", "", "()")
 def _begin_step() -> None:
-    _lock.acquire()
+    _turn.begin()
 
 
 @_operator("end_step", "", "()")
 def _end_step() -> None:
-    _lock.release()
+    _turn.end()

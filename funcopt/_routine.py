@@ -1,33 +1,30 @@
 """The step of a training loop, once it goes round: nothing is left to check or to decide.
 
-Most steps are like the one before, on other numbers: dicts of leaves that look as they did, nobody
-who watches, nothing with a history. Then everything but where tensors start was found out before,
-and to ask again would take longer than to move small leaves. Any doubt leads back to the long way,
+Most steps are like the one before, on other numbers: dicts of leaves that look as they did, no
+transform, nothing with a history. Then everything but where tensors start was found out before, and
+to ask again would take longer than to move small leaves. Any doubt leads back to the long way,
 which finds the same numbers, or the words for what is wrong.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import _kernels, _transforms, _tree
+from ._checks import are_apart
 from ._counts import fresh, value_of
 from ._kernels import Layout, Leaves, Scalars, Variant
-from ._types import Number, Tree
+from ._types import Tree
 from ._work import recall
 
-__all__ = ["Routine", "routine"]
-
-Numbers: TypeAlias = Callable[[Sequence[Tensor], Sequence[Number]], list[Scalars]]
-"""Gives the numbers of an update from the counts before it and after it."""
+__all__ = ["Routine", "find_routine", "have_history"]
 
 
 class Routine(NamedTuple):
-    """A step that is like one before."""
+    """A step that is like one before, but for its numbers, which must have no history."""
 
     leaves: Leaves
     structure: _tree.Structure  # of every tree
@@ -35,60 +32,40 @@ class Routine(NamedTuple):
     step: Tensor  # how many updates were made
     new_step: float  # and after this one
 
-    def move(self, numbers: Numbers, variant: Variant) -> list[Tree] | None:
-        """Return the new tree of parameters, the new count, and the new trees of moments.
-
-        None if there is more to it: a number has a history, or leaves share memory.
-        """
-        params = self.leaves.params
-        own = self._numbers(numbers)
-        if own is None or not _are_apart(params):
-            return None
+    def move(self, numbers: Scalars, variant: Variant) -> list[Tree]:
+        """Return the new tree of parameters, the new count, and the new trees of moments."""
         if not self.layout.params_require_grad:
-            moved = _kernels.move(self.leaves, own, variant, self.layout)
+            moved = _kernels.move(self.leaves, numbers, variant, self.layout)
         else:
             with torch.no_grad():
-                moved = _kernels.move(self.leaves, own, variant, self.layout)
-            for new, old in zip(moved.params, params, strict=True):
+                moved = _kernels.move(self.leaves, numbers, variant, self.layout)
+            for new, old in zip(moved.params, self.leaves.params, strict=True):
                 if old.requires_grad:
                     new.requires_grad_()
         new_params, *moments = (_tree.unflatten(self.structure, column) for column in moved[:3])
         maxima = _tree.unflatten(self.structure, moved[3]) if variant.amsgrad else ()
         return [new_params, fresh(self.new_step, self.step), *moments, maxima]
 
-    def move_(self, numbers: Numbers, variant: Variant) -> bool:
-        """Move the leaves and the count in place, and return whether that was all there is to it.
-
-        If not, nothing was written: a number or a parameter has a history, or tensors share memory.
-        """
-        params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs = self.leaves
-        tensors = [*params, *grads, *exp_avgs, *exp_avg_sqs, *max_exp_avg_sqs, self.step]
-        own = self._numbers(numbers)
-        if own is None or not _are_apart(tensors):
-            return False
+    def move_(self, numbers: Scalars, variant: Variant) -> None:
+        """Move the leaves and the count in place."""
         if not self.layout.params_require_grad:  # to enter no_grad takes longer than a small leaf
-            _kernels.move_(self.leaves, own, variant, self.layout)
-        elif all(param.is_leaf for param in params):
-            with torch.no_grad():
-                _kernels.move_(self.leaves, own, variant, self.layout)
+            _kernels.move_(self.leaves, numbers, variant, self.layout)
         else:
-            return False
+            with torch.no_grad():
+                _kernels.move_(self.leaves, numbers, variant, self.layout)
         self.step.fill_(self.new_step)
-        return True
-
-    def _numbers(self, numbers: Numbers) -> Scalars | None:
-        """The numbers of this step; None if one has a history."""
-        (own,) = numbers([self.step], [self.new_step])
-        return None if not own.read and _has_history(own) else own
 
 
-def routine(trees: list[Tree], step: object, kernel: str) -> Routine | None:
-    """Return the step on these trees, if all but the numbers in them is as it was before.
+def find_routine(
+    trees: list[Tree], step: object, kernel: str, *, writing: bool = False
+) -> Routine | None:
+    """Return the step on these trees, if all but the numbers in it is as it was in one before.
 
     Args:
         trees: The parameters, gradients and moments.
         step: How many updates were made.
         kernel: The kernel that the user named.
+        writing: Whether parameters, moments and count are to be written.
     """
     if _transforms.watched() or _transforms.tracing():
         return None
@@ -100,13 +77,15 @@ def routine(trees: list[Tree], step: object, kernel: str) -> Routine | None:
         return None
     if kernel != "auto" and any(_kernels.unserved(kernel, d) for d in recalled.layout.devices):
         return None
-    return Routine(*recalled, step, count + 1)
+    params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs = recalled.leaves
+    tensors = params
+    if writing:
+        if recalled.layout.params_require_grad and not all(param.is_leaf for param in params):
+            return None
+        tensors = [*params, *grads, *exp_avgs, *exp_avg_sqs, *max_exp_avg_sqs, step]
+    return Routine(*recalled, step, count + 1) if are_apart(tensors) else None
 
 
-def _are_apart(tensors: list[Tensor]) -> bool:
-    """Whether all start at different places in memory."""
-    return len(set(map(Tensor.data_ptr, tensors))) == len(tensors)
-
-
-def _has_history(numbers: Iterable[object]) -> bool:
-    return any(isinstance(number, Tensor) and number.requires_grad for number in numbers)
+def have_history(numbers: Scalars) -> bool:
+    """Whether a derivative of the step may be asked for by way of its numbers."""
+    return not numbers.read and any(isinstance(n, Tensor) and n.requires_grad for n in numbers)

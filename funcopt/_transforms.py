@@ -97,7 +97,7 @@ def followed() -> bool:
 
 
 def watched() -> bool:
-    """Whether a transform or a mode follows the step, for its members or its derivative."""
+    """Whether a transform or forward mode follows the step, for its members or its derivative."""
     return transformed() or forward_mode()
 
 

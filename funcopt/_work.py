@@ -22,6 +22,7 @@ __all__ = [
     "gather",
     "recall",
     "too_many_to_compile",
+    "trees_of",
 ]
 
 T = TypeVar("T")
@@ -151,9 +152,7 @@ def gather(grads: Tree, state: Any, params: Tree, *, amsgrad: bool, step_per_lea
         TypeError: If a leaf is not a dense floating-point or complex tensor.
         ValueError: If a tree does not match the parameters.
     """
-    trees = [params, grads, state.exp_avg, state.exp_avg_sq]
-    if _has_maximum(state, amsgrad):
-        trees.append(state.max_exp_avg_sq)
+    trees = trees_of(grads, state, params, amsgrad=amsgrad)
     tracing = _transforms.tracing()
     watched = tracing or _transforms.watched()
     work = None if tracing else _gather_known(trees, state.step, step_per_leaf, watched)
@@ -174,6 +173,18 @@ def gather(grads: Tree, state: Any, params: Tree, *, amsgrad: bool, step_per_lea
         _check(own, gradients, moments, active)
         layout = None if tracing else layout_of(moving)
     return Work(own, counts, moments, active, moving, whole, layout, watched)
+
+
+def trees_of(grads: Tree, state: Any, params: Tree, *, amsgrad: bool) -> list[Tree]:
+    """Return all trees of an update that are like the parameters, those first.
+
+    Raises:
+        ValueError: If the state has a maximum and the optimizer does not, or the other way round.
+    """
+    trees = [params, grads, state.exp_avg, state.exp_avg_sq]
+    if _has_maximum(state, amsgrad):
+        trees.append(state.max_exp_avg_sq)
+    return trees
 
 
 class Recalled(NamedTuple):
@@ -200,7 +211,7 @@ def _gather_known(trees: list[Tree], step: Tree, step_per_leaf: bool, watched: b
     if recalled is None:
         return None
     leaves, structure, layout = recalled
-    params, _, *moments = [_tree.Paired(column, structure, None) for column in leaves if column]
+    params, _, *moments = [_tree.Paired(c, structure, None) for c in leaves[: len(trees)]]
     counts = gather_counts(step, structure if step_per_leaf else None)
     active = list(range(len(leaves.params)))
     return Work(params, counts, moments, active, leaves, True, layout, watched)

@@ -4,7 +4,7 @@
 puts it where torch's trainers look for that. The class keeps the state, since that is what a
 scripted module saves. All else is done by operators written in Python, which call `funcopt.AdamW`:
 a scripted module that uses the class runs where Python does, and where this module was imported,
-before `torch.jit.load` as well. Otherwise torch says `Unknown builtin op: funcopt::adamw_step_`.
+before `torch.jit.load` as well. Otherwise torch says `Unknown builtin op: funcopt::adamw_check`.
 
 Example:
     >>> import torch
@@ -160,7 +160,7 @@ class FunctionalAdamW:
 
         Raises:
             ValueError: If there are not as many gradients as parameters, one does not match its
-                parameter, or two parameters share their memory; the message has the index.
+                parameter, or two parameters start at one place; the message has the index.
             TypeError: If a gradient or parameter is not dense, or no dtype that can be moved.
         """
         self._move(self.param_group["params"], gradients)
@@ -198,8 +198,9 @@ class FunctionalAdamW:
                     self.state[param] = state
 
 
-# What stood in torch's table while `FunctionalAdamW` stands there.
-_replaced: list[Any] = []
+# While `FunctionalAdamW` stands in torch's table: a token, by which the context manager of one call
+# of `register` knows its own, and what stood there before.
+_registration: list[Any] = []
 
 
 def register() -> AbstractContextManager[object]:
@@ -227,10 +228,11 @@ def register() -> AbstractContextManager[object]:
     table = _table()
     if table.get(torch.optim.AdamW) is FunctionalAdamW:
         return nullcontext()
-    _replaced[:] = [table.get(torch.optim.AdamW)]
+    own = object()
+    _registration[:] = [own, table.get(torch.optim.AdamW)]
     table[torch.optim.AdamW] = FunctionalAdamW
     undo = ExitStack()
-    undo.callback(unregister)
+    undo.callback(lambda: unregister() if own in _registration else None)
     return undo
 
 
@@ -243,9 +245,10 @@ def unregister() -> None:
         >>> torchscript.unregister()
     """
     table = _table()
-    if not _replaced or table.get(torch.optim.AdamW) is not FunctionalAdamW:
+    if not _registration or table.get(torch.optim.AdamW) is not FunctionalAdamW:
         return
-    found = _replaced.pop()
+    _, found = _registration
+    _registration.clear()
     if found is None:
         del table[torch.optim.AdamW]
     else:

@@ -2,7 +2,8 @@
 
 `run` asks who is watching and takes one of three ways: the plain operators where each of them is
 watched (`plain`), one rule for the whole step under vmap and reverse mode (`_rules`), and otherwise
-the fastest kernel that is right for these tensors (`_eager`).
+the fastest kernel that is right for these tensors (`_eager`). `move` is this last way, for those
+who know that nobody watches.
 """
 
 from __future__ import annotations

@@ -77,9 +77,9 @@ def move_(
     leaves: Leaves, scalars: Scalars | list[Scalars], variant: Variant, layout: Layout
 ) -> None:
     """Move the leaves in place. Whatever can be refused is refused before anything is written."""
-    parts = _plan(leaves, scalars, variant, layout, in_place=True)
+    plan = _plan(leaves, scalars, variant, layout, in_place=True)
     borrowed = leaves if layout.ready else _memory.borrow(leaves)
-    for part, own in parts:
+    for part, own in plan:
         for batch in part.batches:
             _step_batch_(borrowed.take(batch.indices), batch, part, own, variant)
     _memory.give_back(borrowed, leaves)
@@ -175,8 +175,9 @@ def _by_numbers(
 def _read(scalars: Scalars) -> Scalars:
     """Replace tensors by their values, where reading them is free and the members agree."""
     if not scalars.read:
-        return Scalars(*map(_value, Scalars._fields, scalars))
-    check_number("step", cast(float, scalars.step))
+        scalars = Scalars(*map(_value, Scalars._fields, scalars))
+    if isinstance(scalars.step, float):
+        check_number("step", scalars.step)
     return scalars
 
 

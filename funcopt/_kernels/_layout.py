@@ -65,7 +65,7 @@ class Layout(NamedTuple):
     batches: list[list[Batch]]  # for each device and dtype, how to move copies of its leaves
     batches_in_place: list[list[Batch]]  # and how to move the leaves themselves
     devices: list[torch.device]  # where leaves are
-    plans: dict[Any, Any]  # what was decided before, for those who decide by it
+    plans: dict[tuple[str, bool], Any]  # what was decided before, by kernel and whether in place
     plain: bool  # no tensor is of a subclass that overrides operators
     ready: bool  # every tensor is contiguous, and no view that conjugates or negates when read
     real: bool  # none is complex

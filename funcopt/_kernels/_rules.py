@@ -57,7 +57,7 @@ def _step_stacked(
         if lead > 1:
             scalars = _aligned(scalars, lead)
         stacked = [
-            leaf if dim == 0 else _leaf_to_front(leaf, dim, size)
+            _leaf_to_front(leaf, dim, size)
             for leaf, dim in zip(operands[6:], dims[6:], strict=True)
         ]
         transformed = _transforms.transformed()
@@ -147,6 +147,8 @@ def _aligned(scalars: Scalars, lead: int) -> Scalars:
 
 
 def _leaf_to_front(leaf: Tensor, dim: int | None, size: int) -> Tensor:
+    if dim == 0:
+        return leaf
     return leaf.expand(size, *leaf.shape) if dim is None else leaf.movedim(dim, 0)
 
 

@@ -16,6 +16,7 @@ float64 the bits are the same.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from .. import _transforms
 from .._types import Number
-from ._operands import Leaves, Moved, Scalars, Variant, compute_dtype, fit, for_each
+from ._operands import Leaves, Moved, Scalars, Variant, compute_dtype, fit, for_each, write, written
 
 __all__ = ["Corrections", "Gains", "double", "new_moments", "refusal", "root", "step", "step_"]
 
@@ -71,8 +72,15 @@ def step(leaves: Leaves, scalars: Scalars | list[Scalars], variant: Variant) -> 
     return moved
 
 
-def step_(leaves: Leaves, scalars: Scalars | list[Scalars], variant: Variant) -> None:
+def step_(leaves: Leaves, scalars: Scalars, variant: Variant) -> None:
     """Move the leaves in place, with the same numbers, where nobody may follow the operators."""
+    if not _transforms.all_plain(chain.from_iterable(leaves)):
+        # A subclass may lack operators in place, or return copies of what it holds.
+        moved = step(leaves, scalars, variant)
+        for olds, news in zip(written(leaves), moved, strict=True):
+            for old, new in zip(olds, news, strict=True):
+                write(old, new)
+        return
     for index, (column, fitted) in enumerate(_each(leaves, scalars)):
         _step_one_(column, fitted, variant)
         own = [tensors[index] for tensors in leaves if tensors]
@@ -164,7 +172,7 @@ def _step_one_(column: list[Tensor], fitted: _Fitted, variant: Variant) -> None:
         exp_avg_sq.addcmul_(grad, grad, value=gain2)
     for largest in maxima:
         largest.copy_(torch.maximum(largest, exp_avg_sq))
-    denominator = (maxima[0] if maxima else exp_avg_sq).sqrt()
+    denominator = root(maxima[0] if maxima else exp_avg_sq)
     denominator.div_(fitted.correction2_root).add_(fitted.eps)
     param.mul_(fitted.decay)
     if isinstance(fitted.descent, Tensor):

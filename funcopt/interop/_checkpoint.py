@@ -33,7 +33,7 @@ def to_state_dict(state: Tree) -> dict[str, Tensor]:
 
     A key is the Python expression that reaches the tensor from `state`, such as
     `state.exp_avg['0.weight']`, so that no two keys of a tree, be they strings with dots or
-    integers, can be taken for each other. A complex tensor is stored as pairs of real numbers,
+    integers, can be taken for each other; other keys appear as they print. A complex tensor is stored as pairs of real numbers,
     which every format knows, under `torch.view_as_real(state.exp_avg['w'])`. The entry
     `funcopt.format` is the version of this format: now 1.
 
@@ -68,6 +68,9 @@ def to_state_dict(state: Tree) -> dict[str, Tensor]:
 
 def from_state_dict(template: StateT, d: Mapping[str, Tensor], *, strict: bool = True) -> StateT:
     """Return the state that `to_state_dict` turned into a dict, in fresh memory.
+
+    No leaf requires a gradient: of parameters, call `requires_grad_()` on those that are trained by
+    `loss.backward()`.
 
     To resume with `torch.distributed.checkpoint`, load into the dict of a new state, whose tensors
     it writes over: `d = to_state_dict(opt.init(params))`, `load(d, ...)`, and then this. Note that
@@ -166,7 +169,9 @@ def _check_version(d: Mapping[str, Any]) -> None:
             f"torch.optim.AdamW is read by from_torch()."
         )
     version = d[_FORMAT]
-    value = version.item() if isinstance(version, Tensor) and version.numel() == 1 else version
+    if isinstance(version, Tensor) and version.is_meta:
+        raise ValueError("the dict is on the meta device, where it holds no values.")
+    value = version.tolist() if isinstance(version, Tensor) else version
     if value != _VERSION:
         raise ValueError(
             f"{_FORMAT} is {value}: this version of funcopt reads {_VERSION}. A newer one may read "

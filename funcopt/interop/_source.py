@@ -43,14 +43,20 @@ def read(source: Any) -> Source:
     if isinstance(source, torch.optim.Optimizer):
         group, state = _only(source.param_groups), source.state
         tensors = list(group["params"])
-    elif isinstance(source, Mapping) and {"state", "param_groups"} <= source.keys():
+    elif _is_state_dict(source):
         group, state, tensors = _only(source["param_groups"]), source["state"], None
     else:
         raise TypeError(
             f"the source is of type {type(source).__name__}: it must be a torch.optim.AdamW or its "
-            f"state_dict(), with the keys 'state' and 'param_groups'."
+            f"state_dict(), with a dict under 'state' and a list of dicts under 'param_groups'."
         )
     _check_is_adamw(group)
+    if tensors is not None and not isinstance(source, torch.optim.Adam | torch.optim.AdamW):
+        # One around an AdamW, as ZeroRedundancyOptimizer is, shows its groups and not its state.
+        raise ValueError(
+            f"the source is a {type(source).__name__}, which may keep its state elsewhere. Give "
+            f"the torch.optim.AdamW itself, or the (consolidated) state_dict()."
+        )
     known = list(group["params"])
     listed = set(known)  # tensors among them are told apart by identity
     extra = [key for key in state if key not in listed]
@@ -69,6 +75,15 @@ def read(source: Any) -> Source:
         )
     entries = [state.get(own, {}) for own in known]
     return Source(group, entries, None if names is None else list(names), tensors)
+
+
+def _is_state_dict(source: Any) -> bool:
+    return (
+        isinstance(source, Mapping)
+        and isinstance(source.get("state"), Mapping)
+        and isinstance(source.get("param_groups"), list | tuple)
+        and all(isinstance(group, Mapping) for group in source["param_groups"])
+    )
 
 
 def _only(groups: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:

@@ -33,8 +33,8 @@ def from_torch(
     """Take over a run of `torch.optim.AdamW`: return the optimizer and its state.
 
     Going on with them gives the bits that torch would have, in float32 and float64, and for complex
-    leaves, unless the source is capturable (and not fused) or differentiable or has a tensor in
-    float32 as a hyperparameter: its bias corrections are then computed in float32, funcopt's in
+    leaves, unless the source is capturable (and not fused) or differentiable or has a tensor for a
+    hyperparameter: it then computes some of its numbers in another order or in float32, funcopt in
     float64.
 
     Parameters and state are matched by identity if `params` has the tensors of the optimizer
@@ -48,7 +48,8 @@ def from_torch(
     flags are None, torch takes foreach if all parameters are on CUDA, and lr is no tensor, and
     plain elsewhere; so does this. Tensors among the hyperparameters stay tensors, and
     `differentiable=False` becomes None, the default. A scheduler is no part of the optimizer: lr is
-    what it is at the moment.
+    what it is at the moment. A parameter without an entry in the source's state is one that never
+    had a gradient: torch writes none for it.
 
     Args:
         source: The optimizer, or what its `state_dict()` gave. It is not changed, and nothing that
@@ -61,7 +62,8 @@ def from_torch(
     Raises:
         TypeError: If the source is neither, or a hyperparameter or leaf is of the wrong type.
         ValueError: If the source is no AdamW (Adam, say), or has several param groups; if a
-            parameter is missing, extra or of another shape or dtype, or the order is not certain;
+            parameter is missing, extra, on the meta device, or of another shape or dtype, or the
+            order is not certain;
             if its state is incomplete; or if counts differ and `step_per_leaf` is False.
 
     Example:
@@ -81,6 +83,11 @@ def from_torch(
     amsgrad = theirs.options["amsgrad"]
     path = partial(_tree.path, structure, "params")
     for index, (leaf, entry) in enumerate(zip(leaves, entries, strict=True)):
+        if leaf.is_meta:
+            raise ValueError(
+                f"{path(index)} is on the meta device, where its moments would hold no values. "
+                f"Give the parameters where they are to be trained."
+            )
         _check_entry(entry, leaf, amsgrad, path, index)
     counts = [_count(entry, path, index) for index, entry in enumerate(entries)]
     uneven = len(set(counts)) > 1
@@ -141,10 +148,10 @@ def _count(entry: Mapping[str, Any], path: Callable[[int], str], index: int) -> 
 
 
 def _optimizer(options: Mapping[str, Any], leaves: list[Tensor], step_per_leaf: bool) -> AdamW:
-    beta1, beta2 = options["betas"]
+    betas = options["betas"]
     return AdamW(
         lr=_own(options["lr"]),
-        betas=(_own(beta1), _own(beta2)),
+        betas=tuple(map(_own, betas)) if isinstance(betas, tuple | list) else betas,
         eps=_own(options["eps"]),
         weight_decay=_own(options["weight_decay"]),
         amsgrad=options["amsgrad"],
@@ -157,7 +164,9 @@ def _optimizer(options: Mapping[str, Any], leaves: list[Tensor], step_per_leaf: 
 
 def _own(number: Any) -> Any:
     """Return a copy of a tensor, which in torch may have one dimension; and a number as it is."""
-    return number.detach().clone().reshape(()) if isinstance(number, Tensor) else number
+    if not isinstance(number, Tensor):
+        return number
+    return number.detach().clone().reshape(() if number.numel() == 1 else number.shape)
 
 
 def _kernel(options: Mapping[str, Any], leaves: list[Tensor]) -> str:
@@ -176,10 +185,16 @@ def to_torch(opt: AdamW, state: AdamWState, params: Tree) -> dict[str, Any]:
     """Hand a run over to torch: return a state dict that `torch.optim.AdamW` loads.
 
     Going on there gives the bits that `update` would have, in float32 and float64, for the same
-    kernel; but without `step_per_leaf` only while every leaf has a gradient, since torch counts the
-    updates of each parameter. `load_state_dict` takes the options from the dict too, the kernel
-    among them. `"auto"` and `"triton"` are handed over as `fused=True`, which is what `"auto"` runs
-    on the CPU, or with both flags False if a leaf is complex, which torch's fused kernel refuses.
+    kernel and unless `differentiable` is True; but without `step_per_leaf` only while every leaf
+    has a gradient, since torch counts the updates of each parameter. `load_state_dict` takes the
+    options from the dict too, the kernel among them. `"auto"` and `"triton"` are handed over as
+    `fused=True`, which is what `"auto"` runs on the CPU. Where torch's fused kernel refuses, they
+    become both flags False, and the results of all leaves differ by rounding: if a leaf is complex,
+    `differentiable` is True, or a count is 2**24 or more.
+
+    A scheduler that keeps numbers of its own in the param group, as OneCycleLR does, loses them
+    when the dict is loaded, since they are no part of an AdamW. Keep them by adding what lacks:
+    `d["param_groups"][0] = {**theirs.param_groups[0], **d["param_groups"][0]}` before.
 
     torch loads by order, not by name: the parameters of its optimizer must come in the order of
     `params`, where that of a dict is the order in which it was filled, `model.parameters()`'s own
@@ -194,8 +209,9 @@ def to_torch(opt: AdamW, state: AdamWState, params: Tree) -> dict[str, Any]:
     Raises:
         TypeError: If `opt` or `state` is not AdamW's.
         ValueError: If a hyperparameter is a schedule or stacked, if state and parameters do not
-            match, if two leaves have one name, or if torch's fused kernel, asked for by name,
-            cannot go on: it refuses complex leaves and `differentiable`, and counts to 2**24.
+            match, if two leaves have one name, or if torch's kernel of the name that was asked for
+            cannot go on: fused refuses complex leaves and counts to 2**24, and neither it nor
+            foreach serves `differentiable`.
 
     Example:
         >>> import torch, funcopt
@@ -210,7 +226,7 @@ def to_torch(opt: AdamW, state: AdamWState, params: Tree) -> dict[str, Any]:
     """
     if not isinstance(opt, AdamW) or not isinstance(state, AdamWState):
         raise TypeError(
-            f"got a {type(opt).__name__} and a {type(state).__name__}: torch.optim.AdamW can go on "
+            f"got {type(opt).__name__} and {type(state).__name__}: torch.optim.AdamW can go on "
             f"from an AdamW and its AdamWState. The order is to_torch(opt, state, params)."
         )
     leaves, structure = flatten_params(params)
@@ -237,8 +253,9 @@ def to_torch(opt: AdamW, state: AdamWState, params: Tree) -> dict[str, Any]:
         "differentiable": opt.differentiable is True,
         "decoupled_weight_decay": True,
         "params": list(range(len(order))),
-        "param_names": [names[index] for index in order],
     }
+    if not all(name.isdigit() or not name for name in names):  # of a list, or a tensor alone
+        group["param_names"] = [names[index] for index in order]
     return {"state": entries, "param_groups": [group]}
 
 
@@ -250,9 +267,10 @@ def _flags(opt: AdamW, leaves: list[Tensor], count: float) -> dict[str, bool]:
         "a count is 2**24 or more": count >= _FLOAT32_STOPS,
     }
     refused = next((reason for reason, holds in refusals.items() if holds), None)
-    if opt.kernel == "fused" and refused is not None:
+    of_foreach = opt.kernel == "foreach" and opt.differentiable is True
+    if of_foreach or (opt.kernel == "fused" and refused is not None):
         raise ValueError(
-            f"{refused}, which torch's fused kernel does not serve. Hand over "
+            f"{refused}, which torch's {opt.kernel} kernel does not serve. Hand over "
             f"dataclasses.replace(opt, kernel='plain'), whose results differ by rounding."
         )
     fused = opt.kernel in ("auto", "triton", "fused") and refused is None

@@ -119,7 +119,18 @@ def two_groups(saved, group, **options):
     group["params"], saved["param_groups"][1]["params"] = [0], [1]
 
 
+class Around(torch.optim.Optimizer):
+    """Shows the param groups of an AdamW, and not its state."""
+
+    def __init__(self) -> None:
+        self.inner = of(torch.optim.AdamW)()
+        super().__init__(self.inner.param_groups, self.inner.defaults)
+
+
 REFUSED = {
+    "around an AdamW": (Around, "is a Around, which may keep its state elsewhere"),
+    "a state that is a list": (edit(lambda s, g: s.update(state=[1])), "a dict under 'state'"),
+    "betas that are no pair": (edit(lambda s, g: g.update(betas=[0.9])), "must be a pair"),
     "no entry": (edit(lambda s, g: g["params"].append(2)), "3 parameters and 2 names"),
     "unlisted": (edit(lambda s, g: s["state"].update({5: {}})), "state for 5, which its param"),
     "Adam": (of(torch.optim.Adam), "the source says False, as torch.optim.Adam does"),

@@ -324,6 +324,12 @@ NOT_HANDED = {
     "stacked": (AdamW(lr=torch.ones(3)), SQUARES, None, r"lr has shape \(3,\)"),
     "complex": (AdamW(kernel="fused"), COMPLEX, None, "a leaf is complex, which torch's fused"),
     "recorded": (AdamW(kernel="fused", differentiable=True), SQUARES, None, "differentiable is"),
+    "recorded list": (
+        AdamW(kernel="foreach", differentiable=True),
+        SQUARES,
+        None,
+        "differentiable is True, which torch's foreach",
+    ),
     "far": (AdamW(kernel="fused"), SQUARES, huge, "a count is 2"),
     "named alike": (AdamW(), {"a.b": FIRST, "a": {"b": FIRST + 1}}, None, "both named 'a.b'"),
     "another's state": (
@@ -338,7 +344,7 @@ NOT_HANDED = {
         lambda opt: AdamW().init(SQUARES),
         "max_exp_avg_sq is empty",
     ),
-    "no state": (AdamW(), SQUARES, lambda opt: SQUARES, "got a AdamW and a dict"),
+    "no state": (AdamW(), SQUARES, lambda opt: SQUARES, "got AdamW and dict"),
 }
 
 
@@ -348,6 +354,20 @@ def test_what_torch_cannot_go_on_from_is_refused(name):
     state = (state_of or type(opt).init.__get__(opt))(params if state_of is None else opt)
     with pytest.raises((ValueError, TypeError), match=message):
         to_torch(opt, state, params)
+
+
+def test_moments_on_the_meta_device_are_refused_and_not_lost():
+    theirs = torch_optimizer(SQUARES)
+    nowhere = {name: leaf.to("meta") for name, leaf in SQUARES.items()}
+    with pytest.raises(ValueError, match=r"params\['first'\] is on the meta device"):
+        from_torch(theirs.state_dict(), nowhere)
+
+
+def test_a_list_has_no_names_to_hand_over():
+    params = list(SQUARES.values())
+    opt = AdamW()
+    (group,) = to_torch(opt, opt.init(params), params)["param_groups"]
+    assert "param_names" not in group
 
 
 def test_a_state_dict_goes_through_a_file_that_is_loaded_with_weights_only():

@@ -60,6 +60,13 @@ def test_another_class_is_put_back_too(table):
     table[ADAMW] = found
 
 
+def test_a_with_leaves_what_a_later_call_did(table):
+    with torchscript.register():
+        torchscript.unregister()
+        torchscript.register()
+    assert table[ADAMW] is FunctionalAdamW
+
+
 def test_a_class_that_came_later_stays(table):
     found = table[ADAMW]
     other = type("Other", (), {})

@@ -1,5 +1,7 @@
 """Many threads at one optimizer, which TorchScript runs without Python's lock."""
 
+import os
+import signal
 import threading
 import time
 
@@ -88,6 +90,42 @@ def test_no_step_on_a_shared_parameter_is_lost(form, shared):
     in_threads(work)
     assert torch.equal(param, torch.full((1000,), -40.0 * THREADS))
     assert sum(each.state()[param]["step"] for each in made) == 40 * THREADS
+
+
+def test_a_step_that_was_interrupted_keeps_nobody_waiting():
+    param = torch.ones(3)
+    made = trainer("unscripted", [param])
+    torch.ops.funcopt.begin_step()  # and Ctrl-C before its end
+    made.step([torch.ones(3)])
+    other = threading.Thread(target=made.step, args=([torch.ones(3)],), daemon=True)
+    other.start()
+    other.join(timeout=60)
+    assert made.state()[param]["step"] == 2
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_child_does_not_wait_for_a_thread_that_it_does_not_have():
+    holds, go_on = threading.Event(), threading.Event()
+
+    def step():
+        torch.ops.funcopt.begin_step()
+        holds.set()
+        go_on.wait(60)
+        torch.ops.funcopt.end_step()
+
+    thread = threading.Thread(target=step, daemon=True)
+    thread.start()
+    holds.wait(60)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(30)  # which ends a child that waits
+        torch.ops.funcopt.begin_step()
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    go_on.set()
+    thread.join()
+    assert status == 0
 
 
 @pytest.mark.parametrize("form", FORMS)
