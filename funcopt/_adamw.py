@@ -310,7 +310,7 @@ class AdamW:
         """The numbers of this update, for each count of updates, before it and after."""
         given: tuple[Any, ...] = (self.lr, *self.betas, self.eps, self.weight_decay)
         if _FLOAT.issuperset(map(type, given)):
-            if not _FLOAT.issuperset(map(type, news)):
+            if len(news) == 1 or not _FLOAT.issuperset(map(type, news)):
                 return [Scalars(_detached(new), *given) for new in news]
             shared = {new: Scalars(new, *given) for new in dict.fromkeys(news)}
             return [shared[new] for new in news]

@@ -33,9 +33,10 @@ def to_state_dict(state: Tree) -> dict[str, Tensor]:
 
     A key is the Python expression that reaches the tensor from `state`, such as
     `state.exp_avg['0.weight']`, so that no two keys of a tree, be they strings with dots or
-    integers, can be taken for each other; other keys appear as they print. A complex tensor is stored as pairs of real numbers,
-    which every format knows, under `torch.view_as_real(state.exp_avg['w'])`. The entry
-    `funcopt.format` is the version of this format: now 1.
+    integers, can be taken for each other; other keys appear as they print. A complex tensor is
+    stored as pairs of real numbers, which every format knows, under
+    `torch.view_as_real(state.exp_avg['w'])`. The entry `funcopt.format` is the version of this
+    format: now 1.
 
     A tensor that is contiguous and has a storage to itself is given as it is, not as a copy: it
     goes on to change if `update_` writes into the state. Others are copied, since safetensors takes
