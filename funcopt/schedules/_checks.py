@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from itertools import pairwise
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -15,10 +14,10 @@ from .._types import Number
 __all__ = [
     "check_choice",
     "check_numbers",
-    "check_order",
     "check_pieces",
     "check_step",
     "check_steps",
+    "check_together",
 ]
 
 
@@ -51,20 +50,27 @@ def check_steps(schedule: object, *names: str) -> None:
             object.__setattr__(schedule, name, tuple(kept))
 
 
-def check_order(low: Number, high: Number, message: str, *, apart: bool = False) -> None:
-    """Refuse a number that is above another one, or with `apart` as high, as far as they are known.
+def check_together(
+    numbers: Sequence[Number], holds: Callable[[], bool | Tensor], message: Callable[[], str]
+) -> None:
+    """Hold numbers against each other, if they can be read and are not stacked apart.
+
+    Args:
+        numbers: The numbers.
+        holds: Whether they go together, for each member if they are stacked.
+        message: What to say if not.
 
     Raises:
         ValueError: With this message.
     """
-    tensors = [number for number in (low, high) if isinstance(number, Tensor)]
+    tensors = [number for number in numbers if isinstance(number, Tensor)]
     if not all(map(readable, tensors)):
         return
     if len({tensor.shape for tensor in tensors if tensor.ndim}) > 1:
         return  # stacked for two vmaps, one within the other
-    holds = low < high if apart else low <= high
-    if not (bool(holds.all()) if isinstance(holds, Tensor) else holds):
-        raise ValueError(message)
+    held = holds()
+    if not (bool(held.all()) if isinstance(held, Tensor) else held):
+        raise ValueError(message())
 
 
 def check_pieces(schedule: object, name: str) -> None:
@@ -85,12 +91,20 @@ def check_pieces(schedule: object, name: str) -> None:
             f"{len(pieces)} {name} for {len(boundaries)} boundaries: there must be one more than "
             f"boundaries. The first is there from step 0, and needs none."
         )
-    for index, (low, high) in enumerate(pairwise(boundaries)):
-        message = (
-            f"boundaries[{index + 1}]={high}: must be above boundaries[{index}]={low}. Sort them, "
+    for index in range(1, len(boundaries)):
+        _check_ascent(boundaries, index, name)
+
+
+def _check_ascent(boundaries: tuple[Number, ...], index: int, name: str) -> None:
+    low, high = boundaries[index - 1 : index + 1]
+    check_together(
+        (low, high),
+        lambda: low < high,
+        lambda: (
+            f"boundaries[{index}]={high}: must be above boundaries[{index - 1}]={low}. Sort them, "
             f"with their {name}."
-        )
-        check_order(low, high, message, apart=True)
+        ),
+    )
 
 
 def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
@@ -104,7 +118,7 @@ def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
 
 
 def check_step(step: Number) -> None:
-    """Refuse a number that counts nothing. A tensor is not read: below 0 it is taken for 0."""
+    """Refuse a number that counts nothing. A tensor is not read."""
     if not isinstance(step, Tensor) and not 0 <= step < math.inf:
         raise ValueError(
             f"step={step}: must be finite and at least 0. A schedule is asked for the value after "

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from .._hyperparameters import check_flag
 from .._node import register_optimizer
 from .._types import Number
-from ._checks import check_numbers, check_order, check_steps
-from ._phases import by_step, choose, falling_power, linear, phases, wide
+from ._checks import check_numbers, check_steps, check_together
+from ._phases import by_step, choose, falling_power, floor, linear, phases, wide
 
 __all__ = ["Constant", "Exponential", "InverseSquareRoot", "Linear", "Polynomial"]
 
@@ -147,8 +147,8 @@ class Exponential:
     def __call__(self, step: Number) -> Number:
         """Return the value after so many updates."""
         step, start, rate, steps, end = wide(step, self.start, self.rate, self.steps, self.end)
-        times = choose(step > 0, step, 0.0) / steps
-        value = start * rate ** (times // 1 if self.staircase else times)
+        times = step / steps
+        value = start * rate ** (floor(times) if self.staircase else times)
         return choose(value > end, value, end)
 
 
@@ -178,8 +178,11 @@ class InverseSquareRoot:
         """Check every number."""
         check_numbers(self, "peak", "start")
         check_steps(self, "warmup_steps")
-        message = f"warmup_steps={self.warmup_steps}: must be above 0. Give it 1 for hardly any."
-        check_order(0.0, self.warmup_steps, message, apart=True)
+        check_together(
+            [self.warmup_steps],
+            lambda: self.warmup_steps > 0,
+            lambda: f"warmup_steps={self.warmup_steps}: must be above 0. Give it 1 for hardly any.",
+        )
 
     @by_step
     def __call__(self, step: Number) -> Number:

@@ -28,6 +28,7 @@ __all__ = [
     "choose",
     "cosine",
     "falling_power",
+    "floor",
     "linear",
     "phases",
     "wide",
@@ -101,9 +102,16 @@ def choose(condition: bool | Tensor, yes: Number, no: Number) -> Number:
     """Return one or the other; by element, in float64, where the condition is a tensor."""
     if not isinstance(condition, Tensor):
         return yes if condition else no
-    if not isinstance(yes, Tensor):
+    if isinstance(yes, Tensor):
+        yes = yes.to(torch.float64)
+    else:
         yes = torch.full((), yes, dtype=torch.float64, device=condition.device)
     return torch.where(condition, yes, no)
+
+
+def floor(number: Number) -> Number:
+    """Round down to a whole number."""
+    return torch.floor(number) if isinstance(number, Tensor) else float(math.floor(number))
 
 
 def _cos(angle: Number) -> Number:
@@ -130,17 +138,19 @@ def by_step(
 
     @functools.wraps(value_at)
     def called(schedule: ScheduleT, step: Number) -> Number:
-        check_step(step)
-        known = _read(step) if isinstance(step, Tensor) else step
-        return as_given(step, value_at(schedule, known))
+        return as_given(step, value_at(schedule, _known(step)))
 
     return called
 
 
-def _read(step: Tensor) -> Number:
-    if step.ndim > 0 or _transforms.tracing() or _transforms.watched():
-        return step
-    return value_of(step)
+def _known(step: Number) -> Number:
+    """Return a step as a number, if it is one or can be read, and checked; or as a tensor."""
+    if isinstance(step, Tensor) and not (
+        step.ndim or _transforms.tracing() or _transforms.watched()
+    ):
+        step = value_of(step)
+    check_step(step)
+    return choose(step >= 0, step, 0.0) if isinstance(step, Tensor) else step
 
 
 def as_given(step: Number, value: Number) -> Number:
@@ -148,5 +158,5 @@ def as_given(step: Number, value: Number) -> Number:
     if not isinstance(step, Tensor):
         return value
     if isinstance(value, Tensor):
-        return value.to(torch.float64).expand(torch.broadcast_shapes(value.shape, step.shape))
+        return value + torch.zeros_like(step, dtype=torch.float64)
     return torch.full_like(step, value, dtype=torch.float64)

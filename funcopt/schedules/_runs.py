@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from .._hyperparameters import check_flag
 from .._node import register_optimizer
 from .._types import Number
-from ._checks import check_choice, check_numbers, check_order, check_steps
+from ._checks import check_choice, check_numbers, check_steps, check_together
 from ._phases import SHAPES, by_step, cosine, linear, phases, wide
 
 __all__ = ["Cosine", "OneCycle", "WarmupStableDecay"]
@@ -48,11 +48,14 @@ class Cosine:
         """Check every number, and the warmup against the whole."""
         check_numbers(self, "peak", "start", "end", "power")
         check_steps(self, "steps", "warmup_steps")
-        message = (
-            f"warmup_steps={self.warmup_steps}: must be below steps={self.steps}, which counts the "
-            f"warmup too. Shorten the warmup, or lengthen the whole."
+        check_together(
+            (self.warmup_steps, self.steps),
+            lambda: self.warmup_steps < self.steps,
+            lambda: (
+                f"warmup_steps={self.warmup_steps}: must be below steps={self.steps}, which counts "
+                f"the warmup too. Shorten the warmup, or lengthen the whole."
+            ),
         )
-        check_order(self.warmup_steps, self.steps, message, apart=True)
 
     @by_step
     def __call__(self, step: Number) -> Number:
@@ -101,12 +104,15 @@ class WarmupStableDecay:
         check_numbers(self, "peak", "start", "end")
         check_steps(self, "steps", "warmup_steps", "decay_steps")
         check_choice("shape", self.shape, SHAPES)
-        both = self.warmup_steps + self.decay_steps
-        message = (
-            f"warmup_steps={self.warmup_steps} and decay_steps={self.decay_steps}: together at "
-            f"most steps={self.steps}, which counts them too. Shorten one, or lengthen the whole."
+        check_together(
+            (self.warmup_steps, self.decay_steps, self.steps),
+            lambda: self.warmup_steps + self.decay_steps <= self.steps,
+            lambda: (
+                f"warmup_steps={self.warmup_steps} and decay_steps={self.decay_steps}: together at "
+                f"most steps={self.steps}, which counts them too. Shorten one, or lengthen the "
+                f"whole."
+            ),
         )
-        check_order(both, self.steps, message)
 
     @by_step
     def __call__(self, step: Number) -> Number:
@@ -158,12 +164,23 @@ class OneCycle:
         check_steps(self, "steps")
         check_flag("three_phase", self.three_phase)
         check_choice("shape", self.shape, SHAPES)
-        rise = self.pct_start * self.steps
-        given = f"pct_start={self.pct_start}, steps={self.steps}"
-        check_order(1.0, rise, f"{given}: their product must be at least 1. Raise one of them.")
-        if self.three_phase:
-            rule = "rise and fall, which take as long, must end before the whole"
-            check_order(2 * rise - 1, self.steps, f"{given}: {rule}. Lower pct_start to a half.")
+        part = (self.pct_start, self.steps)
+        check_together(
+            part,
+            lambda: self.pct_start * self.steps >= 1,
+            lambda: (
+                f"pct_start={self.pct_start}, steps={self.steps}: their product must be at least "
+                f"1. Raise one of them."
+            ),
+        )
+        check_together(
+            part,
+            lambda: not self.three_phase or 2 * self.pct_start * self.steps - 1 <= self.steps,
+            lambda: (
+                f"pct_start={self.pct_start}, steps={self.steps}: rise and fall, which take as "
+                f"long, must end before the whole. Lower pct_start to a half."
+            ),
+        )
 
     @by_step
     def __call__(self, step: Number) -> Number:
