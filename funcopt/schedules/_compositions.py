@@ -6,13 +6,11 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
 from .._hyperparameters import normalize
 from .._node import register_optimizer
 from .._types import Number, Schedule
 from ._checks import check_choice, check_numbers, check_pieces, check_step
-from ._phases import SHAPES, as_given, by_step, choose, phases, wide
+from ._phases import SHAPES, as_given, by_step, choose, known, phases, wide
 
 __all__ = ["Decoupled", "Join", "Piecewise"]
 
@@ -89,19 +87,14 @@ class Join:
 
     def __call__(self, step: Number) -> Number:
         """Return the value after so many updates."""
-        check_step(step)
-        at, *boundaries = wide(step, *self.boundaries)
-        ends = (*boundaries, math.inf)
-        value = self.schedules[0](_within(at < ends[0], at))
-        for schedule, begin, end in zip(self.schedules[1:], boundaries, ends[1:], strict=True):
+        at, *boundaries = wide(known(step), *self.boundaries)
+        begins, ends = (0.0, *boundaries), (*boundaries, math.inf)
+        value: Number = 0.0
+        for schedule, begin, end in zip(self.schedules, begins, ends, strict=True):
             begun = at >= begin
-            value = choose(begun, schedule(_within(begun & (at < end), at - begin)), value)
+            elapsed: Any = as_given(step, choose(begun & (at < end), at - begin, 0.0))
+            value = choose(begun, schedule(elapsed), value)
         return as_given(step, value)
-
-
-def _within(phase: bool | Tensor, elapsed: Number) -> Any:
-    """The step that a schedule is asked for: 0 outside of its phase."""
-    return choose(phase, elapsed, 0.0)
 
 
 @register_optimizer

@@ -29,6 +29,7 @@ __all__ = [
     "cosine",
     "falling_power",
     "floor",
+    "known",
     "linear",
     "phases",
     "wide",
@@ -138,12 +139,12 @@ def by_step(
 
     @functools.wraps(value_at)
     def called(schedule: ScheduleT, step: Number) -> Number:
-        return as_given(step, value_at(schedule, _known(step)))
+        return as_given(step, value_at(schedule, known(step)))
 
     return called
 
 
-def _known(step: Number) -> Number:
+def known(step: Number) -> Number:
     """Return a step as a number, if it is one or can be read, and checked; or as a tensor."""
     if isinstance(step, Tensor) and not (
         step.ndim or _transforms.tracing() or _transforms.watched()

@@ -71,7 +71,7 @@ class Cosine:
 class WarmupStableDecay:
     """A linear warmup, a plateau, and a decay at the end.
 
-    From Hu et al., *MiniCPM* (2024). Hagele et al., *Scaling Laws and Compute-Optimal Training
+    From Hu et al., *MiniCPM* (2024). Hägele et al., *Scaling Laws and Compute-Optimal Training
     Beyond Fixed Training Durations* (2024), found best a decay by `"sqrt"`.
 
     Args:
