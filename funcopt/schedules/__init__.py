@@ -4,10 +4,12 @@ A schedule is a value, as an optimizer is: a frozen dataclass that shows its num
 them, and is a pytree whose leaves are those numbers that are tensors, to be mapped over or
 differentiated. It is called with the count of updates made so far, 0 at the first, and is pure in
 it. A Python number gives a Python number (a tensor, if the schedule holds one); a tensor of any
-shape and dtype gives a float64 tensor of its shape, element by element, in one graph and without
-reading it. Values lie at 0 or above, lengths are counts of updates or any numbers between, and
-where a phase has ended its last value stays, however far the count goes. All is differentiable, in
-the numbers and in the step, and finite; at a boundary the derivative is that of what follows.
+shape and dtype gives a float64 tensor of its shape, element by element: in one graph for all steps
+under a tracer, and on a GPU without waiting for it.
+
+Values lie at 0 or above, and lengths are counts of updates, or any numbers between. Where a phase
+has ended its last value stays, however far the count goes. All is differentiable, in the numbers
+and in the step, and finite; at a boundary the derivative is that of what follows.
 
 `AdamW(lr=...)` and `AdamW(weight_decay=...)` take a schedule, and so would a function of one's own.
 

@@ -100,12 +100,10 @@ def _progress(elapsed: Number, length: Number) -> Number:
 
 
 def choose(condition: bool | Tensor, yes: Number, no: Number) -> Number:
-    """Return one or the other; by element, in float64, where the condition is a tensor."""
+    """Return one or the other; by element, where the condition is a tensor."""
     if not isinstance(condition, Tensor):
         return yes if condition else no
-    if isinstance(yes, Tensor):
-        yes = yes.to(torch.float64)
-    else:
+    if not isinstance(yes, Tensor):  # of two numbers, where makes a float32
         yes = torch.full((), yes, dtype=torch.float64, device=condition.device)
     return torch.where(condition, yes, no)
 

@@ -191,8 +191,8 @@ def test_each_joined_schedule_counts_from_its_own_boundary_and_is_asked_for_noth
 def test_a_joined_function_may_return_a_number_or_a_tensor_of_any_dtype():
     joined = Join((lambda step: 0.1, lambda step: torch.tensor(0.5)), boundaries=(5,))
     for step, expected in ((0.0, 0.1), (5.0, 0.5)):
-        value = joined(f64(step))
-        assert (value.dtype, value.item()) == (torch.float64, expected)
+        for value in (joined(f64(step)), joined(f64([step]))):
+            assert (value.dtype, value.item()) == (torch.float64, expected)
 
 
 def test_decoupled_is_the_quotient_and_nothing_where_the_learning_rate_is_zero():
