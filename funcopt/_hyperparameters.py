@@ -13,9 +13,10 @@ from torch import Tensor
 from . import _transforms
 from ._types import Number
 
-__all__ = ["check_flag", "check_number", "check_zero_dim", "normalize"]
+__all__ = ["check_flag", "check_number", "check_zero_dim", "normalize", "readable"]
 
 _AT_LEAST_ZERO = "must be finite and at least 0", lambda value: 0.0 <= value < math.inf
+_ABOVE_ZERO = "must be finite and above 0", lambda value: 0.0 < value < math.inf
 _BELOW_ONE = "must be at least 0 and below 1", lambda value: 0.0 <= value < 1.0
 
 _RULES: dict[str, tuple[str, Callable[[float], bool]]] = {
@@ -25,12 +26,27 @@ _RULES: dict[str, tuple[str, Callable[[float], bool]]] = {
     "eps": _AT_LEAST_ZERO,
     "weight_decay": _AT_LEAST_ZERO,
     "step": ("must be finite and count the updates from 1", lambda value: 1.0 <= value < math.inf),
+    # Of schedules.
+    "value": _AT_LEAST_ZERO,
+    "start": _AT_LEAST_ZERO,
+    "peak": _AT_LEAST_ZERO,
+    "end": _AT_LEAST_ZERO,
+    "steps": _ABOVE_ZERO,
+    "warmup_steps": _AT_LEAST_ZERO,
+    "decay_steps": _AT_LEAST_ZERO,
+    "power": _ABOVE_ZERO,
+    "rate": ("must be above 0 and at most 1", lambda value: 0.0 < value <= 1.0),
+    "pct_start": ("must be above 0 and at most 1", lambda value: 0.0 < value <= 1.0),
+    "div_factor": _ABOVE_ZERO,
+    "final_div_factor": _ABOVE_ZERO,
+    "values": _AT_LEAST_ZERO,
+    "boundaries": _ABOVE_ZERO,
 }
 
 
 def check_number(name: str, value: float, source: str = "") -> float:
     """Return `value` if it is in the range of this hyperparameter; a NaN is in no range."""
-    rule, holds = _RULES[name]
+    rule, holds = _RULES.get(name) or _RULES[name.partition("[")[0]]
     if not holds(value):
         raise ValueError(f"{name}={value}{source}: {name} {rule}.")
     return value
@@ -80,16 +96,20 @@ def _check_tensor(name: str, value: Tensor, source: str) -> None:
         raise TypeError(f"{name} is a tensor of {value.dtype}: give it a floating-point dtype.")
     if value.layout is not torch.strided:
         raise TypeError(f"{name} is a tensor of layout {value.layout}: make it dense.")
-    readable = (
+    if not readable(value):
+        return
+    for element in value.detach().reshape(-1).tolist():
+        check_number(name, element, f"{source} in a tensor of shape {tuple(value.shape)}")
+
+
+def readable(value: Tensor) -> bool:
+    """Whether the elements of a tensor can be read at once, and are all that there is to it."""
+    return (
         value.device.type == "cpu"
         and _transforms.all_plain([value])
         and not _transforms.tracing()
         and not _transforms.transformed()
     )
-    if not readable:
-        return
-    for element in value.detach().reshape(-1).tolist():
-        check_number(name, element, f"{source} in a tensor of shape {tuple(value.shape)}")
 
 
 def check_zero_dim(name: str, value: Number) -> None:

@@ -1,0 +1,126 @@
+"""What the numbers of a schedule may be, and the messages that say so."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from .._hyperparameters import normalize, readable
+from .._types import Number
+
+__all__ = [
+    "check_choice",
+    "check_numbers",
+    "check_pieces",
+    "check_step",
+    "check_steps",
+    "check_together",
+]
+
+
+def check_numbers(schedule: object, *names: str) -> None:
+    """Check these fields, numbers or sequences of them, and keep them as floats and tensors.
+
+    Raises:
+        TypeError: If one is of another type.
+        ValueError: If one is out of its range.
+    """
+    for name in names:
+        value = getattr(schedule, name)
+        if isinstance(value, tuple | list):
+            kept: Any = tuple(normalize(f"{name}[{i}]", v) for i, v in enumerate(value))
+        else:
+            kept = normalize(name, value)
+        object.__setattr__(schedule, name, kept)
+
+
+def check_steps(schedule: object, *names: str) -> None:
+    """Check these fields as `check_numbers` does, and keep an integer as it is."""
+    for name in names:
+        given = getattr(schedule, name)
+        check_numbers(schedule, name)
+        if isinstance(given, int):
+            object.__setattr__(schedule, name, given)
+        elif isinstance(given, tuple | list):
+            checked = getattr(schedule, name)
+            kept = (g if isinstance(g, int) else c for g, c in zip(given, checked, strict=True))
+            object.__setattr__(schedule, name, tuple(kept))
+
+
+def check_together(
+    numbers: Sequence[Number], holds: Callable[[], bool | Tensor], message: Callable[[], str]
+) -> None:
+    """Hold numbers against each other, if they can be read and are not stacked apart.
+
+    Args:
+        numbers: The numbers.
+        holds: Whether they go together, for each member if they are stacked.
+        message: What to say if not.
+
+    Raises:
+        ValueError: With this message.
+    """
+    tensors = [number for number in numbers if isinstance(number, Tensor)]
+    if not all(map(readable, tensors)):
+        return
+    if len({tensor.shape for tensor in tensors if tensor.ndim}) > 1:
+        return  # stacked for two vmaps, one within the other
+    held = holds()
+    if not (bool(held.all()) if isinstance(held, Tensor) else held):
+        raise ValueError(message())
+
+
+def check_pieces(schedule: object, name: str) -> None:
+    """Check that boundaries lie between as many pieces, and ascend; keep both as tuples.
+
+    Raises:
+        TypeError: If one is no sequence.
+        ValueError: If they do not match, or a boundary comes too early.
+    """
+    for field in (name, "boundaries"):
+        if not isinstance(getattr(schedule, field), tuple | list):
+            raise TypeError(f"{field}={getattr(schedule, field)!r}: must be a tuple.")
+        object.__setattr__(schedule, field, tuple(getattr(schedule, field)))
+    check_steps(schedule, "boundaries")
+    pieces, boundaries = getattr(schedule, name), vars(schedule)["boundaries"]
+    if len(pieces) != len(boundaries) + 1:
+        raise ValueError(
+            f"{len(pieces)} {name} for {len(boundaries)} boundaries: there must be one more than "
+            f"boundaries. The first is there from step 0, and needs none."
+        )
+    for index in range(1, len(boundaries)):
+        _check_ascent(boundaries, index, name)
+
+
+def _check_ascent(boundaries: tuple[Number, ...], index: int, name: str) -> None:
+    low, high = boundaries[index - 1 : index + 1]
+    check_together(
+        (low, high),
+        lambda: low < high,
+        lambda: (
+            f"boundaries[{index}]={high}: must be above boundaries[{index - 1}]={low}. Sort them, "
+            f"with their {name}."
+        ),
+    )
+
+
+def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
+    """Refuse what is none of these names.
+
+    Raises:
+        ValueError: With the names there are.
+    """
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name}={value!r}: must be one of {', '.join(choices)}.")
+
+
+def check_step(step: Number) -> None:
+    """Refuse a number that counts nothing. A tensor is not read."""
+    if not isinstance(step, Tensor) and not 0 <= step < math.inf:
+        raise ValueError(
+            f"step={step}: must be finite and at least 0. A schedule is asked for the value after "
+            f"so many updates."
+        )
