@@ -81,8 +81,12 @@ def check_apart(
     grad_path: Callable[[int], str],
 ) -> None:
     """Refuse tensors that would be written over another one, or over a gradient still read."""
+    tensors = [*targets, *grads]
+    plain = _transforms.all_plain(tensors)
+    if plain and len(set(map(Tensor.data_ptr, tensors))) == len(tensors):
+        return
     check_distinct(targets, path, "one would be written over the other")
-    if not _transforms.all_plain([*grads, *targets]):  # fake tensors have no memory to share
+    if not plain:  # fake tensors have no memory to share
         return
     taken = {tensor.data_ptr() for tensor in targets if tensor.numel() > 0}
     for index, grad in enumerate(grads):

@@ -138,8 +138,8 @@ class Partition:
             return _transforms.uncompiled(self.update, grads, state, params)
         groups = self._groups(params)
         moved = {
-            label: update.opt.update(*update[1:])
-            for label, update in self._updates(groups, grads, state).items()
+            label: opt.update(*operands)
+            for label, (opt, *operands) in self._updates(groups, grads, state).items()
         }
         new_params = groups.rebuild([own for own, _ in moved.values()])
         return new_params, PartitionState({label: own for label, (_, own) in moved.items()})
@@ -150,8 +150,8 @@ class Partition:
         """Do the same as `update`, written into `params` and `state`, which are returned.
 
         Every group is checked before any is written. Where several groups have optimizers other
-        than `AdamW` and `Frozen`, all but the largest of these are for that purpose moved out of
-        place first, which takes memory of their size.
+        than `AdamW` and `Frozen`, all but the largest of these are moved out of place first for
+        that purpose, which takes memory of their size; a wrapper around the `Partition` costs none.
 
         Args:
             grads: The gradients, as for `update`.

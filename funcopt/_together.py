@@ -31,10 +31,11 @@ class Update(NamedTuple):
 def update_together_(updates: Mapping[str, Update]) -> None:
     """Do the updates in place, by label. If one of them is refused, nothing was written.
 
-    An optimizer checks everything before it writes, but its own leaves only. So those that can be
-    checked without being run, `AdamW` and `Frozen`, are. Of any others, all but the largest are
-    first done out of place, by `update`, which finds whatever is wrong; then the largest goes, as
-    the last that may still be refused; then the rest is written.
+    An optimizer checks everything before it writes, but its own leaves only. So one goes first, as
+    the last that may still be refused, and of the others each is made sure of before: `AdamW` and
+    `Frozen` can be checked without being run; any other is done out of place, by `update`, which
+    finds whatever is wrong, and its results are written in the end. The one that goes first is the
+    largest of those that would have to be done out of place, if there are any.
 
     Raises:
         Exception: Whatever `update_` of one of the optimizers raises.
@@ -42,40 +43,40 @@ def update_together_(updates: Mapping[str, Update]) -> None:
             any group.
     """
     check_unwatched()
-    if not _transforms.tracing():  # while operators are traced there is no memory yet
-        _check_groups_apart(updates)
-    sure = [label for label, update in updates.items() if _is_sure(update)]
-    unsure = [label for label in updates if label not in sure]
-    unsure.sort(key=lambda label: _elements(updates[label]))
-    moved = [_moved(label, updates[label]) for label in unsure[:-1]]
-    for label in [*unsure[-1:], *sure]:
-        update = updates[label]
-        update.opt.update_(*update[1:])
+    moving = {
+        label: update for label, update in updates.items() if not isinstance(update.opt, Frozen)
+    }
+    if len(moving) > 1 and not _transforms.tracing():  # when there is no memory yet
+        _check_groups_apart(updates, moving)
+    *others, first = sorted(updates, key=lambda label: _weight(updates[label]))
+    sure = [label for label in others if _is_sure(updates[label])]
+    moved = [_moved(label, updates[label]) for label in others if label not in sure]
+    for label in (first, *sure):
+        opt, *operands = updates[label]
+        opt.update_(*operands)
     with torch.no_grad():
         for olds, news in moved:
             for old, new in zip(olds, news, strict=True):
                 write(old, new)
 
 
-def _elements(update: Update) -> int:
-    return sum(leaf.numel() for leaf in update.params.values())
+def _weight(update: Update) -> tuple[int, int]:
+    """What it would take to make sure of an update."""
+    if isinstance(update.opt, Frozen):
+        return 0, 0
+    return 1 if type(update.opt) is AdamW else 2, sum(p.numel() for p in update.params.values())
 
 
-def _check_groups_apart(updates: Mapping[str, Update]) -> None:
+def _check_groups_apart(updates: Mapping[str, Update], moving: Mapping[str, Update]) -> None:
     """Refuse what no optimizer can see alone: memory that two of them share."""
-    moving = [update for update in updates.values() if not isinstance(update.opt, Frozen)]
-    params = {name: leaf for update in moving for name, leaf in update.params.items()}
+    params = {name: leaf for update in moving.values() for name, leaf in update.params.items()}
     grads = {
         name: grad
-        for update in moving
+        for update in moving.values()
         for name, grad in update.grads.items()
-        if isinstance(grad, Tensor)
+        if grad is not None
     }
-    states = {label: update.state for label, update in updates.items()}
-    moments, structure = _tree.flatten(states)
-    targets = [*params.values(), *moments]
-    if not all(isinstance(target, Tensor) for target in targets):
-        return  # which the optimizer that this belongs to will say
+    moments, structure = _tree.flatten({label: update.state for label, update in updates.items()})
     names, grad_names = list(params), list(grads)
 
     def path(index: int) -> str:
@@ -83,6 +84,7 @@ def _check_groups_apart(updates: Mapping[str, Update]) -> None:
             return f"params[{names[index]!r}]"
         return _tree.path(structure, "state.inner", index - len(names))
 
+    targets = [*params.values(), *moments]
     check_apart(targets, list(grads.values()), path, lambda index: f"grads[{grad_names[index]!r}]")
 
 
@@ -97,24 +99,26 @@ def _is_sure(update: Update) -> bool:
     counts = work.counts.after(work.active, work.watched)
     numbers = opt._numbers(work.counts.tensors, counts)
     check_inplace(work, numbers)
-    return _transforms.tracing() or _are_in_range(numbers)
+    # A kernel that was asked for by name may yet refuse numbers that it cannot read.
+    return _transforms.tracing() or _are_read_and_in_range(numbers) or opt.kernel == "auto"
 
 
-def _are_in_range(numbers: Iterable[Scalars]) -> bool:
-    """Whether all numbers can be read at no price; they are then in range, or refused."""
+def _are_read_and_in_range(numbers: Iterable[Scalars]) -> bool:
+    """Whether all numbers can be read at no price. One that can and is out of range is refused."""
+    all_read = True
     for own in numbers:
         for name, number in zip(Scalars._fields, own, strict=True):
-            if isinstance(number, Tensor) and not (
-                number.is_cpu and _transforms.all_plain([number])
-            ):
-                return False
-            check_number(PUBLIC_NAMES.get(name, name), float(number))
-    return True
+            if isinstance(number, float) or (number.is_cpu and _transforms.all_plain([number])):
+                check_number(PUBLIC_NAMES.get(name, name), float(number))
+            else:
+                all_read = False
+    return all_read
 
 
 def _moved(label: str, update: Update) -> tuple[list[Tensor], list[Tensor]]:
     """Return the tensors to be written, and what is to be written into them, checked."""
-    new_params, new_state = update.opt.update(*update[1:])
+    opt, *operands = update
+    new_params, new_state = opt.update(*operands)
     old, structure = _tree.flatten((update.params, update.state))
     new = _tree.pair((new_params, new_state), "state", structure).leaves
     changed = [index for index in range(len(old)) if new[index] is not old[index]]
