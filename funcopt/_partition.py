@@ -98,6 +98,9 @@ class Partition:
         object.__setattr__(self, "inner", dict(self.inner))
         check_labels(self.labels, self.inner)
 
+    def __hash__(self) -> int:
+        return hash(frozenset(self.inner.items()))  # neither dicts nor trees of labels have one
+
     def init(self, params: Tree) -> PartitionState:
         """Return the state before the first update: that of each optimizer for its own leaves.
 
@@ -108,6 +111,14 @@ class Partition:
             TypeError: If an optimizer refuses a leaf, or a label is no string.
             ValueError: If a leaf has no label, an unknown one, or two; if a label or a pattern has
                 no leaf; if two leaves have one name, or start at the same place in memory.
+
+        Example:
+            >>> import torch, funcopt
+            >>> inner = {"a": funcopt.AdamW(), "b": funcopt.Frozen()}
+            >>> opt = funcopt.Partition(inner, labels=["a", "b"])
+            >>> state = opt.init([torch.ones(2), torch.ones(3)])
+            >>> state.inner["a"].exp_avg, state.inner["b"]
+            ({'0': tensor([0., 0.])}, ())
         """
         groups = self._groups(params)
         own = groups.of(groups.leaves)
@@ -133,6 +144,15 @@ class Partition:
             TypeError: As `init`, and if `state` is not that of a `Partition`.
             ValueError: As `init`, and if trees do not match. Messages of the optimizers call leaves
                 by name: `grads['layers.0.weight']`.
+
+        Example:
+            >>> import torch, funcopt
+            >>> inner = {"a": funcopt.AdamW(lr=0.1), "b": funcopt.AdamW(lr=0.2)}
+            >>> opt = funcopt.Partition(inner, labels=lambda name, leaf: name[-1])
+            >>> params = {"w": {"a": torch.ones(2), "b": torch.ones(2)}}
+            >>> params, state = opt.update(params, opt.init(params), params)
+            >>> params
+            {'w': {'a': tensor([0.8990, 0.8990]), 'b': tensor([0.7980, 0.7980])}}
         """
         if too_many_to_compile(params):
             return _transforms.uncompiled(self.update, grads, state, params)
@@ -166,6 +186,17 @@ class Partition:
             TypeError: As `update`.
             ValueError: As `update`, and if a tensor to be written is expanded, or starts in memory
                 where another one or a gradient does.
+
+        Example:
+            >>> import torch, funcopt
+            >>> model = torch.nn.Linear(2, 1)
+            >>> params = dict(model.named_parameters())
+            >>> inner = {"body": funcopt.Frozen(), "head": funcopt.AdamW()}
+            >>> opt = funcopt.Partition(inner, labels={"weight": "body", "bias": "head"})
+            >>> state = opt.init(params)
+            >>> _ = opt.update_({"bias": torch.ones(1)}, state, params)
+            >>> state.inner["head"].exp_avg["bias"]
+            tensor([0.1000])
         """
         if too_many_to_compile(params):
             return _transforms.uncompiled(self.update_, grads, state, params)
