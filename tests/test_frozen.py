@@ -5,10 +5,10 @@ import torch
 from torch import nn
 from torch.func import grad, vmap
 
-from funcopt import Frozen
+from funcopt import AdamW, Frozen, Partition
 
 from .cases import assert_same_bits
-from .groups import two
+from .groups import Halved, two
 
 
 @pytest.mark.parametrize("method", ["update", "update_"])
@@ -55,3 +55,24 @@ def test_frozen_alone_gives_back_what_it_was_given_under_any_transform():
     assert_same_bits(moved, params)
     slope = grad(lambda p: opt.update(None, (), p)[0].sum())(params)
     assert_same_bits(slope, torch.ones(3, 2))
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_beside_several_groups_a_frozen_leaf_may_be_what_could_not_be_written(nested):
+    frozen = torch.ones(1).expand(2)
+    params = {"first": torch.randn(6), "second": torch.randn(3), "third": frozen}
+    inner = {"second": Halved(AdamW()), "third": Frozen()}
+    opt = Partition({"first": Halved(AdamW()), **inner}, lambda name, leaf: name)
+    if nested:
+        rest = Partition(inner, lambda name, leaf: name)
+        labels = {"first": "first", "second": "rest", "third": "rest"}
+        opt = Partition({"first": Halved(AdamW()), "rest": rest}, labels)
+    grads = {"first": torch.randn(6), "second": torch.randn(3), "third": params["second"][:2]}
+    if nested:
+        grads["third"] = None
+    expected, _ = opt.update(grads, opt.init(params), params)
+    version = frozen._version
+    opt.update_(grads, opt.init(params), params)
+    assert_same_bits(params, expected)
+    assert params["third"] is frozen
+    assert frozen._version == version
