@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain
 
@@ -14,7 +14,7 @@ from ._checks import are_apart, check_distinct
 from ._kernels import PUBLIC_NAMES, Layout, Scalars
 from ._work import Work
 
-__all__ = ["check_inplace"]
+__all__ = ["check_apart", "check_inplace", "check_unwatched", "check_writable"]
 
 
 def check_inplace(work: Work, numbers: Iterable[Scalars]) -> None:
@@ -26,11 +26,8 @@ def check_inplace(work: Work, numbers: Iterable[Scalars]) -> None:
         ValueError: If a tensor to be written is expanded, or starts where another one or a gradient
             does.
     """
-    if work.watched and (_transforms.transformed() or _transforms.forward_mode()):
-        raise RuntimeError(
-            "update_() writes in place, which a transform (vmap, grad, jvp, ...) cannot follow. "
-            "Use update()."
-        )
+    if work.watched:
+        check_unwatched()
     if work.layout is not None and _is_fine_at_a_glance(work, work.layout, numbers):
         return
     for name, tensor in _history(work, numbers):
@@ -40,8 +37,24 @@ def check_inplace(work: Work, numbers: Iterable[Scalars]) -> None:
         )
     if work.layout is not None:  # while operators are traced there is no memory yet
         for root, tensors in work.written().items():
-            _check_writable(tensors, partial(work.path, root))
-        _check_apart(work)
+            check_writable(tensors, partial(work.path, root))
+        columns = work.written()
+        places = [(root, index) for root, found in columns.items() for index in range(len(found))]
+        check_apart(
+            list(chain.from_iterable(columns.values())),
+            work.leaves.grads,
+            lambda position: work.path(*places[position]),
+            partial(work.path, "grads"),
+        )
+
+
+def check_unwatched() -> None:
+    """Refuse to write in place under a transform of `torch.func` or in forward mode."""
+    if _transforms.watched():
+        raise RuntimeError(
+            "update_() writes in place, which a transform (vmap, grad, jvp, ...) cannot follow. "
+            "Use update()."
+        )
 
 
 def _is_fine_at_a_glance(work: Work, layout: Layout, numbers: Iterable[Scalars]) -> bool:
@@ -61,25 +74,26 @@ def _is_fine_at_a_glance(work: Work, layout: Layout, numbers: Iterable[Scalars])
     )
 
 
-def _check_apart(work: Work) -> None:
+def check_apart(
+    targets: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    path: Callable[[int], str],
+    grad_path: Callable[[int], str],
+) -> None:
     """Refuse tensors that would be written over another one, or over a gradient still read."""
-    columns = work.written()
-    targets = list(chain.from_iterable(columns.values()))
-    grads = work.leaves.grads
-    places = [(root, index) for root, tensors in columns.items() for index in range(len(tensors))]
-    check_distinct(
-        targets,
-        lambda position: work.path(*places[position]),
-        "one would be written over the other",
-    )
-    if not _transforms.all_plain(grads + targets):  # fake tensors have no memory to share
+    tensors = [*targets, *grads]
+    plain = _transforms.all_plain(tensors)
+    if plain and are_apart(tensors):
+        return
+    check_distinct(targets, path, "one would be written over the other")
+    if not plain:  # fake tensors have no memory to share
         return
     taken = {tensor.data_ptr() for tensor in targets if tensor.numel() > 0}
     for index, grad in enumerate(grads):
         if grad.numel() > 0 and grad.data_ptr() in taken and not grad.is_meta:
             raise ValueError(
-                f"{work.path('grads', index)} shares its memory with a tensor that is to be "
-                f"written. Clone it, or use update()."
+                f"{grad_path(index)} shares its memory with a tensor that is to be written. Clone "
+                f"it, or use update()."
             )
 
 
@@ -97,7 +111,8 @@ def _history(work: Work, numbers: Iterable[Scalars]) -> Iterator[tuple[str, Tens
                 yield work.path(root, index), tensor
 
 
-def _check_writable(tensors: list[Tensor], path: Callable[[int], str]) -> None:
+def check_writable(tensors: Sequence[Tensor], path: Callable[[int], str]) -> None:
+    """Refuse tensors of inference mode outside of it, and those whose elements share memory."""
     if not torch.is_inference_mode_enabled() and any(map(Tensor.is_inference, tensors)):
         index = [tensor.is_inference() for tensor in tensors].index(True)
         raise RuntimeError(

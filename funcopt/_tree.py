@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import optree
@@ -257,7 +257,7 @@ class Paired(NamedTuple):
         return unflatten(self.structure, own)
 
 
-def pair(tree: Tree, root: str, structure: Structure) -> Paired:
+def pair(tree: Tree, root: str, structure: Structure, optional: Collection[int] = ()) -> Paired:
     """Pair the leaves of `tree` with those of the parameters, by key.
 
     Two dicts with the same keys in another order, or an OrderedDict and a dict, pair as one would
@@ -267,6 +267,7 @@ def pair(tree: Tree, root: str, structure: Structure) -> Paired:
         tree: The tree to pair.
         root: Its name in messages, such as `"grads"`.
         structure: The structure of the parameters.
+        optional: Leaves that may be missing, for which there is None then, and no way to rebuild.
 
     Returns:
         The leaves of `tree` in the order of the parameters' leaves.
@@ -279,11 +280,18 @@ def pair(tree: Tree, root: str, structure: Structure) -> Paired:
         return Paired(leaves, own, None)
     positions = {path: position for position, path in enumerate(paths(own, ""))}
     wanted = paths(structure, "")
-    paired = len(positions) == len(leaves) and positions.keys() == set(wanted)
+    absent = {wanted[index] for index in optional} - positions.keys()
+    paired = len(positions) == len(leaves) and positions.keys() | absent == set(wanted)
     if paired and not any("<flat index " in path for path in wanted):
-        order = [positions[path] for path in wanted]
-        return Paired([leaves[position] for position in order], own, order)
-    raise ValueError(_mismatch(root, list(positions), wanted))
+        order = [positions.get(path, -1) for path in wanted]
+        return Paired([leaves[i] if i >= 0 else None for i in order], own, order)
+    raise ValueError(_mismatch(root, list(positions), [p for p in wanted if p not in absent]))
+
+
+_REMEDIES = {
+    "grads": "Give each parameter one gradient under the same key, or None where it has none",
+    "labels": "Give each parameter one label under the same key; patterns are compiled: re.compile",
+}
 
 
 def _mismatch(root: str, found: list[str], wanted: list[str]) -> str:
@@ -297,11 +305,7 @@ def _mismatch(root: str, found: list[str], wanted: list[str]) -> str:
         parts.append(f"{_some(root, extra)} without a parameter of that path")
     if not parts:
         parts.append("leaves that cannot be told apart by their paths")
-    remedy = (
-        "Give each parameter one gradient under the same key, or None where it has none"
-        if root == "grads"
-        else "Make the state with init() from these parameters"
-    )
+    remedy = _REMEDIES.get(root, "Make the state with init() from these parameters")
     return f"{root} does not have the structure of params: {' and '.join(parts)}. {remedy}."
 
 

@@ -46,6 +46,10 @@ FLOORS = [
     "schedules._runs",
     "schedules._compositions",
     "schedules",
+    "_frozen",
+    "_labels",
+    "_together",
+    "_partition",
     "",
     "interop._source",
     "interop._torch_optim",
@@ -138,7 +142,7 @@ def test_the_core_does_without_what_stands_beside_it():
 
 
 def test_every_public_name_is_documented_with_an_example():
-    for name in ("AdamW", "Optimizer"):
+    for name in ("AdamW", "Frozen", "Optimizer", "Partition", "decay_label"):
         assert ">>>" in getattr(funcopt, name).__doc__, name
     for method in ("init", "update", "update_"):
         assert ">>>" in getattr(funcopt.AdamW, method).__doc__, method

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -43,16 +44,24 @@ def last(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> Step:
 
 
 def field(opt: Any, name: str) -> Any:
-    """Return a hyperparameter of an optimizer, or of the innermost that it wraps.
+    """Return a hyperparameter of an optimizer, or of the first one it wraps that has it.
 
     Raises:
         NotApplicable: If there is none of that name.
     """
-    while name not in _fields(opt):
-        if "inner" not in _fields(opt):
-            raise NotApplicable(f"it has no {name}")
-        opt = opt.inner
-    return getattr(opt, name)
+    if name in _fields(opt):
+        return getattr(opt, name)
+    for inner in _wrapped(opt).values():
+        with contextlib.suppress(NotApplicable):
+            return field(inner, name)
+    raise NotApplicable(f"it has no {name}")
+
+
+def _wrapped(opt: Any) -> dict[Any, Any]:
+    """The optimizers that an optimizer wraps: one, or several by their labels."""
+    if "inner" not in _fields(opt):
+        return {}
+    return opt.inner if isinstance(opt.inner, dict) else {None: opt.inner}
 
 
 def _fields(opt: Any) -> set[str]:
@@ -65,6 +74,8 @@ def _fields(opt: Any) -> set[str]:
 def replace(opt: Any, **values: Any) -> Any:
     """Return the optimizer with some hyperparameters replaced, its own or those of what it wraps.
 
+    Of several that it wraps, those are replaced in all that have them.
+
     Raises:
         NotApplicable: If it has none of that name, or is not a dataclass.
     """
@@ -73,9 +84,13 @@ def replace(opt: Any, **values: Any) -> Any:
     own = {name: value for name, value in values.items() if name in _fields(opt)}
     others = {name: value for name, value in values.items() if name not in own}
     if others:
-        if "inner" not in _fields(opt):
+        wrapped, replaced = _wrapped(opt), {}
+        for label, inner in wrapped.items():
+            with contextlib.suppress(NotApplicable):
+                replaced[label] = replace(inner, **others)
+        if not replaced:
             raise NotApplicable(f"it has no {', '.join(others)}")
-        own["inner"] = replace(field(opt, "inner"), **others)
+        own["inner"] = replaced[None] if None in wrapped else {**wrapped, **replaced}
     return dataclasses.replace(opt, **own)
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from funcopt import AdamW
+from funcopt import AdamW, Partition
 from funcopt.schedules import Cosine
 from funcopt.testing import laws
 from funcopt.testing._check import check_law
@@ -16,6 +16,7 @@ SUBJECTS = {
     "AdamW, tensors": AdamW(
         lr=torch.tensor(0.1, dtype=torch.float64), betas=(0.9, torch.tensor(0.99))
     ),
+    "Partition": Partition({"all": AdamW(lr=0.1)}, lambda name, leaf: "all"),
     "AdamW, a schedule": AdamW(lr=lambda step: 0.1 / (1 + step), kernel="foreach"),
     "AdamW, a warmup in tensors": AdamW(lr=Cosine(torch.tensor(0.1), steps=5, warmup_steps=2)),
 }

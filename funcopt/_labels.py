@@ -1,0 +1,199 @@
+"""Labels of leaves: a function, a tree or patterns say to which group each one belongs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+from torch import Tensor
+
+from . import _transforms, _tree
+from ._types import Tree
+
+__all__ = ["Labels", "check_labels", "decay_label", "label_leaves", "name_leaves"]
+
+Labels: TypeAlias = Callable[[str, Any], str] | Mapping[re.Pattern[str], str] | Tree
+"""A function `label(name, leaf)`, a dict from compiled pattern to label, or a tree of labels."""
+
+_EMBEDDING = re.compile(r"(?<![a-z])(embed|(emb|embs|wte|wpe)(?![a-z]))", re.IGNORECASE)
+
+# The most names in a message.
+_MOST = 5
+
+
+def decay_label(name: str, leaf: Tensor) -> str:
+    """Label a leaf `"decay"` or `"no_decay"`, by the usual rule of which leaves decay.
+
+    Leaves of less than two dimensions (biases, the scales of norms) do not, nor do embeddings,
+    which are told by their names: `embed`, `emb`, `wte` or `wpe` at the start of a word, as in
+    `token_embedding.weight`, `embed_tokens.weight` or `transformer.wte.weight`. That goes for
+    whatever has such a name, and for no embedding that has none: write a function of your own, with
+    this one inside, where that is not what you mean.
+
+    Args:
+        name: The leaf's keys joined by dots.
+        leaf: The leaf. Its first dimension must not be one of members: under vmap it is none, so
+            make the state of an ensemble by `vmap(init)`.
+
+    Example:
+        >>> import torch, funcopt
+        >>> opt = funcopt.Partition(
+        ...     {
+        ...         "decay": funcopt.AdamW(weight_decay=0.1),
+        ...         "no_decay": funcopt.AdamW(weight_decay=0.0),
+        ...     },
+        ...     labels=funcopt.decay_label,
+        ... )
+        >>> state = opt.init(dict(torch.nn.Linear(2, 1).named_parameters()))
+        >>> {label: list(inner.exp_avg) for label, inner in state.inner.items()}
+        {'decay': ['weight'], 'no_decay': ['bias']}
+    """
+    return "no_decay" if leaf.ndim < 2 or _EMBEDDING.search(name) else "decay"
+
+
+def check_labels(labels: Labels, known: Iterable[str]) -> None:
+    """Refuse what cannot be labels of any tree, as far as that can be told without one."""
+    if callable(labels):
+        return
+    given = list(labels.values()) if _are_patterns(labels) else _tree.flatten(labels)[0]
+    if isinstance(labels, dict) and any(isinstance(key, re.Pattern) for key in labels):
+        mixed = [key for key in labels if not isinstance(key, re.Pattern)]
+        if mixed:
+            raise TypeError(
+                f"labels has {mixed[0]!r} among its patterns: give it as re.compile({mixed[0]!r})."
+            )
+    for label in given:
+        _check_label(label, "labels", known)
+
+
+def name_leaves(structure: _tree.Structure) -> list[str]:
+    """Return for each leaf its keys joined by dots, by which labels and groups know it.
+
+    Raises:
+        ValueError: If two leaves have one name.
+    """
+    if _transforms.compiling():
+        return _names_apart(structure)
+    names = _names.get(structure)
+    if names is None:
+        if len(_names) >= _MOST_STRUCTURES:
+            _names.clear()
+        names = _names[structure] = _names_apart(structure)
+    return names
+
+
+# To walk through a tree takes longer than to move small leaves.
+_names: dict[_tree.Structure, list[str]] = {}
+_MOST_STRUCTURES = 256
+
+
+def _names_apart(structure: _tree.Structure) -> list[str]:
+    names = _tree.names(structure)
+    if len(set(names)) == len(names):
+        return names
+    first: dict[str, str] = {}
+    for name, path in zip(names, _tree.paths(structure, "params"), strict=True):
+        if name in first:
+            raise ValueError(
+                f"{path} and {first[name]} are both named {name!r}: rename a key, so that names "
+                f"tell leaves apart."
+            )
+        first[name] = path
+    return names
+
+
+def label_leaves(
+    labels: Labels,
+    known: Sequence[str],
+    names: Sequence[str],
+    leaves: Sequence[Any],
+    structure: _tree.Structure,
+) -> list[str]:
+    """Return the label of each leaf.
+
+    Args:
+        labels: How to tell.
+        known: The labels there are.
+        names: The names of the leaves.
+        leaves: The leaves.
+        structure: The structure of their tree.
+
+    Raises:
+        TypeError: If a label is no string.
+        ValueError: If a leaf has no label, an unknown one, or two; or a label or pattern no leaf.
+    """
+    if callable(labels):
+        found = [labels(name, leaf) for name, leaf in zip(names, leaves, strict=True)]
+    elif _are_patterns(labels):
+        found = _by_pattern(labels, names, structure)
+    else:
+        found = _tree.pair(labels, "labels", structure).leaves
+    for index, label in enumerate(found):
+        if type(label) is not str or label not in known:
+            _check_label(label, _tree.path(structure, "params", index), known)
+    for label in known:
+        if names and label not in found:
+            raise ValueError(
+                f"no leaf has the label {label!r}: each label must have a leaf, or one that is "
+                f"misspelt would go unnoticed. Correct labels, or leave its optimizer out. Leaves "
+                f"are named {_some(names)}."
+            )
+    return found
+
+
+def _are_patterns(labels: Any) -> bool:
+    return (
+        isinstance(labels, Mapping)
+        and len(labels) > 0
+        and all(isinstance(key, re.Pattern) for key in labels)
+    )
+
+
+def _by_pattern(
+    labels: Mapping[re.Pattern[str], str], names: Sequence[str], structure: _tree.Structure
+) -> list[str]:
+    unused = dict(labels)
+    found = []
+    for index, name in enumerate(names):
+        matching = {pattern: own for pattern, own in labels.items() if pattern.search(name)}
+        if len(set(matching.values())) != 1:
+            path = _tree.path(structure, "params", index)
+            if not matching:
+                raise ValueError(
+                    f"{path} has no label: no pattern is found in its name {name!r}. Add one that "
+                    f"is, with the label of a Frozen() if it is not to move, or give a function."
+                )
+            first, second, *_ = {own: pattern for pattern, own in matching.items()}.items()
+            raise ValueError(
+                f"{path} has two labels, {first[0]!r} by the pattern {first[1].pattern!r} and "
+                f"{second[0]!r} by {second[1].pattern!r}, both of which are found in its name "
+                f"{name!r}: it can have one. Narrow a pattern, or give a function."
+            )
+        found.append(next(iter(matching.values())))
+        for pattern in matching:
+            unused.pop(pattern, None)
+    if names and unused:
+        raise ValueError(
+            f"the pattern {next(iter(unused)).pattern!r} of labels is found in no name: one that "
+            f"is misspelt would go unnoticed. Correct it, or leave it out. Leaves are named "
+            f"{_some(names)}."
+        )
+    return found
+
+
+def _check_label(label: Any, owner: str, known: Iterable[str]) -> None:
+    there = ", ".join(map(repr, known))
+    if not isinstance(label, str):
+        kind = "no label" if label is None else f"a {type(label).__name__} for a label"
+        raise TypeError(f"{owner} has {kind}: each leaf needs one of {there}.")
+    if label not in known:
+        raise ValueError(
+            f"{owner} has the label {label!r}, for which there is no optimizer: there are {there}. "
+            f"Correct the label, or add an optimizer for it, such as Frozen()."
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(map(repr, names[:_MOST]))
+    return shown if len(names) <= _MOST else f"{shown}, ... ({len(names)} in all)"

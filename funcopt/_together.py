@@ -1,0 +1,141 @@
+"""Several optimizers in place, each on its own leaves: all of them move, or none does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _transforms, _tree
+from ._adamw import AdamW
+from ._frozen import Frozen
+from ._hyperparameters import check_number
+from ._inplace import check_apart, check_inplace, check_unwatched, check_writable
+from ._kernels import PUBLIC_NAMES, Scalars, write
+from ._types import Optimizer, Tree
+
+__all__ = ["Update", "update_together_"]
+
+
+class Update(NamedTuple):
+    """One update: the optimizer and what it takes."""
+
+    opt: Optimizer[Any]
+    grads: dict[str, Any]
+    state: Tree
+    params: dict[str, Any]
+
+
+def update_together_(updates: Mapping[str, Update]) -> None:
+    """Do the updates in place, by label. If one of them is refused, nothing was written.
+
+    An optimizer checks everything before it writes, but its own leaves only. So one goes first, as
+    the last that may still be refused, and of the others each is made sure of before: `AdamW` and
+    `Frozen` can be checked without being run; any other is done out of place, by `update`, which
+    finds whatever is wrong, and its results are written in the end. The one that goes first is the
+    largest of those that would have to be done out of place, if there are any.
+
+    Raises:
+        Exception: Whatever `update_` of one of the optimizers raises.
+        ValueError: If a tensor to be written shares its memory with another one, or a gradient, of
+            any group.
+    """
+    check_unwatched()
+    moving = {
+        label: update for label, update in updates.items() if not isinstance(update.opt, Frozen)
+    }
+    if len(moving) > 1 and not _transforms.tracing():  # when there is no memory yet
+        _check_groups_apart(updates, moving)
+    *others, first = sorted(updates, key=lambda label: _weight(updates[label]))
+    sure = [label for label in others if _is_sure(updates[label])]
+    moved = [_moved(label, updates[label]) for label in others if label not in sure]
+    for label in (first, *sure):
+        opt, *operands = updates[label]
+        opt.update_(*operands)
+    with torch.no_grad():
+        for olds, news in moved:
+            for old, new in zip(olds, news, strict=True):
+                write(old, new)
+
+
+def _weight(update: Update) -> tuple[int, int]:
+    """What it would take to make sure of an update."""
+    if isinstance(update.opt, Frozen):
+        return 0, 0
+    return 1 if type(update.opt) is AdamW else 2, sum(p.numel() for p in update.params.values())
+
+
+def _check_groups_apart(updates: Mapping[str, Update], moving: Mapping[str, Update]) -> None:
+    """Refuse what no optimizer can see alone: memory that two of them share."""
+    params = {name: leaf for update in moving.values() for name, leaf in update.params.items()}
+    grads = {
+        name: grad
+        for update in moving.values()
+        for name, grad in update.grads.items()
+        if grad is not None
+    }
+    moments, structure = _tree.flatten({label: update.state for label, update in updates.items()})
+    names, grad_names = list(params), list(grads)
+
+    def path(index: int) -> str:
+        if index < len(names):
+            return f"params[{names[index]!r}]"
+        return _tree.path(structure, "state.inner", index - len(names))
+
+    targets = [*params.values(), *moments]
+    check_apart(targets, list(grads.values()), path, lambda index: f"grads[{grad_names[index]!r}]")
+
+
+def _is_sure(update: Update) -> bool:
+    """Whether an update in place will go through, which was checked; raises if it will not."""
+    opt, grads, state, params = update
+    if isinstance(opt, Frozen):
+        return True
+    if type(opt) is not AdamW or not params:
+        return False
+    work = opt._gather(grads, state, params)
+    counts = work.counts.after(work.active, work.watched)
+    numbers = opt._numbers(work.counts.tensors, counts)
+    check_inplace(work, numbers)
+    # A kernel that was asked for by name may yet refuse numbers that it cannot read.
+    return _transforms.tracing() or _are_read_and_in_range(numbers) or opt.kernel == "auto"
+
+
+def _are_read_and_in_range(numbers: Iterable[Scalars]) -> bool:
+    """Whether all numbers can be read at no price. One that can and is out of range is refused."""
+    all_read = True
+    for own in numbers:
+        for name, number in zip(Scalars._fields, own, strict=True):
+            if isinstance(number, float) or (number.is_cpu and _transforms.all_plain([number])):
+                check_number(PUBLIC_NAMES.get(name, name), float(number))
+            else:
+                all_read = False
+    return all_read
+
+
+def _moved(label: str, update: Update) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the tensors to be written, and what is to be written into them, checked."""
+    opt, *operands = update
+    new_params, new_state = opt.update(*operands)
+    old, structure = _tree.flatten((update.params, update.state))
+    new = _tree.pair((new_params, new_state), "state", structure).leaves
+    changed = [index for index in range(len(old)) if new[index] is not old[index]]
+
+    def path(position: int) -> str:
+        inside = _tree.path(structure, "", changed[position])
+        root = "params" if inside.startswith("[0]") else f"state.inner[{label!r}]"
+        return root + inside[len("[0]") :]
+
+    olds, news = [old[index] for index in changed], [new[index] for index in changed]
+    for position, (own, moved) in enumerate(zip(olds, news, strict=True)):
+        if not own.is_leaf or not moved.is_leaf or (moved.requires_grad and not own.requires_grad):
+            raise RuntimeError(
+                f"{path(position)} has a history, its own or that of a gradient, a state tensor or "
+                f"a hyperparameter, which writing in place would lose. Use update(), or detach it "
+                f"if no derivative is wanted."
+            )
+    if not _transforms.tracing():
+        check_writable(olds, path)
+    return olds, news
