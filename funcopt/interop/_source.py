@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from .. import _tree
+from .._labels import name_leaves
 
-__all__ = ["Source", "name_leaves", "places", "read"]
+__all__ = ["Source", "places", "read"]
 
 # What a param group of AdamW has. Others of the family lack some of it: RAdam and NAdam know no
 # amsgrad. What is there beside it belongs to a scheduler.
@@ -176,25 +177,6 @@ def _in_order(count: int, structure: _tree.Structure) -> list[int]:
     for place, index in enumerate(_tree.insertion_order(structure)):
         order[index] = place
     return order
-
-
-def name_leaves(structure: _tree.Structure) -> list[str]:
-    """Return the names of the leaves: keys joined by dots.
-
-    Raises:
-        ValueError: If two have the same.
-    """
-    names = _tree.names(structure)
-    paths = _tree.paths(structure, "params")
-    first: dict[str, str] = {}
-    for name, path in zip(names, paths, strict=True):
-        if name in first:
-            raise ValueError(
-                f"{path} and {first[name]} are both named {name!r}: rename a key, so that names "
-                f"tell them apart."
-            )
-        first[name] = path
-    return names
 
 
 def _some(found: Sequence[Any]) -> str:

@@ -12,9 +12,10 @@ from torch import Tensor
 from .. import _tree
 from .._adamw import AdamW, AdamWState
 from .._hyperparameters import check_zero_dim
+from .._labels import name_leaves
 from .._types import Number, Schedule, Tree
 from .._work import flatten_params, gather
-from ._source import name_leaves, places, read
+from ._source import places, read
 
 __all__ = ["from_torch", "to_torch"]
 
