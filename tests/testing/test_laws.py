@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from funcopt import AdamW
+from funcopt import AdamW, Clip, ClipValue
 from funcopt.testing import laws
 from funcopt.testing._check import check_law
 
@@ -16,6 +16,10 @@ SUBJECTS = {
         lr=torch.tensor(0.1, dtype=torch.float64), betas=(0.9, torch.tensor(0.99))
     ),
     "AdamW, a schedule": AdamW(lr=lambda step: 0.1 / (1 + step), kernel="foreach"),
+    "Clip": Clip(AdamW(lr=0.1), max_norm=0.5),
+    "Clip, skipping": Clip(AdamW(lr=0.1, amsgrad=True), torch.tensor(2.0), nonfinite="skip"),
+    "Clip, largest element": Clip(AdamW(lr=0.1), max_norm=0.5, norm_type=float("inf")),
+    "ClipValue": ClipValue(AdamW(lr=0.1), max_value=0.5),
 }
 
 
