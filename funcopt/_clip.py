@@ -194,7 +194,8 @@ class Clip:
         if too_many_to_compile(params):
             return _transforms.uncompiled(self.update_, grads, state, params)
         gradients = self._gather(grads, state, params)
-        check_inplace({"max_norm": self.max_norm}, [("state.norm", state.norm)], gradients)
+        numbers = {"max_norm": self.max_norm}
+        check_inplace(numbers, [state.norm], lambda _: "state.norm", gradients)
         clipped, norm, moves = self._clip(gradients, state.norm)
         update_if_(moves, self.inner, clipped, state.inner, params)
         write(state.norm, norm)

@@ -137,7 +137,7 @@ class ClipValue:
         if too_many_to_compile(params):
             return _transforms.uncompiled(self.update_, grads, state, params)
         gradients = self._gather(grads, state, params)
-        check_inplace({"max_value": self.max_value}, [], gradients)
+        check_inplace({"max_value": self.max_value}, [], str, gradients)
         self.inner.update_(self._clip(gradients), state.inner, params)
         return params, state
 

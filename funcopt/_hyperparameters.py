@@ -30,6 +30,10 @@ _RULES: dict[str, tuple[str, Callable[[float], bool]]] = {
         "must be above 0 (infinity takes the largest)",
         lambda value: value > 0.0,
     ),
+    "every": (
+        "must be a whole number of at least 1",
+        lambda value: 1.0 <= value < math.inf and value == int(value),
+    ),
     "step": ("must be finite and count the updates from 1", lambda value: 1.0 <= value < math.inf),
 }
 

@@ -58,12 +58,6 @@ class Gradients(NamedTuple):
         leaves = [None if leaf is None else function(leaf) for leaf in self.paired.leaves]
         return self._replace(paired=self.paired._replace(leaves=leaves))
 
-    def named(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the gradients that there are, with their paths."""
-        for index, leaf in enumerate(self.paired.leaves):
-            if leaf is not None:
-                yield _tree.path(self.structure, "grads", index), leaf
-
 
 def gather_gradients(grads: Tree, params: Tree) -> Gradients:
     """Pair gradients with their parameters.
@@ -118,13 +112,17 @@ def check_scalar(name: str, value: object) -> None:
 
 
 def check_inplace(
-    numbers: Mapping[str, object], own: Iterable[tuple[str, Tensor]], gradients: Gradients
+    numbers: Mapping[str, object],
+    own: Sequence[Tensor],
+    path: Callable[[int], str],
+    gradients: Gradients,
 ) -> None:
     """Refuse to write a wrapper's own tensors where that would lose a derivative or memory.
 
     Args:
         numbers: Its hyperparameters, by name.
-        own: The tensors that it writes itself, with their paths.
+        own: The tensors that it writes itself.
+        path: Names tensor i of those.
         gradients: What it reads.
 
     Raises:
@@ -137,30 +135,39 @@ def check_inplace(
             "update_() writes in place, which a transform (vmap, grad, jvp, ...) cannot follow. "
             "Use update()."
         )
-    written = list(own)
-    hyperparameters = [(name, n) for name, n in numbers.items() if isinstance(n, Tensor)]
-    if any(grad.requires_grad for grad in gradients.tensors):
-        hyperparameters += gradients.named()
-    for name, tensor in [*hyperparameters, *written]:
-        if tensor.requires_grad:
-            raise RuntimeError(
-                f"{name} {'has a history' if tensor.grad_fn else 'requires a gradient'}, which "
-                f"writing in place would lose. Use update(), or detach it if no derivative is "
-                f"wanted."
-            )
-    tensors = [tensor for _, tensor in written]
-    if _transforms.tracing() or not _transforms.all_plain([*tensors, *gradients.tensors]):
+    for name, tensor in _historic(numbers, own, path, gradients):
+        raise RuntimeError(
+            f"{name} {'has a history' if tensor.grad_fn else 'requires a gradient'}, which writing "
+            f"in place would lose. Use update(), or detach it if no derivative is wanted."
+        )
+    if _transforms.tracing() or not _transforms.all_plain([*own, *gradients.tensors]):
         return  # there is no memory to share
-    taken = {grad.data_ptr() for grad in gradients.tensors if grad.numel() > 0}
-    for name, tensor in written:
-        if tensor.numel() == 0 or tensor.is_meta:
-            continue
-        if tensor.data_ptr() in taken:
+    taken = {grad.data_ptr() for grad in gradients.tensors}
+    for index, tensor in enumerate(own):
+        if tensor.numel() > 0 and tensor.data_ptr() in taken and not tensor.is_meta:
             raise ValueError(
-                f"{name} shares its memory with a gradient or with other state. Clone it, or use "
-                f"update()."
+                f"{path(index)} shares its memory with a gradient or with other state. Clone it, "
+                f"or use update()."
             )
         taken.add(tensor.data_ptr())
+
+
+def _historic(
+    numbers: Mapping[str, object],
+    own: Sequence[Tensor],
+    path: Callable[[int], str],
+    gradients: Gradients,
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield what would have its derivative lost, by name."""
+    for name, number in numbers.items():
+        if isinstance(number, Tensor) and number.requires_grad:
+            yield name, number
+    for index, tensor in enumerate(own):
+        if tensor.requires_grad:
+            yield path(index), tensor
+    for index, grad in enumerate(gradients.leaves):
+        if grad is not None and grad.requires_grad:
+            yield _tree.path(gradients.structure, "grads", index), grad
 
 
 def read(number: Tensor) -> float | None:

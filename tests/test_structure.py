@@ -43,6 +43,7 @@ FLOORS = [
     "_wrapping",
     "_clip",
     "_clip_value",
+    "_accumulate",
     "",
     "interop._source",
     "interop._torch_optim",

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from funcopt import AdamW, Clip, ClipValue
+from funcopt import Accumulate, AdamW, Clip, ClipValue
 from funcopt.testing import laws
 from funcopt.testing._check import check_law
 
@@ -19,6 +19,9 @@ SUBJECTS = {
     "Clip": Clip(AdamW(lr=0.1), max_norm=0.5),
     "Clip, skipping": Clip(AdamW(lr=0.1, amsgrad=True), torch.tensor(2.0), nonfinite="skip"),
     "Clip, largest element": Clip(AdamW(lr=0.1), max_norm=0.5, norm_type=float("inf")),
+    "Accumulate": Accumulate(AdamW(lr=0.1), every=2),
+    "Accumulate, of counts of each leaf": Accumulate(AdamW(step_per_leaf=True), torch.tensor(2.0)),
+    "Clip, of an Accumulate": Clip(Accumulate(AdamW(lr=0.1), 2), 0.5, nonfinite="skip"),
     "ClipValue": ClipValue(AdamW(lr=0.1), max_value=0.5),
 }
 
