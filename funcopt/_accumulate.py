@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from . import _transforms, _tree
+from . import _lists, _transforms, _tree
 from ._hyperparameters import check_zero_dim, normalize
 from ._kernels import write
 from ._kernels._operands import compute_dtype
@@ -218,7 +218,10 @@ class Accumulate:
                 mean = self._mean(work, sums, given, complete)
                 update_if_(complete, self.inner, mean, state.inner, params)
                 for old, new in zip(own, [*sums, given], strict=False):
-                    write(old, _zero_if(complete, new))
+                    if complete is True:
+                        old.zero_()
+                    else:
+                        write(old, _zero_if(complete, new))
             write(state.mini_step, _zero_if(complete, state.mini_step + 1))
         return params, state
 
@@ -240,9 +243,11 @@ class Accumulate:
             there = given.tolist()
         else:
             there = [grad is not None for grad in work.gradients.leaves]
+        # Who follows the operators may still need the sums; they are needed, too, unless complete.
+        in_place = complete is True and not _transforms.followed()
         return work.gradients.paired.rebuild(
             [
-                _mean_of(total, self.every).to(param.dtype) if own else None
+                _mean_of(total, self.every, in_place=in_place).to(param.dtype) if own else None
                 for total, param, own in zip(sums, work.gradients.params, there, strict=True)
             ]
         )
@@ -257,16 +262,20 @@ class _Work(NamedTuple):
 
     def sums(self) -> list[Tensor]:
         """Return the sums with the gradients added, in fresh memory."""
+        totals = self.acc_grads.leaves
+        added = iter(_lists.add(*self._added()))
         return [
-            total.clone() if grad is None else total + grad
-            for total, grad in zip(self.acc_grads.leaves, self.gradients.leaves, strict=True)
+            total.clone() if grad is None else next(added)
+            for total, grad in zip(totals, self.gradients.leaves, strict=True)
         ]
 
     def add_(self) -> None:
         """Add the gradients to the sums."""
-        for total, grad in zip(self.acc_grads.leaves, self.gradients.leaves, strict=True):
-            if grad is not None:
-                total.add_(grad)
+        _lists.add_(*self._added())
+
+    def _added(self) -> tuple[list[Tensor], list[Tensor]]:
+        pairs = zip(self.acc_grads.leaves, self.gradients.leaves, strict=True)
+        return [total for total, grad in pairs if grad is not None], self.gradients.tensors
 
     def given(self) -> Tensor:
         """Return which leaves had a gradient, in this call or before."""
@@ -306,10 +315,10 @@ def _gather(opt: Accumulate, grads: Tree, state: AccumulateState, params: Tree) 
     return work
 
 
-def _mean_of(total: Tensor, every: Number) -> Tensor:
+def _mean_of(total: Tensor, every: Number, *, in_place: bool) -> Tensor:
     if isinstance(every, Tensor):
-        every = every.to(device=total.device, dtype=total.real.dtype)
-    return total / every
+        every = _lists.fit(every, total)
+    return total.div_(every) if in_place else total / every
 
 
 def _zero_if(condition: bool | Tensor, tensor: Tensor) -> Tensor:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from . import _transforms
+from . import _lists, _transforms
 from ._hyperparameters import check_zero_dim, normalize
 from ._kernels import write
-from ._kernels._operands import compute_dtype
 from ._node import register_optimizer
 from ._types import Number, Optimizer, Tree
 from ._work import flatten_params, too_many_to_compile
@@ -214,12 +212,13 @@ class Clip:
         if isinstance(moves, Tensor):
             finite = moves
             # What is not finite must not meet a derivative, not even one that is multiplied by 0.
-            gradients = gradients.map(lambda g: torch.where(finite.to(g.device), g, 0))
+            given = gradients.tensors
+            gradients = gradients.replace([torch.where(finite.to(g.device), g, 0) for g in given])
             norm = _norm(gradients.tensors, self.norm_type, like)
         max_norm = self.max_norm.to(norm) if isinstance(self.max_norm, Tensor) else self.max_norm
         scale = (max_norm * (norm + _EPS).reciprocal()).clamp(max=1.0)
         if moves is not False and read(scale) != 1.0:
-            gradients = gradients.map(lambda g: _scaled(g, scale))
+            gradients = gradients.replace(_lists.scaled(gradients.tensors, scale))
         return gradients.tree, found, moves
 
     def _moves(self, norm: Tensor) -> bool | Tensor:
@@ -242,28 +241,9 @@ def _zero_norm(params: list[Tensor]) -> Tensor:
 
 def _norm(grads: list[Tensor], order: float, like: Tensor) -> Tensor:
     """Return the norm of all gradients, as that of their norms."""
-    norms = [
-        _leaf_norm(grad, order).to(device=like.device, dtype=like.dtype)
-        for grad in grads
-        if grad.numel() > 0
-    ]
-    return _vector_norm(torch.stack(norms), order) if norms else torch.zeros_like(like)
-
-
-def _leaf_norm(grad: Tensor, order: float) -> Tensor:
-    grad = grad.to(compute_dtype(grad.dtype))
-    if not grad.requires_grad and not _transforms.watched():
-        return _vector_norm(grad, order)
-    # At zero the second derivative is NaN: the first of a norm is 0 / 0 there, which torch sets to
-    # 0, but not its own derivative.
-    zero = (grad == 0).all()
-    return _vector_norm(grad.masked_fill(zero, 1.0), order).masked_fill(zero, 0.0)
-
-
-_vector_norm: Callable[[Tensor, float], Tensor] = torch.linalg.vector_norm
-
-
-def _scaled(grad: Tensor, scale: Tensor) -> Tensor:
-    wide = grad.to(compute_dtype(grad.dtype))
-    scale = scale.to(device=grad.device, dtype=wide.real.dtype if wide.is_complex() else wide.dtype)
-    return (wide * scale).to(grad.dtype)
+    norms = _lists.norms([grad for grad in grads if grad.numel() > 0], order)
+    if not norms:
+        return torch.zeros_like(like)
+    there = like.device, like.dtype
+    alike = [n if (n.device, n.dtype) == there else n.to(*there) for n in norms]
+    return _lists.vector_norm(torch.stack(alike), order)

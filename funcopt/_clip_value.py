@@ -147,7 +147,7 @@ class ClipValue:
         return gather_gradients(grads, params)
 
     def _clip(self, gradients: Gradients) -> Tree:
-        return gradients.map(lambda grad: _held(grad, self.max_value)).tree
+        return gradients.replace([_held(grad, self.max_value) for grad in gradients.tensors]).tree
 
 
 def _held(grad: Tensor, most: Number) -> Tensor:

@@ -53,9 +53,10 @@ class Gradients(NamedTuple):
         """The gradients as they were given, in a tree."""
         return self.paired.rebuild(self.paired.leaves)
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> Gradients:
-        """Return the gradients with a function applied to those that there are."""
-        leaves = [None if leaf is None else function(leaf) for leaf in self.paired.leaves]
+    def replace(self, tensors: Iterable[Tensor]) -> Gradients:
+        """Return the gradients with others in place of those that there are."""
+        others = iter(tensors)
+        leaves = [None if leaf is None else next(others) for leaf in self.paired.leaves]
         return self._replace(paired=self.paired._replace(leaves=leaves))
 
 
