@@ -21,7 +21,7 @@ SUBJECTS = {
     "Clip, largest element": Clip(AdamW(lr=0.1), max_norm=0.5, norm_type=float("inf")),
     "Accumulate": Accumulate(AdamW(lr=0.1), every=2),
     "Accumulate, of counts of each leaf": Accumulate(AdamW(step_per_leaf=True), torch.tensor(2.0)),
-    "Clip, of an Accumulate": Clip(Accumulate(AdamW(lr=0.1), 2), 0.5, nonfinite="skip"),
+    "Accumulate, of a ClipValue": Accumulate(ClipValue(AdamW(lr=0.1), 0.5), 2),
     "ClipValue": ClipValue(AdamW(lr=0.1), max_value=0.5),
 }
 
