@@ -122,9 +122,9 @@ class Accumulate:
         leaves, structure = flatten_params(params)
         zeros = [torch.zeros_like(leaf, dtype=compute_dtype(leaf.dtype)) for leaf in leaves]
         return AccumulateState(
-            torch.zeros((), dtype=torch.float64),
+            torch.zeros((), dtype=torch.float64, device="cpu"),
             _tree.unflatten(structure, zeros),
-            torch.zeros(len(leaves), dtype=torch.bool),
+            torch.zeros(len(leaves), dtype=torch.bool, device="cpu"),
             self.inner.init(params),
         )
 

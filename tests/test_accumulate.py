@@ -29,6 +29,10 @@ class Counting(AdamW):
         return super().update_(grads, state, params)
 
 
+def _name(law):
+    return law.__name__ if callable(law) else None
+
+
 def mean_of(gradients):
     """Return the mean of trees."""
     return tree_map(lambda *parts: sum(parts) / len(parts), *gradients)
