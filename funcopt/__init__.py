@@ -1,15 +1,24 @@
-"""funcopt: AdamW as a pure function on PyTorch pytrees."""
+"""funcopt: AdamW as a pure function on PyTorch pytrees, and what a training loop needs around it."""
 
 from . import schedules
+from ._accumulate import Accumulate, AccumulateState
 from ._adamw import AdamW, AdamWState
+from ._clip import Clip, ClipState
+from ._clip_value import ClipValue, ClipValueState
 from ._frozen import Frozen
 from ._labels import decay_label
 from ._partition import Partition, PartitionState
 from ._types import Optimizer
 
 __all__ = [
+    "Accumulate",
+    "AccumulateState",
     "AdamW",
     "AdamWState",
+    "Clip",
+    "ClipState",
+    "ClipValue",
+    "ClipValueState",
     "Frozen",
     "Optimizer",
     "Partition",

@@ -25,6 +25,16 @@ _RULES: dict[str, tuple[str, Callable[[float], bool]]] = {
     "betas[1]": _BELOW_ONE,
     "eps": _AT_LEAST_ZERO,
     "weight_decay": _AT_LEAST_ZERO,
+    "max_norm": _AT_LEAST_ZERO,
+    "max_value": _AT_LEAST_ZERO,
+    "norm_type": (
+        "must be above 0 (infinity takes the largest)",
+        lambda value: value > 0.0,
+    ),
+    "every": (
+        "must be a whole number of at least 1",
+        lambda value: 1.0 <= value < math.inf and value == int(value),
+    ),
     "step": ("must be finite and count the updates from 1", lambda value: 1.0 <= value < math.inf),
     # Of schedules.
     "value": _AT_LEAST_ZERO,

@@ -24,6 +24,7 @@ __all__ = [
     "exporting",
     "followed",
     "forward_mode",
+    "readable",
     "tracing",
     "transformed",
     "uncompiled",
@@ -47,6 +48,7 @@ try:
     )
 
     _RULED: set[TransformType] | None = {TransformType.Vmap, TransformType.Grad}
+    _ONE_VALUE = {TransformType.Grad, TransformType.Jvp}
 except ImportError:  # pragma: no cover
     _RULED = None
 
@@ -99,6 +101,17 @@ def followed() -> bool:
 def watched() -> bool:
     """Whether a transform or forward mode follows the step, for its members or its derivative."""
     return transformed() or forward_mode()
+
+
+def readable() -> bool:
+    """Whether a tensor has one value, which may be read: not recorded, nor one for each member."""
+    if tracing():
+        return False
+    if not transformed():
+        return True
+    if _RULED is None:  # pragma: no cover
+        return False
+    return all(level.key() in _ONE_VALUE for level in get_interpreter_stack() or ())
 
 
 def watched_by_operator() -> bool:

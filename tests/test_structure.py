@@ -50,6 +50,11 @@ FLOORS = [
     "_labels",
     "_together",
     "_partition",
+    "_lists",
+    "_wrapping",
+    "_clip",
+    "_clip_value",
+    "_accumulate",
     "",
     "interop._source",
     "interop._torch_optim",
@@ -116,7 +121,7 @@ def test_one_place_knows_the_transforms():
 
 def test_each_private_operator_is_called_in_one_place():
     assert places(r"torch\._fused_") == {"_kernels.fused"}
-    assert places(r"torch\._foreach_") == {"_kernels.foreach"}
+    assert places(r"torch\._foreach_") == {"_kernels.foreach", "_lists"}
 
 
 def test_files_and_functions_can_be_taken_in_at_a_glance():

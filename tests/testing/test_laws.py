@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from funcopt import AdamW, Partition
+from funcopt import Accumulate, AdamW, Clip, ClipValue, Partition
 from funcopt.schedules import Cosine
 from funcopt.testing import laws
 from funcopt.testing._check import check_law
@@ -19,6 +19,13 @@ SUBJECTS = {
     "Partition": Partition({"all": AdamW(lr=0.1)}, lambda name, leaf: "all"),
     "AdamW, a schedule": AdamW(lr=lambda step: 0.1 / (1 + step), kernel="foreach"),
     "AdamW, a warmup in tensors": AdamW(lr=Cosine(torch.tensor(0.1), steps=5, warmup_steps=2)),
+    "Clip": Clip(AdamW(lr=0.1), max_norm=0.5),
+    "Clip, skipping": Clip(AdamW(lr=0.1, amsgrad=True), torch.tensor(2.0), nonfinite="skip"),
+    "Clip, largest element": Clip(AdamW(lr=0.1), max_norm=0.5, norm_type=float("inf")),
+    "Accumulate": Accumulate(AdamW(lr=0.1), every=2),
+    "Accumulate, of counts of each leaf": Accumulate(AdamW(step_per_leaf=True), torch.tensor(2.0)),
+    "Accumulate, of a ClipValue": Accumulate(ClipValue(AdamW(lr=0.1), 0.5), 2),
+    "ClipValue": ClipValue(AdamW(lr=0.1), max_value=0.5),
 }
 
 

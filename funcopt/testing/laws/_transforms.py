@@ -151,12 +151,13 @@ def _differentiable(
         final = last(opt, params, gradients).new_params
         return torch.stack([leaf.abs().square().sum() for leaf in leaves_of(final)]).sum()
 
-    wide = cast(gradient_sequence[0], torch.float64)
+    # All of them: what the first alone decides may show later, as in an accumulation.
+    wide = cast(gradient_sequence, torch.float64)
     tracked = tree_map(lambda g: g.detach().clone().requires_grad_(), wide)
     if not leaves_of(tracked):
         raise NotApplicable("there is no gradient")
     try:
-        result = after(cast(params, torch.float64), [tracked])
+        result = after(cast(params, torch.float64), tracked)
     except RuntimeError as error:
         if "requires grad" not in str(error) and "require grad" not in str(error):
             raise

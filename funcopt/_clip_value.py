@@ -1,0 +1,160 @@
+"""Clipping by value: elements of gradients held between two values before the inner update."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from . import _transforms
+from ._hyperparameters import check_zero_dim, normalize
+from ._kernels._operands import real, unreal
+from ._node import register_optimizer
+from ._types import Number, Optimizer, Tree
+from ._work import too_many_to_compile
+from ._wrapping import Gradients, check_inplace, check_optimizer, check_state, gather_gradients
+
+__all__ = ["ClipValue", "ClipValueState"]
+
+ParamsT = TypeVar("ParamsT")
+
+
+class ClipValueState(NamedTuple):
+    """The state of `ClipValue`.
+
+    Attributes:
+        inner: The state of the inner optimizer.
+    """
+
+    inner: Any
+
+
+@register_optimizer
+@dataclass(frozen=True)
+class ClipValue:
+    r"""Hold each element of the gradients between `-max_value` and `max_value`, then update.
+
+    $$ g' = \min(\max(g, -c), c) $$
+
+    The numbers are those of `torch.nn.utils.clip_grad_value_` and of `optax.clip`. A NaN stays one.
+    A complex leaf, which torch refuses, is a pair of real ones.
+
+    Args:
+        inner: The optimizer that is given the clipped gradients.
+        max_value: The largest value: at least 0; a number or 0-dim tensor.
+
+    Raises:
+        TypeError: If `inner` is no optimizer, or `max_value` is of the wrong type.
+        ValueError: If `max_value` is negative, NaN or infinite.
+
+    Example:
+        >>> import torch, funcopt
+        >>> opt = funcopt.ClipValue(funcopt.AdamW(lr=0.1), max_value=0.5)
+        >>> params = torch.ones(2)
+        >>> params, state = opt.update(torch.tensor([3.0, -0.1]), opt.init(params), params)
+        >>> state.inner.exp_avg
+        tensor([ 0.0500, -0.0100])
+    """
+
+    inner: Optimizer[Any]
+    max_value: Number
+
+    def __post_init__(self) -> None:
+        """Check and normalize the hyperparameter."""
+        check_optimizer("inner", self.inner)
+        object.__setattr__(self, "max_value", normalize("max_value", self.max_value))
+
+    def init(self, params: Tree) -> ClipValueState:
+        """Return the state before the first update: the inner state.
+
+        Args:
+            params: The parameters, as for the inner optimizer.
+
+        Example:
+            >>> import torch, funcopt
+            >>> funcopt.ClipValue(funcopt.AdamW(), max_value=1.0).init(torch.ones(2)).inner.exp_avg
+            tensor([0., 0.])
+        """
+        return ClipValueState(self.inner.init(params))
+
+    def update(
+        self, grads: Tree, state: ClipValueState, params: ParamsT
+    ) -> tuple[ParamsT, ClipValueState]:
+        """Return the new parameters and the new state, in fresh memory.
+
+        Args:
+            grads: The gradients, as for the inner optimizer.
+            state: The state that `init` or the last update returned.
+            params: The parameters.
+
+        Returns:
+            The pair `(new_params, new_state)`.
+
+        Raises:
+            TypeError: As the inner optimizer.
+            ValueError: As the inner optimizer, or if `max_value` is no single number.
+
+        Example:
+            >>> import torch, funcopt
+            >>> opt = funcopt.ClipValue(funcopt.AdamW(lr=0.1), max_value=0.5)
+            >>> opt.update(torch.tensor([3.0]), opt.init(torch.ones(1)), torch.ones(1))[0]
+            tensor([0.8990])
+        """
+        if too_many_to_compile(params):
+            return _transforms.uncompiled(self.update, grads, state, params)
+        clipped = self._clip(self._gather(grads, state, params))
+        new_params, inner = self.inner.update(clipped, state.inner, params)
+        return new_params, ClipValueState(inner)
+
+    def update_(
+        self, grads: Tree, state: ClipValueState, params: ParamsT
+    ) -> tuple[ParamsT, ClipValueState]:
+        """Do the same as `update`, written into `params` and `state`, which are returned.
+
+        Args:
+            grads: The gradients, as for `update`, which are not written.
+            state: The state, which is overwritten.
+            params: The parameters, which are overwritten.
+
+        Returns:
+            The pair `(params, state)`: the trees that were given.
+
+        Raises:
+            RuntimeError: Under a transform of `torch.func`, or if anything has a history.
+            TypeError: As `update`.
+            ValueError: As `update`, and as the inner optimizer's `update_`.
+
+        Example:
+            >>> import torch, funcopt
+            >>> opt = funcopt.ClipValue(funcopt.AdamW(lr=0.1), max_value=0.5)
+            >>> w = torch.ones(1)
+            >>> _ = opt.update_(torch.tensor([3.0]), opt.init(w), w)
+            >>> w
+            tensor([0.8990])
+        """
+        if too_many_to_compile(params):
+            return _transforms.uncompiled(self.update_, grads, state, params)
+        gradients = self._gather(grads, state, params)
+        check_inplace({"max_value": self.max_value}, [], str, gradients)
+        self.inner.update_(self._clip(gradients), state.inner, params)
+        return params, state
+
+    def _gather(self, grads: Tree, state: ClipValueState, params: Tree) -> Gradients:
+        check_state(state, ClipValueState)
+        check_zero_dim("max_value", self.max_value)
+        return gather_gradients(grads, params)
+
+    def _clip(self, gradients: Gradients) -> Tree:
+        return gradients.replace([_held(grad, self.max_value) for grad in gradients.tensors]).tree
+
+
+def _held(grad: Tensor, most: Number) -> Tensor:
+    pair = real(grad)
+    if isinstance(most, Tensor):
+        most = most.to(pair)
+        return unreal(torch.minimum(torch.maximum(pair, -most), most), grad)
+    if most > torch.finfo(grad.dtype).max:  # infinite in this dtype, in which torch refuses it
+        return grad
+    return unreal(pair.clamp(-most, most), grad)
