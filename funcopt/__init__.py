@@ -1,4 +1,4 @@
-"""funcopt: AdamW as a pure function on PyTorch pytrees, and what a training loop needs around it."""
+"""funcopt: AdamW as a pure function on PyTorch pytrees, and what a loop needs around it."""
 
 from . import schedules
 from ._accumulate import Accumulate, AccumulateState
