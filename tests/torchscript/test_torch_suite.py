@@ -12,10 +12,13 @@ LONGEST = 200
 
 
 def test_the_suite_of_torch_passes():
+    # Where CI is set, torch's runner asks for a package that writes reports.
+    environment = {name: value for name, value in os.environ.items() if name != "CI"}
+    environment["TP_SOCKET_IFNAME"] = "lo" if sys.platform == "linux" else "lo0"
     suite = subprocess.Popen(
         [sys.executable, "-m", "tests.torchscript.torch_suite"],
         cwd=ROOT,
-        env={**os.environ, "TP_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0"},
+        env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
