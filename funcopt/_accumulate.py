@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _lists, _transforms, _tree
+from ._checks import check_state
 from ._hyperparameters import check_zero_dim, normalize
 from ._kernels import write
 from ._kernels._operands import compute_dtype
@@ -20,7 +21,6 @@ from ._wrapping import (
     check_inplace,
     check_optimizer,
     check_scalar,
-    check_state,
     gather_gradients,
     read,
     records,
@@ -41,7 +41,7 @@ class AccumulateState(NamedTuple):
         acc_grads: The sum of the gradients since the last inner update, in float32 for 16-bit
             parameters, else in the parameter's dtype.
         given: Which leaves had a gradient since then: a bool tensor on the CPU, with one element
-            for each leaf in the order in which a pytree library finds them (dicts by sorted key).
+            for each leaf, in the order in which the parameters are flattened.
         inner: The state of the inner optimizer.
     """
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import _kernels, _transforms, _tree
+from ._checks import check_state
 from ._hyperparameters import check_flag, check_zero_dim, normalize
 from ._inplace import check_inplace
 from ._kernels import KERNELS, Scalars, Variant
@@ -282,11 +283,7 @@ class AdamW:
         return params, state
 
     def _gather(self, grads: Tree, state: AdamWState, params: Tree) -> Work:
-        if not isinstance(state, AdamWState):
-            raise TypeError(
-                f"state is of type {type(state).__name__}: it must be the AdamWState that init() "
-                f"or the last update returned. The order is update(grads, state, params)."
-            )
+        check_state(state, AdamWState)
         work = gather(grads, state, params, amsgrad=self.amsgrad, step_per_leaf=self.step_per_leaf)
         for index, leaf in enumerate(work.leaves.params if self.kernel != "auto" else []):
             reason = _kernels.unserved(self.kernel, leaf.device)

@@ -10,7 +10,14 @@ from torch import Tensor
 
 from . import _transforms
 
-__all__ = ["are_apart", "check_alike", "check_count", "check_distinct", "check_leaves"]
+__all__ = [
+    "are_apart",
+    "check_alike",
+    "check_count",
+    "check_distinct",
+    "check_leaves",
+    "check_state",
+]
 
 _DTYPES = frozenset(
     (
@@ -25,6 +32,15 @@ _DTYPES = frozenset(
 
 
 _COUNTS = frozenset((torch.float64, torch.float32, torch.int64, torch.int32))
+
+
+def check_state(state: object, kind: type) -> None:
+    """Refuse what is not the state of this optimizer, as where arguments are in another order."""
+    if not isinstance(state, kind):
+        raise TypeError(
+            f"state is of type {type(state).__name__}: it must be the {kind.__name__} that init() "
+            f"or the last update returned. The order is update(grads, state, params)."
+        )
 
 
 def check_leaves(leaves: Sequence[Any], path: Callable[[int], str]) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _lists, _transforms
+from ._checks import check_state
 from ._hyperparameters import check_zero_dim, normalize
 from ._kernels import write
 from ._node import register_optimizer
@@ -20,7 +21,6 @@ from ._wrapping import (
     check_inplace,
     check_optimizer,
     check_scalar,
-    check_state,
     gather_gradients,
     read,
     records,

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from . import _transforms
+from ._checks import check_state
 from ._hyperparameters import check_zero_dim, normalize
 from ._kernels._operands import real, unreal
 from ._node import register_optimizer
 from ._types import Number, Optimizer, Tree
 from ._work import too_many_to_compile
-from ._wrapping import Gradients, check_inplace, check_optimizer, check_state, gather_gradients
+from ._wrapping import Gradients, check_inplace, check_optimizer, gather_gradients
 
 __all__ = ["ClipValue", "ClipValueState"]
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 from . import _transforms, _tree
+from ._checks import check_state
 from ._frozen import Frozen
 from ._labels import Labels, check_labels, label_leaves, name_leaves
 from ._node import register_optimizer
@@ -215,11 +216,7 @@ class Partition:
 
     def _updates(self, groups: _Groups, grads: Tree, state: PartitionState) -> dict[str, Update]:
         """What each optimizer is to do."""
-        if not isinstance(state, PartitionState):
-            raise TypeError(
-                f"state is of type {type(state).__name__}: it must be the PartitionState that "
-                f"init() or the last update returned. The order is update(grads, state, params)."
-            )
+        check_state(state, PartitionState)
         if state.inner.keys() != self.inner.keys():
             has, wanted = (", ".join(map(repr, own)) for own in (state.inner, self.inner))
             raise ValueError(

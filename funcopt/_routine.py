@@ -18,7 +18,7 @@ from ._checks import are_apart
 from ._counts import fresh, value_of
 from ._kernels import Layout, Leaves, Scalars, Variant
 from ._types import Tree
-from ._work import recall
+from ._work import keep_requiring, recall
 
 __all__ = ["Routine", "find_routine", "have_history"]
 
@@ -39,9 +39,7 @@ class Routine(NamedTuple):
         else:
             with torch.no_grad():
                 moved = _kernels.move(self.leaves, numbers, variant, self.layout)
-            for new, old in zip(moved.params, self.leaves.params, strict=True):
-                if old.requires_grad:
-                    new.requires_grad_()
+            keep_requiring(moved.params, self.leaves.params)
         new_params, *moments = (_tree.unflatten(self.structure, column) for column in moved[:3])
         maxima = _tree.unflatten(self.structure, moved[3]) if variant.amsgrad else ()
         return [new_params, fresh(self.new_step, self.step), *moments, maxima]

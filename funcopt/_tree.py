@@ -68,7 +68,7 @@ def flatten(tree: Tree) -> tuple[list[Any], Structure]:
 def _flatten_dict(tree: dict[Any, Any]) -> tuple[list[Any], Structure]:
     """Flatten a dict of leaves, which is what `named_parameters` gives: its structure is its keys.
 
-    Optree sorts the keys at each call; here the structure of keys that came before is remembered.
+    Optree makes it anew at each call; here the structure of keys that came before is remembered.
     """
     keys = tuple(tree)
     found = _remembered(keys)

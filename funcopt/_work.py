@@ -20,6 +20,7 @@ __all__ = [
     "check_untied",
     "flatten_params",
     "gather",
+    "keep_requiring",
     "recall",
     "too_many_to_compile",
     "trees_of",
@@ -133,9 +134,14 @@ class Work(NamedTuple):
             return
         if _transforms.transformed():
             return
-        for new, old in zip(news, self.params.leaves, strict=True):
-            if old.requires_grad and not new.requires_grad:
-                new.requires_grad_()
+        keep_requiring(news, self.params.leaves)
+
+
+def keep_requiring(news: Sequence[Tensor], olds: Sequence[Tensor]) -> None:
+    """Let new parameters require a gradient where the old did."""
+    for new, old in zip(news, olds, strict=True):
+        if old.requires_grad and not new.requires_grad:
+            new.requires_grad_()
 
 
 def gather(grads: Tree, state: Any, params: Tree, *, amsgrad: bool, step_per_leaf: bool) -> Work:

@@ -14,15 +14,15 @@ from . import _kernels, _transforms, _tree
 from ._checks import check_alike, check_leaves
 from ._inplace import check_unwatched
 from ._kernels import write
-from ._kernels._pages import copy_of, is_mapped
+from ._kernels._pages import copies_of
 from ._types import Optimizer, Tree
+from ._work import keep_requiring
 
 __all__ = [
     "Gradients",
     "check_inplace",
     "check_optimizer",
     "check_scalar",
-    "check_state",
     "copies",
     "gather_gradients",
     "read",
@@ -87,15 +87,6 @@ def check_optimizer(name: str, value: object) -> None:
         raise TypeError(
             f"{name}={value!r}: must be an optimizer, which has init, update and update_. Give an "
             f"instance, such as AdamW()."
-        )
-
-
-def check_state(state: object, kind: type) -> None:
-    """Refuse the state of another optimizer."""
-    if not isinstance(state, kind):
-        raise TypeError(
-            f"state is of type {type(state).__name__}: it must be the {kind.__name__} that init() "
-            f"or the last update returned. The order is update(grads, state, params)."
         )
 
 
@@ -286,13 +277,10 @@ def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return copies of tensors, in the same layout."""
     if _transforms.tracing() or _transforms.transformed() or not _transforms.all_plain(tensors):
         return [tensor.clone() for tensor in tensors]
-    return [copy_of(tensor) if is_mapped(tensor) else tensor.clone() for tensor in tensors]
+    return copies_of(tensors)
 
 
 def _keep_requiring(new_params: Tree, params: Tree) -> None:
     """Let copies of parameters require a gradient where the old did, but for a transform's sake."""
-    if _transforms.transformed() or _transforms.tracing():
-        return
-    for new, old in zip(_tree.flatten(new_params)[0], _tree.flatten(params)[0], strict=True):
-        if old.requires_grad and not new.requires_grad:
-            new.requires_grad_()
+    if not _transforms.transformed() and not _transforms.tracing():
+        keep_requiring(_tree.flatten(new_params)[0], _tree.flatten(params)[0])

@@ -16,7 +16,18 @@ from . import _eager, plain
 from ._eager import KERNELS, move, move_, unserved
 from ._history import recording
 from ._layout import Layout, known, layout_of
-from ._operands import PUBLIC_NAMES, Leaves, Moved, Scalars, Variant, real, unreal, write, written
+from ._operands import (
+    PUBLIC_NAMES,
+    Leaves,
+    Moved,
+    Scalars,
+    Variant,
+    real,
+    unreal,
+    write,
+    write_all,
+    written,
+)
 from ._rules import ruled_step
 
 __all__ = [
@@ -72,10 +83,7 @@ def run_(
 ) -> None:
     """Move the leaves in place, with the same numbers as `run`, while no gradient is recorded."""
     if layout is None or _any_lazy(leaves, layout):
-        moved = run(leaves, scalars, variant, layout)
-        for olds, news in zip(written(leaves), moved, strict=True):
-            for old, new in zip(olds, news, strict=True):
-                write(old, new)
+        write_all(leaves, run(leaves, scalars, variant, layout))
     elif layout.real:
         _eager.move_(leaves, scalars, variant, layout)
     else:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ._operands import Leaves, Moved, write, written
-from ._pages import copy_of, is_mapped
+from ._pages import copies_of, is_mapped
 
 __all__ = ["borrow", "copies", "give_back", "packed", "unpacked"]
 
@@ -26,7 +26,7 @@ def copies(leaves: Leaves, *, aligned: bool) -> Leaves:
         aligned: Whether they are just tensors, those of a leaf in one layout.
     """
     if aligned:
-        clone_all = _large_clone_all if any(map(is_mapped, leaves.params)) else _clone_all
+        clone_all = copies_of if any(map(is_mapped, leaves.params)) else _clone_all
         params, grads, *moments = leaves
         return Leaves(clone_all(params), grads, *(clone_all(c) if c else [] for c in moments))
     params = [param.clone() for param in leaves.params]  # dense, in the parameter's own layout
@@ -43,10 +43,6 @@ def _each_clone(tensors: list[Tensor]) -> list[Tensor]:
 
 # One call for a list, where torch has it.
 _clone_all: Callable[[list[Tensor]], list[Tensor]] = getattr(torch, "_foreach_clone", _each_clone)
-
-
-def _large_clone_all(tensors: list[Tensor]) -> list[Tensor]:
-    return [copy_of(tensor) if is_mapped(tensor) else tensor.clone() for tensor in tensors]
 
 
 def packed(leaves: Leaves) -> Leaves:

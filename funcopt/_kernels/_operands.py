@@ -23,6 +23,7 @@ __all__ = [
     "unreadable",
     "unreal",
     "write",
+    "write_all",
     "written",
 ]
 
@@ -65,6 +66,13 @@ def write(old: Tensor, new: Tensor) -> None:
         old[...] = new
     else:
         old.copy_(new)
+
+
+def write_all(leaves: Leaves, moved: Moved) -> None:
+    """Write what came of a step into the leaves."""
+    for olds, news in zip(written(leaves), moved, strict=True):
+        for old, new in zip(olds, news, strict=True):
+            write(old, new)
 
 
 class Scalars(NamedTuple):

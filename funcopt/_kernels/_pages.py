@@ -12,13 +12,13 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
 from torch import Tensor
 
-__all__ = ["copy_of", "is_mapped"]
+__all__ = ["copies_of", "copy_of", "is_mapped"]
 
 # The size from which on malloc always maps a block by itself, whatever it has learnt.
 _MAPPED = 32 << 20
@@ -27,6 +27,11 @@ _MAPPED = 32 << 20
 def is_mapped(tensor: Tensor) -> bool:
     """Whether fresh memory of this size comes from the system, and costs what that costs."""
     return tensor.nbytes >= _MAPPED and tensor.device.type == "cpu"
+
+
+def copies_of(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return copies of tensors, in the same layout."""
+    return [copy_of(tensor) if is_mapped(tensor) else tensor.clone() for tensor in tensors]
 
 
 def copy_of(tensor: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .. import _transforms
 from .._types import Number
-from ._operands import Leaves, Moved, Scalars, Variant, compute_dtype, fit, for_each, write, written
+from ._operands import Leaves, Moved, Scalars, Variant, compute_dtype, fit, for_each, write_all
 
 __all__ = ["Corrections", "Gains", "double", "new_moments", "refusal", "root", "step", "step_"]
 
@@ -76,10 +76,7 @@ def step_(leaves: Leaves, scalars: Scalars, variant: Variant) -> None:
     """Move the leaves in place, with the same numbers, where nobody may follow the operators."""
     if not _transforms.all_plain(chain.from_iterable(leaves)):
         # A subclass may lack operators in place, or return copies of what it holds.
-        moved = step(leaves, scalars, variant)
-        for olds, news in zip(written(leaves), moved, strict=True):
-            for old, new in zip(olds, news, strict=True):
-                write(old, new)
+        write_all(leaves, step(leaves, scalars, variant))
         return
     for index, (column, fitted) in enumerate(_each(leaves, scalars)):
         _step_one_(column, fitted, variant)
