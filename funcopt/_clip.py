@@ -68,8 +68,9 @@ class Clip:
     The order of wrappers matters. `Accumulate(Clip(AdamW()), 8)` clips the mean of eight gradients,
     `Clip(Accumulate(AdamW(), 8))` each of the eight, so that none outweighs the others.
 
-    Nothing is ever read back from a GPU. On the CPU, gradients within the norm are not copied;
-    others are, also by `update_`, since the caller's are left as they are.
+    Nothing is ever read back from a GPU, and the caller's gradients are left as they are. `AdamW`
+    multiplies on its way through them, also within a `Partition`, if the tree is a flat dict and
+    no transform or recording asks for more; anything else is given scaled copies.
 
     Args:
         inner: The optimizer that is given the clipped gradients.
@@ -159,9 +160,11 @@ class Clip:
         if too_many_to_compile(params):
             return _transforms.uncompiled(self.update, grads, state, params)
         gradients = self._gather(grads, state, params)
-        clipped, norm, moves = self._clip(gradients, state.norm)
+        given, factor, norm, moves = self._clip(gradients, state.norm)
         recorded = moves is not True and records(self, gradients, state)
-        new_params, inner = update_if(moves, self.inner, clipped, state.inner, params, recorded)
+        new_params, inner = update_if(
+            moves, self.inner, given, state.inner, params, recorded, factor
+        )
         return new_params, ClipState(norm, inner)
 
     def update_(self, grads: Tree, state: ClipState, params: ParamsT) -> tuple[ParamsT, ClipState]:
@@ -194,8 +197,8 @@ class Clip:
         gradients = self._gather(grads, state, params)
         numbers = {"max_norm": self.max_norm}
         check_inplace(numbers, [state.norm], lambda _: "state.norm", gradients)
-        clipped, norm, moves = self._clip(gradients, state.norm)
-        update_if_(moves, self.inner, clipped, state.inner, params)
+        given, factor, norm, moves = self._clip(gradients, state.norm)
+        update_if_(moves, self.inner, given, state.inner, params, factor)
         write(state.norm, norm)
         return params, state
 
@@ -205,8 +208,10 @@ class Clip:
         check_zero_dim("max_norm", self.max_norm)
         return gather_gradients(grads, params)
 
-    def _clip(self, gradients: Gradients, like: Tensor) -> tuple[Tree, Tensor, bool | Tensor]:
-        """Return the clipped gradients, their norm before, and whether the inner update is made."""
+    def _clip(
+        self, gradients: Gradients, like: Tensor
+    ) -> tuple[Tree, Tensor | None, Tensor, bool | Tensor]:
+        """Return gradients, what clips them, their norm, and whether the inner update is made."""
         norm = _norm(gradients.tensors, self.norm_type, like)
         found, moves = norm.detach(), self._moves(norm)
         if isinstance(moves, Tensor):
@@ -217,9 +222,7 @@ class Clip:
             norm = _norm(gradients.tensors, self.norm_type, like)
         max_norm = self.max_norm.to(norm) if isinstance(self.max_norm, Tensor) else self.max_norm
         scale = (max_norm * (norm + _EPS).reciprocal()).clamp(max=1.0)
-        if moves is not False and read(scale) != 1.0:
-            gradients = gradients.replace(_lists.scaled(gradients.tensors, scale))
-        return gradients.tree, found, moves
+        return gradients.tree, None if read(scale) == 1.0 else scale, found, moves
 
     def _moves(self, norm: Tensor) -> bool | Tensor:
         if self.nonfinite == "propagate":

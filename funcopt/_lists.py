@@ -12,16 +12,14 @@ import torch
 from torch import Tensor
 
 from . import _transforms
+from ._kernels import foreach
 from ._kernels._operands import compute_dtype
 
 __all__ = ["add", "add_", "fit", "norms", "scaled", "vector_norm"]
 
 vector_norm: Callable[[Tensor, float], Tensor] = torch.linalg.vector_norm
 
-_AT_ONCE = all(
-    hasattr(torch, name)
-    for name in ("_foreach_add", "_foreach_add_", "_foreach_mul", "_foreach_norm")
-)
+_AT_ONCE = all(hasattr(torch, name) for name in ("_foreach_add", "_foreach_add_", "_foreach_norm"))
 
 
 def norms(tensors: Sequence[Tensor], order: float) -> list[Tensor]:
@@ -47,16 +45,15 @@ def scaled(tensors: Sequence[Tensor], scale: Tensor) -> list[Tensor]:
     by_kind: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for index, tensor in enumerate(tensors):
         by_kind.setdefault((tensor.device, tensor.dtype), []).append(index)
-    for (_, dtype), indices in by_kind.items():
-        wide = [_wide(tensors[index]) for index in indices]
-        own = fit(scale, wide[0])
-        multiplied = (
-            torch._foreach_mul(wide, own)
-            if _at_once([*wide, own])
-            else [tensor * own for tensor in wide]
+    for indices in by_kind.values():
+        own = [tensors[index] for index in indices]
+        products = (
+            foreach.scaled(own, scale)
+            if _at_once([*own, scale])
+            else [(_wide(tensor) * fit(scale, _wide(tensor))).to(tensor.dtype) for tensor in own]
         )
-        for index, result in zip(indices, multiplied, strict=True):
-            results[index] = result if result.dtype is dtype else result.to(dtype)
+        for index, product in zip(indices, products, strict=True):
+            results[index] = product
     return results
 
 

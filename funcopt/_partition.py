@@ -6,11 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
+from torch import Tensor
+
 from . import _transforms, _tree
 from ._checks import check_state
 from ._frozen import Frozen
 from ._labels import Labels, check_labels, label_leaves, name_leaves
 from ._node import register_optimizer
+from ._scaled import hands_on
 from ._together import Update, update_together_
 from ._types import Optimizer, Tree
 from ._work import check_untied, too_many_to_compile
@@ -157,11 +160,14 @@ class Partition:
         """
         if too_many_to_compile(params):
             return _transforms.uncompiled(self.update, grads, state, params)
+        return self._move(grads, None, state, params)
+
+    def _move(
+        self, grads: Tree, factor: Tensor | None, state: PartitionState, params: ParamsT
+    ) -> tuple[ParamsT, PartitionState]:
         groups = self._groups(params)
-        moved = {
-            label: opt.update(*operands)
-            for label, (opt, *operands) in self._updates(groups, grads, state).items()
-        }
+        updates = self._updates(groups, grads, factor, state)
+        moved = {label: update.out_of_place() for label, update in updates.items()}
         new_params = groups.rebuild([own for own, _ in moved.values()])
         return new_params, PartitionState({label: own for label, (_, own) in moved.items()})
 
@@ -201,7 +207,12 @@ class Partition:
         """
         if too_many_to_compile(params):
             return _transforms.uncompiled(self.update_, grads, state, params)
-        update_together_(self._updates(self._groups(params), grads, state))
+        return self._move_(grads, None, state, params)
+
+    def _move_(
+        self, grads: Tree, factor: Tensor | None, state: PartitionState, params: ParamsT
+    ) -> tuple[ParamsT, PartitionState]:
+        update_together_(self._updates(self._groups(params), grads, factor, state))
         return params, state
 
     def _groups(self, params: Tree) -> _Groups:
@@ -214,7 +225,9 @@ class Partition:
             members[label].append(index)
         return _Groups(leaves, structure, names, members)
 
-    def _updates(self, groups: _Groups, grads: Tree, state: PartitionState) -> dict[str, Update]:
+    def _updates(
+        self, groups: _Groups, grads: Tree, factor: Tensor | None, state: PartitionState
+    ) -> dict[str, Update]:
         """What each optimizer is to do."""
         check_state(state, PartitionState)
         if state.inner.keys() != self.inner.keys():
@@ -232,9 +245,12 @@ class Partition:
         gradients = _tree.pair(grads, "grads", groups.structure, frozen).leaves
         own_grads, own_params = groups.of(gradients), groups.of(groups.leaves)
         return {
-            label: Update(opt, own_grads[label], state.inner[label], own_params[label])
+            label: Update(opt, own_grads[label], state.inner[label], own_params[label], factor)
             for label, opt in self.inner.items()
         }
+
+
+hands_on(Partition, Partition._move, Partition._move_)
 
 
 class _Groups(NamedTuple):

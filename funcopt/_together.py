@@ -14,6 +14,7 @@ from ._frozen import Frozen
 from ._hyperparameters import check_number
 from ._inplace import check_apart, check_inplace, check_unwatched, check_writable
 from ._kernels import PUBLIC_NAMES, Scalars, write
+from ._scaled import update_scaled, update_scaled_
 from ._types import Optimizer, Tree
 
 __all__ = ["Update", "update_together_"]
@@ -26,6 +27,15 @@ class Update(NamedTuple):
     grads: dict[str, Any]
     state: Tree
     params: dict[str, Any]
+    factor: Tensor | None = None  # what the gradients are multiplied by; None for 1
+
+    def out_of_place(self) -> tuple[Tree, Tree]:
+        """Return the new parameters and the new state."""
+        return update_scaled(self.opt, self.grads, self.factor, self.state, self.params)
+
+    def in_place(self) -> None:
+        """Write them."""
+        update_scaled_(self.opt, self.grads, self.factor, self.state, self.params)
 
 
 def update_together_(updates: Mapping[str, Update]) -> None:
@@ -52,8 +62,7 @@ def update_together_(updates: Mapping[str, Update]) -> None:
     sure = [label for label in others if _is_sure(updates[label])]
     moved = [_moved(label, updates[label]) for label in others if label not in sure]
     for label in (first, *sure):
-        opt, *operands = updates[label]
-        opt.update_(*operands)
+        updates[label].in_place()
     with torch.no_grad():
         for olds, news in moved:
             for old, new in zip(olds, news, strict=True):
@@ -90,7 +99,7 @@ def _check_groups_apart(updates: Mapping[str, Update], moving: Mapping[str, Upda
 
 def _is_sure(update: Update) -> bool:
     """Whether an update in place will go through, which was checked; raises if it will not."""
-    opt, grads, state, params = update
+    opt, grads, state, params, _ = update
     if isinstance(opt, Frozen):
         return True
     if type(opt) is not AdamW or not params:
@@ -107,7 +116,7 @@ def _are_read_and_in_range(numbers: Iterable[Scalars]) -> bool:
     """Whether all numbers can be read at no price. One that can and is out of range is refused."""
     all_read = True
     for own in numbers:
-        for name, number in zip(Scalars._fields, own, strict=True):
+        for name, number in zip(Scalars._fields[:6], own[:6], strict=True):
             if isinstance(number, float) or (number.is_cpu and _transforms.all_plain([number])):
                 check_number(PUBLIC_NAMES.get(name, name), float(number))
             else:
@@ -117,8 +126,7 @@ def _are_read_and_in_range(numbers: Iterable[Scalars]) -> bool:
 
 def _moved(label: str, update: Update) -> tuple[list[Tensor], list[Tensor]]:
     """Return the tensors to be written, and what is to be written into them, checked."""
-    opt, *operands = update
-    new_params, new_state = opt.update(*operands)
+    new_params, new_state = update.out_of_place()
     old, structure = _tree.flatten((update.params, update.state))
     new = _tree.pair((new_params, new_state), "state", structure).leaves
     changed = [index for index in range(len(old)) if new[index] is not old[index]]

@@ -15,6 +15,7 @@ from ._checks import check_alike, check_leaves
 from ._inplace import check_unwatched
 from ._kernels import write
 from ._kernels._pages import copies_of
+from ._scaled import update_scaled, update_scaled_
 from ._types import Optimizer, Tree
 from ._work import keep_requiring
 
@@ -223,6 +224,7 @@ def update_if(
     state: Tree,
     params: Tree,
     recorded: bool,
+    factor: Tensor | None = None,
 ) -> tuple[Tree, Tree]:
     """Return what an update makes of parameters and state if a condition holds, else copies.
 
@@ -235,15 +237,17 @@ def update_if(
         state: Its state.
         params: The parameters.
         recorded: Whether plain autograd records a copy and a choice, as `records` says.
+        factor: What the gradients are multiplied by, of shape (); None for 1.
     """
     if condition is True:
-        return opt.update(grads, state, params)
+        return update_scaled(opt, grads, factor, state, params)
     olds, structure = _tree.flatten((params, state))
     if condition is False:
         with torch.set_grad_enabled(recorded):
             chosen = copies(olds)
     else:
-        news, structure = _tree.flatten(opt.update(grads, state, params))
+        moved = update_scaled(opt, grads, factor, state, params)
+        news, structure = _tree.flatten(moved)
         with torch.set_grad_enabled(recorded):
             chosen = _choose(condition, news, olds)
     new_params, new_state = _tree.unflatten(structure, chosen)
@@ -252,16 +256,21 @@ def update_if(
 
 
 def update_if_(
-    condition: bool | Tensor, opt: Optimizer[Any], grads: Tree, state: Tree, params: Tree
+    condition: bool | Tensor,
+    opt: Optimizer[Any],
+    grads: Tree,
+    state: Tree,
+    params: Tree,
+    factor: Tensor | None = None,
 ) -> None:
     """Do the same in place. What is to be checked of the tensors, the optimizer checks."""
     if condition is True:
-        opt.update_(grads, state, params)
+        update_scaled_(opt, grads, factor, state, params)
     elif isinstance(condition, Tensor):
         leaves = _tree.flatten((params, state))[0]
         with torch.no_grad():
             olds = copies(leaves)
-        opt.update_(grads, state, params)
+        update_scaled_(opt, grads, factor, state, params)
         with torch.no_grad():
             for leaf, chosen in zip(leaves, _choose(condition, leaves, olds), strict=True):
                 write(leaf, chosen)

@@ -75,7 +75,8 @@ def adjoint(
         cotangents: The cotangents of the columns of `Moved`; None stands for zeros.
 
     Returns:
-        In the order of `Scalars` and of `Leaves`, with None for what is zero or unwanted.
+        In the order of `Scalars` (without the factor, which is 1 here) and of `Leaves`, with None
+        for what is zero or unwanted.
     """
     corrections = Corrections(scalars)
     of_numbers: dict[str, Tensor] = {}
@@ -91,7 +92,7 @@ def adjoint(
         for name, part in _of_numbers(leaf, pulled, scalars, corrections, needs):
             total = _sum_to(part, getattr(scalars, name))
             of_numbers[name] = of_numbers[name] + total if name in of_numbers else total
-    return [of_numbers.get(name) for name in Scalars._fields], of_leaves
+    return [of_numbers.get(name) for name in Scalars._fields[:6]], of_leaves
 
 
 class _Leaf(NamedTuple):
@@ -210,7 +211,7 @@ def _of_numbers(
     needs: Scalars,
 ) -> Iterator[tuple[str, Tensor]]:
     """The wanted cotangents of the numbers, as far as they come of one leaf, before summing."""
-    step, lr, beta1, beta2, _, weight_decay = map(double, scalars)
+    step, lr, beta1, beta2, _, weight_decay = map(double, scalars[:6])
     if needs.beta1 and pulled.exp_avg is not None:
         yield "beta1", pulled.exp_avg * (leaf.exp_avg - leaf.grad)
     if needs.beta2 and pulled.exp_avg_sq is not None:

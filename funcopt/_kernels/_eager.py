@@ -203,7 +203,8 @@ def _choose(
         return _BY_NAME["plain"]  # a subclass knows operators only
     if variant.kernel == "auto":
         # Triton would serve the CPU in its interpreter, which is there for tests of it alone.
-        order = _IN_PLACE if in_place or device.type == "cpu" else _OUT_OF_PLACE
+        fused_first = (in_place and _is_one(scalars.grad_factor)) or device.type == "cpu"
+        order = _IN_PLACE if fused_first else _OUT_OF_PLACE
         serving = (
             k for k in map(_BY_NAME.__getitem__, order) if k.refusal(device, scalars) is None
         )
@@ -251,8 +252,15 @@ def _step_(leaves: Leaves, part: _Part, scalars: Scalars, variant: Variant) -> N
     if part.stacked and part.kernel is not plain and part.kernel is not triton:
         for member, own in _members(leaves, scalars):
             part.kernel.step_(member, own, variant)
-    else:
+    elif part.kernel is triton or _is_one(scalars.grad_factor):
         part.kernel.step_(leaves, scalars, variant)
+    else:
+        for piece in _memory.scaled(leaves, scalars.grad_factor):
+            part.kernel.step_(piece, scalars, variant)
+
+
+def _is_one(factor: Number) -> bool:
+    return isinstance(factor, float) and factor == 1.0
 
 
 def _members(leaves: Leaves, scalars: Scalars) -> Iterator[tuple[Leaves, Scalars]]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from .. import _transforms
 from ._operands import Leaves
 
-__all__ = ["Batch", "Layout", "known", "layout_of"]
+__all__ = ["IN_CACHE", "Batch", "Layout", "cut", "known", "layout_of"]
 
 # The guard that Dynamo sets before compiled code, on types, dtypes, devices, shapes, strides,
 # laziness, inference mode and requires_grad at once. It is private: without it nothing is
@@ -44,7 +44,7 @@ _LANES = 32
 _ENOUGH = 8
 # So many elements of each tensor of a step stay in a core's cache between copying and moving. It is
 # also the most that share a storage.
-_IN_CACHE = 1 << 18
+IN_CACHE = 1 << 18
 
 
 class Batch(NamedTuple):
@@ -170,7 +170,7 @@ def _batches(group: list[int], params: Sequence[Tensor], packing: bool) -> list[
     packed = {index for pack in batches for index in pack.indices}
     rest = [index for index in group if index not in packed]
     for batch in _batches_in_place(rest, params) if rest else []:
-        batches.extend([batch] if batch.small else _cut(batch.indices, params))
+        batches.extend([batch] if batch.small else cut(batch.indices, params))
     return batches
 
 
@@ -182,19 +182,19 @@ def _packs(group: list[int], params: Sequence[Tensor]) -> Iterator[Batch]:
         if param.ndim > 0 and 0 < param.numel() <= _SMALL and param.numel() % _LANES == 0:
             by_trailing.setdefault(param.shape[1:], []).append(index)
     for indices in by_trailing.values():
-        for pack in _cut(indices, params):
+        for pack in cut(indices, params):
             if len(pack.indices) >= _ENOUGH:
                 sizes = [params[index].shape[0] for index in pack.indices]
                 yield Batch(pack.indices, sizes, small=True)
 
 
-def _cut(indices: list[int], params: Sequence[Tensor]) -> Iterator[Batch]:
+def cut(indices: list[int], params: Sequence[Tensor]) -> Iterator[Batch]:
     """Cut into batches whose copies a kernel finds in the cache, unless a leaf is larger."""
     batch, elements = [], 0
     for index in indices:
         batch.append(index)
         elements += params[index].numel()
-        if elements >= _IN_CACHE:
+        if elements >= IN_CACHE:
             yield Batch(batch)
             batch, elements = [], 0
     if batch:

@@ -7,15 +7,18 @@ many small leaves are laid side by side, where a kernel finds them as one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
+from .._types import Number
+from . import foreach
+from ._layout import IN_CACHE, cut
 from ._operands import Leaves, Moved, write, written
 from ._pages import copies_of, is_mapped
 
-__all__ = ["borrow", "copies", "give_back", "packed", "unpacked"]
+__all__ = ["borrow", "copies", "give_back", "packed", "scaled", "unpacked"]
 
 
 def copies(leaves: Leaves, *, aligned: bool) -> Leaves:
@@ -58,6 +61,36 @@ def unpacked(leaf: Moved, sizes: list[int]) -> Moved:
     """
     split = torch.unsafe_split_with_sizes
     return Moved(*(list(split(column[0], sizes)) if column else [] for column in leaf))
+
+
+def scaled(leaves: Leaves, factor: Number) -> Iterator[Leaves]:
+    """Yield leaves of one dtype and device piece by piece, with gradients times a number.
+
+    The pieces are parts of the leaves, a large one in many, to be moved before the next is asked
+    for: products are made where the last ones were, so that they never leave the cache. None but a
+    leaf's last ends within a vector, so a kernel moves the pieces as it does the whole, to the bit.
+    The gradients themselves are not written, as torch's fused kernel would that scales by itself.
+    """
+    if not leaves.params[0].is_cpu:
+        yield leaves._replace(grads=foreach.scaled(leaves.grads, factor))
+        return
+    whole = []
+    products: Tensor | None = None
+    for index, param in enumerate(leaves.params):
+        tensors = [column[index] for column in leaves if column]
+        if param.numel() <= IN_CACHE or not all(map(Tensor.is_contiguous, tensors)):
+            whole.append(index)
+            continue
+        parts = [torch.split(tensor.view(-1), IN_CACHE) for tensor in tensors]
+        if products is None:
+            products = torch.empty_like(parts[1][0])
+        for columns in zip(*parts, strict=True):
+            lists = [[piece] for piece in columns]
+            lists[1] = [torch.mul(columns[1], factor, out=products[: columns[1].numel()])]
+            yield Leaves(*lists, *([[]] * (len(Leaves._fields) - len(lists))))
+    for batch in cut(whole, leaves.params):
+        piece = leaves.take(batch.indices)
+        yield piece._replace(grads=foreach.scaled(piece.grads, factor))
 
 
 def borrow(leaves: Leaves) -> Leaves:

@@ -80,6 +80,9 @@ class Scalars(NamedTuple):
 
     A tensor among them is 0-dim, or has the leading dimensions of every leaf (each of the same size
     or of size 1): that is how numbers that differ between the members of a vmap arrive here.
+
+    Gradients are multiplied by `grad_factor` first, and rounded to their dtype. It is other than 1
+    only where nobody watches, which is where a kernel can do it on its way; there it may be NaN.
     """
 
     step: Number  # counted from 1
@@ -88,6 +91,7 @@ class Scalars(NamedTuple):
     beta2: Number
     eps: Number
     weight_decay: Number
+    grad_factor: Number = 1.0
 
     @property
     def read(self) -> bool:
@@ -107,6 +111,8 @@ def unreadable(scalars: Scalars | None, device: torch.device) -> str | None:
     """Say which number on a device a kernel cannot take that reads all but count and lr itself."""
     for name, number in zip(Scalars._fields, scalars or (), strict=False):
         if not isinstance(number, Tensor) or number.device.type == "cpu":
+            continue
+        if name == "grad_factor":  # no kernel that asks this is told of it
             continue
         if name not in ("step", "lr") or number.ndim > 0 or number.device != device:
             return f"it takes numbers whose value can be read, and {name} is on {number.device}"

@@ -31,7 +31,7 @@ __all__ = ["ruled_step"]
 def ruled_step(leaves: Leaves, scalars: Scalars, variant: Variant) -> Moved:
     """Return the leaves after one step with the same numbers, under whatever is watching."""
     count = len(leaves.params)
-    operands = (*scalars, *_chain(leaves))
+    operands = (*scalars[:6], *_chain(leaves))  # the factor is 1 here
     with _transforms.beneath_vmap() as members:
         if members is None:
             return Moved(*_columns(_apply(variant, count, *operands), count, 4))

@@ -6,7 +6,7 @@ numbers are it reads from a table of 64-bit words, built by `triton.py`:
 - for each leaf: its first program; the programs of a member; the elements of a member;
 - for each leaf: the addresses of param, grad, exp_avg, exp_avg_sq (and max_exp_avg_sq) before the
   step, and of the same without grad after it;
-- for each of the six numbers the address of a float64; then for each its stride over the members.
+- for each of the seven numbers the address of a float64; then for each its stride over the members.
 """
 
 # Triton ships no types. This file is the border: what comes of Triton is untyped here, and what is
@@ -116,6 +116,7 @@ def _numbers(table, member, DTYPE: tl.constexpr):
     beta2 = _number(table, 3, member)
     eps = _number(table, 4, member)
     weight_decay = _number(table, 5, member)
+    grad_factor = _number(table, 6, member)
     decay = 1.0 - lr * weight_decay
     step_size = lr / _one_minus_power(beta1, step)
     correction2_root = tl.sqrt(_one_minus_power(beta2, step))
@@ -127,13 +128,14 @@ def _numbers(table, member, DTYPE: tl.constexpr):
         step_size.to(COMPUTE),
         correction2_root.to(COMPUTE),
         eps.to(COMPUTE),
+        grad_factor.to(COMPUTE),
     )
 
 
 @_jit
 def _number(table, INDEX: tl.constexpr, member):
     address = tl.load(table + INDEX).to(tl.pointer_type(tl.float64))
-    return tl.load(address + tl.load(table + 6 + INDEX) * member)
+    return tl.load(address + tl.load(table + 7 + INDEX) * member)
 
 
 @_jit
@@ -165,7 +167,7 @@ def _move(
 ):
     """Move one block: the equations of `plain`, in the same order."""
     COMPUTE: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
-    decay, gain1, beta2, gain2, step_size, correction2_root, eps = numbers
+    decay, gain1, beta2, gain2, step_size, correction2_root, eps, grad_factor = numbers
     lanes = tl.arange(0, BLOCK)
     mask = None if WHOLE else lanes < size - offset
     param = tl.load(_pointers(olds[0], offset, lanes, DTYPE, WHOLE), mask=mask).to(COMPUTE)
@@ -173,6 +175,7 @@ def _move(
     exp_avg = tl.load(_pointers(olds[2], offset, lanes, DTYPE, WHOLE), mask=mask).to(COMPUTE)
     exp_avg_sq = tl.load(_pointers(olds[3], offset, lanes, DTYPE, WHOLE), mask=mask).to(COMPUTE)
 
+    grad = (grad * grad_factor).to(DTYPE).to(COMPUTE)
     if MAXIMIZE:
         grad = -grad
     # As torch.lerp, which takes the end that is nearer.

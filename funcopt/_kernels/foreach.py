@@ -11,10 +11,11 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from .._types import Number
 from ._operands import Leaves, Scalars, Variant, compute_dtype, fit, unreadable
 from .plain import Corrections, double
 
-__all__ = ["refusal", "step_"]
+__all__ = ["refusal", "scaled", "step_"]
 
 _NEEDED = (
     "_foreach_add_",
@@ -24,6 +25,7 @@ _NEEDED = (
     "_foreach_div_",
     "_foreach_lerp_",
     "_foreach_maximum_",
+    "_foreach_mul",
     "_foreach_mul_",
     "_foreach_neg",
     "_foreach_sqrt",
@@ -37,6 +39,16 @@ def refusal(device: torch.device, scalars: Scalars | None) -> str | None:
     if device.type not in ("cpu", "cuda"):
         return f"it serves cpu and cuda, not {device.type}"
     return unreadable(scalars, device)
+
+
+def scaled(tensors: list[Tensor], factor: Number) -> list[Tensor]:
+    """Return tensors of one dtype and device times a number, rounded to that dtype."""
+    dtype = tensors[0].dtype
+    wide = [tensor.to(compute_dtype(dtype)) for tensor in tensors]
+    own = fit(factor, wide[0].real)
+    if not hasattr(torch, "_foreach_mul"):  # pragma: no cover
+        return [(tensor * own).to(dtype) for tensor in wide]
+    return [product.to(dtype) for product in torch._foreach_mul(wide, own)]
 
 
 def step_(leaves: Leaves, scalars: Scalars, variant: Variant) -> None:

@@ -135,7 +135,7 @@ def test_packs_share_no_more_than_fits_in_the_cache():
     (batches,), _ = batches_of(*[(4096,)] * 1000)
     sizes = [sum(batch.sizes) for batch in batches]
     assert sum(sizes) == 4096 * 1000
-    assert max(sizes) <= _layout._IN_CACHE
+    assert max(sizes) <= _layout.IN_CACHE
 
 
 def test_leaves_among_which_one_tensor_comes_twice_drive_nothing_else_out():

@@ -23,7 +23,7 @@ import pytest
 import torch
 
 from funcopt import AdamW
-from funcopt._kernels import plain
+from funcopt._kernels import foreach, plain
 from funcopt._kernels import triton as kernel
 from funcopt._kernels._operands import Leaves, Scalars, Variant, written
 
@@ -226,6 +226,19 @@ def test_no_momentum_forgets_the_largest_past(where):
     assert_same_bits(moved.exp_avgs, leaves.grads)
 
 
+@on_any_device
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("told", ["as a number", "as a tensor"])
+def test_gradients_are_multiplied_on_the_way_and_left_as_they_are(where, dtype, told):
+    leaves = make_leaves([(5, 3), (1030,)], where, dtype)
+    factor = 0.3 if told == "as a number" else torch.tensor(0.3, dtype=torch.float64, device=where)
+    before = [grad.clone() for grad in leaves.grads]
+    moved = kernel.step(leaves, NUMBERS._replace(grad_factor=factor), PLAIN)
+    assert_same_bits(leaves.grads, before)
+    multiplied = leaves._replace(grads=foreach.scaled(leaves.grads, 0.3))
+    assert_agrees(moved, multiplied, NUMBERS, PLAIN)
+
+
 MANY = [(), (0,), (1,), (1023,), (1024,), (3, 0), (1025,), (5000,), (2, 3, 4), (20, 500), (0,)]
 
 
@@ -255,7 +268,7 @@ def spread(shape, low, high, **options):
 PER_MEMBER = {
     "a learning rate each": {"lr": (3,)},
     "a count each": {"step": (3,)},
-    "all of their own": dict.fromkeys(Scalars._fields, (3,)),
+    "all of their own": dict.fromkeys(Scalars._fields[:6], (3,)),
     "some shared": {"lr": (3,), "eps": (), "beta2": (1,)},
     "nested": {"lr": (2, 3), "weight_decay": (2, 3)},
     "by the outer alone": {"lr": (2, 1)},
