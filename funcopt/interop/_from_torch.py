@@ -108,6 +108,8 @@ def from_torch(
     if len(theirs.groups) == 1 and group_names is None and frozen is None:
         (label,) = theirs.groups
         return _take_over(theirs, label, params, _tree.unflatten(structure, found), step_per_leaf)
+    if frozen is not None and not isinstance(frozen, str):
+        raise TypeError(f"frozen={frozen!r}: must be a label, a string such as 'frozen', or None.")
     if frozen in theirs.groups:
         raise ValueError(
             f"frozen={frozen!r}: a param group has that label, and trains its parameters. Choose "

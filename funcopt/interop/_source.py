@@ -109,11 +109,14 @@ def _label(groups: Sequence[Mapping[str, Any]], group_names: Sequence[str] | Non
     own = [group.get("name") for group in groups]
     labels = [name if isinstance(name, str) else str(place) for place, name in enumerate(own)]
     if group_names is not None:
-        labels = list(group_names)
-        if isinstance(group_names, str) or not all(isinstance(name, str) for name in labels):
+        if not (
+            isinstance(group_names, list | tuple)
+            and all(isinstance(name, str) for name in group_names)
+        ):
             raise TypeError(
                 f"group_names={group_names!r}: must be a list of strings, one for each param group."
             )
+        labels = list(group_names)
         if len(labels) != len(groups):
             raise ValueError(
                 f"group_names={group_names!r}: the source has {len(groups)} param groups, so there "

@@ -88,7 +88,7 @@ def to_torch(
         >>> [(group["name"], group["param_names"]) for group in theirs.param_groups]
         [('decay', ['weight']), ('no_decay', ['bias'])]
     """
-    if not isinstance(opt, Partition):
+    if not isinstance(opt, Partition) or not isinstance(state, PartitionState):
         group, entries = _hand_over(opt, state, params, 0)
         names = group["param_names"]
         if all(name.isdigit() or not name for name in names):  # of a list, or a tensor alone
@@ -106,7 +106,7 @@ def to_torch(
 
 
 def _parts(
-    opt: Partition, state: Any, params: Tree
+    opt: Partition, state: PartitionState, params: Tree
 ) -> dict[str, tuple[Any, Any, dict[str, Tensor]]]:
     """Return what moves, by label: the optimizer, its state, and its leaves in torch's order."""
     groups = opt._groups(params)

@@ -101,7 +101,7 @@ def keyed_by_names(theirs, model):
 
 
 # How what torch has is handed to from_torch: the source, and whether the parameters are its own,
-# copies in the order of the model, or copies in the order of the groups.
+# or copies in an order: that of the model, of the groups, or the model's reversed.
 WAYS = {
     "the optimizer": (True, lambda theirs, model: theirs, "own"),
     "the optimizer, without names": (False, lambda theirs, model: theirs, "own"),
@@ -110,6 +110,11 @@ WAYS = {
         False,
         lambda theirs, model: through_a_file(theirs.state_dict()),
         "groups",
+    ),
+    "a file, in another order": (
+        True,
+        lambda theirs, model: through_a_file(theirs.state_dict()),
+        "reversed",
     ),
     "keyed by names": (False, keyed_by_names, "model"),
 }
@@ -133,6 +138,8 @@ def test_groups_are_taken_over_after_ten_steps_and_ten_more_are_torchs_to_the_bi
         params = {
             name: params[name] for group in GROUPS for name in params if labels[name] == group
         }
+    if which == "reversed":
+        params = dict(reversed(params.items()))
     opt, state = from_torch(source_of(theirs, model), params)
     assert opt.inner == {name: AdamW(**GROUPS[name], kernel=kernel) for name in GROUPS}
     assert list(opt.inner) == list(GROUPS)
@@ -352,24 +359,29 @@ def test_a_complex_leaf_makes_its_own_group_plain_and_no_other():
     assert [group["fused"] for group in groups] == [True, False]
 
 
+@pytest.mark.usefixtures("_flattened")
 def test_parameters_are_numbered_as_torch_numbers_them_in_the_order_in_which_they_were_filled():
     params = {name: torch.ones(2) for name in ("c", "z", "b", "a")}
     opt = Partition(
         {"second": AdamW(), "first": AdamW()}, lambda name, _: "first" if name in "zb" else "second"
     )
-    _, state = opt.update(params, opt.init(params), params)
+    grads = {name: torch.full((2,), float(number)) for number, name in enumerate(params, 1)}
+    _, state = opt.update(grads, opt.init(params), params)
     d = to_torch(opt, state, params)
     own = {name: nn.Parameter(leaf) for name, leaf in params.items()}
     theirs = torch.optim.AdamW(
         [{"params": [(n, own[n]) for n in "ca"]}, {"params": [(n, own[n]) for n in "zb"]}]
     )
-    steps(theirs, own, [params])
+    steps(theirs, own, [grads])
     listed = theirs.state_dict()
     for key in ("params", "param_names"):
         assert [group[key] for group in d["param_groups"]] == [
             group[key] for group in listed["param_groups"]
         ]
     assert d["state"].keys() == listed["state"].keys()
+    again, state_again = from_torch(d, params)
+    assert dict(again.labels) == {"c": "second", "a": "second", "z": "first", "b": "first"}
+    assert_same_bits(state_again, state)
 
 
 def test_a_list_in_groups_has_names_so_that_it_comes_back():
@@ -436,6 +448,18 @@ def test_a_frozen_leaf_may_be_of_integers_but_no_parameter_of_the_source_may_be_
         from_torch(theirs.state_dict(), {"a": own["a"], "count": torch.tensor(3)}, frozen="rest")
 
 
+@pytest.mark.parametrize("name", ["c", "d"])
+def test_two_leaves_with_one_memory_are_refused_in_whatever_groups(name):
+    params = {"a": torch.ones(2), "b": torch.ones(2), "c": torch.ones(2), "d": torch.ones(2)}
+    opt = Partition(
+        {"x": AdamW(), "y": AdamW(), "f": Frozen()}, dict(zip("abcd", "xxyf", strict=True))
+    )
+    d = to_torch(opt, opt.init(params), params)
+    params[name] = params["a"]
+    with pytest.raises(ValueError, match="shares its memory"):
+        from_torch(d, params, frozen="f")
+
+
 # Checkpoints.
 
 
@@ -492,6 +516,8 @@ REFUSED = {
     "names alike": (saved(), {"group_names": ["p", "p"]}, "2 param groups have the name 'p'"),
     "too few names": (saved(), {"group_names": ["p"]}, "the source has 2 param groups, so there"),
     "a name alone": (saved(), {"group_names": "xy"}, "must be a list of strings"),
+    "a number": (saved(), {"group_names": 2}, "must be a list of strings"),
+    "frozen for a flag": (saved(), {"frozen": True}, "frozen=True: must be a label"),
     "no strings": (saved(), {"group_names": [1, 2]}, "must be a list of strings"),
     "frozen alike": (saved(), {"frozen": "y"}, "frozen='y': a param group has that label"),
     "empty": (saved(emptied), {}, "param group 'z': it has no parameters"),
@@ -577,7 +603,7 @@ NOT_HANDED = {
         r"inner\['x'\]: got Partition and PartitionState.*Partition of AdamWs",
     ),
     "all frozen": (pair(Frozen(), Frozen()), None, "every optimizer is Frozen"),
-    "another's state": (pair(AdamW()), AdamW(), "state is of type AdamWState"),
+    "another's state": (pair(AdamW()), AdamW(), "got Partition and AdamWState"),
     "a partition's state": (AdamW(), pair(AdamW()), "got AdamW and PartitionState"),
     "other labels": (
         pair(AdamW()),

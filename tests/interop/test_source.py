@@ -3,11 +3,9 @@
 import copy
 from collections import OrderedDict
 
-import optree
 import pytest
 import torch
 
-from funcopt import _tree
 from funcopt.interop import from_torch, to_torch
 
 from ..cases import Point, assert_same_bits
@@ -50,14 +48,6 @@ def test_an_optimizers_own_tensors_are_matched_by_identity_before_any_name():
     assert_matched(from_torch(unnamed, own)[1])
     nested = from_torch(unnamed, {"layer": [own["first"], Point(own["second"], ())]})[1]
     assert torch.all(nested.exp_avg["layer"][0] < nested.exp_avg["layer"][1].x)
-
-
-@pytest.fixture(params=["in order of insertion", "sorted"])
-def _flattened(request, monkeypatch):
-    """Both ways of flattening a dict: optree sorts its keys unless torch has told it not to."""
-    monkeypatch.setattr(_tree, "_structures", {})
-    with optree.dict_insertion_ordered(request.param != "sorted", namespace="torch"):
-        yield
 
 
 @pytest.mark.usefixtures("_flattened")
