@@ -41,8 +41,8 @@ def to_torch(
     is complex, `differentiable` is True, or a count is 2**24 or more.
 
     A scheduler that keeps numbers of its own in the param groups, as OneCycleLR does, loses them
-    when the dict is loaded, since they are no part of an AdamW. Keep them by adding what lacks:
-    `d["param_groups"][0] = {**theirs.param_groups[0], **d["param_groups"][0]}` before, and so on.
+    when the dict is loaded, since they are no part of an AdamW. Keep them by adding what lacks to
+    each group before: `d["param_groups"][0] = {**theirs.param_groups[0], **d["param_groups"][0]}`.
 
     torch loads by order, not by name: the parameters of its optimizer must come in the order of
     `params`, where that of a dict is the order in which it was filled, `model.parameters()`'s own
