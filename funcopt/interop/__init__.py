@@ -1,8 +1,9 @@
 """Living beside torch.optim: its state dicts, read and written, and checkpoints of any state.
 
 A run can be taken over from `torch.optim.AdamW` and handed back at any step; what goes on is bit by
-bit what would have been. A state becomes a flat dict from path to tensor, which `torch.save`,
-safetensors and `torch.distributed.checkpoint` all take as it is.
+bit what would have been. Param groups are the groups of a `Partition`. A state becomes a flat dict
+from path to tensor, which `torch.save`, safetensors and `torch.distributed.checkpoint` all take as
+it is.
 
 Example:
     >>> import torch
@@ -19,6 +20,7 @@ Example:
 """
 
 from ._checkpoint import from_state_dict, to_state_dict
-from ._torch_optim import from_torch, to_torch
+from ._from_torch import from_torch
+from ._to_torch import to_torch
 
 __all__ = ["from_state_dict", "from_torch", "to_state_dict", "to_torch"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -11,10 +13,12 @@ from torch import Tensor
 from .. import _tree
 from .._labels import name_leaves
 
-__all__ = ["Source", "places", "read"]
+__all__ = ["MOMENTS", "Source", "places", "read", "within"]
+
+MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 # What a param group of AdamW has. Others of the family lack some of it: RAdam and NAdam know no
-# amsgrad. What is there beside it belongs to a scheduler.
+# amsgrad. What is there beside it belongs to a scheduler, or to the user.
 _OPTIONS = (
     *("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize"),
     *("foreach", "fused", "capturable", "differentiable"),
@@ -25,57 +29,68 @@ _MOST = 5
 
 
 class Source(NamedTuple):
-    """One param group and its state."""
+    """Param groups and their state; parameters in the order of torch, one group after the other."""
 
-    options: Mapping[str, Any]
+    groups: Mapping[str, Mapping[str, Any]]  # by label
+    owners: list[str]  # for each parameter, the label of its group
     entries: list[Mapping[str, Any]]  # for each parameter; empty if it never had a gradient
     names: list[str] | None  # of the parameters, if they were given with names
     tensors: list[Tensor] | None  # the parameters themselves, of an optimizer
 
 
-def read(source: Any) -> Source:
+def read(source: Any, group_names: Sequence[str] | None) -> Source:
     """Read an optimizer or its state dict, and make sure that it is an AdamW.
 
     Raises:
-        TypeError: If it is neither.
-        ValueError: If it is that of another optimizer, or has several param groups, or state that
-            belongs to no parameter.
+        TypeError: If it is neither, or `group_names` is no sequence of strings.
+        ValueError: If it is that of another optimizer, has state that belongs to no parameter,
+            groups that are empty or named alike, or names for some of its parameters alone; or if
+            there are more or fewer `group_names` than groups.
     """
     if isinstance(source, torch.optim.Optimizer):
-        group, state = _only(source.param_groups), source.state
-        tensors = list(group["params"])
+        listed, state = source.param_groups, source.state
     elif _is_state_dict(source):
-        group, state, tensors = _only(source["param_groups"]), source["state"], None
+        listed, state = source["param_groups"], source["state"]
     else:
         raise TypeError(
             f"the source is of type {type(source).__name__}: it must be a torch.optim.AdamW or its "
             f"state_dict(), with a dict under 'state' and a list of dicts under 'param_groups'."
         )
-    _check_is_adamw(group)
-    if tensors is not None and not isinstance(source, torch.optim.Adam | torch.optim.AdamW):
+    groups = dict(zip(_label(listed, group_names), listed, strict=True))
+    for label, group in groups.items():
+        with within(f"param group {label!r}" if len(groups) > 1 else None):
+            _check_is_adamw(group)
+            if len(groups) > 1 and not len(group["params"]):
+                raise ValueError("it has no parameters. Take it out of 'param_groups'.")
+    if isinstance(source, torch.optim.Optimizer) and not isinstance(
+        source, torch.optim.Adam | torch.optim.AdamW
+    ):
         # One around an AdamW, as ZeroRedundancyOptimizer is, shows its groups and not its state.
         raise ValueError(
             f"the source is a {type(source).__name__}, which may keep its state elsewhere. Give "
             f"the torch.optim.AdamW itself, or the (consolidated) state_dict()."
         )
-    known = list(group["params"])
-    listed = set(known)  # tensors among them are told apart by identity
-    extra = [key for key in state if key not in listed]
-    if extra:
-        raise ValueError(
-            f"the source has state for {_some(extra)}, which its param group does not list: it is "
-            f"no whole state dict of torch.optim.AdamW."
-        )
-    names = group.get("param_names")
-    if names is None and known and all(isinstance(own, str) for own in known):
-        names = known  # as torch.distributed.checkpoint.state_dict writes it
-    if names is not None and len(names) != len(known):
-        raise ValueError(
-            f"the source has {len(known)} parameters and {len(names)} names for them in "
-            f"'param_names'. Leave that entry out, or give each one a name."
-        )
-    entries = [state.get(own, {}) for own in known]
-    return Source(group, entries, None if names is None else list(names), tensors)
+    known = [own for group in groups.values() for own in group["params"]]
+    _check_listed(known, state, "group does" if len(groups) == 1 else "groups do")
+    return Source(
+        groups,
+        [label for label, group in groups.items() for _ in group["params"]],
+        [state.get(own, {}) for own in known],
+        _names(groups),
+        known if isinstance(source, torch.optim.Optimizer) else None,
+    )
+
+
+@contextmanager
+def within(owner: str | None) -> Iterator[None]:
+    """Begin the messages of errors with what they are about, unless it goes without saying."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        if owner is None:
+            raise
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{owner}: {error}") from error
 
 
 def _is_state_dict(source: Any) -> bool:
@@ -87,20 +102,33 @@ def _is_state_dict(source: Any) -> bool:
     )
 
 
-def _only(groups: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    if len(groups) == 1:
-        return groups[0]
-    shared = set.intersection(*(set(group) for group in groups)) if groups else set()
-    differ = sorted(
-        key
-        for key in shared.difference(("params", "param_names"))
-        if any(str(group[key]) != str(groups[0][key]) for group in groups)
-    )
-    how = f"which differ in {', '.join(differ)}" if differ else "which agree in every option"
-    raise ValueError(
-        f"the source has {len(groups)} param groups{f', {how}' if groups else ''}: only a source "
-        f"with one can be taken over. Groups with options of their own are not served yet."
-    )
+def _label(groups: Sequence[Mapping[str, Any]], group_names: Sequence[str] | None) -> list[str]:
+    """Return a label for each group: as given, else its own name, else its number."""
+    if not groups:
+        raise ValueError("the source has no param groups: there is nothing to take over.")
+    own = [group.get("name") for group in groups]
+    labels = [name if isinstance(name, str) else str(place) for place, name in enumerate(own)]
+    if group_names is not None:
+        if not (
+            isinstance(group_names, list | tuple)
+            and all(isinstance(name, str) for name in group_names)
+        ):
+            raise TypeError(
+                f"group_names={group_names!r}: must be a list of strings, one for each param group."
+            )
+        labels = list(group_names)
+        if len(labels) != len(groups):
+            raise ValueError(
+                f"group_names={group_names!r}: the source has {len(groups)} param groups, so there "
+                f"must be as many names."
+            )
+    twice = [label for label in labels if labels.count(label) > 1]
+    if twice:
+        raise ValueError(
+            f"{twice.count(twice[0])} param groups have the name {twice[0]!r}: give each one its "
+            f"own, such as group_names={[str(place) for place in range(len(groups))]}."
+        )
+    return labels
 
 
 def _check_is_adamw(group: Mapping[str, Any]) -> None:
@@ -121,44 +149,97 @@ def _check_is_adamw(group: Mapping[str, Any]) -> None:
         )
 
 
-def places(source: Source, leaves: list[Tensor], structure: _tree.Structure) -> list[int]:
+def _check_listed(known: Sequence[Any], state: Mapping[Any, Any], they: str) -> None:
+    """Refuse state that belongs to no parameter, or to two."""
+    listed = set(known)  # tensors among them are told apart by identity
+    extra = [key for key in state if key not in listed]
+    if extra:
+        raise ValueError(
+            f"the source has state for {_some(extra)}, which its param {they} not list: it is "
+            f"no whole state dict of torch.optim.AdamW."
+        )
+    if len(listed) < len(known):
+        twice = [own for own, times in Counter(known).items() if times > 1]
+        raise ValueError(
+            f"the source lists {_some(twice)} twice in its param groups: list each parameter once."
+        )
+
+
+def _names(groups: Mapping[str, Mapping[str, Any]]) -> list[str] | None:
+    """Return the names of all parameters, if they have any."""
+    found: dict[str, Sequence[str]] = {}
+    for label, group in groups.items():
+        known, names = list(group["params"]), group.get("param_names")
+        if names is None and all(isinstance(own, str) for own in known):
+            names = known  # as torch.distributed.checkpoint.state_dict writes it
+        if names is None:
+            continue
+        if len(names) != len(known):
+            with within(f"param group {label!r}" if len(groups) > 1 else None):
+                raise ValueError(
+                    f"the source has {len(known)} parameters and {len(names)} names for them in "
+                    f"'param_names'. Leave that entry out, or give each one a name."
+                )
+        found[label] = names
+    nameless = [label for label in groups if label not in found]
+    if found and nameless:
+        raise ValueError(
+            f"param group {next(iter(found))!r} has 'param_names' and param group {nameless[0]!r} "
+            f"has not. Leave that entry out of all groups, or give it to each."
+        )
+    return [name for names in found.values() for name in names] if found else None
+
+
+def places(
+    source: Source, leaves: list[Any], structure: _tree.Structure, *, partial: bool
+) -> list[int | None]:
     """Return for each leaf where its parameter stands in the source.
 
     If a leaf is a parameter of the optimizer, all are matched by identity; else, if the source has
     names, by name; else by order, if the tree is flat.
+
+    Args:
+        source: The source.
+        leaves: The leaves.
+        structure: The structure of their tree.
+        partial: Whether leaves may be missing in the source. Their place is None.
 
     Raises:
         ValueError: If a leaf or a parameter has no counterpart, or there is no sound order.
     """
     own = {id(tensor): place for place, tensor in enumerate(source.tensors or [])}
     if any(id(leaf) in own for leaf in leaves):
-        labels = source.names or [f"parameter {place}" for place in range(len(source.entries))]
-        found = [own.get(id(leaf)) for leaf in leaves]
-        return _complete(found, labels, _tree.paths(structure, "params"))
-    if source.names is not None:
-        own_names = {name: place for place, name in enumerate(source.names)}
-        if len(own_names) < len(source.names):
+        theirs = source.names or [f"parameter {place}" for place in range(len(source.entries))]
+        ours, found = _tree.paths(structure, "params"), [own.get(id(leaf)) for leaf in leaves]
+    elif source.names is not None:
+        by_name = {name: place for place, name in enumerate(source.names)}
+        if len(by_name) < len(source.names):
             raise ValueError("the source gives two parameters one name in 'param_names'.")
-        labels = name_leaves(structure)
-        return _complete([own_names.get(name) for name in labels], source.names, labels)
-    return _in_order(len(source.entries), structure)
+        theirs, ours = source.names, name_leaves(structure)
+        found = [by_name.get(name) for name in ours]
+    else:
+        return [*_in_order(len(source.entries), structure)]
+    _check_complete(found, theirs, ours, partial)
+    return found
 
 
-def _complete(found: list[int | None], theirs: list[str], ours: list[str]) -> list[int]:
+def _check_complete(
+    found: list[int | None], theirs: list[str], ours: list[str], partial: bool
+) -> None:
     lost = [label for place, label in zip(found, ours, strict=True) if place is None]
     taken = set(found)
     left = [label for place, label in enumerate(theirs) if place not in taken]
-    if lost or left:
-        parts = []
-        if lost:
-            parts.append(f"params has {_some(lost)}, which the source lacks")
-        if left:
-            parts.append(f"the source has {_some(left)}, which params lacks")
+    parts = []
+    if lost and not partial:
+        parts.append(f"params has {_some(lost)}, which the source lacks")
+    if left:
+        parts.append(f"the source has {_some(left)}, which params lacks")
+    if parts:
+        remedy = " Of what torch does not train, say frozen='frozen'." if lost else ""
         raise ValueError(
             f"{', and '.join(parts)}. Give params the parameters that the source has, under the "
-            f"same names, as dict(model.named_parameters()) does."
+            f"same names, as dict(model.named_parameters()) does.{remedy}"
         )
-    return [place for place in found if place is not None]
 
 
 def _in_order(count: int, structure: _tree.Structure) -> list[int]:

@@ -1,0 +1,249 @@
+"""From `torch.optim.AdamW` to a value and its state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _tree
+from .._adamw import AdamW, AdamWState
+from .._frozen import Frozen
+from .._labels import name_leaves
+from .._partition import Partition, PartitionState
+from .._types import Tree
+from .._work import check_untied, flatten_params
+from ._source import MOMENTS, Source, places, read, within
+
+__all__ = ["from_torch"]
+
+
+def from_torch(
+    source: torch.optim.Optimizer | Mapping[str, Any],
+    params: Tree,
+    *,
+    step_per_leaf: bool | None = None,
+    group_names: Sequence[str] | None = None,
+    frozen: str | None = None,
+) -> tuple[AdamW | Partition, Any]:
+    """Take over a run of `torch.optim.AdamW`: return the optimizer and its state.
+
+    Of one param group, that is an `AdamW` and its `AdamWState`; of several, a `Partition` with an
+    `AdamW` for each, and its `PartitionState`. The label of a group is its own `"name"`, if it has
+    that key with a string, else its number: `"0"` for the first. The labels of the leaves are a
+    tree with the keys of `params`.
+
+    Going on with them gives the bits that torch would have, in float32 and float64, and for complex
+    leaves, unless the source is capturable (and not fused) or differentiable or has a tensor for a
+    hyperparameter: it then computes some of its numbers in another order or in float32, funcopt in
+    float64.
+
+    Parameters and state are matched by identity if `params` has the tensors of the optimizer
+    itself; else by name, if the source was built from `named_parameters()`, where the name of a
+    leaf in a nested tree is its keys joined by dots; else by order, if `params` is flat, where the
+    order is that in which a dict was filled, as `dict(model.named_parameters())` is. (torch itself
+    always goes by order, whatever the names.) Each moment must have its parameter's shape and
+    dtype, and is moved to its device.
+
+    **The order of several groups is that of one group after the other, which need not be the
+    model's**: if they have no names, give `params` in their order, or load the state dict into an
+    optimizer that is built as the source was, and take over that with its own tensors, by identity.
+
+    The kernel is the one that the source used: fused, foreach, or plain for neither. Where both
+    flags are None, torch takes foreach if all parameters are on CUDA, and lr is no tensor, and
+    plain elsewhere; so does this. Tensors among the hyperparameters stay tensors, and
+    `differentiable=False` becomes None, the default. A scheduler is no part of the optimizer: lr is
+    what it is at the moment. A parameter without an entry in the source's state is one that never
+    had a gradient: torch writes none for it.
+
+    Args:
+        source: The optimizer, or what its `state_dict()` gave. It is not changed, and nothing that
+            is returned shares its memory.
+        params: The parameters: `dict(model.named_parameters())`, or any tree of them.
+        step_per_leaf: Whether each leaf is to have its own count, as in torch. None: if counts
+            differ within its group, or only some parameters ever had a gradient. Where all counts
+            are the same, but gradients may be None later on, say True to go on exactly as torch
+            would.
+        group_names: Labels for the param groups, in their order, instead of their own. A
+            `Partition` is then returned of one group too.
+        frozen: A label for the leaves of `params` that the source lacks, because torch does not
+            train them, whose optimizer is then `Frozen()`. A `Partition` is returned, with that
+            label if there are any. They can be told by identity or name alone. None: they are an
+            error.
+
+    Raises:
+        TypeError: If the source is neither, or a hyperparameter or leaf is of the wrong type.
+        ValueError: If the source is no AdamW (Adam, say), if two of its param groups have one name,
+            or one of several is empty; if a parameter is missing, extra, on the meta device, or of
+            another shape or dtype, or the order is not certain; if its state is incomplete; if
+            counts differ and `step_per_leaf` is False; or if `group_names` are too few or many, or
+            `frozen` is the label of a group.
+
+    Example:
+        >>> import torch
+        >>> from funcopt.interop import from_torch
+        >>> model = torch.nn.Linear(2, 1)
+        >>> theirs = torch.optim.AdamW(model.named_parameters(), lr=0.1, fused=True)
+        >>> model(torch.ones(2)).backward()
+        >>> theirs.step()
+        >>> opt, state = from_torch(theirs, dict(model.named_parameters()))
+        >>> opt.lr, opt.kernel, state.step
+        (0.1, 'fused', tensor(1., dtype=torch.float64))
+
+        Of two param groups:
+
+        >>> groups = [{"params": [model.weight], "name": "decay"}, {"params": [model.bias]}]
+        >>> theirs = torch.optim.AdamW(groups, lr=0.1)
+        >>> opt, state = from_torch(theirs, dict(model.named_parameters()))
+        >>> opt.labels, state.inner["1"].exp_avg
+        ({'weight': 'decay', 'bias': '1'}, {'bias': tensor([0.])})
+    """
+    leaves, structure = _tree.flatten(params)
+    check_untied(leaves, structure)
+    theirs = read(source, group_names)
+    found = places(theirs, leaves, structure, partial=frozen is not None)
+    if len(theirs.groups) == 1 and group_names is None and frozen is None:
+        (label,) = theirs.groups
+        return _take_over(theirs, label, params, _tree.unflatten(structure, found), step_per_leaf)
+    if frozen is not None and not isinstance(frozen, str):
+        raise TypeError(f"frozen={frozen!r}: must be a label, a string such as 'frozen', or None.")
+    if frozen in theirs.groups:
+        raise ValueError(
+            f"frozen={frozen!r}: a param group has that label, and trains its parameters. Choose "
+            f"another one."
+        )
+    labels = [frozen if place is None else theirs.owners[place] for place in found]
+    inner: dict[str, Any] = {}
+    states: dict[str, Any] = {}
+    named = list(zip(labels, name_leaves(structure), leaves, found, strict=True))
+    for label in theirs.groups:
+        own = {name: leaf for owner, name, leaf, _ in named if owner == label}
+        own_places = {name: place for owner, name, _, place in named if owner == label}
+        with within(f"param group {label!r}"):
+            inner[label], states[label] = _take_over(theirs, label, own, own_places, step_per_leaf)
+    if frozen is not None and frozen in labels:
+        inner[frozen], states[frozen] = Frozen(), ()
+    return Partition(inner, _tree.unflatten(structure, labels)), PartitionState(states)
+
+
+def _take_over(
+    theirs: Source, label: str, params: Tree, found: Tree, step_per_leaf: bool | None
+) -> tuple[AdamW, AdamWState]:
+    """Take over one param group.
+
+    Args:
+        theirs: What there is.
+        label: The label of the group.
+        params: The parameters of the group.
+        found: A tree like it, of their places in the source.
+        step_per_leaf: As for `from_torch`.
+    """
+    leaves, structure = flatten_params(params)
+    entries = [theirs.entries[place] for place in _tree.flatten(found)[0]]
+    options = theirs.groups[label]
+    amsgrad = options["amsgrad"]
+    path = partial(_tree.path, structure, "params")
+    for index, (leaf, entry) in enumerate(zip(leaves, entries, strict=True)):
+        if leaf.is_meta:
+            raise ValueError(
+                f"{path(index)} is on the meta device, where its moments would hold no values. "
+                f"Give the parameters where they are to be trained."
+            )
+        _check_entry(entry, leaf, amsgrad, path, index)
+    counts = [_count(entry, path, index) for index, entry in enumerate(entries)]
+    uneven = len(set(counts)) > 1
+    if uneven and step_per_leaf is False:
+        raise ValueError(
+            f"step_per_leaf=False: the source made {min(counts):g} updates of one parameter and "
+            f"{max(counts):g} of another. Leave step_per_leaf out, or say True."
+        )
+    opt = _optimizer(options, leaves, uneven if step_per_leaf is None else step_per_leaf)
+    state = opt.init(params)
+    for step, count in zip(_tree.flatten(state.step)[0], counts, strict=False):
+        step.fill_(count)
+    with torch.no_grad():
+        for name in MOMENTS[: 3 if amsgrad else 2]:
+            moments = _tree.flatten(getattr(state, name))[0]
+            for moment, entry in zip(moments, entries, strict=True):
+                if entry:
+                    moment.copy_(entry[name])
+    return opt, state
+
+
+def _check_entry(
+    entry: Mapping[str, Any], leaf: Tensor, amsgrad: bool, path: Callable[[int], str], index: int
+) -> None:
+    """Refuse the state of a parameter that is not all there, or not of this parameter."""
+    wanted = {"step", *MOMENTS[: 3 if amsgrad else 2]}
+    if entry and entry.keys() != wanted:
+        lacks, extra = sorted(wanted - entry.keys()), sorted(entry.keys() - wanted)
+        found = [f"lacks {', '.join(lacks)}"] * bool(lacks)
+        found += [f"has {', '.join(map(str, extra))} beyond it"] * bool(extra)
+        raise ValueError(
+            f"the state for {path(index)} {' and '.join(found)}: with amsgrad={amsgrad} it is "
+            f"{', '.join(sorted(wanted))}."
+        )
+    for name in wanted.intersection(entry) - {"step"}:
+        moment = entry[name]
+        if not isinstance(moment, Tensor):
+            raise TypeError(
+                f"{name} for {path(index)} is of type {type(moment).__name__}, not a tensor."
+            )
+        for what in ("shape", "dtype", "layout"):
+            has, needed = getattr(moment, what), getattr(leaf, what)
+            if has != needed:
+                raise ValueError(
+                    f"{name} for {path(index)}: {what} {_show(has)}, the parameter has "
+                    f"{_show(needed)}. Is it that of another parameter, or another model?"
+                )
+
+
+def _count(entry: Mapping[str, Any], path: Callable[[int], str], index: int) -> float:
+    step = entry.get("step", 0.0)
+    count = float(step.item()) if isinstance(step, Tensor) and step.numel() == 1 else step
+    if not isinstance(count, float | int) or not (count >= 0 and count == count // 1):
+        raise ValueError(
+            f"step for {path(index)} is {step!r}: a count of updates is a whole number, at least 0."
+        )
+    return float(count)
+
+
+def _optimizer(options: Mapping[str, Any], leaves: list[Tensor], step_per_leaf: bool) -> AdamW:
+    betas = options["betas"]
+    return AdamW(
+        lr=_own(options["lr"]),
+        betas=tuple(map(_own, betas)) if isinstance(betas, tuple | list) else betas,
+        eps=_own(options["eps"]),
+        weight_decay=_own(options["weight_decay"]),
+        amsgrad=options["amsgrad"],
+        maximize=options["maximize"],
+        step_per_leaf=step_per_leaf,
+        kernel=_kernel(options, leaves),
+        differentiable=True if options["differentiable"] else None,
+    )
+
+
+def _own(number: Any) -> Any:
+    """Return a copy of a tensor, which in torch may have one dimension; and a number as it is."""
+    if not isinstance(number, Tensor):
+        return number
+    return number.detach().clone().reshape(() if number.numel() == 1 else number.shape)
+
+
+def _kernel(options: Mapping[str, Any], leaves: list[Tensor]) -> str:
+    """The kernel that torch takes, by its own rule."""
+    foreach, fused = options["foreach"], options["fused"]
+    if foreach is None and fused is None:
+        foreach = (
+            all(leaf.is_cuda for leaf in leaves)
+            and not options["differentiable"]
+            and (options["capturable"] or not isinstance(options["lr"], Tensor))
+        )
+    return "fused" if fused else "foreach" if foreach else "plain"
+
+
+def _show(value: object) -> str:
+    return str(tuple(value)) if isinstance(value, torch.Size) else str(value)

@@ -1,0 +1,199 @@
+"""From a value and its state to a state dict of `torch.optim.AdamW`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _tree
+from .._adamw import AdamW, AdamWState
+from .._frozen import Frozen
+from .._hyperparameters import check_zero_dim
+from .._labels import name_leaves
+from .._partition import Partition, PartitionState
+from .._types import Number, Schedule, Tree
+from .._work import flatten_params, gather
+from ._source import MOMENTS, within
+
+__all__ = ["to_torch"]
+
+# From here on float32, in which torch counts, no longer holds every count.
+_FLOAT32_STOPS = 2**24
+
+
+def to_torch(
+    opt: AdamW | Partition, state: AdamWState | PartitionState, params: Tree
+) -> dict[str, Any]:
+    """Hand a run over to torch: return a state dict that `torch.optim.AdamW` loads.
+
+    An `AdamW` becomes one param group, a `Partition` one for each of its optimizers, in their
+    order, but none for `Frozen()`, whose leaves are then no parameters of torch's optimizer. The
+    label stands under `"name"`, unless it is the number that the group has in torch anyway.
+
+    Going on there gives the bits that `update` would have, in float32 and float64, for the same
+    kernel and unless `differentiable` is True; but without `step_per_leaf` only while every leaf
+    has a gradient, since torch counts the updates of each parameter. `load_state_dict` takes the
+    options from the dict too, the kernel among them. `"auto"` and `"triton"` are handed over as
+    `fused=True`, which is what `"auto"` runs on the CPU. Where torch's fused kernel refuses, they
+    become both flags False, and the results of all leaves of that group differ by rounding: if one
+    is complex, `differentiable` is True, or a count is 2**24 or more.
+
+    A scheduler that keeps numbers of its own in the param groups, as OneCycleLR does, loses them
+    when the dict is loaded, since they are no part of an AdamW. Keep them by adding what lacks to
+    each group before: `d["param_groups"][0] = {**theirs.param_groups[0], **d["param_groups"][0]}`.
+
+    torch loads by order, not by name: the parameters of its optimizer must come in the order of
+    `params`, where that of a dict is the order in which it was filled, `model.parameters()`'s own
+    for `dict(model.named_parameters())`; and if there are several param groups, in that order
+    within each. Their names stand in the dict, from which the groups can be built as in the example
+    below. Tensors among the hyperparameters are handed over as numbers. A parameter that was never
+    updated has no entry, as in torch.
+
+    Args:
+        opt: The optimizer.
+        state: Its state. Nothing that is returned shares its memory.
+        params: The parameters.
+
+    Raises:
+        TypeError: If `opt` or `state` is not that of an AdamW, or of a Partition of them. Of a
+            wrapper around one hand over what is in it: `to_torch(opt.inner, state.inner, params)`.
+        ValueError: If a hyperparameter is a schedule or stacked, if state and parameters do not
+            match, if two leaves have one name, if all are frozen, or if torch's kernel of the name
+            that was asked for cannot go on: fused refuses complex leaves and counts to 2**24, and
+            neither it nor foreach serves `differentiable`.
+
+    Example:
+        >>> import torch, funcopt
+        >>> from funcopt.interop import to_torch
+        >>> model = torch.nn.Linear(2, 1)
+        >>> params = dict(model.named_parameters())
+        >>> opt = funcopt.AdamW(lr=0.1)
+        >>> theirs = torch.optim.AdamW(model.named_parameters())
+        >>> theirs.load_state_dict(to_torch(opt, opt.init(params), params))
+        >>> theirs.param_groups[0]["lr"], theirs.param_groups[0]["fused"]
+        (0.1, True)
+
+        Of two param groups:
+
+        >>> inner = {"decay": opt, "no_decay": funcopt.AdamW(weight_decay=0.0)}
+        >>> opt = funcopt.Partition(inner, funcopt.decay_label)
+        >>> d = to_torch(opt, opt.init(params), params)
+        >>> theirs = torch.optim.AdamW(
+        ...     {"params": [(name, params[name]) for name in group["param_names"]]}
+        ...     for group in d["param_groups"]
+        ... )
+        >>> theirs.load_state_dict(d)
+        >>> [(group["name"], group["param_names"]) for group in theirs.param_groups]
+        [('decay', ['weight']), ('no_decay', ['bias'])]
+    """
+    if not isinstance(opt, Partition) or not isinstance(state, PartitionState):
+        group, entries = _hand_over(opt, state, params, 0)
+        names = group["param_names"]
+        if all(name.isdigit() or not name for name in names):  # of a list, or a tensor alone
+            del group["param_names"]
+        return {"state": entries, "param_groups": [group]}
+    groups: list[dict[str, Any]] = []
+    entries, first = {}, 0
+    for label, (own_opt, own_state, own_params) in _parts(opt, state, params).items():
+        with within(f"inner[{label!r}]"):
+            group, own_entries = _hand_over(own_opt, own_state, own_params, first)
+        groups.append(group if label == str(len(groups)) else {**group, "name": label})
+        entries.update(own_entries)
+        first += len(own_params)
+    return {"state": entries, "param_groups": groups}
+
+
+def _parts(
+    opt: Partition, state: PartitionState, params: Tree
+) -> dict[str, tuple[Any, Any, dict[str, Tensor]]]:
+    """Return what moves, by label: the optimizer, its state, and its leaves in torch's order."""
+    groups = opt._groups(params)
+    no_grads = _tree.unflatten(groups.structure, [None] * len(groups.leaves))
+    order = [groups.names[index] for index in _tree.insertion_order(groups.structure)]
+    parts = {}
+    for label, own in opt._updates(groups, no_grads, state).items():
+        if not isinstance(own.opt, Frozen):
+            leaves = {name: own.params[name] for name in order if name in own.params}
+            parts[label] = own.opt, own.state, leaves
+    if not parts:
+        raise ValueError("every optimizer is Frozen(): torch.optim needs one that moves something.")
+    return parts
+
+
+def _hand_over(
+    opt: Any, state: Any, params: Tree, first: int
+) -> tuple[dict[str, Any], dict[int, dict[str, Tensor]]]:
+    """Return a param group, and the state of its parameters by their numbers, from `first` on."""
+    if not isinstance(opt, AdamW) or not isinstance(state, AdamWState):
+        raise TypeError(
+            f"got {type(opt).__name__} and {type(state).__name__}: torch.optim.AdamW can go on "
+            f"from an AdamW, or a Partition of AdamWs, and its state. Of a wrapper around one hand "
+            f"over opt.inner and state.inner. The order is to_torch(opt, state, params)."
+        )
+    leaves, structure = flatten_params(params)
+    none = _tree.unflatten(structure, [None] * len(leaves))
+    work = gather(none, state, params, amsgrad=opt.amsgrad, step_per_leaf=opt.step_per_leaf)
+    counts = [float(count.item()) for count in work.counts.tensors]
+    flags = _flags(opt, leaves, max(counts, default=0.0))
+    names, order = name_leaves(structure), _tree.insertion_order(structure)
+    entries: dict[int, dict[str, Tensor]] = {}
+    for place, index in enumerate(order, first):
+        count = counts[index if opt.step_per_leaf else 0]
+        moments = [_laid_out_as(leaves[index], paired.leaves[index]) for paired in work.moments]
+        if count > 0 or any(bool(moment.any()) for moment in moments):
+            entries[place] = {"step": _step(count), **dict(zip(MOMENTS, moments, strict=False))}
+    return {
+        "lr": _number("lr", opt.lr),
+        "betas": (_number("betas[0]", opt.betas[0]), _number("betas[1]", opt.betas[1])),
+        "eps": _number("eps", opt.eps),
+        "weight_decay": _number("weight_decay", opt.weight_decay),
+        "amsgrad": opt.amsgrad,
+        "maximize": opt.maximize,
+        **flags,
+        "capturable": False,
+        "differentiable": opt.differentiable is True,
+        "decoupled_weight_decay": True,
+        "params": list(range(first, first + len(order))),
+        "param_names": [names[index] for index in order],
+    }, entries
+
+
+def _flags(opt: AdamW, leaves: list[Tensor], count: float) -> dict[str, bool]:
+    """What torch calls the kernel."""
+    refusals = {
+        "a leaf is complex": any(map(Tensor.is_complex, leaves)),
+        "differentiable is True": opt.differentiable is True,
+        "a count is 2**24 or more": count >= _FLOAT32_STOPS,
+    }
+    refused = next((reason for reason, holds in refusals.items() if holds), None)
+    of_foreach = opt.kernel == "foreach" and opt.differentiable is True
+    if of_foreach or (opt.kernel == "fused" and refused is not None):
+        raise ValueError(
+            f"{refused}, which torch's {opt.kernel} kernel does not serve. Hand over "
+            f"dataclasses.replace(opt, kernel='plain'), whose results differ by rounding."
+        )
+    fused = opt.kernel in ("auto", "triton", "fused") and refused is None
+    return {"foreach": opt.kernel == "foreach", "fused": fused}
+
+
+def _number(name: str, given: Number | Schedule) -> float:
+    if not isinstance(given, float | Tensor):
+        raise ValueError(
+            f"{name} is a schedule, which a state dict cannot hold. Hand over "
+            f"dataclasses.replace(opt, {name}=...) with its value at this count, and go on with a "
+            f"torch.optim.lr_scheduler."
+        )
+    check_zero_dim(name, given)
+    return float(given.detach().item()) if isinstance(given, Tensor) else given
+
+
+def _laid_out_as(leaf: Tensor, moment: Tensor) -> Tensor:
+    """A copy of a moment in the strides of its parameter, which torch's fused kernel counts on."""
+    return torch.empty_like(leaf, requires_grad=False).copy_(moment.detach())
+
+
+def _step(count: float) -> Tensor:
+    """A count as torch keeps it; where float32 stops, in float64, in which it can go on."""
+    return torch.tensor(count, dtype=torch.float32 if count < _FLOAT32_STOPS else torch.float64)
