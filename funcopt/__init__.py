@@ -5,8 +5,10 @@ from ._accumulate import Accumulate, AccumulateState
 from ._adamw import AdamW, AdamWState
 from ._clip import Clip, ClipState
 from ._clip_value import ClipValue, ClipValueState
+from ._ema import Ema, EmaState, averaged
 from ._frozen import Frozen
 from ._labels import decay_label
+from ._lookahead import Lookahead, LookaheadState
 from ._partition import Partition, PartitionState
 from ._types import Optimizer
 
@@ -19,11 +21,16 @@ __all__ = [
     "ClipState",
     "ClipValue",
     "ClipValueState",
+    "Ema",
+    "EmaState",
     "Frozen",
+    "Lookahead",
+    "LookaheadState",
     "Optimizer",
     "Partition",
     "PartitionState",
     "__version__",
+    "averaged",
     "decay_label",
     "schedules",
 ]

@@ -56,6 +56,9 @@ FLOORS = [
     "_clip",
     "_clip_value",
     "_accumulate",
+    "_averages",
+    "_ema",
+    "_lookahead",
     "",
     "interop._source",
     "interop._from_torch",
@@ -123,7 +126,7 @@ def test_one_place_knows_the_transforms():
 
 def test_each_private_operator_is_called_in_one_place():
     assert places(r"torch\._fused_") == {"_kernels.fused"}
-    assert places(r"torch\._foreach_") == {"_kernels.foreach", "_lists"}
+    assert places(r"torch\._foreach_") == {"_averages", "_kernels.foreach", "_lists"}
 
 
 def test_files_and_functions_can_be_taken_in_at_a_glance():

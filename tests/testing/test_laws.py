@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from funcopt import Accumulate, AdamW, Clip, ClipValue, Partition
+from funcopt import Accumulate, AdamW, Clip, ClipValue, Ema, Lookahead, Partition
 from funcopt.schedules import Cosine
 from funcopt.testing import laws
 from funcopt.testing._check import check_law
@@ -26,6 +26,12 @@ SUBJECTS = {
     "Accumulate, of counts of each leaf": Accumulate(AdamW(step_per_leaf=True), torch.tensor(2.0)),
     "Accumulate, of a ClipValue": Accumulate(ClipValue(AdamW(lr=0.1), 0.5), 2),
     "ClipValue": ClipValue(AdamW(lr=0.1), max_value=0.5),
+    "Ema": Ema(AdamW(lr=0.1), decay=0.75),
+    "Ema, with the first, of a tensor": Ema(AdamW(lr=0.1), torch.tensor(0.5), debias=False),
+    "Ema, of a schedule, accumulated": Accumulate(Ema(AdamW(), lambda n: n / (n + 2)), 2),
+    "Lookahead": Lookahead(AdamW(lr=0.1), every=2),
+    "Lookahead, restarting": Lookahead(AdamW(lr=0.1), torch.tensor(2.0), reset_state=True),
+    "Lookahead, of an Ema": Lookahead(Ema(AdamW(lr=0.1), 0.5), 2, 0.75, reset_state=True),
 }
 
 

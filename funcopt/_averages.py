@@ -1,0 +1,171 @@
+"""A second tree of parameters in a state, that follows the first: its start, and how it moves.
+
+`Ema` follows at every step, `Lookahead` at every so many.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _transforms, _tree
+from ._inplace import check_apart, check_writable
+from ._kernels import write
+from ._kernels._operands import compute_dtype, real, unreal
+from ._types import Number, Optimizer, Tree
+from ._work import flatten_params
+from ._wrapping import Gradients, check_inplace, read, records
+
+__all__ = ["Follower", "begin", "lerp", "lerp_", "settled"]
+
+# Private in name only: torch's own averages of weights are made of it.
+_AT_ONCE = hasattr(torch, "_foreach_lerp") and hasattr(torch, "_foreach_lerp_")
+
+
+def begin(
+    opt: Optimizer[Any], params: Tree, kept_in: Callable[[torch.dtype], torch.dtype]
+) -> tuple[Tree, list[Tensor]]:
+    """Return a tree of copies of the parameters, and the leaves that were copied.
+
+    What depends on the parameters has its derivative in them, where an update would be recorded.
+
+    Args:
+        opt: The optimizer whose state it is for.
+        params: The parameters.
+        kept_in: Gives the dtype of a copy, from that of the parameter.
+
+    Raises:
+        TypeError: If a leaf is not a dense floating-point or complex tensor.
+        ValueError: If two leaves share their memory.
+    """
+    leaves, structure = flatten_params(params)
+    no_gradients = Gradients(
+        leaves, structure, _tree.Paired([None for _ in leaves], structure, None)
+    )
+    with torch.set_grad_enabled(records(opt, no_gradients, ())):
+        copies = [leaf.to(kept_in(leaf.dtype), copy=True) for leaf in leaves]
+    return _tree.unflatten(structure, copies), leaves
+
+
+class Follower(NamedTuple):
+    """The second tree beside the parameters, laid out flat and checked."""
+
+    gradients: Gradients  # with the parameters
+    root: str
+    paired: _tree.Paired
+
+    @classmethod
+    def gather(
+        cls,
+        gradients: Gradients,
+        root: str,
+        tree: Tree,
+        kept_in: Callable[[torch.dtype], torch.dtype],
+    ) -> Follower:
+        """Pair the tree with the parameters.
+
+        Raises:
+            ValueError: If it does not match them.
+        """
+        paired = _tree.pair(tree, root, gradients.structure)
+        for index, (leaf, param) in enumerate(zip(paired.leaves, gradients.params, strict=True)):
+            wanted = param.shape, kept_in(param.dtype), param.device
+            if not isinstance(leaf, Tensor) or (leaf.shape, leaf.dtype, leaf.device) != wanted:
+                raise ValueError(
+                    f"{_tree.path(gradients.structure, root, index)} does not go with a parameter "
+                    f"of {param.dtype}, shape {tuple(param.shape)}, on {param.device}: it must be "
+                    f"a tensor of {wanted[1]}, of this shape, and there. Make the state with "
+                    f"init() from these parameters."
+                )
+        return cls(gradients, root, paired)
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        """The tensors, in the order of the parameters."""
+        return self.paired.leaves
+
+    def check_inplace(self, numbers: Mapping[str, object], counts: Mapping[str, Tensor]) -> None:
+        """Refuse to write the tree and these counts where that would lose a derivative or memory.
+
+        Args:
+            numbers: The hyperparameters of the wrapper, by name.
+            counts: What it writes besides, by name.
+
+        Raises:
+            RuntimeError: Under a transform, or if anything here has a history.
+            ValueError: If one of its tensors is expanded, or starts where another one, a gradient
+                or a parameter does.
+        """
+        own, names = [*self.leaves, *counts.values()], list(counts)
+        paths = partial(_tree.path, self.gradients.structure)
+
+        def path(index: int) -> str:
+            if index < len(self.leaves):
+                return paths(self.root, index)
+            index -= len(self.leaves)
+            return names[index] if index < len(names) else paths("params", index - len(names))
+
+        check_inplace(numbers, own, path, self.gradients)
+        if not _transforms.tracing():
+            check_writable(own, path)
+            check_apart([*own, *self.gradients.params], [], path, str)
+
+
+def settled(number: Number) -> float | None:
+    """Return the value of a number, if it can be read at no price and has no derivative to lose."""
+    if isinstance(number, float):
+        return number
+    return None if _transforms.watched() else read(number)
+
+
+def lerp(starts: list[Tensor], ends: list[Tensor], weight: Number) -> list[Tensor]:
+    """Return start + weight * (end - start) of each pair, in the dtypes of the starts.
+
+    The numbers are those of `torch.lerp`: at a weight of 1, the very end.
+    """
+    if isinstance(weight, float) and _at_once(starts, ends):
+        return list(torch._foreach_lerp(starts, _alike(ends, starts), weight))
+    return [_between(*pair, weight) for pair in zip(starts, ends, strict=True)]
+
+
+def lerp_(starts: list[Tensor], ends: list[Tensor], weight: Number) -> None:
+    """Move the starts there, in place."""
+    if not isinstance(weight, float) or not _at_once(starts, ends):
+        for start, end in zip(starts, ends, strict=True):
+            write(start, _between(start, end, weight))
+    elif all(start.dtype is end.dtype for start, end in zip(starts, ends, strict=True)):
+        torch._foreach_lerp_(starts, ends, weight)
+    else:
+        # One by one, so that no more than one of them is there twice.
+        for start, end in zip(starts, ends, strict=True):
+            start.lerp_(end.to(start.dtype), weight)
+
+
+def _alike(ends: Sequence[Tensor], starts: Sequence[Tensor]) -> list[Tensor]:
+    return [end.to(start.dtype) for start, end in zip(starts, ends, strict=True)]
+
+
+def _between(start: Tensor, end: Tensor, weight: Number) -> Tensor:
+    """Return the one: by way of float32 in 16 bits, and of pairs of real ones if complex."""
+    wide = compute_dtype(start.dtype)
+    origin, goal = real(start.to(wide)), real(end.to(wide))
+    own = weight.to(origin) if isinstance(weight, Tensor) else weight
+    return unreal(torch.lerp(origin, goal, own), start).to(start.dtype)
+
+
+def _at_once(starts: Sequence[Tensor], ends: Sequence[Tensor]) -> bool:
+    """Whether one call for all will do, since nobody follows each operator."""
+    tensors = [*starts, *ends]
+    return (
+        _AT_ONCE
+        and len(starts) > 0
+        and not _transforms.tracing()
+        and not _transforms.watched()
+        and _transforms.all_plain(tensors)
+        and not any(map(Tensor.is_complex, tensors))
+        and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+    )

@@ -1,0 +1,278 @@
+"""Lookahead: slow parameters that follow the fast ones, and call them back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from . import _transforms, _tree
+from ._averages import Follower, begin, lerp, lerp_, settled
+from ._checks import check_state
+from ._hyperparameters import check_flag, check_zero_dim, normalize
+from ._kernels import write
+from ._node import register_optimizer
+from ._types import Number, Optimizer, Tree
+from ._work import keep_requiring, too_many_to_compile
+from ._wrapping import check_optimizer, check_scalar, copies, gather_gradients, read, records
+
+__all__ = ["Lookahead", "LookaheadState"]
+
+ParamsT = TypeVar("ParamsT")
+
+
+class LookaheadState(NamedTuple):
+    """The state of `Lookahead`.
+
+    Attributes:
+        steps_since_sync: How many updates were made since slow and fast parameters were the same: a
+            float64 tensor of shape () on the CPU.
+        slow_params: The slow parameters: a tree like the parameters, in their dtypes.
+        inner: The state of the inner optimizer.
+    """
+
+    steps_since_sync: Tensor
+    slow_params: Tree
+    inner: Any
+
+
+@register_optimizer
+@dataclass(frozen=True)
+class Lookahead:
+    r"""Go `every` steps with the inner optimizer, and come back part of the way.
+
+    The parameters are the fast ones $\theta$, which the inner optimizer moves. In every $k$-th
+    update the slow ones $\phi$ go towards them, and they go on from there:
+
+    $$ \phi \leftarrow \phi + \alpha\,(\theta - \phi), \qquad \theta \leftarrow \phi. $$
+
+    From Zhang et al., *Lookahead Optimizer: k steps forward, 1 step back* (NeurIPS 2019), with the
+    numbers of `optax.lookahead`, which has the user carry a pair of trees, where here the slow
+    parameters are in the state. Evaluate those, or the parameters just after they were the same.
+
+    An update in between costs what the inner one does with `update_`. `update` copies the slow
+    parameters besides, since whatever it returns is in fresh memory. The count that tells one from
+    the other is on the CPU, where it is read without waiting for a GPU. Under vmap, and where
+    operators are recorded (compile, export), it cannot be read: there what holds is chosen element
+    by element in each update.
+
+    The order of wrappers matters. `Accumulate(Lookahead(AdamW()), 8)` counts inner updates, of
+    eight calls each; `Lookahead(Accumulate(AdamW(), 8))` counts the calls themselves.
+    `Ema(Lookahead(AdamW()))` averages the fast parameters, after they were called back.
+
+    Args:
+        inner: The optimizer that moves the fast parameters.
+        every: How many updates lie between two meetings, $k$: a whole number of at least 1. A 0-dim
+            tensor, of a floating-point dtype, may differ between the members of a vmap.
+        alpha: How far the slow parameters go: at least 0 (never) and at most 1 (all the way, as if
+            there were no `Lookahead`); a number or 0-dim tensor.
+        reset_state: Whether the inner optimizer starts anew at each meeting, from the state that
+            its `init` gives, counts and all: a schedule in it begins again, too.
+
+    Raises:
+        TypeError: If `inner` is no optimizer, or a hyperparameter is of the wrong type.
+        ValueError: If one is out of range, NaN or infinite.
+
+    Example:
+        >>> import torch, funcopt
+        >>> opt = funcopt.Lookahead(funcopt.AdamW(lr=0.1, weight_decay=0.0), every=2)
+        >>> params = {"w": torch.ones(2)}
+        >>> state = opt.init(params)
+        >>> for _ in range(2):
+        ...     params, state = opt.update({"w": torch.ones(2)}, state, params)
+        ...     print(params, state.slow_params)
+        {'w': tensor([0.9000, 0.9000])} {'w': tensor([1., 1.])}
+        {'w': tensor([0.9000, 0.9000])} {'w': tensor([0.9000, 0.9000])}
+    """
+
+    inner: Optimizer[Any]
+    every: Number = 5
+    alpha: Number = 0.5
+    reset_state: bool = False
+
+    def __post_init__(self) -> None:
+        """Check and normalize every hyperparameter."""
+        check_optimizer("inner", self.inner)
+        every = normalize("every", self.every)
+        object.__setattr__(self, "every", int(every) if isinstance(every, float) else every)
+        object.__setattr__(self, "alpha", normalize("alpha", self.alpha))
+        check_flag("reset_state", self.reset_state)
+
+    def init(self, params: Tree) -> LookaheadState:
+        """Return the state before the first update, when slow and fast parameters are the same.
+
+        Args:
+            params: The parameters, as for the inner optimizer.
+
+        Raises:
+            TypeError: If a leaf is not a dense floating-point or complex tensor.
+            ValueError: If two leaves share their memory.
+
+        Example:
+            >>> import torch, funcopt
+            >>> funcopt.Lookahead(funcopt.AdamW()).init([torch.ones(2)]).slow_params
+            [tensor([1., 1.])]
+        """
+        slow_params, _ = begin(self, params, _own)
+        count = torch.zeros((), dtype=torch.float64, device="cpu")
+        return LookaheadState(count, slow_params, self.inner.init(params))
+
+    def update(
+        self, grads: Tree, state: LookaheadState, params: ParamsT
+    ) -> tuple[ParamsT, LookaheadState]:
+        """Return the new parameters and the new state, in fresh memory.
+
+        Args:
+            grads: The gradients at the fast parameters, as for the inner optimizer.
+            state: The state that `init` or the last update returned.
+            params: The fast parameters.
+
+        Returns:
+            The pair `(new_params, new_state)`.
+
+        Raises:
+            TypeError: As the inner optimizer.
+            ValueError: As the inner optimizer, or if a hyperparameter is no single number.
+
+        Example:
+            >>> import torch, funcopt
+            >>> opt = funcopt.Lookahead(funcopt.AdamW(lr=0.1, weight_decay=0.0), 1, alpha=0.8)
+            >>> opt.update(torch.ones(1), opt.init(torch.ones(1)), torch.ones(1))[0]
+            tensor([0.9200])
+        """
+        if too_many_to_compile(params):
+            return _transforms.uncompiled(self.update, grads, state, params)
+        slow = self._gather(grads, state, params)
+        recorded = records(self, slow.gradients, state)
+        meets = self._meets(state.steps_since_sync)
+        new_params, inner = self.inner.update(grads, state.inner, params)
+        with torch.set_grad_enabled(recorded):
+            if meets is False:
+                new_slow = copies(slow.leaves)
+            else:
+                fast, structure = _tree.flatten(new_params)
+                met = lerp(slow.leaves, fast, self._alpha())
+                new_slow = _chosen(meets, met, slow.leaves)
+                new_params = _tree.unflatten(structure, _chosen(meets, copies(met), fast))
+                _keep_requiring(new_params, params)
+                inner = self._restarted(meets, inner, new_params)
+        count = _next(meets, state.steps_since_sync.detach())
+        return new_params, LookaheadState(count, slow.paired.rebuild(new_slow), inner)
+
+    def update_(
+        self, grads: Tree, state: LookaheadState, params: ParamsT
+    ) -> tuple[ParamsT, LookaheadState]:
+        """Do the same as `update`, written into `params` and `state`, which are returned.
+
+        Args:
+            grads: The gradients, as for `update`.
+            state: The state, which is overwritten.
+            params: The fast parameters, which are overwritten.
+
+        Returns:
+            The pair `(params, state)`: the trees that were given.
+
+        Raises:
+            RuntimeError: Under a transform of `torch.func`, or if anything has a history.
+            TypeError: As `update`.
+            ValueError: As `update`, and as the inner optimizer's `update_`.
+
+        Example:
+            >>> import torch, funcopt
+            >>> opt = funcopt.Lookahead(funcopt.AdamW(lr=0.1, weight_decay=0.0), 1, alpha=0.8)
+            >>> w = torch.ones(1)
+            >>> _ = opt.update_(torch.ones(1), opt.init(w), w)
+            >>> w
+            tensor([0.9200])
+        """
+        if too_many_to_compile(params):
+            return _transforms.uncompiled(self.update_, grads, state, params)
+        slow = self._gather(grads, state, params)
+        numbers = {"every": self.every, "alpha": self.alpha}
+        slow.check_inplace(numbers, {"state.steps_since_sync": state.steps_since_sync})
+        meets = self._meets(state.steps_since_sync)
+        self.inner.update_(grads, state.inner, params)
+        with torch.no_grad():
+            if meets is not False:
+                self._meet_(meets, slow, state.inner, params)
+            write(state.steps_since_sync, _next(meets, state.steps_since_sync))
+        return params, state
+
+    def _gather(self, grads: Tree, state: LookaheadState, params: Tree) -> Follower:
+        check_state(state, LookaheadState)
+        check_scalar("state.steps_since_sync", state.steps_since_sync)
+        check_zero_dim("every", self.every)
+        check_zero_dim("alpha", self.alpha)
+        gradients = gather_gradients(grads, params)
+        return Follower.gather(gradients, "state.slow_params", state.slow_params, _own)
+
+    def _meets(self, count: Tensor) -> bool | Tensor:
+        """Whether slow and fast meet in this update; a tensor where that is not read."""
+        taken = read(count)
+        every = read(self.every) if isinstance(self.every, Tensor) else self.every
+        if taken is None or every is None:
+            return count.detach() + 1 >= self.every
+        return taken + 1 >= every
+
+    def _alpha(self) -> Number:
+        """Return how far the slow parameters go, as a Python number if it can be read."""
+        alpha = settled(self.alpha)
+        return self.alpha if alpha is None else alpha
+
+    def _restarted(self, meets: bool | Tensor, inner: Tree, params: Tree) -> Tree:
+        """Return the inner state, as it is at first if slow and fast met and it is to restart."""
+        if not self.reset_state:
+            return inner
+        olds, structure = _tree.flatten(inner)
+        first = _tree.pair(self.inner.init(params), "state.inner", structure).leaves
+        return _tree.unflatten(structure, _chosen(meets, first, olds))
+
+    def _meet_(self, meets: bool | Tensor, slow: Follower, inner: Tree, params: Tree) -> None:
+        """Let slow and fast meet in place."""
+        fast = slow.gradients.params
+        if meets is True:
+            lerp_(slow.leaves, fast, self._alpha())
+            _write_all(fast, slow.leaves)
+        else:
+            met = lerp(slow.leaves, fast, self._alpha())
+            for leaves in (slow.leaves, fast):
+                _write_all(leaves, _chosen(meets, met, leaves))
+        if self.reset_state:
+            restarted = self._restarted(meets, inner, params)
+            _write_all(_tree.flatten(inner)[0], _tree.flatten(restarted)[0])
+
+
+def _own(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of slow parameters: that of the fast ones, whose values they give them."""
+    return dtype
+
+
+def _chosen(
+    condition: bool | Tensor, news: Sequence[Tensor], olds: Sequence[Tensor]
+) -> list[Tensor]:
+    if isinstance(condition, bool):
+        return list(news if condition else olds)
+    return [
+        torch.where(condition.to(old.device), new, old) for new, old in zip(news, olds, strict=True)
+    ]
+
+
+def _write_all(olds: Sequence[Tensor], news: Sequence[Tensor]) -> None:
+    for old, new in zip(olds, news, strict=True):
+        write(old, new)
+
+
+def _next(meets: bool | Tensor, count: Tensor) -> Tensor:
+    """Return the count after an update."""
+    if isinstance(meets, bool):
+        return torch.zeros_like(count) if meets else count + 1
+    return (count + 1).masked_fill(meets, 0)
+
+
+def _keep_requiring(new_params: Tree, params: Tree) -> None:
+    """Let copies of parameters require a gradient where the old did, but for a transform's sake."""
+    if not _transforms.transformed() and not _transforms.tracing():
+        keep_requiring(_tree.flatten(new_params)[0], _tree.flatten(params)[0])
