@@ -166,7 +166,7 @@ class Partition:
         self, grads: Tree, factor: Tensor | None, state: PartitionState, params: ParamsT
     ) -> tuple[ParamsT, PartitionState]:
         groups = self._groups(params)
-        updates = self._updates(groups, grads, factor, state)
+        updates = self._updates(groups, grads, state, factor)
         moved = {label: update.out_of_place() for label, update in updates.items()}
         new_params = groups.rebuild([own for own, _ in moved.values()])
         return new_params, PartitionState({label: own for label, (_, own) in moved.items()})
@@ -212,7 +212,7 @@ class Partition:
     def _move_(
         self, grads: Tree, factor: Tensor | None, state: PartitionState, params: ParamsT
     ) -> tuple[ParamsT, PartitionState]:
-        update_together_(self._updates(self._groups(params), grads, factor, state))
+        update_together_(self._updates(self._groups(params), grads, state, factor))
         return params, state
 
     def _groups(self, params: Tree) -> _Groups:
@@ -226,7 +226,7 @@ class Partition:
         return _Groups(leaves, structure, names, members)
 
     def _updates(
-        self, groups: _Groups, grads: Tree, factor: Tensor | None, state: PartitionState
+        self, groups: _Groups, grads: Tree, state: PartitionState, factor: Tensor | None = None
     ) -> dict[str, Update]:
         """What each optimizer is to do."""
         check_state(state, PartitionState)
