@@ -8,6 +8,7 @@ from ._clip_value import ClipValue, ClipValueState
 from ._frozen import Frozen
 from ._labels import decay_label
 from ._partition import Partition, PartitionState
+from ._skip_nonfinite import SkipNonfinite, SkipNonfiniteState
 from ._types import Optimizer
 
 __all__ = [
@@ -23,6 +24,8 @@ __all__ = [
     "Optimizer",
     "Partition",
     "PartitionState",
+    "SkipNonfinite",
+    "SkipNonfiniteState",
     "__version__",
     "decay_label",
     "schedules",

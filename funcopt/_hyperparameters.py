@@ -35,6 +35,10 @@ _RULES: dict[str, tuple[str, Callable[[float], bool]]] = {
         "must be a whole number of at least 1",
         lambda value: 1.0 <= value < math.inf and value == int(value),
     ),
+    "max_consecutive": (
+        "must be a whole number of at least 0, or infinite (never let one through)",
+        lambda value: value == math.inf or (0.0 <= value < math.inf and value == int(value)),
+    ),
     "step": ("must be finite and count the updates from 1", lambda value: 1.0 <= value < math.inf),
     # Of schedules.
     "value": _AT_LEAST_ZERO,

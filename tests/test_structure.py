@@ -55,6 +55,8 @@ FLOORS = [
     "_clip",
     "_clip_value",
     "_accumulate",
+    "_finite",
+    "_skip_nonfinite",
     "",
     "interop._source",
     "interop._torch_optim",

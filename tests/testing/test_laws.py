@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from funcopt import Accumulate, AdamW, Clip, ClipValue, Partition
+from funcopt import Accumulate, AdamW, Clip, ClipValue, Partition, SkipNonfinite
 from funcopt.schedules import Cosine
 from funcopt.testing import laws
 from funcopt.testing._check import check_law
@@ -26,6 +26,8 @@ SUBJECTS = {
     "Accumulate, of counts of each leaf": Accumulate(AdamW(step_per_leaf=True), torch.tensor(2.0)),
     "Accumulate, of a ClipValue": Accumulate(ClipValue(AdamW(lr=0.1), 0.5), 2),
     "ClipValue": ClipValue(AdamW(lr=0.1), max_value=0.5),
+    "SkipNonfinite": SkipNonfinite(AdamW(lr=0.1)),
+    "SkipNonfinite, at most so often": SkipNonfinite(AdamW(amsgrad=True), torch.tensor(2.0)),
 }
 
 
