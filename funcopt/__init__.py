@@ -7,6 +7,7 @@ from ._clip import Clip, ClipState
 from ._clip_value import ClipValue, ClipValueState
 from ._frozen import Frozen
 from ._labels import decay_label
+from ._loss_scale import LossScale, LossScaleState
 from ._partition import Partition, PartitionState
 from ._skip_nonfinite import SkipNonfinite, SkipNonfiniteState
 from ._types import Optimizer
@@ -21,6 +22,8 @@ __all__ = [
     "ClipValue",
     "ClipValueState",
     "Frozen",
+    "LossScale",
+    "LossScaleState",
     "Optimizer",
     "Partition",
     "PartitionState",

@@ -57,6 +57,7 @@ FLOORS = [
     "_accumulate",
     "_finite",
     "_skip_nonfinite",
+    "_loss_scale",
     "",
     "interop._source",
     "interop._torch_optim",

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from funcopt import Accumulate, AdamW, Clip, ClipValue, Partition, SkipNonfinite
+from funcopt import Accumulate, AdamW, Clip, ClipValue, LossScale, Partition, SkipNonfinite
 from funcopt.schedules import Cosine
 from funcopt.testing import laws
 from funcopt.testing._check import check_law
@@ -28,6 +28,10 @@ SUBJECTS = {
     "ClipValue": ClipValue(AdamW(lr=0.1), max_value=0.5),
     "SkipNonfinite": SkipNonfinite(AdamW(lr=0.1)),
     "SkipNonfinite, at most so often": SkipNonfinite(AdamW(amsgrad=True), torch.tensor(2.0)),
+    "LossScale": LossScale(AdamW(lr=0.1), init_scale=4.0, growth_interval=1),
+    "LossScale, tensors": LossScale(
+        AdamW(), torch.tensor(2.0), growth_factor=torch.tensor(4.0), growth_interval=1
+    ),
 }
 
 
