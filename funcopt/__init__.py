@@ -9,7 +9,9 @@ from ._ema import Ema, EmaState, averaged
 from ._frozen import Frozen
 from ._labels import decay_label
 from ._lookahead import Lookahead, LookaheadState
+from ._loss_scale import LossScale, LossScaleState
 from ._partition import Partition, PartitionState
+from ._skip_nonfinite import SkipNonfinite, SkipNonfiniteState
 from ._types import Optimizer
 
 __all__ = [
@@ -26,9 +28,13 @@ __all__ = [
     "Frozen",
     "Lookahead",
     "LookaheadState",
+    "LossScale",
+    "LossScaleState",
     "Optimizer",
     "Partition",
     "PartitionState",
+    "SkipNonfinite",
+    "SkipNonfiniteState",
     "__version__",
     "averaged",
     "decay_label",

@@ -37,6 +37,20 @@ _RULES: dict[str, tuple[str, Callable[[float], bool]]] = {
         "must be a whole number of at least 1",
         lambda value: 1.0 <= value < math.inf and value == int(value),
     ),
+    "max_consecutive": (
+        "must be a whole number of at least 0, or infinite (never let one through)",
+        lambda value: value == math.inf or (0.0 <= value < math.inf and value == int(value)),
+    ),
+    "init_scale": (
+        "must be at least 2**-126 and at most 2**127, as float32 holds it",
+        lambda value: 2.0**-126 <= value <= 2.0**127,
+    ),
+    "growth_factor": ("must be finite and above 1", lambda value: 1.0 < value < math.inf),
+    "backoff_factor": ("must be above 0 and below 1", lambda value: 0.0 < value < 1.0),
+    "growth_interval": (
+        "must be a whole number of at least 1",
+        lambda value: 1.0 <= value < math.inf and value == int(value),
+    ),
     "step": ("must be finite and count the updates from 1", lambda value: 1.0 <= value < math.inf),
     # Of schedules.
     "value": _AT_LEAST_ZERO,

@@ -3,7 +3,17 @@
 import pytest
 import torch
 
-from funcopt import Accumulate, AdamW, Clip, ClipValue, Ema, Lookahead, Partition
+from funcopt import (
+    Accumulate,
+    AdamW,
+    Clip,
+    ClipValue,
+    Ema,
+    Lookahead,
+    LossScale,
+    Partition,
+    SkipNonfinite,
+)
 from funcopt.schedules import Cosine
 from funcopt.testing import laws
 from funcopt.testing._check import check_law
@@ -32,6 +42,12 @@ SUBJECTS = {
     "Lookahead": Lookahead(AdamW(lr=0.1), every=2),
     "Lookahead, restarting": Lookahead(AdamW(lr=0.1), torch.tensor(2.0), reset_state=True),
     "Lookahead, of an Ema": Lookahead(Ema(AdamW(lr=0.1), 0.5), 2, 0.75, reset_state=True),
+    "SkipNonfinite": SkipNonfinite(AdamW(lr=0.1)),
+    "SkipNonfinite, at most so often": SkipNonfinite(AdamW(amsgrad=True), torch.tensor(2.0)),
+    "LossScale": LossScale(AdamW(lr=0.1), init_scale=4.0, growth_interval=1),
+    "LossScale, tensors": LossScale(
+        AdamW(), torch.tensor(2.0), growth_factor=torch.tensor(4.0), growth_interval=1
+    ),
 }
 
 
