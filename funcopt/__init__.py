@@ -4,6 +4,7 @@ from . import schedules
 from ._accumulate import Accumulate, AccumulateState
 from ._adamw import AdamW, AdamWState
 from ._clip import Clip, ClipState
+from ._clip_adaptive import ClipAdaptive, ClipAdaptiveState
 from ._clip_value import ClipValue, ClipValueState
 from ._frozen import Frozen
 from ._labels import decay_label
@@ -16,6 +17,8 @@ __all__ = [
     "AdamW",
     "AdamWState",
     "Clip",
+    "ClipAdaptive",
+    "ClipAdaptiveState",
     "ClipState",
     "ClipValue",
     "ClipValueState",

@@ -27,6 +27,7 @@ _RULES: dict[str, tuple[str, Callable[[float], bool]]] = {
     "weight_decay": _AT_LEAST_ZERO,
     "max_norm": _AT_LEAST_ZERO,
     "max_value": _AT_LEAST_ZERO,
+    "clipping": _AT_LEAST_ZERO,
     "norm_type": (
         "must be above 0 (infinity takes the largest)",
         lambda value: value > 0.0,

@@ -54,6 +54,7 @@ FLOORS = [
     "_wrapping",
     "_clip",
     "_clip_value",
+    "_clip_adaptive",
     "_accumulate",
     "",
     "interop._source",

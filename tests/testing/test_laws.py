@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from funcopt import Accumulate, AdamW, Clip, ClipValue, Partition
+from funcopt import Accumulate, AdamW, Clip, ClipAdaptive, ClipValue, Partition
 from funcopt.schedules import Cosine
 from funcopt.testing import laws
 from funcopt.testing._check import check_law
@@ -25,6 +25,7 @@ SUBJECTS = {
     "Accumulate": Accumulate(AdamW(lr=0.1), every=2),
     "Accumulate, of counts of each leaf": Accumulate(AdamW(step_per_leaf=True), torch.tensor(2.0)),
     "Accumulate, of a ClipValue": Accumulate(ClipValue(AdamW(lr=0.1), 0.5), 2),
+    "ClipAdaptive": ClipAdaptive(AdamW(lr=0.1), clipping=0.1),
     "ClipValue": ClipValue(AdamW(lr=0.1), max_value=0.5),
 }
 
