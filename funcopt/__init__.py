@@ -6,6 +6,7 @@ from ._adamw import AdamW, AdamWState
 from ._clip import Clip, ClipState
 from ._clip_adaptive import ClipAdaptive, ClipAdaptiveState
 from ._clip_value import ClipValue, ClipValueState
+from ._find import find, replace
 from ._frozen import Frozen
 from ._labels import decay_label
 from ._partition import Partition, PartitionState
@@ -28,6 +29,8 @@ __all__ = [
     "PartitionState",
     "__version__",
     "decay_label",
+    "find",
+    "replace",
     "schedules",
 ]
 

@@ -56,6 +56,8 @@ FLOORS = [
     "_clip_value",
     "_clip_adaptive",
     "_accumulate",
+    "_walk",
+    "_find",
     "",
     "interop._source",
     "interop._torch_optim",
