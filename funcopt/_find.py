@@ -93,7 +93,7 @@ def replace(tree: TreeT, what: str | type, new: Any, within: str = "") -> TreeT:
     Nothing of what was given is changed. What is not replaced is not copied: the two states share
     it, so that `update_` of one writes into the other as well.
 
-    Of things within one another, those within come first. Optimizers check what they are given, as
+    Of things within one another, the inner ones come first. Optimizers check what they are given, as
     always. In a state, whatever is put there must be like what was there.
 
     Args:

@@ -87,7 +87,8 @@ def edited(place: Place, in_optimizer: bool, change: Callable[[Place, bool], Any
     """Return a tree with its parts changed from within; itself if none is."""
     news = {}
     for step, child in children(place.value):
-        inside = in_optimizer or isinstance(child, Optimizer)
+        # To ask whether something has the methods of an optimizer takes long.
+        inside = in_optimizer or (not isinstance(child, Tensor) and isinstance(child, Optimizer))
         new = edited(Place((*place.steps, step), child), inside, change)
         if new is not child:
             news[step.key] = new
