@@ -4,8 +4,10 @@ from . import schedules
 from ._accumulate import Accumulate, AccumulateState
 from ._adamw import AdamW, AdamWState
 from ._clip import Clip, ClipState
+from ._clip_adaptive import ClipAdaptive, ClipAdaptiveState
 from ._clip_value import ClipValue, ClipValueState
 from ._ema import Ema, EmaState, averaged
+from ._find import find, replace
 from ._frozen import Frozen
 from ._labels import decay_label
 from ._lookahead import Lookahead, LookaheadState
@@ -20,6 +22,8 @@ __all__ = [
     "AdamW",
     "AdamWState",
     "Clip",
+    "ClipAdaptive",
+    "ClipAdaptiveState",
     "ClipState",
     "ClipValue",
     "ClipValueState",
@@ -38,6 +42,8 @@ __all__ = [
     "__version__",
     "averaged",
     "decay_label",
+    "find",
+    "replace",
     "schedules",
 ]
 

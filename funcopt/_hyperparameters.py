@@ -29,6 +29,7 @@ _RULES: dict[str, tuple[str, Callable[[float], bool]]] = {
     "max_value": _AT_LEAST_ZERO,
     "decay": _BELOW_ONE,
     "alpha": ("must be at least 0 and at most 1", lambda value: 0.0 <= value <= 1.0),
+    "clipping": _AT_LEAST_ZERO,
     "norm_type": (
         "must be above 0 (infinity takes the largest)",
         lambda value: value > 0.0,

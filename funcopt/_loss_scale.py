@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from . import _lists, _transforms
+from . import _transforms
 from ._checks import check_count, check_state
 from ._finite import all_finite, decide, place_for, zeros_unless
 from ._hyperparameters import check_zero_dim, normalize
@@ -191,8 +191,15 @@ class LossScale:
         recorded = moves is not True and records(self, gradients, state)
         if recorded or _transforms.watched():
             gradients = gradients.replace(zeros_unless(moves, gradients.tensors))
-        unscaled = None if moves is False else _unscaled(gradients, state.scale)
-        new_params, inner = update_if(moves, self.inner, unscaled, state.inner, params, recorded)
+        new_params, inner = update_if(
+            moves,
+            self.inner,
+            gradients.tree,
+            state.inner,
+            params,
+            recorded,
+            factor=_inverse(state.scale),
+        )
         return new_params, LossScaleState(*self._rescale(state, finite), inner)
 
     def update_(
@@ -230,8 +237,8 @@ class LossScale:
         check_inplace(numbers, own, lambda index: f"state.{names[index]}", gradients)
         finite = all_finite(gradients.tensors, state.scale)
         moves = decide(finite)
-        unscaled = None if moves is False else _unscaled(gradients, state.scale)
-        update_if_(moves, self.inner, unscaled, state.inner, params)
+        inverse = _inverse(state.scale)
+        update_if_(moves, self.inner, gradients.tree, state.inner, params, inverse)
         for old, new in zip(own, self._rescale(state, finite), strict=True):
             write(old, new)
         return params, state
@@ -254,11 +261,9 @@ class LossScale:
         return torch.where(finite, grown, shrunk), tracker.masked_fill(~finite | full, 0)
 
 
-def _unscaled(gradients: Gradients, scale: Tensor) -> Tree:
-    """Return the gradients over the scale: the one place that divides them."""
-    # The reciprocal is rounded once, so that it has the bits of GradScaler's.
-    inverse = scale.detach().reciprocal()
-    return gradients.replace(_lists.scaled(gradients.tensors, inverse)).tree
+def _inverse(scale: Tensor) -> Tensor:
+    """Return what gradients are multiplied by: rounded once, with the bits of GradScaler's."""
+    return scale.detach().reciprocal()
 
 
 def _product(scale: Tensor, factor: Number) -> Tensor:

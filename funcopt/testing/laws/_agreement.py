@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -141,7 +142,8 @@ def _plain_layout(tensor: Tensor) -> Tensor:
 def leaves_are_independent(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> None:
     """A leaf moves as it would under another name, elsewhere, alone, or stacked on itself.
 
-    An optimizer that clips by the norm of all gradients is held to the first two alone.
+    An optimizer that clips by the norm of all gradients is held to the first two alone, one that
+    clips by units, which are other ones in a stack, to the first three.
     """
     leaves, structure = _tree.flatten(params)
     rows = [_tree.pair(grads, "grads", structure).leaves for grads in gradient_sequence]
@@ -164,10 +166,13 @@ def leaves_are_independent(opt: Any, params: Tree, gradient_sequence: list[Tree]
             ROUNDING,
         )
 
-    if _couples_leaves(opt):
+    if _has(opt, "max_norm"):  # the norm of all gradients decides how each moves
         return
+    settings: dict[str, Callable[[Any], Any]] = {"alone": lambda tensor: tensor}
+    if not _has(opt, "clipping"):
+        settings["stacked"] = _stacked
     for index, leaf in enumerate(leaves):
-        for law, prepare in _SETTINGS.items():
+        for law, prepare in settings.items():
             row = [prepare(r[index]) for r in rows]
             for step in run(opt, [prepare(leaf)], [[g] for g in row]):
                 expected = prepare(whole[step.number - 1][index])
@@ -175,10 +180,10 @@ def leaves_are_independent(opt: Any, params: Tree, gradient_sequence: list[Tree]
                 compare(name, step.number, paths[index], step.new_params[0], expected, ROUNDING)
 
 
-def _couples_leaves(opt: Any) -> bool:
-    """Whether the norm of all gradients decides how each moves: then none is what it is alone."""
+def _has(opt: Any, name: str) -> bool:
+    """Whether an optimizer has a hyperparameter of this name, or one that it wraps."""
     try:
-        field(opt, "max_norm")
+        field(opt, name)
     except NotApplicable:
         return False
     return True
@@ -186,6 +191,3 @@ def _couples_leaves(opt: Any) -> bool:
 
 def _stacked(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else torch.stack([tensor, tensor])
-
-
-_SETTINGS = {"alone": lambda tensor: tensor, "stacked": _stacked}

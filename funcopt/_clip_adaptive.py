@@ -1,0 +1,256 @@
+"""Adaptive clipping: the gradient of each unit held to a fraction of that unit's parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from . import _transforms
+from ._checks import check_state
+from ._hyperparameters import check_zero_dim, normalize
+from ._kernels._operands import compute_dtype
+from ._lists import fit
+from ._node import register_optimizer
+from ._types import Number, Optimizer, Tree
+from ._work import too_many_to_compile
+from ._wrapping import Gradients, check_inplace, check_optimizer, gather_gradients, records
+
+__all__ = ["ClipAdaptive", "ClipAdaptiveState"]
+
+ParamsT = TypeVar("ParamsT")
+
+_unit_norm: Callable[..., Tensor] = torch.linalg.vector_norm
+# The least norm that a gradient is divided by, as in optax.
+_LEAST = 1e-6
+
+
+class ClipAdaptiveState(NamedTuple):
+    """The state of `ClipAdaptive`.
+
+    Attributes:
+        inner: The state of the inner optimizer.
+    """
+
+    inner: Any
+
+
+@register_optimizer
+@dataclass(frozen=True)
+class ClipAdaptive:
+    r"""Hold the gradient of each unit to a fraction of the norm of its parameters, then update.
+
+    A unit $i$ is one index of a leaf's first dimension: what leads to one output of a linear layer
+    or a convolution. A leaf of one dimension or none (a bias, a gain) is a unit as a whole. With
+    the gradient $g_i$ of a unit, its parameters $\theta_i$, and $\lambda$ for `clipping`,
+
+    $$ g_i' = g_i \cdot \min\Big(1, \frac{\lambda \max(\lVert\theta_i\rVert, \epsilon)}
+       {\max(\lVert g_i \rVert, 10^{-6})}\Big). $$
+
+    The equation is that of Brock et al., *High-Performance Large-Scale Image Recognition Without
+    Normalization* (2021), and the numbers are those of `optax.adaptive_grad_clip`, whose weights
+    are laid out with the outputs last. Of leaves of three dimensions (with torch, those of a
+    one-dimensional convolution) optax sums over the first alone, where this takes all but that of
+    the outputs; and it takes a leaf with but one dimension longer than 1 for one unit. Norms of
+    16-bit leaves are taken in float32. The norm of a complex leaf is that of its absolute values.
+
+    What is infinite or NaN makes its own unit NaN, as in optax. The paper leaves the last linear
+    layer unclipped: `Partition` can do so.
+
+    Nothing is ever read back from a GPU. On the CPU, leaves of which no unit is clipped are not
+    copied; others are, also by `update_`, since the caller's are left as they are.
+
+    Args:
+        inner: The optimizer that is given the clipped gradients.
+        clipping: The largest ratio of the two norms: at least 0; a number or 0-dim tensor.
+        eps: What counts as the norm of smaller parameters, so that zeros can move: at least 0; a
+            number or 0-dim tensor.
+
+    Raises:
+        TypeError: If `inner` is no optimizer, or a hyperparameter is of the wrong type.
+        ValueError: If one is out of range, NaN or infinite.
+
+    Example:
+        >>> import torch, funcopt
+        >>> opt = funcopt.ClipAdaptive(funcopt.AdamW(lr=0.1), clipping=0.1)
+        >>> weight = torch.tensor([[3.0, 4.0], [30.0, 40.0]])  # units of norms 5 and 50
+        >>> grads = torch.tensor([[0.0, 1.0], [0.0, 1.0]])
+        >>> _, state = opt.update(grads, opt.init(weight), weight)
+        >>> state.inner.exp_avg
+        tensor([[0.0000, 0.0500],
+                [0.0000, 0.1000]])
+    """
+
+    inner: Optimizer[Any]
+    clipping: Number = 0.01
+    eps: Number = 1e-3
+
+    def __post_init__(self) -> None:
+        """Check and normalize the hyperparameters."""
+        check_optimizer("inner", self.inner)
+        object.__setattr__(self, "clipping", normalize("clipping", self.clipping))
+        object.__setattr__(self, "eps", normalize("eps", self.eps))
+
+    def init(self, params: Tree) -> ClipAdaptiveState:
+        """Return the state before the first update: the inner state.
+
+        Args:
+            params: The parameters, as for the inner optimizer.
+
+        Example:
+            >>> import torch, funcopt
+            >>> funcopt.ClipAdaptive(funcopt.AdamW()).init(torch.ones(2)).inner.exp_avg
+            tensor([0., 0.])
+        """
+        return ClipAdaptiveState(self.inner.init(params))
+
+    def update(
+        self, grads: Tree, state: ClipAdaptiveState, params: ParamsT
+    ) -> tuple[ParamsT, ClipAdaptiveState]:
+        """Return the new parameters and the new state, in fresh memory.
+
+        Args:
+            grads: The gradients: a tree with the keys of `params`, each like its parameter in
+                shape, dtype and device, or None, which is left to the inner optimizer.
+            state: The state that `init` or the last update returned.
+            params: The parameters.
+
+        Returns:
+            The pair `(new_params, new_state)`.
+
+        Raises:
+            TypeError: As the inner optimizer.
+            ValueError: As the inner optimizer, or if a hyperparameter is no single number.
+
+        Example:
+            >>> import torch, funcopt
+            >>> opt = funcopt.ClipAdaptive(funcopt.AdamW(lr=0.1))
+            >>> opt.update(torch.tensor([3.0]), opt.init(torch.ones(1)), torch.ones(1))[0]
+            tensor([0.8990])
+        """
+        if too_many_to_compile(params):
+            return _transforms.uncompiled(self.update, grads, state, params)
+        gradients = self._gather(grads, state, params)
+        with torch.set_grad_enabled(records(self, gradients, state)):
+            clipped = self._clip(gradients)
+        new_params, inner = self.inner.update(clipped, state.inner, params)
+        return new_params, ClipAdaptiveState(inner)
+
+    def update_(
+        self, grads: Tree, state: ClipAdaptiveState, params: ParamsT
+    ) -> tuple[ParamsT, ClipAdaptiveState]:
+        """Do the same as `update`, written into `params` and `state`, which are returned.
+
+        Args:
+            grads: The gradients, as for `update`, which are not written.
+            state: The state, which is overwritten.
+            params: The parameters, which are overwritten.
+
+        Returns:
+            The pair `(params, state)`: the trees that were given.
+
+        Raises:
+            RuntimeError: Under a transform of `torch.func`, or if anything has a history.
+            TypeError: As `update`.
+            ValueError: As `update`, and as the inner optimizer's `update_`.
+
+        Example:
+            >>> import torch, funcopt
+            >>> opt = funcopt.ClipAdaptive(funcopt.AdamW(lr=0.1))
+            >>> w = torch.ones(1)
+            >>> _ = opt.update_(torch.tensor([3.0]), opt.init(w), w)
+            >>> w
+            tensor([0.8990])
+        """
+        if too_many_to_compile(params):
+            return _transforms.uncompiled(self.update_, grads, state, params)
+        gradients = self._gather(grads, state, params)
+        numbers = {"clipping": self.clipping, "eps": self.eps}
+        check_inplace(numbers, [], str, gradients)
+        with torch.no_grad():
+            clipped = self._clip(gradients)
+        self.inner.update_(clipped, state.inner, params)
+        return params, state
+
+    def _gather(self, grads: Tree, state: ClipAdaptiveState, params: Tree) -> Gradients:
+        check_state(state, ClipAdaptiveState)
+        check_zero_dim("clipping", self.clipping)
+        check_zero_dim("eps", self.eps)
+        return gather_gradients(grads, params)
+
+    def _clip(self, gradients: Gradients) -> Tree:
+        grads = gradients.tensors
+        pairs = zip(gradients.leaves, gradients.params, strict=True)
+        params = [param for grad, param in pairs if grad is not None]
+        # The norms of all leaves of a kind together: what is done with them is a few operators.
+        kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+        for index, grad in enumerate(grads):
+            kinds.setdefault((grad.device, compute_dtype(grad.dtype)), []).append(index)
+        clipped = list(grads)
+        for indices in kinds.values():
+            scales = self._scales([grads[i] for i in indices], [params[i] for i in indices])
+            for index, scale in zip(indices, scales, strict=True):
+                if scale is not None:
+                    clipped[index] = _scaled(grads[index], scale)
+        return gradients.replace(clipped).tree
+
+    def _scales(self, grads: list[Tensor], params: list[Tensor]) -> list[Tensor | None]:
+        """Return the factors of the units of each leaf, None where all are known to be 1."""
+        norms = _norms(grads)
+        sizes = [norm.numel() for norm in norms]
+        norm = torch.cat([norm.reshape(-1) for norm in norms])
+        own = torch.cat([norm.reshape(-1) for norm in _norms(params)])
+        clipping, eps = (
+            fit(number, norm) if isinstance(number, Tensor) else number
+            for number in (self.clipping, self.eps)
+        )
+        most = clipping * own.clamp(min=eps)
+        scale = torch.where(norm < most, 1.0, most / norm.clamp(min=_LEAST))
+        touched = _touched(scale, sizes)
+        return [
+            part.reshape(norm.shape) if touched is None or index in touched else None
+            for index, (part, norm) in enumerate(zip(torch.split(scale, sizes), norms, strict=True))
+        ]
+
+
+def _norms(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return the norms of the units of each tensor, so that they broadcast against it."""
+    followed = _transforms.watched() or (
+        torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    )
+    norms = []
+    for tensor in tensors:
+        units = tuple(range(1, tensor.ndim)) or None
+        wide = tensor.to(compute_dtype(tensor.dtype))
+        if followed:
+            norms.append(_followed_norm(wide, units))
+        else:
+            norms.append(_unit_norm(wide, 2.0, units, keepdim=True))
+    return norms
+
+
+def _followed_norm(tensor: Tensor, units: tuple[int, ...] | None) -> Tensor:
+    """Return the same, with derivatives of any order that are 0 at zero, where torch's are NaN."""
+    by_unit = tensor.flatten(1) if units else tensor.reshape(1, -1)
+    shape = [size if index == 0 and units else 1 for index, size in enumerate(tensor.shape)]
+    zero = (by_unit == 0).all(1).reshape(shape)
+    norm = _unit_norm(tensor.masked_fill(zero, 1.0), 2.0, units, keepdim=True)
+    return norm.masked_fill(zero, 0.0)
+
+
+def _touched(scale: Tensor, sizes: list[int]) -> set[int] | None:
+    """Return which leaves have a unit that is scaled, if that can be read at no price."""
+    plain = _transforms.readable() and _transforms.all_plain([scale]) and scale.is_cpu
+    if not plain or scale.requires_grad:
+        return None
+    ends = torch.tensor(sizes, device="cpu").cumsum(0)
+    return set(torch.bucketize((scale != 1).nonzero().reshape(-1), ends, right=True).tolist())
+
+
+def _scaled(grad: Tensor, scale: Tensor) -> Tensor:
+    if grad.dtype is compute_dtype(grad.dtype):
+        return grad * scale
+    return (grad.to(scale.dtype) * scale).to(grad.dtype)
