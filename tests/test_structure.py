@@ -17,7 +17,7 @@ FLOORS = [
     "_types",
     "_transforms",
     "_tree",
-    "_node",
+    "_sharded",
     "_hyperparameters",
     "_checks",
     "_kernels._operands",
@@ -35,6 +35,8 @@ FLOORS = [
     "_kernels._eager",
     "_kernels._rules",
     "_kernels",
+    "_local",
+    "_node",
     "_counts",
     "_work",
     "_inplace",
@@ -156,6 +158,13 @@ def loaded_by(module):
 def test_the_core_does_without_what_stands_beside_it():
     assert not {"funcopt.interop", "funcopt.testing"} & loaded_by("funcopt")
     assert not {"safetensors", "hypothesis"} & loaded_by("funcopt.interop")
+    assert "torch.distributed.tensor" not in loaded_by("funcopt")
+
+
+def test_one_place_knows_collectives_and_what_lies_where():
+    assert places(r"torch\.distributed|\.placements|device_mesh") <= {
+        "_sharded", "_local", "interop._checkpoint",
+    }  # fmt: skip
 
 
 def test_every_public_name_is_documented_with_an_example():
