@@ -70,6 +70,7 @@ FLOORS = [
     "distributed._buckets",
     "distributed._collectives",
     "distributed._shards",
+    "distributed._step",
     "distributed._refusals",
     "distributed._zero1",
     "distributed._whole",

@@ -67,9 +67,12 @@ def check_mesh(mesh: object) -> None:
 
 
 def check_whole(
-    leaves: Sequence[Tensor], structure: _tree.Structure, mesh: DeviceMesh | None
+    leaves: Sequence[Tensor],
+    structure: _tree.Structure,
+    mesh: DeviceMesh | None,
+    inner: Optimizer[Any],
 ) -> None:
-    """Refuse parameters that are sharded already, or not where the mesh is."""
+    """Refuse parameters that are sharded already, not where the mesh is, or not what they seem."""
     for index, leaf in enumerate(leaves):
         if isinstance(leaf, DTensor):
             raise TypeError(
@@ -80,6 +83,14 @@ def check_whole(
             raise ValueError(
                 f"{_tree.path(structure, 'params', index)} is on {leaf.device}, the mesh on "
                 f"{mesh.device_type!r}. Nothing is moved silently: put both on one."
+            )
+        if leaf.is_complex() and any(
+            getattr(opt, "norm_type", 2.0) != 2.0 for opt in _optimizers(inner)
+        ):
+            raise ValueError(
+                f"{_tree.path(structure, 'params', index)} is complex, and lies in its bucket as "
+                f"pairs of real numbers, which have the norm of the complex ones only at "
+                f"norm_type=2.0. Give its pairs as the parameter, or let Clip be around Zero1."
             )
 
 

@@ -38,7 +38,7 @@ def gather_state(opt: Zero1, state: Zero1State, params: Tree) -> Tree:
 
     Raises:
         TypeError: If the state is not that of a `Zero1`.
-        ValueError: If it was made for other buckets.
+        ValueError: If it was made for other buckets, or has something for each leaf beside them.
 
     Example:
         >>> import torch, funcopt
@@ -55,12 +55,12 @@ def gather_state(opt: Zero1, state: Zero1State, params: Tree) -> Tree:
     with torch.no_grad():
         sharding.local(state.inner, "state.inner")  # for its checks
         nodes, above = _tree.flatten_above(state.inner, is_bucketed)
-        wholes = []
-        for node in nodes:
+        wholes: list[Tree] = []
+        for path, node in zip(_tree.paths(above, "state.inner"), nodes, strict=True):
             if is_bucketed(node):
                 wholes.append(_tree.unflatten(structure, _leaves_of(node, sharding, leaves)))
             else:
-                wholes.append(node.clone())
+                wholes.append(_beside(node, path))
         return _tree.unflatten(above, wholes)
 
 
@@ -101,16 +101,26 @@ def scatter_state(opt: Zero1, state: Tree, params: Tree) -> Zero1State:
     sharding = Sharding.of(leaves, structure, opt.bucket_bytes, opt.mesh)
     nodes, above = _tree.flatten_above(template.inner, is_bucketed)
     paths = _tree.paths(above, "state")
-    shared = []
+    shared: list[Tree] = []
     with torch.no_grad():
         for path, node, tree in zip(paths, nodes, _subtrees(above, state), strict=True):
             if not is_bucketed(node):
-                shared.append(tree.clone())
+                shared.append(_beside(tree, path))
                 continue
             own = _tree.pair(tree, path, structure).leaves
             _check_shapes(own, leaves, structure, path)
             shared.append(sharding.parts(own))
     return Zero1State(sharding.distributed(_tree.unflatten(above, shared)))
+
+
+def _beside(tensor: Tensor, path: str) -> Tensor:
+    """Return a copy of what is in a state beside the buckets, such as a count."""
+    if tensor.ndim > 0:
+        raise ValueError(
+            f"{path} has shape {tuple(tensor.shape)}, an element for each bucket or leaf, which "
+            f"are not the same number. Let what counts leaves, as Accumulate does, be around Zero1."
+        )
+    return tensor.clone()
 
 
 def _subtrees(above: _tree.Structure, state: Tree) -> list[Tree]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -22,8 +21,7 @@ from .._node import register_optimizer
 from .._types import Optimizer, Tree
 from .._work import flatten_params, keep_requiring
 from .._wrapping import check_optimizer, gather_gradients
-from ._buckets import Bucket, cut, part, whole
-from ._collectives import one_ahead, start_all_gather, start_mean
+from ._buckets import cut
 from ._refusals import (
     check_blind_to_leaves,
     check_gradients,
@@ -31,7 +29,8 @@ from ._refusals import (
     check_targets,
     check_whole,
 )
-from ._shards import Sharding, join, separate
+from ._shards import Sharding, join
+from ._step import Step
 
 __all__ = ["Zero1", "Zero1State"]
 
@@ -65,12 +64,12 @@ class Zero1:
     that the inner optimizer would make of the mean gradients in one process. Nothing is
     differentiated through it.
 
-    The leaves are laid side by side, in the order of their paths, in flat buckets of one
-    dtype: what is sent are buckets, two collectives for each, and $2(W-1)/W$ of the parameters'
-    bytes in all, half of it where gradients are averaged already. While one bucket is under way the
-    next is being packed or the last one moved; the whole tree is at no time in memory twice, but
-    for the new parameters of `update`. Those share the storages of their buckets, each its own
-    part: clone one to keep it alone.
+    The leaves are laid side by side, in the order of their paths, in flat buckets of one dtype,
+    complex ones as pairs of real numbers. What is sent are buckets, two collectives for each, and
+    $2(W-1)/W$ of the parameters' bytes in all, half of it where gradients are averaged already.
+    While one bucket is under way the next is being packed or the last one moved; the whole tree is
+    at no time in memory twice, but for the new parameters of `update`. Those share the storages of
+    their buckets, each its own part: clone one to keep it alone.
 
     The inner optimizer sees a dict of buckets in place of the tree. `AdamW`, `Frozen`, and
     `ClipValue`, `Ema` and `Lookahead` around one are given bucket after bucket; any other is given
@@ -185,7 +184,7 @@ class Zero1:
         news = list(step.leaves)
         with torch.no_grad():
             states: list[Tree] = []
-            for bucket, flat in self._move(step, states, writing=False):
+            for bucket, flat in step.move(self.inner.update, states):
                 for index, leaf in zip(bucket.indices, cut(bucket, flat, step.leaves), strict=True):
                     news[index] = leaf
             new_state = Zero1State(step.sharding.distributed(join(states)))
@@ -225,17 +224,17 @@ class Zero1:
         step = self._gather(grads, state, params)
         check_targets(step.leaves, step.grads, step.structure)
         with torch.no_grad():
-            for bucket, flat in self._move(step, [], writing=True):
+            for bucket, flat in step.move(self.inner.update_, [], writing=True):
                 for index, leaf in zip(bucket.indices, cut(bucket, flat, step.leaves), strict=True):
                     write(step.leaves[index], leaf)
         return params, state
 
     def _leaves(self, params: Tree) -> tuple[list[Tensor], _tree.Structure]:
         leaves, structure = flatten_params(params)
-        check_whole(leaves, structure, self.mesh)
+        check_whole(leaves, structure, self.mesh, self.inner)
         return leaves, structure
 
-    def _gather(self, grads: Tree, state: Zero1State, params: Tree) -> _Step:
+    def _gather(self, grads: Tree, state: Zero1State, params: Tree) -> Step:
         check_state(state, Zero1State)
         if _transforms.watched():
             raise RuntimeError(
@@ -248,78 +247,16 @@ class Zero1:
         sharding = Sharding.of(leaves, structure, self.bucket_bytes, self.mesh)
         with torch.no_grad():
             local = sharding.local(state.inner, "state.inner")
-        return _Step(sharding, leaves, structure, gradients.tensors, state.inner, local)
-
-    def _move(
-        self, step: _Step, states: list[Tree], *, writing: bool
-    ) -> Iterator[tuple[Bucket, Tensor]]:
-        """Yield each bucket with its new parameters, and add the new states to a list."""
-        buckets, ranks = step.sharding.buckets.values(), step.sharding.ranks
-        by_bucket = len(buckets) > 0 and _moves_by_element(self.inner)
-        move = self._by_bucket if by_bucket else self._at_once
-        moved = move(step, self._shares(step), states, writing=writing)
-        wholes = one_ahead(
-            start_all_gather(share, ranks.share(bucket.numel), ranks)
-            for bucket, share in zip(buckets, moved, strict=True)
+        return Step(
+            sharding,
+            leaves,
+            structure,
+            gradients.tensors,
+            state.inner,
+            local,
+            averaged=self.gradients == "averaged",
+            by_bucket=_moves_by_element(self.inner),
         )
-        return zip(buckets, wholes, strict=True)
-
-    def _shares(self, step: _Step) -> Iterator[Tensor]:
-        """Yield this process's share of the mean gradients, bucket after bucket."""
-        buckets, ranks = step.sharding.buckets.values(), step.sharding.ranks
-        if self.gradients == "averaged":
-            for bucket in buckets:
-                yield part(bucket, step.grads, *ranks.span(bucket.numel))
-            return
-        means = one_ahead(
-            start_mean(whole(bucket, step.grads, ranks.share(bucket.numel) * ranks.size), ranks)
-            for bucket in buckets
-        )
-        for bucket, mean in zip(buckets, means, strict=True):
-            start, stop = ranks.span(bucket.numel)
-            yield mean[: stop - start]
-
-    def _by_bucket(
-        self, step: _Step, shares: Iterator[Tensor], states: list[Tree], *, writing: bool
-    ) -> Iterator[Tensor]:
-        """Yield the new parameters of each bucket as soon as its gradients are there."""
-        names = list(step.sharding.buckets)
-        update = self.inner.update_ if writing else self.inner.update
-        separated = separate(step.local, names, writing=writing)
-        for name, share, state in zip(names, shares, separated, strict=True):
-            bucket = step.sharding.buckets[name]
-            start, stop = step.sharding.ranks.span(bucket.numel)
-            params = {name: part(bucket, step.leaves, start, stop)}
-            new_params, new_state = update({name: share}, state, params)
-            states.append(new_state)
-            yield new_params[name].detach()
-
-    def _at_once(
-        self, step: _Step, shares: Iterator[Tensor], states: list[Tree], *, writing: bool
-    ) -> Iterator[Tensor]:
-        """Yield the same once all gradients are there, of which the inner optimizer sees all."""
-        sharding = step.sharding
-        grads = dict(zip(sharding.buckets, shares, strict=True))
-        params, state = sharding.parts(step.leaves), step.local
-        if sharding.ranks.size > 1:
-            grads, params = sharding.distributed(grads), sharding.distributed(params)
-            state = step.inner
-        update = self.inner.update_ if writing else self.inner.update
-        new_params, new_state = update(grads, state, params)
-        if sharding.ranks.size > 1:
-            new_params = sharding.local(new_params, "params")
-            new_state = sharding.local(new_state, "state.inner")
-        states.append(new_state)
-        yield from (new_params[name].detach() for name in sharding.buckets)
-
-
-class _Step(NamedTuple):
-    sharding: Sharding
-    leaves: list[Tensor]
-    structure: _tree.Structure
-    grads: list[Tensor]
-    inner: Tree  # the inner state
-    local: Tree  # and this process's shares of it, in the same memory
 
 
 def _moves_by_element(opt: object) -> bool:

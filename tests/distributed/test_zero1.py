@@ -1,7 +1,5 @@
 """Zero1 on one, two and four processes: the numbers of one process, at the traffic of the floor."""
 
-from itertools import product
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -61,12 +59,15 @@ def same(found, expected):
     return len(own) == len(others) and all(map(torch.equal, own, others))
 
 
-def run(opt, gradients, inplace=False, steps=STEPS):
-    """Parameters and state after some steps; `gradients(step)` gives them."""
+def run(opt, gradients, inplace=False, steps=STEPS, names=None):
+    """Parameters and state after some steps; `gradients(step)` gives them, if of more leaves."""
     params = make_params()
+    params = {name: params[name] for name in names or params}
     state = opt.init(params)
     for step in range(steps):
-        params, state = (opt.update_ if inplace else opt.update)(gradients(step), state, params)
+        grads = gradients(step)
+        grads = {name: grads[name] for name in params}
+        params, state = (opt.update_ if inplace else opt.update)(grads, state, params)
     return params, state
 
 
@@ -76,9 +77,15 @@ INNERS = {
     "Ema": Ema(ClipValue(AdamW(lr=1e-2), max_value=0.5), decay=0.9),
     "Lookahead": Lookahead(AdamW(lr=1e-2), every=3),
     "Frozen": Frozen(),
+    "Clip": Clip(AdamW(lr=1e-2, eps=1e-3), max_norm=3.0),
+    "Clip, largest": Clip(AdamW(lr=1e-2, eps=1e-3), max_norm=0.1, norm_type=float("inf")),
+    "Clip or skip": Clip(AdamW(lr=1e-2, eps=1e-3), max_norm=3.0, nonfinite="skip"),
+    "Accumulate": Accumulate(Clip(AdamW(lr=1e-2, eps=1e-3), max_norm=3.0), every=4),
 }
-EVERY_WAY = list(product((TINY, SMALL, HUGE), ("local", "averaged"), (False, True)))
-SOME_WAYS = [(SMALL, "local", False), (HUGE, "local", True)]
+MOST_WAYS = [
+    *((TINY, "local", True), (SMALL, "local", False), (HUGE, "local", True)),
+    *((TINY, "averaged", False), (SMALL, "averaged", True), (HUGE, "averaged", False)),
+]
 
 
 def check_numbers(mesh):
@@ -87,15 +94,22 @@ def check_numbers(mesh):
     every = [[grads_of(step, r) for r in range(size)] for step in range(STEPS)]
     means = [mean(trees) for trees in every]
     for name, inner in INNERS.items():
-        reference, state = run(inner, means.__getitem__)
-        for bucket_bytes, gradients, inplace in EVERY_WAY if name == "AdamW" else SOME_WAYS:
+        # The largest element of a complex leaf is another one than that of its pairs.
+        names = [*SHAPES, "half"] if name == "Clip, largest" else None
+        reference, state = run(inner, means.__getitem__, names=names)
+        ways = MOST_WAYS if name == "AdamW" else MOST_WAYS[: 3 if name == "Clip" else 2]
+        for bucket_bytes, gradients, inplace in ways:
             opt = Zero1(inner, mesh, bucket_bytes=bucket_bytes, gradients=gradients)
             given = means if gradients == "averaged" else [trees[rank] for trees in every]
-            params, own = run(opt, given.__getitem__, inplace=inplace)
+            params, own = run(opt, given.__getitem__, inplace=inplace, names=names)
             case = name, bucket_bytes, gradients, inplace
             compare(params, reference, case)
             assert params["t"].stride() == reference["t"].stride(), case
-            compare(to_state_dict(gather_state(opt, own, params)), to_state_dict(state), case)
+            if name == "Accumulate":
+                with pytest.raises(ValueError, match=r"state.inner.given has shape.*around Zero1"):
+                    gather_state(opt, own, params)
+            else:
+                compare(to_state_dict(gather_state(opt, own, params)), to_state_dict(state), case)
             assert_same_everywhere(params)
 
 
@@ -206,6 +220,8 @@ def check_errors(mesh):
         Zero1(AdamW(), mesh).update(make_params(), state, params)
     with pytest.raises(TypeError, match=r"state\.inner\.exp_avg\['bucket 0'\] is of type Tensor"):
         opt.update(make_params(), Zero1(AdamW(), None, SMALL).init(params), params)
+    with pytest.raises(ValueError, match=r"params\['complex'\] is complex.*norm_type=2"):
+        Zero1(Clip(AdamW(), 1.0, norm_type=1.0), mesh).init(params)
     with pytest.raises(TypeError, match=r"params\['w'\] is a DTensor"):
         opt.init({"w": torch.distributed.tensor.ones(4, device_mesh=mesh)})
     before = {name: leaf.clone() for name, leaf in params.items()}
@@ -238,6 +254,19 @@ def check_rest(mesh):
     assert all(torch.equal(again[name], expected[name]) for name in again)
 
 
+def check_skip(mesh):
+    """That a gradient that is not finite on one process alone moves nothing on any."""
+    opt = Zero1(Clip(AdamW(), 1.0, nonfinite="skip"), mesh, bucket_bytes=SMALL)
+    params, grads = make_params(), make_params()
+    if mesh.get_local_rank() == 1:
+        grads["scalar"] = torch.tensor(torch.nan)
+    for method in (opt.update, opt.update_):
+        found, state = method(grads, opt.init(params), params)
+        assert same(found, make_params())
+        assert state.inner.norm.isnan()
+        assert state.inner.inner.step == 0
+
+
 def on_ranks(rank, directory):
     size = dist.get_world_size()
     mesh = init_device_mesh("cpu", (size,))
@@ -245,6 +274,7 @@ def on_ranks(rank, directory):
     check_traffic(mesh)
     check_errors(mesh)
     check_rest(mesh)
+    check_skip(mesh)
     if size == 4:
         check_one_dimension_of_a_mesh()
     return checkpoint(mesh, directory)
@@ -301,13 +331,14 @@ def test_a_checkpoint_of_two_processes_is_the_same_bits_on_four_and_on_one(resul
     assert same(gather_state(opt, alone["state"], alone["params"]), whole)
 
 
-@pytest.mark.parametrize("inner", [*INNERS.values(), Clip(AdamW(), 1.0), Accumulate(AdamW(), 2)])
+@pytest.mark.parametrize("inner", INNERS.values(), ids=INNERS)
 @pytest.mark.parametrize("bucket_bytes", [TINY, SMALL, HUGE])
 def test_alone_it_is_its_inner_optimizer(inner, bucket_bytes):
     opt = Zero1(inner, None, bucket_bytes=bucket_bytes)
-    expected, reference = run(inner, lambda step: grads_of(step, 0))
+    names = [*SHAPES, "half"]
+    expected, reference = run(inner, lambda step: grads_of(step, 0), names=names)
     for inplace in (False, True):
-        params, state = run(opt, lambda step: grads_of(step, 0), inplace=inplace)
+        params, state = run(opt, lambda step: grads_of(step, 0), inplace=inplace, names=names)
         compare(params, expected, inner)
         if not isinstance(inner, Accumulate):  # which counts leaves
             whole = gather_state(opt, state, params)
