@@ -145,7 +145,8 @@ def check_distinct(leaves: Sequence[Tensor], path: Callable[[int], str], what: s
     if _transforms.all_plain(leaves):
         pointers = list(map(Tensor.data_ptr, leaves))
     else:
-        parts = [local_part(leaf) if _is_sharded(leaf) else leaf for leaf in leaves]
+        with torch.no_grad():
+            parts = [local_part(leaf) if _is_sharded(leaf) else leaf for leaf in leaves]
         pointers = [part.data_ptr() if _transforms.all_plain([part]) else 0 for part in parts]
     if len(set(pointers)) == len(pointers):
         return

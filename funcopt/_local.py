@@ -96,18 +96,15 @@ def _take_apart(grads: Tree, state: Tree, params: Tree, *, followed: bool) -> _W
     trees = []
     for root, tree in (("grads", grads), ("state", state), ("params", params)):
         leaves, structure = _tree.flatten(tree)
+        leaves = parts.represent(leaves, followed=followed or root == "params")
         for index, leaf in enumerate(leaves):
-            if not isinstance(leaf, Tensor):
-                continue
-            part = parts.represent(leaf, followed=followed or root == "params")
-            place = parts.place(part)
+            place = parts.place(leaf) if isinstance(leaf, Tensor) else None
             if place is not None and any(own.is_partial() for own in place.placements):
                 raise ValueError(
                     f"{_tree.path(structure, root, index)} has {place}: each process has a summand "
                     f"of it alone. Reduce it first, with .redistribute(placements=...) to those of "
                     f"its parameter."
                 )
-            leaves[index] = part
         trees.append(_tree.unflatten(structure, leaves))
     return _Work(parts, trees)
 
@@ -132,36 +129,35 @@ def _wholes(parts: Parts, tree: Tree, olds: Tree, root: str) -> Tree:
     paired = _tree.pair(tree, root, structure)
     kind: Any = dtensor()
     wholes = []
-    for index, (new, old) in enumerate(zip(paired.leaves, leaves, strict=True)):
-        if not isinstance(old, kind):
-            wholes.append(new)
-        elif parts.whole_of(new) is not None:  # left as it was
-            wholes.append(parts.whole_of(new))
-        else:
-            if new.grad_fn is not None:
+    with torch.no_grad():
+        for index, (new, old) in enumerate(zip(paired.leaves, leaves, strict=True)):
+            if not isinstance(old, kind):
+                wholes.append(new)
+            elif parts.knows(new):  # left as it was
+                wholes.append(parts.whole_of(new))
+            elif new.grad_fn is None:
+                wholes.append(_whole(new, old, kind))
+            else:
                 raise RuntimeError(
                     f"{_tree.path(structure, root, index)} is a DTensor, and the update of one has "
                     f"no derivative, for which a gradient, a state tensor, a hyperparameter or "
                     f"differentiable=True asks. Detach what asks for it."
                 )
-            wholes.append(_whole(new, old))
     return paired.rebuild(wholes)
 
 
-def _whole(part: Tensor, old: Any) -> Tensor:
+def _whole(part: Tensor, old: Any, kind: Any) -> Tensor:
     """Return the DTensor of which this is the local part, and that lies as an old one does."""
-    with torch.no_grad():
-        same = part.stride() == old.to_local().stride()
-        kind: Any = type(old)
-        if same and hasattr(old, "_spec"):
-            # What FSDP2 does, too, without the check of arguments that takes ten times as long.
-            whole: Tensor = kind(part.detach(), old._spec, requires_grad=part.requires_grad)
-            return whole
-        stride = old.stride() if same else _stride(part, old.shape)
-        made: Tensor = dtensor().from_local(  # type: ignore[union-attr]
-            part.detach(), old.device_mesh, old.placements, shape=old.shape, stride=stride
-        )
-        return made.requires_grad_() if part.requires_grad else made
+    same = part.stride() == old.to_local().stride()
+    own = part.detach() if part.requires_grad else part
+    if same and type(old) is kind and hasattr(old, "_spec"):
+        # What FSDP2 does, too, without the check of arguments that takes ten times as long.
+        made: Tensor = kind(own, old._spec, requires_grad=part.requires_grad)
+        return made
+    stride = old.stride() if same else _stride(part, old.shape)
+    mesh, placements = old.device_mesh, old.placements
+    made = kind.from_local(own, mesh, placements, run_check=False, shape=old.shape, stride=stride)
+    return made.requires_grad_() if part.requires_grad else made
 
 
 def _stride(part: Tensor, shape: torch.Size) -> tuple[int, ...]:

@@ -52,15 +52,14 @@ def has_sharded(tree: Tree) -> bool:
 
 
 def local_part(tensor: DTensor) -> Tensor:
-    """Return the part of a DTensor that lies here, in the same memory.
+    """Return the part of a DTensor that lies here, in the same memory, with gradients off.
 
     It requires a gradient where the whole does, and has a history where the whole has one, but no
     derivative goes through it.
     """
-    with torch.no_grad():
-        local: Any = tensor.to_local()
-        if not _transforms.all_plain([local]) and hasattr(local, "wait"):
-            local = local.wait()  # that of a collective still under way
+    local: Any = tensor.to_local()
+    if not _transforms.all_plain([local]) and hasattr(local, "wait"):
+        local = local.wait()  # that of a collective still under way
     if not tensor.requires_grad:
         return local.detach() if local.requires_grad else local  # type: ignore[no-any-return]
     part: Tensor = local.detach().requires_grad_()
@@ -86,6 +85,14 @@ def _place_of(tensor: DTensor) -> _Place:
     return _Place(tensor.device_mesh, tensor.placements, tensor.shape)
 
 
+class _Part(NamedTuple):
+    """A tensor of an update, and what it represents."""
+
+    tensor: Tensor
+    whole: Tensor
+    place: _Place | None  # None if it is plain, and represents itself
+
+
 class Parts:
     """The tensors of one update by which DTensors are represented, and those that are just plain.
 
@@ -94,50 +101,52 @@ class Parts:
     """
 
     def __init__(self) -> None:
-        self._wholes: dict[int, Tensor] = {}  # by the id of what represents them
-        self._places: dict[int, _Place | None] = {}
-        self._kept: list[Tensor] = []  # so that no id is given away
+        self._by_id: dict[int, _Part] = {}  # which keeps them, so that no id is given away
 
-    def represent(self, leaf: Tensor, *, followed: bool = True) -> Tensor:
-        """Return the local part of a DTensor; what is plain represents itself.
+    def represent(self, leaves: list[Any], *, followed: bool) -> list[Any]:
+        """Return leaves with the local parts of DTensors in place of these.
 
         Args:
-            leaf: The tensor.
-            followed: Whether the part requires a gradient if the DTensor does.
+            leaves: The leaves. What is no tensor stays out of it.
+            followed: Whether a part requires a gradient if its DTensor does.
         """
         kind = dtensor()
-        sharded = kind is not None and isinstance(leaf, kind)
-        part = local_part(leaf) if sharded else leaf
-        if sharded and (id(part) in self._wholes or (part.requires_grad and not followed)):
+        with torch.no_grad():
+            return [
+                self._represented(leaf, kind, followed) if isinstance(leaf, Tensor) else leaf
+                for leaf in leaves
+            ]
+
+    def _represented(self, leaf: Tensor, kind: type | None, followed: bool) -> Tensor:
+        if kind is None or not isinstance(leaf, kind):
+            self._by_id[id(leaf)] = _Part(leaf, leaf, None)
+            return leaf
+        part = local_part(leaf)
+        if id(part) in self._by_id or (part.requires_grad and not followed):
             part = part.detach()
-        self._wholes[id(part)] = leaf
-        self._places[id(part)] = _place_of(leaf) if sharded else None
-        self._kept.append(part)
+        self._by_id[id(part)] = _Part(part, leaf, _place_of(leaf))
         return part
 
     def sharded(self) -> list[tuple[Tensor, Tensor]]:
         """Return the local parts, each with the DTensor that it represents."""
-        return [
-            (part, self._wholes[id(part)])
-            for part in self._kept
-            if self._places[id(part)] is not None
-        ]
+        return [(p.tensor, p.whole) for p in self._by_id.values() if p.place is not None]
 
-    def whole_of(self, part: Any) -> Any:
+    def whole_of(self, tensor: Any) -> Any:
         """Return the tensor that a part represents, None if it is none of these."""
-        return self._wholes.get(id(part))
+        part = self._by_id.get(id(tensor))
+        return None if part is None else part.whole
 
-    def place(self, part: Any) -> _Place | None:
+    def place(self, tensor: Any) -> _Place | None:
         """Return how the tensor lies that a part represents; None if it is plain.
 
         Raises:
-            KeyError: If the part is none of these.
+            KeyError: If it is none of these.
         """
-        return self._places[id(part)]
+        return self._by_id[id(tensor)].place
 
-    def knows(self, part: Any) -> bool:
+    def knows(self, tensor: Any) -> bool:
         """Whether this is one of the parts."""
-        return id(part) in self._places
+        return id(tensor) in self._by_id
 
 
 _current: ContextVar[Parts | None] = ContextVar("parts", default=None)
