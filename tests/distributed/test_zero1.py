@@ -10,12 +10,14 @@ from torch.distributed.device_mesh import init_device_mesh
 import funcopt
 from funcopt import Accumulate, AdamW, Clip, ClipValue, Ema, Frozen, Lookahead, Partition
 from funcopt.distributed import Zero1, Zero1State, gather_state, scatter_state
+from funcopt.distributed._collectives import Started, one_ahead
 from funcopt.interop import from_state_dict, to_state_dict
 
 from ..interop.formats import load_dcp
 from .harness import run_ranks
 
 STEPS = 20
+SIZES = (1, 2, 4)
 TINY, SMALL, HUGE = 1, 64, 2**30
 
 # Uneven over two and four, of one element, of none, of shape (); one is transposed below.
@@ -177,7 +179,7 @@ def check_traffic(mesh):
         for method in (opt.update, opt.update_):
             with Traffic() as traffic:
                 method(grads, state, params)
-            assert len(traffic.calls) == 2 * buckets, traffic.calls
+            assert len(traffic.calls) == (2 * buckets if size > 1 else 0), traffic.calls
             assert floor <= traffic.sent <= 1.05 * floor
         own = sum(
             leaf.to_local().nbytes
@@ -267,6 +269,20 @@ def check_skip(mesh):
         assert state.inner.inner.step == 0
 
 
+def check_reduce_scatter(mesh):
+    """What is called where the backend is not gloo gives the same."""
+    params, grads = make_params(), grads_of(0, mesh.get_local_rank())
+    found = []
+    for backend in ("gloo", "nccl"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(dist, "get_backend", lambda group, backend=backend: backend)
+            opt = Zero1(AdamW(lr=0.1), mesh, bucket_bytes=SMALL)
+            news, state = opt.update(grads, opt.init(params), params)
+            found.append((news, to_state_dict(gather_state(opt, state, params))))
+    for one, other in zip(*found, strict=True):
+        compare(other, one, "reduce-scatter")
+
+
 def on_ranks(rank, directory):
     size = dist.get_world_size()
     mesh = init_device_mesh("cpu", (size,))
@@ -274,7 +290,10 @@ def on_ranks(rank, directory):
     check_traffic(mesh)
     check_errors(mesh)
     check_rest(mesh)
+    if size == 1:
+        return None
     check_skip(mesh)
+    check_reduce_scatter(mesh)
     if size == 4:
         check_one_dimension_of_a_mesh()
     return checkpoint(mesh, directory)
@@ -307,14 +326,14 @@ def checkpoint(mesh, directory):
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """What two and four processes had at the end of all checks, which are made there."""
+    """What the processes had at the end of all checks, which are made there."""
     directory = str(tmp_path_factory.mktemp("zero1"))
-    return directory, {size: run_ranks(size, on_ranks, directory, timeout=120) for size in (2, 4)}
+    return directory, {size: run_ranks(size, on_ranks, directory, timeout=120) for size in SIZES}
 
 
-def test_two_and_four_processes_agree_with_one_in_everything_checked_there(results):
+def test_meshes_of_all_sizes_agree_with_no_mesh_in_everything_checked_there(results):
     _, found = results
-    assert [len(ranks) for ranks in found.values()] == [2, 4]
+    assert tuple(map(len, found.values())) == SIZES
 
 
 def test_a_checkpoint_of_two_processes_is_the_same_bits_on_four_and_on_one(results):
@@ -410,3 +429,17 @@ def test_what_requires_a_gradient_goes_in_and_comes_out_so():
         assert params["w"].is_leaf
         assert params["w"].requires_grad
         assert not params["b"].requires_grad
+
+
+def test_the_next_collective_is_under_way_while_the_result_of_one_is_used():
+    events = []
+
+    def started(number):
+        events.append(f"start {number}")
+        return Started(None, lambda: events.append(f"wait {number}"))
+
+    for number, _ in enumerate(one_ahead(map(started, range(3)))):
+        events.append(f"use {number}")
+    assert events == [
+        *("start 0", "start 1", "wait 0", "use 0", "start 2", "wait 1", "use 1", "wait 2", "use 2")
+    ]
