@@ -44,11 +44,13 @@ def dtensor() -> type | None:
 
 
 def has_sharded(tree: Tree) -> bool:
-    """Whether a leaf of a tree is sharded."""
+    """Whether a leaf of a tree is sharded. None is where there are no processes to share it."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return False
     kind = dtensor()
     if kind is None or (type(tree) is dict and _transforms.all_plain(tree.values())):
         return False
-    return any(isinstance(leaf, kind) for leaf in _tree.flatten(tree)[0])
+    return any(issubclass(own, kind) for own in set(map(type, _tree.flatten(tree)[0])))
 
 
 def local_part(tensor: DTensor) -> Tensor:

@@ -281,6 +281,25 @@ def test_placements_and_strides_are_kept_and_the_bits_are_those_of_local_updates
     run_ranks(world_size, keep_lying_and_touch_nothing, lie)
 
 
+def lay_moments_out_as_parameters(rank):
+    mesh = init_device_mesh("cpu", (2,))
+    torch.manual_seed(rank)
+    part, shape = torch.randn(4, 3).t(), torch.Size((6, 4))  # columns side by side
+    columns = DTensor.from_local(part, mesh, [Shard(0)], shape=shape, stride=(1, 6))
+    rows = DTensor.from_local(part.contiguous(), mesh, [Shard(0)], shape=shape, stride=(4, 1))
+    opt = AdamW(lr=0.1)
+    new, state = opt.update({"w": rows}, opt.init({"w": rows}), {"w": columns})
+    same, same_state = opt.update({"w": rows}, opt.init({"w": rows}), {"w": rows})
+    for one, other in ((new, same), (state.exp_avg, same_state.exp_avg)):
+        assert one["w"].stride() == (1, 6)
+        assert one["w"].to_local().stride() == (1, 3)
+        assert torch.equal(one["w"].full_tensor(), other["w"].full_tensor())
+
+
+def test_moments_in_another_layout_come_out_in_that_of_their_parameter():
+    run_ranks(2, lay_moments_out_as_parameters)
+
+
 def norms(rank, lie):
     lying, full = lie(), full_tree()
     params = place(full, lying)
@@ -416,7 +435,8 @@ def refuse(rank):
         (Lookahead(AdamW()), r"state\.slow_params\['w'\]"),
     ):
         opt.update(good, opt.init(good), good)
-        for other in ({"w": lying(Replicate())}, plain, {"w": lying(Shard(1))}):
+        like_here = lying(Replicate(), Shard(0), mesh=square)
+        for other in (plain, *({"w": leaf} for leaf in (lying(Replicate()), like_here))):
             with pytest.raises(ValueError, match=root):
                 opt.update(good, opt.init(other), good)
     with pytest.raises(ValueError, match=r"params\['.'\] shares its memory with params\['.'\]"):
