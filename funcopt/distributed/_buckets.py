@@ -90,7 +90,8 @@ def _pieces(bucket: Bucket, leaves: Sequence[Tensor], start: int, stop: int) -> 
     for index, (begin, end) in zip(bucket.indices, pairwise(bucket.offsets), strict=True):
         low, high = max(begin, start), min(end, stop)
         if low < high:
-            yield _flat(leaves[index])[low - begin : high - begin]
+            flat = _flat(leaves[index])
+            yield flat if high - low == end - begin else flat[low - begin : high - begin]
 
 
 def cut(bucket: Bucket, flat: Tensor, likes: Sequence[Tensor]) -> list[Tensor]:
@@ -112,7 +113,7 @@ def _shaped(flat: Tensor, like: Tensor) -> Tensor:
         # An odd offset is no place for a complex number.
         flat = torch.view_as_complex(flat.clone().view(*like.shape, 2))
     if like.is_contiguous():
-        return flat.view(like.shape)
+        return flat if like.ndim == 1 else flat.view(like.shape)
     return torch.empty_like(like, dtype=flat.dtype).copy_(flat.view(like.shape))
 
 
@@ -121,5 +122,6 @@ def _count(leaf: Tensor) -> int:
 
 
 def _flat(leaf: Tensor) -> Tensor:
-    leaf = leaf.detach().resolve_conj().resolve_neg()
-    return (torch.view_as_real(leaf) if leaf.is_complex() else leaf).reshape(-1)
+    if leaf.is_complex():
+        leaf = torch.view_as_real(leaf.resolve_conj())
+    return leaf.reshape(-1)

@@ -147,7 +147,8 @@ class Zero1:
         """
         leaves, structure = self._leaves(params)
         sharding = Sharding.of(leaves, structure, self.bucket_bytes, self.mesh)
-        return Zero1State(sharding.distributed(self.inner.init(sharding.parts(leaves))))
+        with torch.no_grad():
+            return Zero1State(sharding.distributed(self.inner.init(sharding.parts(leaves))))
 
     def update(self, grads: Tree, state: Zero1State, params: ParamsT) -> tuple[ParamsT, Zero1State]:
         """Return the new parameters and the new state, in fresh memory.

@@ -242,7 +242,7 @@ def check_rest(mesh):
     opt = Zero1(AdamW(lr=0.1), mesh)
     state = opt.init(params)
     old = {key: leaf.clone() for key, leaf in to_state_dict(state).items()}
-    grads = {n: torch.ones_like(p) for n, p in params.items()}
+    grads = {n: torch.randn_like(p) for n, p in params.items()}
     news, new_state = opt.update(grads, state, params)
     assert all(leaf.requires_grad and leaf.is_leaf for leaf in news.values())
     assert same({n: p.detach() for n, p in params.items()}, before)
