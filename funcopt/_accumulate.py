@@ -14,6 +14,7 @@ from ._hyperparameters import check_zero_dim, normalize
 from ._kernels import write
 from ._kernels._operands import compute_dtype
 from ._node import register_optimizer
+from ._sharded import check_placed
 from ._types import Number, Optimizer, Tree
 from ._work import flatten_params, too_many_to_compile
 from ._wrapping import (
@@ -299,6 +300,7 @@ def _gather(opt: Accumulate, grads: Tree, state: AccumulateState, params: Tree) 
     gradients = gather_gradients(grads, params)
     acc_grads = _tree.pair(state.acc_grads, "state.acc_grads", gradients.structure)
     work = _Work(gradients, acc_grads, state.given)
+    check_placed(acc_grads.leaves, gradients.params, work.path, "a sum of gradients")
     for index, (total, param) in enumerate(zip(acc_grads.leaves, gradients.params, strict=True)):
         wanted = param.shape, compute_dtype(param.dtype), param.device
         if not isinstance(total, Tensor) or (total.shape, total.dtype, total.device) != wanted:

@@ -16,6 +16,7 @@ from . import _transforms, _tree
 from ._inplace import check_apart, check_writable
 from ._kernels import write
 from ._kernels._operands import compute_dtype, real, unreal
+from ._sharded import check_placed
 from ._types import Number, Optimizer, Tree
 from ._work import flatten_params
 from ._wrapping import Gradients, check_inplace, read, records
@@ -72,11 +73,13 @@ class Follower(NamedTuple):
             ValueError: If it does not match them.
         """
         paired = _tree.pair(tree, root, gradients.structure)
+        path = partial(_tree.path, gradients.structure, root)
+        check_placed(paired.leaves, gradients.params, path, "what follows a parameter")
         for index, (leaf, param) in enumerate(zip(paired.leaves, gradients.params, strict=True)):
             wanted = param.shape, kept_in(param.dtype), param.device
             if not isinstance(leaf, Tensor) or (leaf.shape, leaf.dtype, leaf.device) != wanted:
                 raise ValueError(
-                    f"{_tree.path(gradients.structure, root, index)} does not go with a parameter "
+                    f"{path(index)} does not go with a parameter "
                     f"of {param.dtype}, shape {tuple(param.shape)}, on {param.device}: it must be "
                     f"a tensor of {wanted[1]}, of this shape, and there. Make the state with "
                     f"init() from these parameters."

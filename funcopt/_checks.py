@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _transforms
+from ._sharded import check_placed, dtensor, local_part
 
 __all__ = [
     "are_apart",
@@ -74,6 +75,7 @@ def check_alike(
     leaves: Sequence[Any], params: Sequence[Tensor], path: Callable[[int], str], what: str
 ) -> None:
     """Refuse gradients or moments that are not like their parameters."""
+    check_placed(leaves, params, path, what)
     for index, (leaf, param) in enumerate(zip(leaves, params, strict=True)):
         if not (
             isinstance(leaf, Tensor)
@@ -143,7 +145,9 @@ def check_distinct(leaves: Sequence[Tensor], path: Callable[[int], str], what: s
     if _transforms.all_plain(leaves):
         pointers = list(map(Tensor.data_ptr, leaves))
     else:
-        pointers = [leaf.data_ptr() if _transforms.all_plain([leaf]) else 0 for leaf in leaves]
+        with torch.no_grad():
+            parts = [local_part(leaf) if _is_sharded(leaf) else leaf for leaf in leaves]
+        pointers = [part.data_ptr() if _transforms.all_plain([part]) else 0 for part in parts]
     if len(set(pointers)) == len(pointers):
         return
     first: dict[int, int] = {}
@@ -156,6 +160,11 @@ def check_distinct(leaves: Sequence[Tensor], path: Callable[[int], str], what: s
                 f"Keep a shared tensor at one path only, or clone it."
             )
         first[pointer] = index
+
+
+def _is_sharded(leaf: Tensor) -> bool:
+    kind = dtensor()
+    return kind is not None and isinstance(leaf, kind)
 
 
 def _instead_of(leaf: object) -> str:

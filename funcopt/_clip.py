@@ -14,6 +14,7 @@ from ._checks import check_state
 from ._hyperparameters import check_zero_dim, normalize
 from ._kernels import write
 from ._node import register_optimizer
+from ._sharded import over_shards
 from ._types import Number, Optimizer, Tree
 from ._work import flatten_params, too_many_to_compile
 from ._wrapping import (
@@ -212,14 +213,14 @@ class Clip:
         self, gradients: Gradients, like: Tensor
     ) -> tuple[Tree, Tensor | None, Tensor, bool | Tensor]:
         """Return gradients, what clips them, their norm, and whether the inner update is made."""
-        norm = _norm(gradients.tensors, self.norm_type, like)
+        norm = _norm(gradients, self.norm_type, like)
         found, moves = norm.detach(), self._moves(norm)
         if isinstance(moves, Tensor):
             finite = moves
             # What is not finite must not meet a derivative, not even one that is multiplied by 0.
             given = gradients.tensors
             gradients = gradients.replace([torch.where(finite.to(g.device), g, 0) for g in given])
-            norm = _norm(gradients.tensors, self.norm_type, like)
+            norm = _norm(gradients, self.norm_type, like)
         max_norm = self.max_norm.to(norm) if isinstance(self.max_norm, Tensor) else self.max_norm
         scale = (max_norm * (norm + _EPS).reciprocal()).clamp(max=1.0)
         return gradients.tree, None if read(scale) == 1.0 else scale, found, moves
@@ -242,9 +243,19 @@ def _zero_norm(params: list[Tensor]) -> Tensor:
     )
 
 
-def _norm(grads: list[Tensor], order: float, like: Tensor) -> Tensor:
-    """Return the norm of all gradients, as that of their norms."""
-    norms = _lists.norms([grad for grad in grads if grad.numel() > 0], order)
+def _norm(gradients: Gradients, order: float, like: Tensor) -> Tensor:
+    """Return the norm of all gradients, of sharded ones as wholes."""
+    leaves = gradients.leaves
+    return over_shards(
+        gradients.params,
+        lambda indices: _norm_here([leaves[index] for index in indices], order, like),
+        lambda norms: _lists.vector_norm(norms, order),
+    )
+
+
+def _norm_here(grads: list[Tensor | None], order: float, like: Tensor) -> Tensor:
+    """Return the norm of tensors, as that of their norms."""
+    norms = _lists.norms([g for g in grads if g is not None and g.numel() > 0], order)
     if not norms:
         return torch.zeros_like(like)
     there = like.device, like.dtype

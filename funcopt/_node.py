@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 from torch import Tensor
 
 from . import _tree
+from ._local import on_local_parts
 
 __all__ = ["register_optimizer"]
 
@@ -27,7 +28,7 @@ def register_optimizer(cls: type[OptimizerT]) -> type[OptimizerT]:
     """Make a frozen dataclass a pytree node for `torch.func` and for optree.
 
     Fields may be trees themselves: of a pair of betas, or of an inner optimizer, the tensors are
-    leaves.
+    leaves. The methods that update are given the local parts of DTensors in place of these.
 
     Returns:
         The class, so that this can stand above its definition.
@@ -69,4 +70,5 @@ def register_optimizer(cls: type[OptimizerT]) -> type[OptimizerT]:
         ]
 
     _tree.register_node(cls, flatten, unflatten, names)
+    on_local_parts(cls)
     return cls

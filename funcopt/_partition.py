@@ -14,6 +14,7 @@ from ._frozen import Frozen
 from ._labels import Labels, check_labels, label_leaves, name_leaves
 from ._node import register_optimizer
 from ._scaled import hands_on
+from ._sharded import whole_of
 from ._together import Update, update_together_
 from ._types import Optimizer, Tree
 from ._work import check_untied, too_many_to_compile
@@ -219,7 +220,8 @@ class Partition:
         leaves, structure = _tree.flatten(params)
         check_untied(leaves, structure)
         names = name_leaves(structure)
-        found = label_leaves(self.labels, list(self.inner), names, leaves, structure)
+        wholes = [whole_of(leaf) for leaf in leaves]
+        found = label_leaves(self.labels, list(self.inner), names, wholes, structure)
         members: dict[str, list[int]] = {label: [] for label in self.inner}
         for index, label in enumerate(found):
             members[label].append(index)

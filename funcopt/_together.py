@@ -15,6 +15,7 @@ from ._hyperparameters import check_number
 from ._inplace import check_apart, check_inplace, check_unwatched, check_writable
 from ._kernels import PUBLIC_NAMES, Scalars, write
 from ._scaled import update_scaled, update_scaled_
+from ._sharded import whole_of
 from ._types import Optimizer, Tree
 
 __all__ = ["Update", "update_together_"]
@@ -73,7 +74,9 @@ def _weight(update: Update) -> tuple[int, int]:
     """What it would take to make sure of an update."""
     if isinstance(update.opt, Frozen):
         return 0, 0
-    return 1 if type(update.opt) is AdamW else 2, sum(p.numel() for p in update.params.values())
+    # Of wholes, so that the order is the same on every process: in it they may wait for each other.
+    elements = sum(whole_of(param).numel() for param in update.params.values())
+    return 1 if type(update.opt) is AdamW else 2, elements
 
 
 def _check_groups_apart(updates: Mapping[str, Update], moving: Mapping[str, Update]) -> None:

@@ -12,6 +12,7 @@ from . import _transforms, _tree
 from ._checks import check_alike, check_distinct, check_leaves
 from ._counts import Counts, gather_counts
 from ._kernels import Layout, Leaves, Moved, known, layout_of, written
+from ._sharded import agree
 from ._types import Tree
 
 __all__ = [
@@ -174,7 +175,7 @@ def gather(grads: Tree, state: Any, params: Tree, *, amsgrad: bool, step_per_lea
     active = [index for index, grad in enumerate(gradients.leaves) if grad is not None]
     moving = _leaves([_take(paired.leaves, active) for paired in (own, gradients, *moments)])
     whole = len(active) == len(leaves)
-    layout = known(moving) if whole and not tracing else None
+    layout = known(moving) if whole and not tracing and _agree(moving) else None
     if layout is None:
         _check(own, gradients, moments, active)
         layout = None if tracing else layout_of(moving)
@@ -208,7 +209,7 @@ def recall(trees: list[Tree]) -> Recalled | None:
         return None
     columns, structure = found
     leaves = _leaves(columns)
-    layout = known(leaves)
+    layout = known(leaves) if _agree(leaves) else None
     return None if layout is None else Recalled(leaves, structure, layout)
 
 
@@ -225,6 +226,10 @@ def _gather_known(trees: list[Tree], step: Tree, step_per_leaf: bool, watched: b
 
 def _leaves(columns: list[Any]) -> Leaves:
     return Leaves(*columns, *([[]] if len(columns) < len(Leaves._fields) else []))
+
+
+def _agree(leaves: Leaves) -> bool:
+    return agree(leaves.params, leaves[1:])
 
 
 def _take(values: list[T], indices: list[int]) -> list[T]:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import funcopt
-from funcopt import interop
+from funcopt import distributed, interop
 
 ROOT = pathlib.Path(funcopt.__file__).parent
 FILES = {path: path.read_text() for path in sorted(ROOT.rglob("*.py"))}
@@ -17,7 +17,7 @@ FLOORS = [
     "_types",
     "_transforms",
     "_tree",
-    "_node",
+    "_sharded",
     "_hyperparameters",
     "_checks",
     "_kernels._operands",
@@ -35,6 +35,8 @@ FLOORS = [
     "_kernels._eager",
     "_kernels._rules",
     "_kernels",
+    "_local",
+    "_node",
     "_counts",
     "_work",
     "_inplace",
@@ -71,6 +73,14 @@ FLOORS = [
     "interop._to_torch",
     "interop._checkpoint",
     "interop",
+    "distributed._buckets",
+    "distributed._collectives",
+    "distributed._shards",
+    "distributed._step",
+    "distributed._refusals",
+    "distributed._zero1",
+    "distributed._whole",
+    "distributed",
     "_operators",
     "torchscript",
     "testing._tensors",
@@ -153,8 +163,21 @@ def loaded_by(module):
 
 
 def test_the_core_does_without_what_stands_beside_it():
-    assert not {"funcopt.interop", "funcopt.testing"} & loaded_by("funcopt")
+    beside = {"funcopt.distributed", "funcopt.interop", "funcopt.testing"}
+    assert not beside & loaded_by("funcopt")
     assert not {"safetensors", "hypothesis"} & loaded_by("funcopt.interop")
+
+
+def core_places(pattern):
+    """Those outside of `funcopt.distributed`, which is about nothing else."""
+    return {name for name in places(pattern) if not name.startswith("distributed")}
+
+
+def test_one_place_knows_collectives_and_no_place_imports_them():
+    assert core_places(r"torch\.distributed\.\w+\(|get_group|get_coordinate") == {"_sharded"}
+    assert not core_places(r"(?m)^\s*(import|from) torch\.distributed")
+    collectives = r"\bdist\.\w+\(|all_gather_|all_to_all|reduce_scatter_"
+    assert places(collectives) - {"_sharded"} == {"distributed._collectives"}
 
 
 def test_every_public_name_is_documented_with_an_example():
@@ -162,5 +185,7 @@ def test_every_public_name_is_documented_with_an_example():
         assert ">>>" in getattr(funcopt, name).__doc__, name
     for method in ("init", "update", "update_"):
         assert ">>>" in getattr(funcopt.AdamW, method).__doc__, method
-    for name in interop.__all__:
-        assert ">>>" in getattr(interop, name).__doc__, name
+    for package in (interop, distributed):
+        for name in package.__all__:
+            if not name.endswith("State"):
+                assert ">>>" in getattr(package, name).__doc__, name

@@ -1,0 +1,169 @@
+"""The way in and out for sharded tensors: methods of optimizers work on local parts alone."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _kernels, _transforms, _tree
+from ._sharded import Parts, dtensor, has_sharded, working_on
+from ._types import Tree
+
+__all__ = ["on_local_parts"]
+
+
+def on_local_parts(cls: type) -> None:
+    """Let `update` and `update_` of an optimizer serve DTensors, and know nothing of them.
+
+    The outermost optimizer replaces each by its local part, and makes of the results DTensors that
+    lie as the old ones do. Optimizers within it are given plain tensors, with which nothing is done
+    here. (`init` needs no such thing: to make zeros and copies is what a DTensor can do by itself.)
+    """
+    for name, serving in (("update", _serving), ("update_", _serving_)):
+        if name in vars(cls):
+            setattr(cls, name, serving(vars(cls)[name]))
+
+
+def _serving(method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def update(self: Any, grads: Tree, state: Tree, params: Tree) -> Any:
+        if not has_sharded(params):
+            return method(self, grads, state, params)
+        if _transforms.compiling():
+            return _transforms.uncompiled(update, self, grads, state, params)
+        work = _take_apart(grads, state, params, followed=_is_recorded(grads, state, params))
+        with working_on(work.parts):
+            new_params, new_state = method(self, *work.trees)
+        return _wholes(work.parts, new_params, params, "params"), _wholes(
+            work.parts, new_state, state, "state"
+        )
+
+    return update
+
+
+def _serving_(method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def update_(self: Any, grads: Tree, state: Tree, params: Tree) -> Any:
+        if not has_sharded(params):
+            return method(self, grads, state, params)
+        if _transforms.compiling():
+            return _transforms.uncompiled(update_, self, grads, state, params)
+        work = _take_apart(grads, state, params, followed=True)
+        pairs = work.parts.sharded()
+        versions = [_version(part) for part, _ in pairs]
+        with working_on(work.parts):
+            method(self, *work.trees)
+        # A DTensor counts for itself what is written into it, by which autograd finds out.
+        written = [
+            whole
+            for (part, whole), version in zip(pairs, versions, strict=True)
+            if _version(part) != version
+        ]
+        torch.autograd.graph.increment_version(written)
+        return params, state
+
+    return update_
+
+
+class _Work(NamedTuple):
+    parts: Parts
+    trees: list[Tree]  # gradients, state and parameters, as far as they are here
+
+
+def _take_apart(grads: Tree, state: Tree, params: Tree, *, followed: bool) -> _Work:
+    """Return the trees with local parts in place of DTensors.
+
+    Args:
+        grads: The gradients.
+        state: The state.
+        params: The parameters, which keep their `requires_grad`.
+        followed: Whether gradients and state keep theirs.
+
+    Raises:
+        RuntimeError: Under a transform.
+        ValueError: If a DTensor is a sum still to be made.
+    """
+    if _transforms.watched():
+        raise RuntimeError(
+            "params has DTensors, of which no transform (vmap, grad, jvp, ...) knows which process "
+            "has which part. Update them outside of it."
+        )
+    parts = Parts()
+    trees = []
+    for root, tree in (("grads", grads), ("state", state), ("params", params)):
+        leaves, structure = _tree.flatten(tree)
+        leaves = parts.represent(leaves, followed=followed or root == "params")
+        for index, leaf in enumerate(leaves):
+            place = parts.place(leaf) if isinstance(leaf, Tensor) else None
+            if place is not None and any(own.is_partial() for own in place.placements):
+                raise ValueError(
+                    f"{_tree.path(structure, root, index)} has {place}: each process has a summand "
+                    f"of it alone. Reduce it first, with .redistribute(placements=...) to those of "
+                    f"its parameter."
+                )
+        trees.append(_tree.unflatten(structure, leaves))
+    return _Work(parts, trees)
+
+
+def _is_recorded(grads: Tree, state: Tree, params: Tree) -> bool:
+    """Whether a derivative is asked for, by the rule of `AdamW`: then that is refused."""
+    own_grads, own_state, own_params = (
+        [leaf for leaf in _tree.flatten(tree)[0] if isinstance(leaf, Tensor)]
+        for tree in (grads, state, params)
+    )
+    with _kernels.recording(own_params, own_grads, own_state, None):
+        return torch.is_grad_enabled()
+
+
+def _version(part: Tensor) -> int:
+    return 0 if part.is_inference() else part._version
+
+
+def _wholes(parts: Parts, tree: Tree, olds: Tree, root: str) -> Tree:
+    """Return a tree with DTensors in place of what came of the local parts of old ones."""
+    leaves, structure = _tree.flatten(olds)
+    paired = _tree.pair(tree, root, structure)
+    kind: Any = dtensor()
+    wholes = []
+    with torch.no_grad():
+        for index, (new, old) in enumerate(zip(paired.leaves, leaves, strict=True)):
+            if not isinstance(old, kind):
+                wholes.append(new)
+            elif parts.knows(new):  # left as it was
+                wholes.append(parts.whole_of(new))
+            elif new.grad_fn is None:
+                wholes.append(_whole(new, old, kind))
+            else:
+                raise RuntimeError(
+                    f"{_tree.path(structure, root, index)} is a DTensor, and the update of one has "
+                    f"no derivative, for which a gradient, a state tensor, a hyperparameter or "
+                    f"differentiable=True asks. Detach what asks for it."
+                )
+    return paired.rebuild(wholes)
+
+
+def _whole(part: Tensor, old: Any, kind: Any) -> Tensor:
+    """Return the DTensor of which this is the local part, and that lies as an old one does."""
+    same = part.stride() == old.to_local().stride()
+    own = part.detach() if part.requires_grad else part
+    if same and type(old) is kind and hasattr(old, "_spec"):
+        # What FSDP2 does, too, without the check of arguments that takes ten times as long.
+        made: Tensor = kind(own, old._spec, requires_grad=part.requires_grad)
+        return made
+    stride = old.stride() if same else _stride(part, old.shape)
+    mesh, placements = old.device_mesh, old.placements
+    made = kind.from_local(own, mesh, placements, run_check=False, shape=old.shape, stride=stride)
+    return made.requires_grad_() if part.requires_grad else made
+
+
+def _stride(part: Tensor, shape: torch.Size) -> tuple[int, ...]:
+    """Return the strides of a dense tensor of this shape that is laid out as its part is."""
+    strides, step = [0] * len(shape), 1
+    for dim in sorted(range(len(shape)), key=lambda dim: (part.stride(dim), -dim)):
+        strides[dim] = step
+        step *= max(shape[dim], 1)
+    return tuple(strides)

@@ -1,0 +1,127 @@
+"""Buckets: leaves of one dtype laid side by side, so that one collective serves many of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["Bucket", "cut", "is_bucketed", "lay_out", "part", "whole"]
+
+_PREFIX = "bucket "
+
+
+class Bucket(NamedTuple):
+    """Where leaves lie in a flat tensor. A complex leaf is laid down as pairs of real numbers."""
+
+    name: str
+    dtype: torch.dtype  # a real one
+    device: torch.device
+    indices: list[int]  # of its leaves, in order
+    offsets: list[int]  # where each of them starts, and where the last one ends
+
+    @property
+    def numel(self) -> int:
+        """The number of elements."""
+        return self.offsets[-1]
+
+
+def is_bucketed(node: object) -> bool:
+    """Whether a node of a state is a dict of buckets, which stands for a tree of leaves."""
+    return (
+        isinstance(node, dict)
+        and len(node) > 0
+        and all(isinstance(key, str) and key.startswith(_PREFIX) for key in node)
+    )
+
+
+def lay_out(leaves: Sequence[Tensor], order: Sequence[int], bucket_bytes: int) -> list[Bucket]:
+    """Return buckets that hold the leaves in this order, each of one dtype and device.
+
+    A bucket is closed once it holds so many bytes. All but the last of a dtype hold at least as
+    many, so that their number depends on bytes, and the processes among which they are shared out
+    have no part in it.
+    """
+    buckets: list[list[int]] = []
+    filling: dict[tuple[torch.dtype, torch.device], tuple[list[int], int]] = {}
+    for index in order:
+        leaf = leaves[index]
+        kind = leaf.dtype.to_real(), leaf.device
+        if kind not in filling:
+            filling[kind] = [], 0
+            buckets.append(filling[kind][0])
+        indices, nbytes = filling[kind]
+        indices.append(index)
+        filling[kind] = indices, nbytes + leaf.numel() * leaf.element_size()
+        if filling[kind][1] >= bucket_bytes:
+            del filling[kind]
+    return [
+        Bucket(
+            f"{_PREFIX}{position}",
+            leaves[indices[0]].dtype.to_real(),
+            leaves[indices[0]].device,
+            indices,
+            list(accumulate((_count(leaves[index]) for index in indices), initial=0)),
+        )
+        for position, indices in enumerate(buckets)
+    ]
+
+
+def whole(bucket: Bucket, leaves: Sequence[Tensor], length: int) -> Tensor:
+    """Return the leaves of a bucket side by side in fresh memory, with zeros up to a length."""
+    flats = [_flat(leaves[index]) for index in bucket.indices]
+    if length > bucket.numel:
+        flats.append(flats[0].new_zeros(length - bucket.numel))
+    return torch.cat(flats)
+
+
+def part(bucket: Bucket, leaves: Sequence[Tensor], start: int, stop: int) -> Tensor:
+    """Return what `whole` has from `start` to `stop`, in fresh memory, without making the rest."""
+    pieces = list(_pieces(bucket, leaves, start, stop))
+    if not pieces:
+        return torch.empty(0, dtype=bucket.dtype, device=bucket.device)
+    return torch.cat(pieces)
+
+
+def _pieces(bucket: Bucket, leaves: Sequence[Tensor], start: int, stop: int) -> Iterator[Tensor]:
+    for index, (begin, end) in zip(bucket.indices, pairwise(bucket.offsets), strict=True):
+        low, high = max(begin, start), min(end, stop)
+        if low < high:
+            flat = _flat(leaves[index])
+            yield flat if high - low == end - begin else flat[low - begin : high - begin]
+
+
+def cut(bucket: Bucket, flat: Tensor, likes: Sequence[Tensor]) -> list[Tensor]:
+    """Return the leaves that lie side by side in a flat tensor, which they share.
+
+    Args:
+        bucket: Where they lie.
+        flat: The tensor. It may be longer, and of another dtype than the bucket's.
+        likes: All leaves of the tree. Those of the bucket give the shapes, and say which are
+            complex; one that is not contiguous is given memory of its own in the same layout.
+    """
+    sizes = [end - begin for begin, end in pairwise(bucket.offsets)]
+    parts = torch.unsafe_split_with_sizes(flat[: bucket.numel], sizes)
+    return [_shaped(own, likes[index]) for own, index in zip(parts, bucket.indices, strict=True)]
+
+
+def _shaped(flat: Tensor, like: Tensor) -> Tensor:
+    if like.is_complex():
+        # An odd offset is no place for a complex number.
+        flat = torch.view_as_complex(flat.clone().view(*like.shape, 2))
+    if like.is_contiguous():
+        return flat if like.ndim == 1 else flat.view(like.shape)
+    return torch.empty_like(like, dtype=flat.dtype).copy_(flat.view(like.shape))
+
+
+def _count(leaf: Tensor) -> int:
+    return leaf.numel() * (2 if leaf.is_complex() else 1)
+
+
+def _flat(leaf: Tensor) -> Tensor:
+    if leaf.is_complex():
+        leaf = torch.view_as_real(leaf.resolve_conj())
+    return leaf.reshape(-1)

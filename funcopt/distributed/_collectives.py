@@ -1,0 +1,119 @@
+"""What is sent between processes: the mean of flat gradients, and the shares of flat parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+__all__ = ["Ranks", "Started", "one_ahead", "start_all_gather", "start_mean"]
+
+T = TypeVar("T")
+
+
+class Ranks(NamedTuple):
+    """The processes among which flat tensors are shared out, each an equal share in order."""
+
+    group: Any  # None for a process alone
+    size: int
+    rank: int
+
+    @classmethod
+    def of(cls, mesh: DeviceMesh | None) -> Ranks:
+        """Return the processes of a mesh of one dimension; None is this one alone."""
+        if mesh is None:
+            return cls(None, 1, 0)
+        return cls(mesh.get_group(), mesh.size(), mesh.get_local_rank())
+
+    def share(self, numel: int) -> int:
+        """How many elements each has of so many, the last ones fewer, as torch.chunk shares."""
+        return -(-numel // self.size)
+
+    def span(self, numel: int) -> tuple[int, int]:
+        """Return where this one's elements start and end."""
+        share = self.share(numel)
+        return min(self.rank * share, numel), min((self.rank + 1) * share, numel)
+
+
+class Started(NamedTuple):
+    """A collective that is under way."""
+
+    work: Any  # None if there was nothing to send
+    finish: Callable[[], Tensor]
+
+    def wait(self) -> Tensor:
+        """Return its result. Waits for it, on a GPU only what is computed there."""
+        if self.work is not None:
+            self.work.wait()
+        return self.finish()
+
+
+def start_mean(flat: Tensor, ranks: Ranks) -> Started:
+    """Begin to average a flat tensor over all processes, of which each gets its share.
+
+    Args:
+        flat: The tensor, of one length on all, a multiple of their number.
+        ranks: The processes.
+    """
+    if ranks.size == 1 or flat.numel() == 0:
+        return Started(None, lambda: flat[: flat.numel() // ranks.size])
+    if dist.get_backend(ranks.group) == "gloo":
+        # Gloo's own reduce-scatter reduces everything to all, for which it sends twice as much.
+        shares = torch.empty_like(flat)
+        work = dist.all_to_all_single(shares, flat, group=ranks.group, async_op=True)
+        return Started(work, lambda: _keep(flat, shares.view(ranks.size, -1).mean(0)))
+    share = flat.new_empty(flat.numel() // ranks.size)
+    work = _reduce_scatter(share, flat, group=ranks.group, async_op=True)
+    return Started(work, lambda: _keep(flat, share.div_(ranks.size)))
+
+
+def start_all_gather(share: Tensor, length: int, ranks: Ranks) -> Started:
+    """Begin to put the shares of all processes together, on each of them.
+
+    Args:
+        share: This one's, which may be shorter than the others'.
+        length: That of the longest.
+        ranks: The processes.
+    """
+    if ranks.size == 1 or length == 0:
+        return Started(None, lambda: share)
+    if share.numel() < length:
+        share = torch.cat([share, share.new_zeros(length - share.numel())])
+    flat = share.new_empty(length * ranks.size)
+    work = _all_gather(flat, share, group=ranks.group, async_op=True)
+    return Started(work, lambda: _keep(share, flat))
+
+
+def _keep(_: Tensor, result: Tensor) -> Tensor:
+    """Return a result; what was sent is kept until it is asked for."""
+    return result
+
+
+def one_ahead(started: Iterable[Started]) -> Iterator[Tensor]:
+    """Yield the results of collectives in order, each once the next has been started.
+
+    What is done with a result goes on while the next is under way, and no more than two are held
+    in memory at a time.
+    """
+    before: Started | None = None
+    for current in started:
+        if before is not None:
+            yield before.wait()
+        before = current
+    if before is not None:
+        yield before.wait()
+
+
+def _reduce_scatter(output: Tensor, flat: Tensor, **kwargs: Any) -> Any:
+    # Named so since torch 2.13, which deprecates the old name.
+    call = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    return call(output, flat, **kwargs)
+
+
+def _all_gather(output: Tensor, share: Tensor, **kwargs: Any) -> Any:
+    call = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    return call(output, share, **kwargs)

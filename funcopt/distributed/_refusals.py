@@ -1,0 +1,126 @@
+"""What `Zero1` refuses: optimizers that tell leaves apart, and tensors that it cannot share out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from .. import _tree
+from .._inplace import check_apart, check_unwatched, check_writable
+from .._partition import Partition
+from .._types import Optimizer
+
+__all__ = ["check_blind_to_leaves", "check_gradients", "check_mesh", "check_targets", "check_whole"]
+
+
+def check_blind_to_leaves(inner: Optimizer[Any]) -> None:
+    """Refuse an inner optimizer to which buckets are not as good as their leaves."""
+    for opt in _optimizers(inner):
+        if isinstance(opt, Partition):
+            raise ValueError(
+                f"inner={inner!r} has a Partition, which tells leaves apart, where the inner "
+                f"optimizer sees buckets of many. Let it be outside, with a Zero1 for each label: "
+                f'Partition({{"decay": Zero1(...), ...}}, labels).'
+            )
+        if getattr(opt, "step_per_leaf", False):
+            raise ValueError(
+                f"inner={inner!r} has step_per_leaf=True, where the inner optimizer sees no leaves "
+                f"but buckets of many, which all have a gradient. Leave it out."
+            )
+
+
+def _optimizers(opt: Any) -> Iterator[Any]:
+    """Yield an optimizer and those within it."""
+    yield opt
+    for field in fields(opt) if is_dataclass(opt) else ():
+        value = getattr(opt, field.name)
+        for inner in value.values() if isinstance(value, Mapping) else (value,):
+            if isinstance(inner, Optimizer):
+                yield from _optimizers(inner)
+
+
+def check_mesh(mesh: object) -> None:
+    """Refuse what is no mesh of one dimension that this process is on."""
+    if mesh is None:
+        return
+    if not isinstance(mesh, DeviceMesh):
+        raise TypeError(
+            f"mesh={mesh!r}: must be a DeviceMesh, as init_device_mesh() makes it, or None for "
+            f"this process alone."
+        )
+    if mesh.ndim != 1:
+        name = mesh.mesh_dim_names[0] if mesh.mesh_dim_names else "data"
+        raise ValueError(
+            f"mesh={mesh!r}: has {mesh.ndim} dimensions. Give the one along which data differ, "
+            f"by its name: mesh[{name!r}]."
+        )
+    if mesh.get_coordinate() is None:
+        raise ValueError(
+            f"mesh={mesh!r}: this process is not on it. Update on its processes alone."
+        )
+
+
+def check_whole(
+    leaves: Sequence[Tensor],
+    structure: _tree.Structure,
+    mesh: DeviceMesh | None,
+    inner: Optimizer[Any],
+) -> None:
+    """Refuse parameters that are sharded already, not where the mesh is, or not what they seem."""
+    for index, leaf in enumerate(leaves):
+        if isinstance(leaf, DTensor):
+            raise TypeError(
+                f"{_tree.path(structure, 'params', index)} is a DTensor: Zero1 shares out what is "
+                f"whole on every process. Use the inner optimizer itself, which serves DTensors."
+            )
+        if mesh is not None and leaf.device.type != mesh.device_type:
+            raise ValueError(
+                f"{_tree.path(structure, 'params', index)} is on {leaf.device}, the mesh on "
+                f"{mesh.device_type!r}. Nothing is moved silently: put both on one."
+            )
+        if leaf.is_complex() and any(
+            getattr(opt, "norm_type", 2.0) != 2.0 for opt in _optimizers(inner)
+        ):
+            raise ValueError(
+                f"{_tree.path(structure, 'params', index)} is complex, and lies in its bucket as "
+                f"pairs of real numbers, which have the norm of the complex ones only at "
+                f"norm_type=2.0. Give its pairs as the parameter, or let Clip be around Zero1."
+            )
+
+
+def check_gradients(grads: Sequence[Tensor | None], structure: _tree.Structure) -> None:
+    """Refuse a gradient that is missing or sharded."""
+    for index, grad in enumerate(grads):
+        if grad is None:
+            raise ValueError(
+                f"{_tree.path(structure, 'grads', index)} is None, for which there is no place in "
+                f"a bucket. Give zeros, which leave it to its momentum and weight decay; or let a "
+                f"Partition around Zero1 keep it as it is, with Frozen."
+            )
+        if isinstance(grad, DTensor):
+            raise TypeError(
+                f"{_tree.path(structure, 'grads', index)} is a DTensor, the parameter is not: give "
+                f"what each process has of its own (.to_local()), or the whole (.full_tensor())."
+            )
+
+
+def check_targets(
+    leaves: Sequence[Tensor], grads: Sequence[Tensor], structure: _tree.Structure
+) -> None:
+    """Refuse parameters that cannot be written, or not without losing something."""
+    check_unwatched()
+    path = partial(_tree.path, structure, "params")
+    for index, leaf in enumerate(leaves):
+        if leaf.requires_grad and not leaf.is_leaf:
+            raise RuntimeError(
+                f"{path(index)} has a history, which writing in place would lose. Use update(), or "
+                f"detach it if no derivative is wanted."
+            )
+    check_writable(leaves, path)
+    check_apart(leaves, grads, path, partial(_tree.path, structure, "grads"))

@@ -1,0 +1,175 @@
+"""An inner state in buckets: each a DTensor, of which every process holds its share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+
+from .. import _tree
+from .._types import Tree
+from ._buckets import Bucket, is_bucketed, lay_out, part
+from ._collectives import Ranks
+
+__all__ = ["Sharding", "join", "separate"]
+
+_REMEDY = (
+    "the state was made with another bucket_bytes, or for other parameters. Make it with init() of "
+    "this optimizer, or move it over with gather_state and scatter_state."
+)
+
+
+class Sharding(NamedTuple):
+    """How leaves are laid in buckets, and these shared out among processes.
+
+    A bucket as a whole is a tensor of one dimension, of as many elements as its leaves have, and
+    knows nothing of how many processes there are: a checkpoint of it fits any number.
+    """
+
+    buckets: dict[str, Bucket]
+    ranks: Ranks
+    mesh: DeviceMesh | None
+
+    @classmethod
+    def of(
+        cls,
+        leaves: Sequence[Tensor],
+        structure: _tree.Structure,
+        bucket_bytes: int,
+        mesh: DeviceMesh | None,
+    ) -> Sharding:
+        """Lay out these leaves, in the order of their paths.
+
+        Not in that in which dicts happen to have been filled: it may be another one where a
+        checkpoint is loaded.
+        """
+        buckets = {
+            bucket.name: bucket for bucket in lay_out(leaves, _by_path(structure), bucket_bytes)
+        }
+        return cls(buckets, Ranks.of(mesh), mesh)
+
+    def parts(self, leaves: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Return this process's share of each bucket, in fresh memory."""
+        return {
+            name: part(bucket, leaves, *self.ranks.span(bucket.numel))
+            for name, bucket in self.buckets.items()
+        }
+
+    def distributed(self, tree: Tree) -> Tree:
+        """Return a tree whose buckets are DTensors, given this process's shares of them."""
+        return _map_buckets(tree, lambda _, name, share: self._distributed(name, share))
+
+    def _distributed(self, name: str, share: Tensor) -> Tensor:
+        if self.mesh is None:
+            return share
+        shape = torch.Size([self.buckets[name].numel])
+        return DTensor.from_local(
+            share, self.mesh, [Shard(0)], run_check=False, shape=shape, stride=(1,)
+        )
+
+    def local(self, tree: Tree, root: str) -> Tree:
+        """Return a tree with this process's shares of its buckets, the memory that is in them.
+
+        Raises:
+            TypeError: If one is no such tensor.
+            ValueError: If they are other buckets, or shared out in another way.
+        """
+
+        def share_of(path: str, name: str, leaf: Any) -> Tensor:
+            self._check(f"{root}{path}[{name!r}]", leaf, self.buckets[name].numel)
+            return leaf.to_local() if isinstance(leaf, DTensor) else leaf
+
+        def check(path: str, found: Mapping[str, Any]) -> None:
+            if found.keys() != self.buckets.keys():
+                raise ValueError(
+                    f"{root}{path} has {len(found)} buckets, where these parameters fill "
+                    f"{len(self.buckets)}: {_REMEDY}"
+                )
+
+        return _map_buckets(tree, share_of, check)
+
+    def _check(self, path: str, leaf: object, numel: int) -> None:
+        wanted = DTensor if self.mesh is not None else Tensor
+        if not isinstance(leaf, wanted) or (self.mesh is None and isinstance(leaf, DTensor)):
+            where = "over the mesh" if self.mesh is not None else "on one process alone"
+            raise TypeError(
+                f"{path} is of type {type(leaf).__name__}: {where} it must be a "
+                f"{wanted.__name__}. Make the state with init() of this optimizer."
+            )
+        if tuple(leaf.shape) != (numel,):
+            raise ValueError(
+                f"{path}: shape {tuple(leaf.shape)}, the bucket has ({numel},): {_REMEDY}"
+            )
+        if isinstance(leaf, DTensor):
+            if leaf.device_mesh != self.mesh:
+                raise ValueError(
+                    f"{path} is on {leaf.device_mesh}, this optimizer on {self.mesh}. Move the "
+                    f"state over with gather_state and scatter_state."
+                )
+            if tuple(leaf.placements) != (Shard(0),):
+                raise ValueError(
+                    f"{path} has placements {tuple(leaf.placements)}, where each process holds its "
+                    f"share: (Shard(dim=0),). Redistribute it."
+                )
+
+
+@lru_cache(maxsize=64)
+def _by_path(structure: _tree.Structure) -> list[int]:
+    paths = _tree.paths(structure, "")
+    return sorted(range(len(paths)), key=paths.__getitem__)
+
+
+def separate(state: Tree, names: Sequence[str], *, writing: bool) -> Iterator[Tree]:
+    """Yield for each bucket the state of an optimizer that has that one alone.
+
+    Args:
+        state: The state.
+        names: The buckets.
+        writing: Whether each of these optimizers writes into its state. What is beside the buckets,
+            such as a count, is then a copy for all but the last, to be written once.
+    """
+    nodes, structure = _tree.flatten_above(state, is_bucketed)
+    for name in names:
+        copied = writing and name != names[-1]
+        own = [
+            {name: node[name]} if is_bucketed(node) else node.clone() if copied else node
+            for node in nodes
+        ]
+        yield _tree.unflatten(structure, own)
+
+
+def join(states: Sequence[Tree]) -> Tree:
+    """Put states of one bucket each together. What is beside the buckets is the same in all."""
+    flattened = [_tree.flatten_above(state, is_bucketed) for state in states]
+    columns = zip(*(nodes for nodes, _ in flattened), strict=True)
+    return _tree.unflatten(flattened[-1][1], [_joined(column) for column in columns])
+
+
+def _joined(column: Sequence[Any]) -> Any:
+    if not is_bucketed(column[-1]):
+        return column[-1]
+    return {name: share for node in column for name, share in node.items()}
+
+
+def _map_buckets(
+    tree: Tree,
+    function: Callable[[str, str, Any], Tensor],
+    check: Callable[[str, Mapping[str, Any]], None] = lambda _, __: None,
+) -> Tree:
+    """Return a tree with others in place of its buckets: `function(path, name, bucket)`."""
+    nodes, structure = _tree.flatten_above(tree, is_bucketed)
+    if not any(map(is_bucketed, nodes)):
+        return tree
+    mapped = []
+    for path, node in zip(_tree.paths(structure, ""), nodes, strict=True):
+        if is_bucketed(node):
+            check(path, node)
+            mapped.append({name: function(path, name, leaf) for name, leaf in node.items()})
+        else:
+            mapped.append(node)
+    return _tree.unflatten(structure, mapped)

@@ -1,0 +1,150 @@
+"""The state of `Zero1` made whole and shared out again: between layouts, and for one process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from .. import _tree
+from .._checks import check_state
+from .._types import Tree
+from .._work import flatten_params
+from ._buckets import cut, is_bucketed
+from ._shards import Sharding
+from ._zero1 import Zero1, Zero1State
+
+__all__ = ["gather_state", "scatter_state"]
+
+
+def gather_state(opt: Zero1, state: Zero1State, params: Tree) -> Tree:
+    """Return the state of the inner optimizer as if there were no `Zero1`, whole on every process.
+
+    All processes must call it alike. It takes a collective for each bucket of each tree in the
+    state, and the memory of the whole state. To save a state, this is not needed:
+    `torch.distributed.checkpoint` takes it as it is by way of `to_state_dict`, and loads it on any
+    number of processes.
+
+    Args:
+        opt: The optimizer.
+        state: Its state.
+        params: The parameters, which give structure and shapes.
+
+    Returns:
+        A state like `opt.inner.init(params)`, whose leaves are plain tensors. Those of one bucket
+        share a storage, each its own part.
+
+    Raises:
+        TypeError: If the state is not that of a `Zero1`.
+        ValueError: If it was made for other buckets, or has something for each leaf beside them.
+
+    Example:
+        >>> import torch, funcopt
+        >>> from funcopt.distributed import Zero1, gather_state
+        >>> opt = Zero1(funcopt.AdamW(), mesh=None)
+        >>> params = {"w": torch.ones(2, 2), "b": torch.ones(1)}
+        >>> gather_state(opt, opt.init(params), params).exp_avg
+        {'w': tensor([[0., 0.],
+                [0., 0.]]), 'b': tensor([0.])}
+    """
+    check_state(state, Zero1State)
+    leaves, structure = flatten_params(params)
+    sharding = Sharding.of(leaves, structure, opt.bucket_bytes, opt.mesh)
+    with torch.no_grad():
+        sharding.local(state.inner, "state.inner")  # for its checks
+        nodes, above = _tree.flatten_above(state.inner, is_bucketed)
+        wholes: list[Tree] = []
+        for path, node in zip(_tree.paths(above, "state.inner"), nodes, strict=True):
+            if is_bucketed(node):
+                wholes.append(_tree.unflatten(structure, _leaves_of(node, sharding, leaves)))
+            else:
+                wholes.append(_beside(node, path))
+        return _tree.unflatten(above, wholes)
+
+
+def _leaves_of(node: dict[str, Tensor], sharding: Sharding, likes: list[Tensor]) -> list[Tensor]:
+    leaves: list[Any] = [None] * len(likes)
+    for name, bucket in sharding.buckets.items():
+        buffer = node[name]
+        flat = buffer.full_tensor() if isinstance(buffer, DTensor) else buffer.clone()
+        for index, leaf in zip(bucket.indices, cut(bucket, flat, likes), strict=True):
+            leaves[index] = leaf
+    return leaves
+
+
+def scatter_state(opt: Zero1, state: Tree, params: Tree) -> Zero1State:
+    """Return the state of a `Zero1` from that of its inner optimizer: undo `gather_state`.
+
+    Nothing is sent: each process takes its share of what it has whole. With `gather_state` before
+    it, a state goes from one mesh, bucket size or way of sharding to another.
+
+    Args:
+        opt: The optimizer.
+        state: A state like `opt.inner.init(params)`, the same on every process.
+        params: The parameters.
+
+    Raises:
+        ValueError: If the state is not like that, or a leaf of it not like its parameter in shape.
+
+    Example:
+        >>> import torch, funcopt
+        >>> from funcopt.distributed import Zero1, scatter_state
+        >>> inner, params = funcopt.AdamW(), {"w": torch.ones(2)}
+        >>> _, state = inner.update({"w": torch.ones(2)}, inner.init(params), params)
+        >>> scatter_state(Zero1(inner, mesh=None), state, params).inner.exp_avg
+        {'bucket 0': tensor([0.1000, 0.1000])}
+    """
+    template = opt.init(params)
+    leaves, structure = flatten_params(params)
+    sharding = Sharding.of(leaves, structure, opt.bucket_bytes, opt.mesh)
+    nodes, above = _tree.flatten_above(template.inner, is_bucketed)
+    paths = _tree.paths(above, "state")
+    shared: list[Tree] = []
+    with torch.no_grad():
+        for path, node, tree in zip(paths, nodes, _subtrees(above, state), strict=True):
+            if not is_bucketed(node):
+                shared.append(_beside(tree, path))
+                continue
+            own = _tree.pair(tree, path, structure).leaves
+            _check_shapes(own, leaves, structure, path)
+            shared.append(sharding.parts(own))
+    return Zero1State(sharding.distributed(_tree.unflatten(above, shared)))
+
+
+def _beside(tensor: Tensor, path: str) -> Tensor:
+    """Return a copy of what is in a state beside the buckets, such as a count."""
+    if tensor.ndim > 0:
+        raise ValueError(
+            f"{path} has shape {tuple(tensor.shape)}, an element for each bucket or leaf, which "
+            f"are not the same number. Let what counts leaves, as Accumulate does, be around Zero1."
+        )
+    return tensor.clone()
+
+
+def _subtrees(above: _tree.Structure, state: Tree) -> list[Tree]:
+    """Return what a state has in place of the buckets, and beside them."""
+    try:
+        return above.flatten_up_to(state)
+    except ValueError as error:
+        raise ValueError(
+            f"state is not like that of the inner optimizer: {error}. Give what its init() or "
+            f"update() returned for these parameters."
+        ) from error
+
+
+def _check_shapes(
+    own: list[Any], leaves: list[Tensor], structure: _tree.Structure, root: str
+) -> None:
+    for index, (tensor, leaf) in enumerate(zip(own, leaves, strict=True)):
+        if not isinstance(tensor, Tensor) or tensor.shape != leaf.shape:
+            found = (
+                f"shape {tuple(tensor.shape)}"
+                if isinstance(tensor, Tensor)
+                else f"of type {type(tensor).__name__}"
+            )
+            raise ValueError(
+                f"{_tree.path(structure, root, index)}: {found}, the parameter has "
+                f"{tuple(leaf.shape)}. Give the state of the inner optimizer for these parameters."
+            )

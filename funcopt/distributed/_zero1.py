@@ -1,0 +1,266 @@
+"""ZeRO-1: parameters on every process, the state and the arithmetic shared out among them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from .. import _transforms, _tree
+from .._adamw import AdamW
+from .._checks import check_state
+from .._clip_value import ClipValue
+from .._ema import Ema
+from .._frozen import Frozen
+from .._kernels import write
+from .._lookahead import Lookahead
+from .._node import register_optimizer
+from .._types import Optimizer, Tree
+from .._work import flatten_params, keep_requiring
+from .._wrapping import check_optimizer, gather_gradients
+from ._buckets import cut
+from ._refusals import (
+    check_blind_to_leaves,
+    check_gradients,
+    check_mesh,
+    check_targets,
+    check_whole,
+)
+from ._shards import Sharding, join
+from ._step import Step
+
+__all__ = ["Zero1", "Zero1State"]
+
+ParamsT = TypeVar("ParamsT")
+
+_GRADIENTS = ("local", "averaged")
+# Those that move each element by itself, so that a bucket can be moved before the next is there.
+_BY_ELEMENT = (AdamW, ClipValue, Ema, Frozen, Lookahead)
+
+
+class Zero1State(NamedTuple):
+    """The state of `Zero1`.
+
+    Attributes:
+        inner: The state of the inner optimizer, as its `init` makes it for a dict of buckets:
+            `{"bucket 0": ..., ...}`. Each bucket is a DTensor of one dimension, of which every
+            process holds its share; without a mesh, a tensor.
+    """
+
+    inner: Any
+
+
+@register_optimizer
+@dataclass(frozen=True)
+class Zero1:
+    r"""Share the state and the arithmetic of an optimizer out among processes, as in ZeRO-1.
+
+    Every one of $W$ processes has all parameters, and keeps $1/W$ of the state. In an update each
+    gets the mean gradient of its share (a reduce-scatter), moves its share of the parameters, and
+    all put theirs together (an all-gather): the new parameters are the same everywhere, and those
+    that the inner optimizer would make of the mean gradients in one process. Nothing is
+    differentiated through it.
+
+    The leaves are laid side by side, in the order of their paths, in flat buckets of one dtype,
+    complex ones as pairs of real numbers. What is sent are buckets, two collectives for each, and
+    $2(W-1)/W$ of the parameters' bytes in all, half of it where gradients are averaged already.
+    While one bucket is under way the next is being packed or the last one moved; the whole tree is
+    at no time in memory twice, but for the new parameters of `update`. Those share the storages of
+    their buckets, each its own part: clone one to keep it alone.
+
+    The inner optimizer sees a dict of buckets in place of the tree. `AdamW`, `Frozen`, and
+    `ClipValue`, `Ema` and `Lookahead` around one are given bucket after bucket; any other is given
+    all at once, as DTensors, so that `Zero1(Clip(AdamW()))` clips by the norm over all processes.
+    What tells leaves from each other must be outside: `Partition({"decay": Zero1(...), ...})`. A
+    wrapper that looks at values, as `Clip` or `SkipNonfinite`, must be inside, unless gradients are
+    averaged before: each process would see other ones, and one might go on where another waits.
+
+    From Rajbhandari et al., *ZeRO: Memory Optimizations Toward Training Trillion Parameter Models*
+    (SC 2020); `torch.distributed.optim.ZeroRedundancyOptimizer` shares out whole parameters, and
+    leaves gradients to be averaged by `DistributedDataParallel`.
+
+    Args:
+        inner: The optimizer that moves the buckets.
+        mesh: The processes: a `DeviceMesh` of one dimension. Of a larger one take the dimension
+            along which data differ: `mesh["data"]`. None: this process alone, with no traffic.
+        bucket_bytes: How many bytes of parameters fill a bucket: at least 1. A bucket takes whole
+            leaves, and is closed once it holds so many.
+        gradients: What gradients come in. `"local"`: each process has its own, of its own data,
+            which are averaged here. `"averaged"`: all have the same, as from
+            `DistributedDataParallel`; then they are not sent at all.
+
+    Raises:
+        TypeError: If `inner` is no optimizer, or an argument is of the wrong type.
+        ValueError: If `inner` tells leaves from each other, or an argument is out of range.
+
+    Example:
+        >>> import torch, funcopt
+        >>> from funcopt.distributed import Zero1
+        >>> opt = Zero1(funcopt.AdamW(lr=0.1), mesh=None)
+        >>> params = {"w": torch.tensor([1.0, 2.0]), "b": torch.zeros(1)}
+        >>> state = opt.init(params)
+        >>> grads = {"w": torch.tensor([0.5, -0.5]), "b": torch.ones(1)}
+        >>> params, state = opt.update(grads, state, params)
+        >>> params
+        {'w': tensor([0.8990, 2.0980]), 'b': tensor([-0.1000])}
+        >>> state.inner.exp_avg
+        {'bucket 0': tensor([ 0.1000,  0.0500, -0.0500])}
+    """
+
+    inner: Optimizer[Any]
+    mesh: DeviceMesh | None
+    bucket_bytes: int = 25 * 2**20
+    gradients: str = "local"
+
+    def __post_init__(self) -> None:
+        """Check every argument."""
+        check_optimizer("inner", self.inner)
+        check_blind_to_leaves(self.inner)
+        check_mesh(self.mesh)
+        if not isinstance(self.bucket_bytes, int) or isinstance(self.bucket_bytes, bool):
+            raise TypeError(f"bucket_bytes={self.bucket_bytes!r}: must be a whole number.")
+        if self.bucket_bytes < 1:
+            raise ValueError(f"bucket_bytes={self.bucket_bytes}: must be at least 1.")
+        if self.gradients not in _GRADIENTS:
+            raise ValueError(
+                f"gradients={self.gradients!r}: must be one of {', '.join(_GRADIENTS)}."
+            )
+
+    def init(self, params: Tree) -> Zero1State:
+        """Return the state before the first update, of which this process holds its share.
+
+        Args:
+            params: The parameters, the same on every process: a tree of plain tensors.
+
+        Raises:
+            TypeError: If a leaf is not a dense floating-point or complex tensor, or is sharded.
+            ValueError: If two leaves share their memory, or one is not where the mesh is.
+
+        Example:
+            >>> import torch, funcopt
+            >>> from funcopt.distributed import Zero1
+            >>> Zero1(funcopt.AdamW(), mesh=None).init([torch.ones(2)]).inner.exp_avg
+            {'bucket 0': tensor([0., 0.])}
+        """
+        leaves, structure = self._leaves(params)
+        sharding = Sharding.of(leaves, structure, self.bucket_bytes, self.mesh)
+        with torch.no_grad():
+            return Zero1State(sharding.distributed(self.inner.init(sharding.parts(leaves))))
+
+    def update(self, grads: Tree, state: Zero1State, params: ParamsT) -> tuple[ParamsT, Zero1State]:
+        """Return the new parameters and the new state, in fresh memory.
+
+        All processes must call it alike. What only one of them finds wrong it alone raises, and the
+        others wait for it: let whatever started them end them together, as torchrun does.
+
+        Args:
+            grads: The gradients: a tree with the keys of `params`, each like its parameter in
+                shape, dtype and device. None is refused.
+            state: The state that `init` or the last update returned.
+            params: The parameters, the same on every process.
+
+        Returns:
+            The pair `(new_params, new_state)`.
+
+        Raises:
+            RuntimeError: Under a transform of `torch.func`.
+            TypeError: As the inner optimizer, and if a leaf is sharded.
+            ValueError: As the inner optimizer, if a gradient is None, or if the state was made for
+                other buckets.
+
+        Example:
+            >>> import torch, funcopt
+            >>> from funcopt.distributed import Zero1
+            >>> opt = Zero1(funcopt.AdamW(lr=0.1), mesh=None)
+            >>> w = torch.ones(2)
+            >>> opt.update(torch.tensor([1.0, -1.0]), opt.init(w), w)[0]
+            tensor([0.8990, 1.0990])
+        """
+        if _transforms.compiling():
+            return _transforms.uncompiled(self.update, grads, state, params)
+        step = self._gather(grads, state, params)
+        news = list(step.leaves)
+        with torch.no_grad():
+            states: list[Tree] = []
+            for bucket, flat in step.move(self.inner.update, states):
+                for index, leaf in zip(bucket.indices, cut(bucket, flat, step.leaves), strict=True):
+                    news[index] = leaf
+            new_state = Zero1State(step.sharding.distributed(join(states)))
+        keep_requiring(news, step.leaves)
+        return _tree.unflatten(step.structure, news), new_state
+
+    def update_(
+        self, grads: Tree, state: Zero1State, params: ParamsT
+    ) -> tuple[ParamsT, Zero1State]:
+        """Do the same as `update`, written into `params` and `state`, which are returned.
+
+        Args:
+            grads: The gradients, as for `update`, which are not written.
+            state: The state, which is overwritten.
+            params: The parameters, which are overwritten.
+
+        Returns:
+            The pair `(params, state)`: the trees that were given.
+
+        Raises:
+            RuntimeError: Under a transform of `torch.func`, or if a parameter has a history.
+            TypeError: As `update`.
+            ValueError: As `update`, and if a parameter is expanded, or shares memory with a
+                gradient.
+
+        Example:
+            >>> import torch, funcopt
+            >>> from funcopt.distributed import Zero1
+            >>> opt = Zero1(funcopt.AdamW(lr=0.1), mesh=None)
+            >>> w = torch.ones(2)
+            >>> _ = opt.update_(torch.tensor([1.0, -1.0]), opt.init(w), w)
+            >>> w
+            tensor([0.8990, 1.0990])
+        """
+        if _transforms.compiling():
+            return _transforms.uncompiled(self.update_, grads, state, params)
+        step = self._gather(grads, state, params)
+        check_targets(step.leaves, step.grads, step.structure)
+        with torch.no_grad():
+            for bucket, flat in step.move(self.inner.update_, [], writing=True):
+                for index, leaf in zip(bucket.indices, cut(bucket, flat, step.leaves), strict=True):
+                    write(step.leaves[index], leaf)
+        return params, state
+
+    def _leaves(self, params: Tree) -> tuple[list[Tensor], _tree.Structure]:
+        leaves, structure = flatten_params(params)
+        check_whole(leaves, structure, self.mesh, self.inner)
+        return leaves, structure
+
+    def _gather(self, grads: Tree, state: Zero1State, params: Tree) -> Step:
+        check_state(state, Zero1State)
+        if _transforms.watched():
+            raise RuntimeError(
+                "Zero1 sends tensors between processes, which a transform (vmap, grad, jvp, ...) "
+                "cannot follow. Use the inner optimizer itself."
+            )
+        leaves, structure = self._leaves(params)
+        gradients = gather_gradients(grads, params)
+        check_gradients(gradients.leaves, structure)
+        sharding = Sharding.of(leaves, structure, self.bucket_bytes, self.mesh)
+        with torch.no_grad():
+            local = sharding.local(state.inner, "state.inner")
+        return Step(
+            sharding,
+            leaves,
+            structure,
+            gradients.tensors,
+            state.inner,
+            local,
+            averaged=self.gradients == "averaged",
+            by_bucket=_moves_by_element(self.inner),
+        )
+
+
+def _moves_by_element(opt: object) -> bool:
+    """Whether an optimizer moves each element by itself, with all that are within it."""
+    inner = getattr(opt, "inner", None)
+    return type(opt) in _BY_ELEMENT and (inner is None or _moves_by_element(inner))
