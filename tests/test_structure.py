@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import funcopt
-from funcopt import interop
+from funcopt import distributed, interop
 
 ROOT = pathlib.Path(funcopt.__file__).parent
 FILES = {path: path.read_text() for path in sorted(ROOT.rglob("*.py"))}
@@ -60,6 +60,11 @@ FLOORS = [
     "_ema",
     "_lookahead",
     "",
+    "interop._source",
+    "interop._from_torch",
+    "interop._to_torch",
+    "interop._checkpoint",
+    "interop",
     "distributed._average",
     "distributed._meeting",
     "distributed._local_updates",
@@ -67,11 +72,6 @@ FLOORS = [
     "distributed._reducer",
     "distributed._in_backward",
     "distributed",
-    "interop._source",
-    "interop._from_torch",
-    "interop._to_torch",
-    "interop._checkpoint",
-    "interop",
     "_operators",
     "torchscript",
     "testing._tensors",
@@ -154,7 +154,8 @@ def loaded_by(module):
 
 
 def test_the_core_does_without_what_stands_beside_it():
-    assert not {"funcopt.interop", "funcopt.testing"} & loaded_by("funcopt")
+    beside = {"funcopt.distributed", "funcopt.interop", "funcopt.testing"}
+    assert not beside & loaded_by("funcopt")
     assert not {"safetensors", "hypothesis"} & loaded_by("funcopt.interop")
 
 
@@ -163,5 +164,7 @@ def test_every_public_name_is_documented_with_an_example():
         assert ">>>" in getattr(funcopt, name).__doc__, name
     for method in ("init", "update", "update_"):
         assert ">>>" in getattr(funcopt.AdamW, method).__doc__, method
-    for name in interop.__all__:
-        assert ">>>" in getattr(interop, name).__doc__, name
+    for package in (interop, distributed):
+        for name in package.__all__:
+            if not name.endswith("State"):
+                assert ">>>" in getattr(package, name).__doc__, name

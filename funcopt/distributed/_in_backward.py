@@ -22,11 +22,20 @@ __all__ = ["InBackward", "update_in_backward"]
 class InBackward:
     """A module whose parameters move in its backward pass: the state, and the way back.
 
-    It is its own context manager: `with update_in_backward(model, opt): ...` ends in `remove`.
+    `update_in_backward` makes it. It is its own context manager, which ends in `remove`.
+
+    Example:
+        >>> import torch, funcopt
+        >>> from funcopt.distributed import update_in_backward
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> with update_in_backward(model, funcopt.AdamW()) as handle:
+        ...     model(torch.ones(2)).sum().backward()
+        >>> handle.state["weight"].step
+        tensor(1., dtype=torch.float64)
     """
 
     def __init__(self, opts: Mapping[str, Optimizer[Any]], params: Mapping[str, Tensor]) -> None:
-        """Begin with a new state. `update_in_backward` makes it."""
+        """Begin with a new state."""
         self._opts = dict(opts)
         self._params = dict(params)
         self._state = {name: opt.init({name: params[name]}) for name, opt in opts.items()}
@@ -134,7 +143,7 @@ def update_in_backward(
     time, once it is averaged and while the next one is; the numbers are those that the module
     itself gives. It keeps its buckets, of the size of all parameters, so that what is freed are
     the gradients beside them: with `gradient_as_bucket_view=True` there are none, and nothing is
-    saved but time. Within `no_sync()` gradients add up, and nothing moves. A module takes such a
+    saved. Within `no_sync()` gradients add up, and nothing moves. A module takes such a
     hook only once, before its first backward pass, and `remove` lets it average as before.
 
     An error in an update comes out of `backward()`, when other parameters have moved already.

@@ -416,6 +416,21 @@ def check_refusals():
         update_in_backward(reduced(made()), Clip(AdamW(), 1.0))
 
 
+class Broken(Leafwise):
+    leafwise = True
+
+    def update_(self, grads, state, params):
+        raise ZeroDivisionError("the reason")
+
+
+def check_errors():
+    """What an update raises within a bucket comes out of the backward pass."""
+    module = reduced(made())
+    update_in_backward(module, Broken())
+    with pytest.raises(ZeroDivisionError, match="the reason"):
+        module(batches(1)[0]).backward()
+
+
 def check_without_the_private_call(rank):
     """A torch that always copies buckets into gradients has these freed."""
     model = made()
@@ -449,6 +464,7 @@ def on_each_rank(rank):
     check_checkpoint(rank)
     check_refusals()
     check_without_the_private_call(rank)
+    check_errors()
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
