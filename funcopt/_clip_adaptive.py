@@ -9,12 +9,13 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from . import _transforms
+from . import _transforms, _tree
 from ._checks import check_state
 from ._hyperparameters import check_zero_dim, normalize
 from ._kernels._operands import compute_dtype
 from ._lists import fit
 from ._node import register_optimizer
+from ._sharded import whole_of
 from ._types import Number, Optimizer, Tree
 from ._work import too_many_to_compile
 from ._wrapping import Gradients, check_inplace, check_optimizer, gather_gradients, records
@@ -71,7 +72,8 @@ class ClipAdaptive:
 
     Raises:
         TypeError: If `inner` is no optimizer, or a hyperparameter is of the wrong type.
-        ValueError: If one is out of range, NaN or infinite.
+        ValueError: If one is out of range, NaN or infinite. When it updates: if a DTensor is sharded
+            through its units, of which each process would know but a part.
 
     Example:
         >>> import torch, funcopt
@@ -179,7 +181,9 @@ class ClipAdaptive:
         check_state(state, ClipAdaptiveState)
         check_zero_dim("clipping", self.clipping)
         check_zero_dim("eps", self.eps)
-        return gather_gradients(grads, params)
+        gradients = gather_gradients(grads, params)
+        _check_units_are_here(gradients)
+        return gradients
 
     def _clip(self, gradients: Gradients) -> Tree:
         grads = gradients.tensors
@@ -214,6 +218,20 @@ class ClipAdaptive:
             part.reshape(norm.shape) if touched is None or index in touched else None
             for index, (part, norm) in enumerate(zip(torch.split(scale, sizes), norms, strict=True))
         ]
+
+
+def _check_units_are_here(gradients: Gradients) -> None:
+    """Refuse sharded leaves of whose units a process has but a part."""
+    for index, param in enumerate(gradients.params):
+        whole: Any = whole_of(param)
+        for placement in [] if whole is param else whole.placements:
+            if not placement.is_replicate() and not (whole.ndim > 1 and placement.is_shard(0)):
+                raise ValueError(
+                    f"{_tree.path(gradients.structure, 'params', index)} is a DTensor with "
+                    f"{whole.placements}, which cuts through its units: their norms would be those "
+                    f"of parts. Shard leaves of two or more dimensions along the first, and leave "
+                    f"the others to another optimizer, by a Partition."
+                )
 
 
 def _norms(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from . import _lists, _transforms
 from ._kernels._operands import real
-from ._wrapping import read
+from ._sharded import over_shards
+from ._wrapping import Gradients, read
 
-__all__ = ["all_finite", "decide", "place_for", "zeros_unless"]
+__all__ = ["all_finite", "all_finite_everywhere", "decide", "place_for", "zeros_unless"]
 
 # To put a leaf of so many elements beside others takes less time than a call for it alone.
 _SMALL = 1024
@@ -31,6 +32,17 @@ def all_finite(tensors: Sequence[Tensor], like: Tensor) -> Tensor:
     if not found:
         return torch.ones((), dtype=torch.bool, device=like.device)
     return torch.stack(found).all()
+
+
+def all_finite_everywhere(gradients: Gradients, like: Tensor) -> Tensor:
+    """Return whether every element of all gradients is finite, of sharded ones as wholes."""
+    leaves = gradients.leaves
+
+    def here(indices: Sequence[int]) -> Tensor:
+        given = [leaves[index] for index in indices]
+        return all_finite([grad for grad in given if grad is not None], like)
+
+    return over_shards(gradients.params, here, torch.Tensor.all)
 
 
 def _pooled(parts: list[Tensor]) -> list[Tensor]:

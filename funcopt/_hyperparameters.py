@@ -53,6 +53,8 @@ _RULES: dict[str, tuple[str, Callable[[float], bool]]] = {
         lambda value: 1.0 <= value < math.inf and value == int(value),
     ),
     "step": ("must be finite and count the updates from 1", lambda value: 1.0 <= value < math.inf),
+    "outer_lr": _AT_LEAST_ZERO,
+    "outer_momentum": _BELOW_ONE,
     # Of schedules.
     "value": _AT_LEAST_ZERO,
     "start": _AT_LEAST_ZERO,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import _transforms
 from ._checks import check_count, check_state
-from ._finite import all_finite, decide, place_for, zeros_unless
+from ._finite import all_finite_everywhere, decide, place_for, zeros_unless
 from ._hyperparameters import check_zero_dim, normalize
 from ._kernels import write
 from ._node import register_optimizer
@@ -186,7 +186,7 @@ class LossScale:
         if too_many_to_compile(params):
             return _transforms.uncompiled(self.update, grads, state, params)
         gradients = self._gather(grads, state, params)
-        finite = all_finite(gradients.tensors, state.scale)
+        finite = all_finite_everywhere(gradients, state.scale)
         moves = decide(finite)
         recorded = moves is not True and records(self, gradients, state)
         if recorded or _transforms.watched():
@@ -235,7 +235,7 @@ class LossScale:
         own, names = state[:2], state._fields
         numbers = {name: getattr(self, name) for name in _NUMBERS}
         check_inplace(numbers, own, lambda index: f"state.{names[index]}", gradients)
-        finite = all_finite(gradients.tensors, state.scale)
+        finite = all_finite_everywhere(gradients, state.scale)
         moves = decide(finite)
         inverse = _inverse(state.scale)
         update_if_(moves, self.inner, gradients.tree, state.inner, params, inverse)

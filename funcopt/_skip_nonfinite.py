@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import _transforms
 from ._checks import check_count, check_state
-from ._finite import all_finite, decide, place_for, zeros_unless
+from ._finite import all_finite_everywhere, decide, place_for, zeros_unless
 from ._hyperparameters import check_zero_dim, normalize
 from ._kernels import write
 from ._node import register_optimizer
@@ -218,7 +218,7 @@ class SkipNonfinite:
         self, gradients: Gradients, state: SkipNonfiniteState
     ) -> tuple[tuple[Tensor, Tensor, Tensor], bool | Tensor]:
         """Return the tensors of the new state, and whether the inner update is made."""
-        finite = all_finite(gradients.tensors, state.last_finite)
+        finite = all_finite_everywhere(gradients, state.last_finite)
         consecutive = (state.consecutive.detach() + 1).masked_fill(finite, 0)
         most = self.max_consecutive
         enough = consecutive > (most.detach() if isinstance(most, Tensor) else most)

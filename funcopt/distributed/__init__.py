@@ -3,7 +3,18 @@
 This imports `torch.distributed`, which the rest of funcopt does without.
 """
 
+from ._in_backward import InBackward, update_in_backward
+from ._local_updates import LocalUpdates, LocalUpdatesState
 from ._whole import gather_state, scatter_state
 from ._zero1 import Zero1, Zero1State
 
-__all__ = ["Zero1", "Zero1State", "gather_state", "scatter_state"]
+__all__ = [
+    "InBackward",
+    "LocalUpdates",
+    "LocalUpdatesState",
+    "Zero1",
+    "Zero1State",
+    "gather_state",
+    "scatter_state",
+    "update_in_backward",
+]

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["Ranks", "Started", "one_ahead", "start_all_gather", "start_mean"]
+__all__ = ["Ranks", "Started", "one_ahead", "start_all_gather", "start_mean", "start_sum"]
 
 T = TypeVar("T")
 
@@ -69,6 +69,11 @@ def start_mean(flat: Tensor, ranks: Ranks) -> Started:
     share = flat.new_empty(flat.numel() // ranks.size)
     work = _reduce_scatter(share, flat, group=ranks.group, async_op=True)
     return Started(work, lambda: _keep(flat, share.div_(ranks.size)))
+
+
+def start_sum(flat: Tensor, group: Any) -> Any:
+    """Begin to add up a flat tensor over the processes of a group, in place; return the work."""
+    return dist.all_reduce(flat, group=group, async_op=True)
 
 
 def start_all_gather(share: Tensor, length: int, ranks: Ranks) -> Started:

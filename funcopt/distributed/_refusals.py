@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from .. import _tree
+from .._clip_adaptive import ClipAdaptive
 from .._inplace import check_apart, check_unwatched, check_writable
 from .._partition import Partition
 from .._types import Optimizer
@@ -27,6 +28,12 @@ def check_blind_to_leaves(inner: Optimizer[Any]) -> None:
                 f"inner={inner!r} has a Partition, which tells leaves apart, where the inner "
                 f"optimizer sees buckets of many. Let it be outside, with a Zero1 for each label: "
                 f'Partition({{"decay": Zero1(...), ...}}, labels).'
+            )
+        if isinstance(opt, ClipAdaptive):
+            raise ValueError(
+                f"inner={inner!r} has a ClipAdaptive, which clips by the units of leaves, where the "
+                f"inner optimizer sees buckets of many. Let it be outside, around gradients that "
+                f"are averaged already: ClipAdaptive(Zero1(..., gradients='averaged'))."
             )
         if getattr(opt, "step_per_leaf", False):
             raise ValueError(

@@ -1,0 +1,194 @@
+"""Updating inside the backward pass: each gradient is used and freed as soon as it exists."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from .. import _tree
+from .._types import Optimizer
+from .._wrapping import check_optimizer
+from ._leafwise import one_for_each
+from ._reducer import BucketHook, check_reducer
+
+__all__ = ["InBackward", "update_in_backward"]
+
+
+class InBackward:
+    """A module whose parameters move in its backward pass: the state, and the way back.
+
+    `update_in_backward` makes it. It is its own context manager, which ends in `remove`.
+
+    Example:
+        >>> import torch, funcopt
+        >>> from funcopt.distributed import update_in_backward
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> with update_in_backward(model, funcopt.AdamW()) as handle:
+        ...     model(torch.ones(2)).sum().backward()
+        >>> handle.state["weight"].step
+        tensor(1., dtype=torch.float64)
+    """
+
+    def __init__(self, opts: Mapping[str, Optimizer[Any]], params: Mapping[str, Tensor]) -> None:
+        """Begin with a new state."""
+        self._opts = dict(opts)
+        self._params = dict(params)
+        self._state = {name: opt.init({name: params[name]}) for name, opt in opts.items()}
+        self._handles: list[Any] = []
+        self._hook: BucketHook | None = None
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """The state of each parameter's own optimizer, by the name of the parameter.
+
+        Backward passes write into it. Set it to go on from another one, such as that of a
+        checkpoint, which is checked:
+
+        Raises:
+            ValueError: If it does not go with the parameters.
+        """
+        return dict(self._state)
+
+    @state.setter
+    def state(self, state: Mapping[str, Any]) -> None:
+        wanted = _tree.flatten(self._state)[1]
+        leaves = _tree.pair(dict(state), "state", wanted).leaves
+        for index, (leaf, own) in enumerate(
+            zip(leaves, _tree.flatten(self._state)[0], strict=True)
+        ):
+            fits = isinstance(leaf, Tensor) and (
+                (leaf.shape, leaf.dtype, leaf.device) == (own.shape, own.dtype, own.device)
+            )
+            if not fits:
+                found = (
+                    f"of {leaf.dtype}, shape {tuple(leaf.shape)}, on {leaf.device}"
+                    if isinstance(leaf, Tensor)
+                    else f"of type {type(leaf).__name__}"
+                )
+                raise ValueError(
+                    f"{_tree.path(wanted, 'state', index)} is {found}: it must be a tensor of "
+                    f"{own.dtype}, shape {tuple(own.shape)}, on {own.device}. Give the state of "
+                    f"the same optimizer and parameters."
+                )
+        self._state = _tree.unflatten(wanted, leaves)
+
+    def remove(self) -> None:
+        """Let backward passes leave gradients again, and parameters where they are."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        if self._hook is not None:
+            self._hook.closed = True
+
+    def __enter__(self) -> InBackward:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    def _move(self, name: str, grad: Tensor) -> None:
+        own = {name: self._params[name]}
+        self._opts[name].update_({name: grad}, self._state[name], own)
+
+    def _take(self, name: str, param: Tensor) -> None:
+        grad, param.grad = param.grad, None
+        if grad is None:
+            raise RuntimeError(
+                f"The gradient of {name!r} is gone: someone else uses up gradients in the backward "
+                f"pass. remove() the one before."
+            )
+        self._move(name, grad)
+
+    def _attach(self, reduced: DistributedDataParallel | None) -> None:
+        """Begin to move the parameters."""
+        names = (
+            {}
+            if reduced is None
+            else {
+                id(param): name
+                for name, param in self._params.items()
+                if name not in getattr(reduced, "parameters_to_ignore", ())
+            }
+        )
+        if reduced is not None:
+            self._hook = BucketHook(reduced, lambda param, grad: self._move(names[id(param)], grad))
+        for name, param in self._params.items():
+            if id(param) not in names:
+                register: Any = param.register_post_accumulate_grad_hook  # untyped in torch
+                self._handles.append(register(partial(self._take, name)))
+
+
+def update_in_backward(
+    module: torch.nn.Module, opt: Optimizer[Any], state: Mapping[str, Any] | None = None
+) -> InBackward:
+    """Let the backward pass move each parameter of a module as soon as its gradient is there.
+
+    The gradient is freed with that, so that never all of them are there at once: what is saved is
+    about the memory of the parameters. Each parameter that requires a gradient now is moved by
+    `opt.update_` as the only leaf of a tree, `{name: parameter}`, with a state of its own. So it
+    counts its own updates, of the backward passes that reached it, as with `step_per_leaf=True`.
+    The bits are those of a loop that updates after the backward pass.
+
+    An optimizer that looks at several leaves at once is refused. `AdamW`, `ClipValue`, `Ema`,
+    `Lookahead`, `Accumulate`, `Frozen`, and a `Partition` of such do not; nor does one of yours
+    whose class says `leafwise = True`. One backward pass is one update: to have several for one,
+    wrap in `Accumulate`.
+
+    A `DistributedDataParallel` averages gradients by buckets, and parameters move a bucket at a
+    time, once it is averaged and while the next one is; the numbers are those that the module
+    itself gives. It keeps its buckets, of the size of all parameters, so that what is freed are
+    the gradients beside them: with `gradient_as_bucket_view=True` there are none, and nothing is
+    saved. Within `no_sync()` gradients add up, and nothing moves. A module takes such a
+    hook only once, before its first backward pass, and `remove` lets it average as before.
+
+    An error in an update comes out of `backward()`, when other parameters have moved already.
+
+    Args:
+        module: The module, which goes on to be used as it is. Do not zero gradients: there are
+            none.
+        opt: The optimizer.
+        state: Where to go on from: the `state` of another one.
+
+    Returns:
+        A handle, with the `state`, a dict by the names of the parameters, and `remove()`.
+
+    Raises:
+        TypeError: If `opt` is no optimizer, `module` no module, or a parameter no dense tensor.
+        ValueError: If `opt` looks at several leaves at once, if no parameter requires a gradient,
+            if `state` does not match, or if a `DistributedDataParallel` has
+            `find_unused_parameters`, `static_graph` or mixed precision.
+
+    Example:
+        >>> import torch, funcopt
+        >>> from funcopt.distributed import update_in_backward
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> _ = torch.nn.init.ones_(model.weight)
+        >>> handle = update_in_backward(model, funcopt.AdamW(lr=0.1, weight_decay=0.0))
+        >>> model(torch.ones(2)).sum().backward()
+        >>> model.weight, model.weight.grad
+        (Parameter containing:
+        tensor([[0.9000, 0.9000]], requires_grad=True), None)
+        >>> handle.state["weight"].exp_avg
+        {'weight': tensor([[0.1000, 0.1000]])}
+        >>> handle.remove()
+    """
+    check_optimizer("opt", opt)
+    if not isinstance(module, torch.nn.Module):
+        raise TypeError(f"module is of type {type(module).__name__}: it must be an nn.Module.")
+    reduced = module if isinstance(module, DistributedDataParallel) else None
+    if reduced is not None:
+        check_reducer(reduced)
+    own = module if reduced is None else reduced.module
+    params = {name: param for name, param in own.named_parameters() if param.requires_grad}
+    if not params:
+        raise ValueError("module has no parameter that requires a gradient: nothing would move.")
+    handle = InBackward(one_for_each(opt, params), params)
+    if state is not None:
+        handle.state = state
+    handle._attach(reduced)
+    return handle

@@ -1,0 +1,68 @@
+"""Which optimizers move each leaf by itself, so that none has to wait for the others' gradients."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from torch import Tensor
+
+from .._accumulate import Accumulate
+from .._adamw import AdamW
+from .._clip import Clip
+from .._clip_adaptive import ClipAdaptive
+from .._clip_value import ClipValue
+from .._ema import Ema
+from .._frozen import Frozen
+from .._lookahead import Lookahead
+from .._partition import Partition
+from .._types import Optimizer
+
+__all__ = ["one_for_each"]
+
+# By the very type, as a subclass may do otherwise. A wrapper has its optimizer in `inner`, which
+# must be of these, too.
+_LEAFWISE = frozenset((Accumulate, AdamW, ClipAdaptive, ClipValue, Ema, Frozen, Lookahead))
+
+
+def one_for_each(opt: Optimizer[Any], params: dict[str, Tensor]) -> dict[str, Optimizer[Any]]:
+    """Return for each leaf, by its name, the optimizer that moves it as `opt` would with the rest.
+
+    Args:
+        opt: The optimizer. In place of a `Partition` comes that of the leaf's label.
+        params: The leaves.
+
+    Raises:
+        ValueError: If an optimizer looks at several leaves at once, or nobody has said that it
+            does not.
+    """
+    if type(opt) is Partition:
+        groups = opt._groups(params)
+        found = {}
+        for label, indices in groups.members.items():
+            own = {groups.names[index]: groups.leaves[index] for index in indices}
+            found.update(one_for_each(opt.inner[label], own))
+        return {name: found[name] for name in params}
+    if type(opt) not in _LEAFWISE and vars(type(opt)).get("leafwise") is not True:
+        raise ValueError(f"opt has a {type(opt).__name__}, {_reason(opt)}")
+    wrapped: Any = opt
+    if not hasattr(opt, "inner"):
+        return dict.fromkeys(params, opt)
+    return {
+        name: opt if inner is wrapped.inner else dataclasses.replace(wrapped, inner=inner)
+        for name, inner in one_for_each(wrapped.inner, params).items()
+    }
+
+
+def _reason(opt: Optimizer[Any]) -> str:
+    if isinstance(opt, Clip):
+        return (
+            "which needs the gradients of all leaves for their norm: the first would have moved "
+            "when the last is known. ClipValue bounds each element by itself; or update after the "
+            "backward pass."
+        )
+    return (
+        "which may look at the gradients of several leaves at once, of which there is one at a "
+        "time in the backward pass. If it moves each leaf by itself, say `leafwise = True` in its "
+        "class; else update after the backward pass."
+    )

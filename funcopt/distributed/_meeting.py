@@ -1,0 +1,131 @@
+"""A meeting of processes that trained apart: where they go on from, and what they keep of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from .. import _tree
+from .._averages import Follower
+from .._kernels._operands import compute_dtype
+from .._types import Tree
+from .._wrapping import Gradients, check_inplace, copies
+from ._average import means
+
+__all__ = ["Meeting", "Outer"]
+
+
+class Outer(NamedTuple):
+    """The outer optimizer: SGD."""
+
+    lr: float
+    momentum: float
+    nesterov: bool
+
+
+class Meeting(NamedTuple):
+    """Parameters, with the anchor and the outer momentum that a state has beside them, checked."""
+
+    gradients: Gradients  # with the parameters
+    anchored: Follower | None
+    moving: Follower | None
+
+    @classmethod
+    def gather(
+        cls, gradients: Gradients, anchor: Tree, buffer: Tree, anchored: bool, moving: bool
+    ) -> Meeting:
+        """Pair what the state has with the parameters.
+
+        Args:
+            gradients: The gradients, with the parameters.
+            anchor: The tree of the state, or `()`.
+            buffer: Likewise.
+            anchored: Whether there is to be an anchor.
+            moving: Whether there is to be a momentum.
+
+        Raises:
+            TypeError: If a parameter is sharded.
+            ValueError: If the trees do not match the parameters.
+        """
+        for index, leaf in enumerate(gradients.params):
+            if isinstance(leaf, DTensor):
+                raise TypeError(
+                    f"{_tree.path(gradients.structure, 'params', index)} is a DTensor: processes "
+                    f"that meet have whole parameters each. Give it as a plain tensor."
+                )
+        return cls(
+            gradients,
+            _follower(gradients, "state.anchor", anchor, anchored),
+            _follower(gradients, "state.momentum_buffer", buffer, moving),
+        )
+
+    @property
+    def trees(self) -> tuple[Tree, Tree]:
+        """The anchor and the momentum, as they are in a state."""
+        return _tree_of(self.anchored), _tree_of(self.moving)
+
+    def copied(self) -> Meeting:
+        """Return the same with anchor and momentum in fresh memory."""
+        return self._replace(anchored=_copied(self.anchored), moving=_copied(self.moving))
+
+    def check_inplace(self, count: Tensor) -> None:
+        """Refuse to write in place where that would lose a derivative or memory."""
+        others = {"state.steps_since_sync": count}
+        if self.anchored is None:
+            check_inplace({}, [count], lambda _: "state.steps_since_sync", self.gradients)
+            return
+        if self.moving is not None:
+            paths = _tree.paths(self.gradients.structure, self.moving.root)
+            others.update(zip(paths, self.moving.leaves, strict=True))
+        self.anchored.check_inplace({}, others)
+
+    def hold_(self, params: Sequence[Tensor], mesh: DeviceMesh | None, outer: Outer) -> None:
+        """Write where the processes go on from into these parameters, anchor and momentum.
+
+        The operators are those of `torch.optim.SGD`, so that the bits are its bits.
+        """
+        paths = _tree.paths(self.gradients.structure, "")
+        # Another process may have filled its dict in another order.
+        order = sorted(range(len(paths)), key=paths.__getitem__)
+        with torch.no_grad():
+            for position, mean in means([params[index] for index in order], mesh):
+                index = order[position]
+                params[index].copy_(self._moved_(index, mean, outer))
+
+    def _moved_(self, index: int, mean: Tensor, outer: Outer) -> Tensor:
+        """Return where the processes go on from with a leaf, whose mean this is."""
+        if self.anchored is None:
+            return mean
+        anchor = self.anchored.leaves[index]
+        step = anchor - mean
+        if self.moving is not None:
+            velocity = self.moving.leaves[index].mul_(outer.momentum).add_(step)
+            step = step.add(velocity, alpha=outer.momentum) if outer.nesterov else velocity
+        return anchor.add_(step, alpha=-outer.lr)
+
+
+def _follower(gradients: Gradients, name: str, tree: Tree, wanted: bool) -> Follower | None:
+    """Pair a tree of the state with the parameters, if there is to be one."""
+    given = not (isinstance(tree, tuple) and tree == ())
+    if given != wanted and len(gradients.params) > 0:
+        raise ValueError(
+            f"{name} {'holds a tree' if given else 'is empty'}, which does not go with this "
+            f"optimizer's outer_lr and outer_momentum. Make the state with init() of this "
+            f"optimizer."
+        )
+    return Follower.gather(gradients, name, tree, compute_dtype) if wanted else None
+
+
+def _tree_of(follower: Follower | None) -> Tree:
+    return () if follower is None else follower.paired.rebuild(follower.leaves)
+
+
+def _copied(follower: Follower | None) -> Follower | None:
+    if follower is None:
+        return None
+    return follower._replace(paired=follower.paired._replace(leaves=copies(follower.leaves)))
