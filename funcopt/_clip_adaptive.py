@@ -72,8 +72,8 @@ class ClipAdaptive:
 
     Raises:
         TypeError: If `inner` is no optimizer, or a hyperparameter is of the wrong type.
-        ValueError: If one is out of range, NaN or infinite. When it updates: if a DTensor is sharded
-            through its units, of which each process would know but a part.
+        ValueError: If one is out of range, NaN or infinite. When it updates: if a DTensor is
+            sharded through its units, of which each process would know but a part.
 
     Example:
         >>> import torch, funcopt

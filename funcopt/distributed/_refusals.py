@@ -31,9 +31,9 @@ def check_blind_to_leaves(inner: Optimizer[Any]) -> None:
             )
         if isinstance(opt, ClipAdaptive):
             raise ValueError(
-                f"inner={inner!r} has a ClipAdaptive, which clips by the units of leaves, where the "
-                f"inner optimizer sees buckets of many. Let it be outside, around gradients that "
-                f"are averaged already: ClipAdaptive(Zero1(..., gradients='averaged'))."
+                f"inner={inner!r} has a ClipAdaptive, which clips by the units of leaves, where "
+                f"the inner optimizer sees buckets of many. Let it be outside, around gradients "
+                f"that are averaged already: ClipAdaptive(Zero1(..., gradients='averaged'))."
             )
         if getattr(opt, "step_per_leaf", False):
             raise ValueError(

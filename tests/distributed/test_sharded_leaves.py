@@ -22,11 +22,14 @@ from funcopt import (
     Accumulate,
     AdamW,
     Clip,
+    ClipAdaptive,
     ClipValue,
     Ema,
     Frozen,
     Lookahead,
+    LossScale,
     Partition,
+    SkipNonfinite,
     decay_label,
 )
 from funcopt.interop import from_state_dict, to_state_dict
@@ -58,6 +61,9 @@ OPTIMIZERS = {
     ),
     "Ema of Lookahead of ClipValue": lambda: Ema(
         Lookahead(ClipValue(AdamW(lr=0.02), 0.05), every=3, reset_state=True), decay=0.9
+    ),
+    "LossScale of SkipNonfinite": lambda: LossScale(
+        SkipNonfinite(AdamW(lr=0.02)), init_scale=1.0, growth_factor=1.5, growth_interval=50
     ),
 }
 SOME = [
@@ -367,6 +373,47 @@ def skip_together(rank):
 
 def test_what_is_infinite_on_one_rank_is_skipped_on_all():
     run_ranks(2, skip_together)
+
+
+def count_together(rank):
+    mesh = init_device_mesh("cpu", (2,))
+    opt = LossScale(SkipNonfinite(AdamW(lr=0.1), max_consecutive=1), init_scale=4.0)
+    skip = SkipNonfinite(AdamW(lr=0.1), max_consecutive=1)
+    params = {"w": distribute_tensor(torch.ones(3, 2), mesh, [Shard(0)]), "b": torch.ones(2)}
+    state, own = opt.init(params), skip.init(params)
+    for step, bad in enumerate((0, 2)):  # in the part of the one rank, then of the other
+        whole_grad = torch.ones(3, 2)
+        whole_grad[bad] = torch.nan
+        grads = {"w": distribute_tensor(whole_grad, mesh, [Shard(0)]), "b": torch.ones(2)}
+        _, state = opt.update(grads, state, params)
+        assert state.scale == 2.0 ** (1 - step)
+        assert state.inner.inner.step == 0
+        _, own = skip.update(grads, own, params)
+        assert (own.total, own.consecutive, own.inner.step) == (step + 1, step + 1, step)
+
+
+def test_what_is_nan_on_one_rank_is_counted_and_scales_down_on_all():
+    run_ranks(2, count_together)
+
+
+def clip_units(rank):
+    mesh = init_device_mesh("cpu", (2,))
+    opt = ClipAdaptive(AdamW(lr=0.1, betas=(0.0, 0.0)), clipping=0.1)
+    full, large = torch.arange(1.0, 13.0).view(3, 4), torch.full((3, 4), 9.0)
+    params, grads = ({"w": distribute_tensor(t, mesh, [Shard(0)])} for t in (full, large))
+    _, expected = opt.update({"w": large}, opt.init({"w": full}), {"w": full})
+    _, state = opt.update(grads, opt.init(params), params)
+    assert_same_bits(whole(state.inner.exp_avg), expected.inner.exp_avg)
+    cut = [("w", Shard(1), full), ("b", Shard(0), torch.ones(4))]
+    for name, placement, tensor in cut:
+        bad = {name: distribute_tensor(tensor, mesh, [placement])}
+        message = rf"params\['{name}'\] is a DTensor with .*, which cuts through its units"
+        with pytest.raises(ValueError, match=message):
+            opt.update(bad, opt.init(bad), bad)
+
+
+def test_units_are_clipped_where_they_are_whole_and_refused_where_they_are_cut():
+    run_ranks(2, clip_units)
 
 
 def never_wait_alone(rank):

@@ -8,7 +8,18 @@ from torch import vmap
 from torch.distributed.device_mesh import init_device_mesh
 
 import funcopt
-from funcopt import Accumulate, AdamW, Clip, ClipValue, Ema, Frozen, Lookahead, Partition
+from funcopt import (
+    Accumulate,
+    AdamW,
+    Clip,
+    ClipAdaptive,
+    ClipValue,
+    Ema,
+    Frozen,
+    Lookahead,
+    Partition,
+    SkipNonfinite,
+)
 from funcopt.distributed import Zero1, Zero1State, gather_state, scatter_state
 from funcopt.distributed._collectives import Started, one_ahead
 from funcopt.interop import from_state_dict, to_state_dict
@@ -83,6 +94,7 @@ INNERS = {
     "Clip, largest": Clip(AdamW(lr=1e-2, eps=1e-3), max_norm=0.1, norm_type=float("inf")),
     "Clip or skip": Clip(AdamW(lr=1e-2, eps=1e-3), max_norm=3.0, nonfinite="skip"),
     "Accumulate": Accumulate(Clip(AdamW(lr=1e-2, eps=1e-3), max_norm=3.0), every=4),
+    "SkipNonfinite": SkipNonfinite(AdamW(lr=1e-2)),
 }
 MOST_WAYS = [
     *((TINY, "local", True), (SMALL, "local", False), (HUGE, "local", True)),
@@ -380,6 +392,7 @@ def test_no_leaves_and_leaves_without_elements_are_served():
         (lambda: Zero1(AdamW(step_per_leaf=True), None), ValueError, "step_per_leaf=True"),
         (lambda: Zero1(Clip(Partition({"a": AdamW()}, lambda _, __: "a"), 1.0), None), ValueError,
          "a Partition, which tells leaves apart.*outside"),
+        (lambda: Zero1(ClipAdaptive(AdamW()), None), ValueError, "a ClipAdaptive, which.*outside"),
         (lambda: Zero1(AdamW(), "cpu"), TypeError, "mesh='cpu': must be a DeviceMesh"),
         (lambda: Zero1(AdamW(), None, 0), ValueError, "bucket_bytes=0: must be at least 1"),
         (lambda: Zero1(AdamW(), None, 1e6), TypeError, "bucket_bytes=1000000.0: must be a whole"),
