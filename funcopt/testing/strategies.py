@@ -9,6 +9,7 @@ layout, seed), never element by element, which keeps drawing a tree to a millise
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +19,10 @@ from torch import Tensor
 
 from .. import _tree
 from .._adamw import AdamW
+from .._clip_value import ClipValue
+from .._ema import Ema
+from .._lookahead import Lookahead
+from .._skip_nonfinite import SkipNonfinite
 from .._types import Optimizer, Tree
 from ._tensors import LAYOUTS, VALUES, build, like
 from ._trees import NODES, assemble
@@ -313,17 +318,23 @@ def adamws(**fixed: Any) -> st.SearchStrategy[AdamW]:
     return hyperparameters(tensor=tensor).map(lambda drawn: AdamW(**{**drawn, **fixed}))
 
 
-# Whatever optimizers and wrappers there are; a new one joins by one line. A wrapper is a function
-# from a strategy for the inner optimizer to one for the wrapped.
-_OPTIMIZERS: list[st.SearchStrategy[Any]] = [adamws()]
-_WRAPPERS: list[Any] = []
+# Wrappers that move each leaf by itself, with a state of numbers and of trees like the parameters,
+# which can be split and joined; a new one joins by one line. (What takes a norm of several elements
+# is ill-conditioned where it is zero, so that no two ways of computing it agree there.)
+_WRAPPERS = (
+    partial(ClipValue, max_value=0.5),
+    partial(Ema, decay=0.75),
+    partial(Ema, decay=0.5, debias=False),
+    partial(Lookahead, every=2),
+    SkipNonfinite,
+)
 
 
 def optimizers() -> st.SearchStrategy[Optimizer[Any]]:
     """Optimizers of every sort, bare or inside wrappers nested at random."""
-    bare = st.one_of(_OPTIMIZERS)
-    if not _WRAPPERS:
-        return bare
+    wrappers = st.sampled_from(_WRAPPERS)
     return st.recursive(
-        bare, lambda inner: st.one_of([wrap(inner) for wrap in _WRAPPERS]), max_leaves=3
+        adamws(),
+        lambda inner: st.builds(lambda wrap, opt: wrap(opt), wrappers, inner),
+        max_leaves=3,
     )

@@ -1,4 +1,4 @@
-"""Anything in any order: the machine on every AdamW, and a subclass of it that must fail."""
+"""Anything in any order: the machine on optimizers and wrappers, and a subclass of it that must fail."""
 
 import hypothesis
 import pytest
@@ -24,7 +24,7 @@ def settings(examples):
     )
 
 
-def test_every_adamw_agrees_with_its_oracle_whatever_is_done(pytestconfig):
+def test_every_optimizer_agrees_with_its_oracle_whatever_is_done(pytestconfig):
     examples = 500 if pytestconfig.getoption("--nightly") else 40
     run_state_machine_as_test(OptimizerMachine, settings=settings(examples))
 
