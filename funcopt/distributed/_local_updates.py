@@ -27,6 +27,7 @@ from .._wrapping import (
     records,
 )
 from ._meeting import Meeting, Outer
+from ._refusals import check_mesh
 
 __all__ = ["LocalUpdates", "LocalUpdatesState"]
 
@@ -132,16 +133,7 @@ class LocalUpdates:
             object.__setattr__(self, name, normalize(name, value))
         object.__setattr__(self, "every", int(self.every))
         check_flag("nesterov", self.nesterov)
-        if self.mesh is not None and not isinstance(self.mesh, DeviceMesh):
-            raise TypeError(
-                f"mesh={self.mesh!r}: must be a DeviceMesh, as init_device_mesh makes it, or None "
-                f"for one process alone."
-            )
-        if self.mesh is not None and self.mesh.ndim != 1:
-            raise ValueError(
-                f"mesh={self.mesh!r} has {self.mesh.ndim} dimensions: name the one whose processes "
-                f"meet, as in mesh['dp']."
-            )
+        check_mesh(self.mesh)
 
     def init(self, params: Tree) -> LocalUpdatesState:
         """Return the state before the first update. Nothing is sent.

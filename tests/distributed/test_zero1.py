@@ -53,14 +53,20 @@ def mean(trees):
     return {n: torch.stack([tree[n] for tree in trees]).mean(0) for n in trees[0]}
 
 
+def answers(tensor):
+    """The tensor, with numbers for yes and no."""
+    return tensor.float() if tensor.dtype is torch.bool else tensor
+
+
 def worst(found, expected):
     """The largest difference between two trees, relative to the largest element if that is > 1."""
     own, others = (torch.utils._pytree.tree_leaves(tree) for tree in (found, expected))
     assert len(own) == len(others)
+    pairs = zip(own, others, strict=True)
     return max(
         (
             ((a - b).abs().max() / b.abs().max().clamp(min=1)).item()
-            for a, b in zip(own, others, strict=True)
+            for a, b in ((answers(one), answers(other)) for one, other in pairs)
             if a.numel()
         ),
         default=0.0,

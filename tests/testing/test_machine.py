@@ -1,4 +1,4 @@
-"""Anything in any order: the machine on optimizers and wrappers, and a subclass of it that must fail."""
+"""Anything in any order: the machine on optimizers and wrappers, and one that must fail."""
 
 import hypothesis
 import pytest
