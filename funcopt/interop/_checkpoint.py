@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _transforms, _tree
+from .._sharded import dtensor, local_part
 from .._types import Tree
 
 __all__ = ["from_state_dict", "to_state_dict"]
@@ -149,9 +150,7 @@ def _with_own_storage(leaf: Tensor, taken: set[int]) -> Tensor:
         leaf: The leaf.
         taken: Where the storages start that earlier entries have to themselves, to be added to.
     """
-    tensor = leaf.detach().resolve_conj().resolve_neg()
-    if tensor.is_complex():
-        tensor = torch.view_as_real(tensor)
+    tensor = _real(leaf.detach()).resolve_neg()
     if not _transforms.all_plain([tensor]):  # sharded or fake: what saves it knows its memory
         return tensor
     storage = tensor.untyped_storage()
@@ -219,5 +218,23 @@ def _filled(leaf: Tensor, entry: Tensor | None) -> Tensor:
 
 
 def _real(tensor: Tensor) -> Tensor:
-    """Return a tensor as its entry shows it: a complex one as pairs."""
-    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+    """Return a tensor as its entry shows it: a complex one as pairs, in the same memory.
+
+    Only one whose conjugation is still to be made is copied.
+    """
+    if not tensor.is_complex():
+        return tensor
+    kind: Any = dtensor()
+    if kind is None or not isinstance(tensor, kind):
+        return torch.view_as_real(tensor.resolve_conj())
+    # That of a DTensor sharded along its last dimension is a copy, replicated everywhere.
+    pairs = torch.view_as_real(local_part(tensor).resolve_conj())
+    whole: Tensor = kind.from_local(
+        pairs,
+        tensor.device_mesh,
+        tensor.placements,
+        run_check=False,
+        shape=torch.Size([*tensor.shape, 2]),
+        stride=(*(2 * stride for stride in tensor.stride()), 1),
+    )
+    return whole
