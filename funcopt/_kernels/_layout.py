@@ -117,8 +117,11 @@ def _learn(leaves: Leaves) -> Layout:
 
 def _guard(tensors: list[Tensor]) -> Callable[..., bool] | None:
     """Return whether tensors look as these do, as a function of them, if it can be had."""
-    # A guard lets nothing pass in which one tensor comes twice.
+    # A guard lets nothing pass in which one tensor comes twice. Which kernels serve the meta device
+    # is not the same at all times.
     if _guard_of is None or len(set(map(id, tensors))) < len(tensors):
+        return None
+    if any(tensor.is_meta for tensor in tensors):
         return None
     try:
         guard = _guard_of(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
