@@ -51,7 +51,9 @@ KERNELS = ("auto", *_BY_NAME)
 
 def unserved(kernel: str, device: torch.device) -> str | None:
     """Say why a kernel that was asked for by name cannot serve leaves on a device, if so."""
-    return None if kernel == "auto" else _BY_NAME[kernel].refusal(_transforms.stand_in(device), None)
+    return (
+        None if kernel == "auto" else _BY_NAME[kernel].refusal(_transforms.stand_in(device), None)
+    )
 
 
 def move(

@@ -19,7 +19,7 @@ from torch import Tensor
 from .. import _transforms
 from ._operands import Leaves
 
-__all__ = ["IN_CACHE", "Batch", "Layout", "cut", "known", "layout_of"]
+__all__ = ["IN_CACHE", "Batch", "Layout", "cut", "forget", "known", "layout_of"]
 
 # The guard that Dynamo sets before compiled code, on types, dtypes, devices, shapes, strides,
 # laziness, inference mode and requires_grad at once. It is private: without it nothing is
@@ -100,6 +100,12 @@ def known(leaves: Leaves) -> Layout | None:
     return None
 
 
+def forget() -> None:
+    """Forget all that was learned, and what was decided from it."""
+    global _recent  # noqa: PLW0603  # replaced whole, so that threads need no lock
+    _recent = ()
+
+
 def layout_of(leaves: Leaves) -> Layout:
     """Return what there is to know of leaves that were checked, and remember it."""
     return known(leaves) or _learn(leaves)
@@ -117,11 +123,8 @@ def _learn(leaves: Leaves) -> Layout:
 
 def _guard(tensors: list[Tensor]) -> Callable[..., bool] | None:
     """Return whether tensors look as these do, as a function of them, if it can be had."""
-    # A guard lets nothing pass in which one tensor comes twice. Which kernels serve the meta device
-    # is not the same at all times.
+    # A guard lets nothing pass in which one tensor comes twice.
     if _guard_of is None or len(set(map(id, tensors))) < len(tensors):
-        return None
-    if any(tensor.is_meta for tensor in tensors):
         return None
     try:
         guard = _guard_of(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)

@@ -28,7 +28,7 @@ _FORMS = ("_base", "_into_tensor", "_tensor", "_single")
 _SILENT = ("wait_tensor", "barrier")
 
 
-class Onlooker(TorchDispatchMode):
+class Onlooker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # which torch left untyped
     """Adds up storages that are alive, and collectives, from one call of an operator to the next.
 
     Attributes:
@@ -44,7 +44,7 @@ class Onlooker(TorchDispatchMode):
             size: How many processes take part in a collective.
             held: Tensors whose memory is alive. They are not kept.
         """
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.peak = 0
         self.calls: Counter[str] = Counter()
         self.sent: Counter[str] = Counter()
@@ -101,7 +101,7 @@ class Onlooker(TorchDispatchMode):
 
 
 def _read(func: Any, args: Any, kwargs: dict[str, Any]) -> Tensor | None:
-    """Return what stands for values that are moved from the meta device, which has none, to another.
+    """Return what stands for values that leave the meta device, which has none, for another.
 
     They are numbers and conditions made of gradients. Of these, 1 stands for what a step finds as
     long as all is well.
@@ -111,7 +111,8 @@ def _read(func: Any, args: Any, kwargs: dict[str, Any]) -> Tensor | None:
         if device.type != "meta":
             return torch.ones(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
     if func is torch.ops.aten.copy_.default and args[1].is_meta and not args[0].is_meta:
-        return args[0].fill_(1)
+        target: Tensor = args[0]
+        return target.fill_(1)
     return None
 
 

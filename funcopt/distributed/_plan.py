@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from .. import _transforms, _tree
+from .. import _kernels, _transforms, _tree
 from .._types import Optimizer, Tree
 from .._work import flatten_params
 from .._wrapping import check_optimizer
@@ -71,7 +72,11 @@ def plan(
         >>> import torch, funcopt
         >>> from funcopt.distributed import Zero1, plan
         >>> params = {"w": torch.empty(1000, 1000, device="meta")}
-        >>> print(plan(Zero1(funcopt.AdamW(), mesh=None), params, (8, 1024)))
+        >>> print(plan(Zero1(funcopt.AdamW(), mesh=None), params, (8, 64)))
+        parameters 3.8 MiB, gradients as much; nccl, a step
+        ranks      state    (least)      peak  in place  reduce_scatter sent  all_gather sent
+            8  976.6 KiB  976.6 KiB  18.6 MiB  17.2 MiB         1 x, 3.3 MiB     1 x, 3.3 MiB
+           64  122.1 KiB  122.1 KiB  15.7 MiB  15.5 MiB         1 x, 3.8 MiB     1 x, 3.8 MiB
     """
     check_optimizer("opt", opt)
     sizes = tuple(mesh) if isinstance(mesh, Sequence) and not isinstance(mesh, str) else (mesh,)
@@ -143,15 +148,33 @@ def _play(
     steps: int,
 ) -> _Seen:
     """Make the steps of one process."""
-    params, grads = (_tree.unflatten(structure, list(map(_on_meta, leaves))) for _ in range(2))
-    with _transforms.looked_on():
-        state = opt.init(params)
+
+    def start() -> tuple[Tree, Tree, Tree]:
+        params, grads = (_tree.unflatten(structure, list(map(_on_meta, leaves))) for _ in range(2))
+        return grads, opt.init(params), params
+
+    update = getattr(opt, method)
+    with _looked_on():
+        with Onlooker(size, []):
+            update(*start())  # the first, in which there is more to find out than in others
+        grads, state, params = start()
         nbytes = sum(own.nbytes for own in _locals(state))
         onlooker = Onlooker(size, [own for tree in (params, grads, state) for own in _locals(tree)])
         with onlooker:
             for _ in range(steps):
-                params, state = getattr(opt, method)(grads, state, params)
+                params, state = update(grads, state, params)
     return _Seen(nbytes, onlooker)
+
+
+@contextmanager
+def _looked_on() -> Iterator[None]:
+    """Let steps be made as with an onlooker, by what was decided then alone."""
+    _kernels.forget()
+    try:
+        with _transforms.looked_on():
+            yield
+    finally:
+        _kernels.forget()
 
 
 def _on_meta(leaf: Tensor) -> Tensor:

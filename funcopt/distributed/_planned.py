@@ -28,7 +28,7 @@ class PlanRow(NamedTuple):
         >>> import torch, funcopt
         >>> from funcopt.distributed import plan
         >>> plan(funcopt.AdamW(), {"w": torch.empty(1000)}, 2).rows[0].peak_in_place
-        16008
+        16012
     """
 
     ranks: int
@@ -131,10 +131,10 @@ class Plan:
 
 
 def _text(nbytes: int) -> str:
-    """Return a number of bytes for people: 1.50 GiB."""
+    """Return a number of bytes for people: 1.5 GiB."""
     value, unit = float(nbytes), "B"
     for larger in ("KiB", "MiB", "GiB", "TiB"):
         if value < 1024:
             break
         value, unit = value / 1024, larger
-    return f"{nbytes} B" if unit == "B" else f"{value:#.3g} {unit}"
+    return f"{nbytes} B" if unit == "B" else f"{value:,.1f} {unit}"
