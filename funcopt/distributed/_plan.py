@@ -36,20 +36,26 @@ def plan(
     r"""Return what a run on many processes takes of each, found by making its steps on none.
 
     The first and the last process are played by this one, in a world of torch's fake process group,
-    with tensors on the meta device, which have shapes and no memory: 70 billion parameters are
-    planned in seconds. What is counted is what the optimizer does there, not what a formula says.
+    with tensors on the meta device, which have shapes and no memory. So 70 billion parameters are
+    planned for 1,024 processes in seconds. What is counted is what the optimizer does there, not
+    what a formula says of it.
 
     *State* is the bytes of the state's tensors that one process holds. *Sent* is what one process
     sends, where $W$ of them take part by the usual ring or pairwise algorithms: of a whole buffer
     $(W-1)/W$ in a reduce-scatter, an all-gather or an all-to-all, and twice that in an all-reduce.
     *Peak* is the largest sum, at any time in a step, of the bytes of all storages that are alive,
     each once: parameters and gradients, which the caller holds, the old state, the new parameters
-    and state if `update` makes some, and all buffers on the way. It knows nothing of activations,
-    of what an allocator rounds up or a backend keeps for itself, and nothing of traffic that is not
-    the optimizer's, such as the all-reduce of gradients around an `AdamW`.
+    and state if `update` makes some, and all buffers on the way. It is that of a step that is like
+    one before; the first may take more.
 
-    Steps are made with the kernels of the CPU. Where values decide what is done, they count as out
-    of reach, as on a GPU: `Clip(nonfinite="skip")` makes both ways and chooses.
+    What is not there: activations; what an allocator rounds up; what a backend or an operator
+    takes within itself (gloo one more bucket in an all-gather); and traffic that is not the
+    optimizer's, such as the all-reduce of gradients around an `AdamW`.
+
+    The kernels are the fused ones, but for gradients that are clipped or scaled: these are
+    multiplied within the kernel, as on a GPU, where the CPU takes up to a megabyte for pieces of
+    them. Where values decide what is done, they count as out of reach, as on a GPU:
+    `SkipNonfinite` makes both ways and chooses.
 
     Args:
         opt: The optimizer. In place of its `mesh`, and that of any optimizer within, which are best

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import os
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -10,6 +11,8 @@ from typing import Any, NamedTuple
 from .._types import Optimizer
 
 __all__ = ["Plan", "PlanRow"]
+
+_COLORS = ("#0072b2", "#e69f00", "#cc79a7")
 
 
 class PlanRow(NamedTuple):
@@ -75,8 +78,9 @@ class Plan:
             traffic = (f"{row.collectives.get(k, 0)} x, {_text(row.sent.get(k, 0))}" for k in kinds)
             lines.append([f"{row.ranks:,}", *memory, *traffic])
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        steps = "a step" if self.steps == 1 else f"{self.steps} steps"
-        title = f"parameters {_text(self.params)}, gradients as much; {self.backend}, {steps}"
+        title = (
+            f"parameters {_text(self.params)}, gradients as much; {self.backend}, {self._steps()}"
+        )
         table = ("  ".join(map(str.rjust, line, widths)) for line in lines)
         return "\n".join([title, *table])
 
@@ -97,34 +101,50 @@ class Plan:
             ) from error
         figure = figures.Figure(figsize=(9, 4), layout="constrained")
         memory, traffic = figure.subplots(1, 2)
-        ranks = [row.ranks for row in self.rows]
+        self._draw_memory(memory)
+        self._draw_traffic(traffic)
+        for axes in (memory, traffic):
+            axes.set_xticks(range(len(self.rows)), [f"{row.ranks:,}" for row in self.rows])
+            axes.yaxis.set_major_formatter(lambda nbytes, _: _text(round(nbytes)))
+            axes.set_xlabel("processes")
+            axes.set_xlim(-0.5, len(self.rows) - 0.5)
+            axes.set_axisbelow(True)
+            axes.grid(axis="y", alpha=0.3)
+        figure.savefig(path, dpi=150)
+
+    def _draw_memory(self, axes: Any) -> None:
         for label, color, marker, values in (
             ("peak of update", "#d55e00", "o", [row.peak for row in self.rows]),
             ("peak of update_", "#0072b2", "s", [row.peak_in_place for row in self.rows]),
             ("state", "#009e73", "^", [row.state for row in self.rows]),
         ):
-            memory.plot(ranks, values, color=color, marker=marker, label=label)
-        memory.axhline(self.params, color="0.5", linestyle=":", label="parameters")
-        memory.set_title("Memory of one process")
-        for kind, color, marker in zip(
-            self._kinds(), ("#0072b2", "#e69f00", "#cc79a7"), "osD", strict=False
-        ):
+            axes.plot(values, color=color, marker=marker, label=label)
+        axes.axhline(self.params, color="0.5", linestyle=":", label="parameters")
+        axes.set_yscale("log", base=8)  # so that ticks are at round numbers of MiB and GiB
+        axes.minorticks_off()
+        axes.set_title("Memory of one process")
+        axes.legend(frameon=False)
+
+    def _draw_traffic(self, axes: Any) -> None:
+        tops = [0] * len(self.rows)
+        for kind, color in zip(self._kinds(), itertools.cycle(_COLORS)):
             sent = [row.sent.get(kind, 0) for row in self.rows]
-            calls = self.rows[-1].collectives.get(kind, 0)
-            traffic.plot(ranks, sent, color=color, marker=marker, label=f"{kind}, {calls} calls")
-        traffic.axhline(self.params, color="0.5", linestyle=":", label="parameters")
-        steps = "a step" if self.steps == 1 else f"{self.steps} steps"
-        traffic.set_title(f"Sent by one process in {steps} ({self.backend})")
-        for axes in (memory, traffic):
-            axes.set_xscale("log", base=2)
-            axes.set_xticks(ranks, [f"{size:,}" for size in ranks])
-            axes.minorticks_off()
-            axes.set_yscale("log")
-            axes.yaxis.set_major_formatter(lambda value, _: _text(int(value)))
-            axes.set_xlabel("processes")
-            axes.grid(alpha=0.3)
-            axes.legend(frameon=False)
-        figure.savefig(path, dpi=150)
+            calls = max(row.collectives.get(kind, 0) for row in self.rows)
+            label = f"{kind}, {calls} of them"
+            axes.bar(range(len(sent)), sent, bottom=tops, color=color, width=0.6, label=label)
+            tops = [top + more for top, more in zip(tops, sent, strict=True)]
+        highest = max(tops, default=0)
+        step = 1 << (highest // 5).bit_length()
+        axes.set_yticks(range(0, highest + step, step))
+        axes.set_ylim(0, max(1.3 * highest, 1))  # with room for the legend
+        axes.set_title(f"Sent by one process in {self._steps()} ({self.backend})")
+        if any(tops):
+            axes.legend(frameon=False, loc="upper left")
+        else:
+            axes.text(0.5, 0.5, "nothing", transform=axes.transAxes, ha="center")
+
+    def _steps(self) -> str:
+        return "a step" if self.steps == 1 else f"{self.steps} steps"
 
     def _kinds(self) -> list[str]:
         return list(dict.fromkeys(kind for row in self.rows for kind in row.collectives))
