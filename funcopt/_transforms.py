@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -24,7 +25,9 @@ __all__ = [
     "exporting",
     "followed",
     "forward_mode",
+    "looked_on",
     "readable",
+    "stand_in",
     "tracing",
     "transformed",
     "uncompiled",
@@ -59,11 +62,33 @@ compiling = torch.compiler.is_compiling
 
 def tracing() -> bool:
     """Whether operators are being recorded, so that no tensor's value may be read."""
-    return (
-        compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._get_tracing_state() is not None
-    )
+    if compiling():
+        return True
+    modes = torch._C._len_torch_dispatch_stack()
+    return (modes > 0 and modes > _onlookers.get()) or torch._C._get_tracing_state() is not None
+
+
+# How many of the modes on torch's stack only look on.
+_onlookers: ContextVar[int] = ContextVar("onlookers", default=0)
+
+
+@contextlib.contextmanager
+def looked_on() -> Iterator[None]:
+    """Let steps on the meta device be made as on the CPU, while one mode looks on.
+
+    The mode sees the operators of a real step, not those that a tracer is shown. That a device has
+    no values to read is found out as anywhere: it is taken for one that is not to be waited for.
+    """
+    token = _onlookers.set(1)
+    try:
+        yield
+    finally:
+        _onlookers.reset(token)
+
+
+def stand_in(device: torch.device) -> torch.device:
+    """Return the device whose kernels serve tensors on this one."""
+    return torch.device("cpu") if device.type == "meta" and _onlookers.get() else device
 
 
 def uncompiled(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:

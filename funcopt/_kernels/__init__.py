@@ -15,7 +15,7 @@ from .. import _transforms
 from . import _eager, plain
 from ._eager import KERNELS, move, move_, unserved
 from ._history import recording
-from ._layout import Layout, known, layout_of
+from ._layout import Layout, forget, known, layout_of
 from ._operands import (
     PUBLIC_NAMES,
     Leaves,
@@ -38,6 +38,7 @@ __all__ = [
     "Moved",
     "Scalars",
     "Variant",
+    "forget",
     "known",
     "layout_of",
     "move",

@@ -51,7 +51,9 @@ KERNELS = ("auto", *_BY_NAME)
 
 def unserved(kernel: str, device: torch.device) -> str | None:
     """Say why a kernel that was asked for by name cannot serve leaves on a device, if so."""
-    return None if kernel == "auto" else _BY_NAME[kernel].refusal(device, None)
+    return (
+        None if kernel == "auto" else _BY_NAME[kernel].refusal(_transforms.stand_in(device), None)
+    )
 
 
 def move(
@@ -201,6 +203,7 @@ def _choose(
     tensors = [] if scalars.read else [n for n in scalars if isinstance(n, Tensor)]
     if not layout.plain or (tensors and not _transforms.all_plain(tensors)):
         return _BY_NAME["plain"]  # a subclass knows operators only
+    device = _transforms.stand_in(device)
     if variant.kernel == "auto":
         # Triton would serve the CPU in its interpreter, which is there for tests of it alone.
         fused_first = (in_place and _is_one(scalars.grad_factor)) or device.type == "cpu"

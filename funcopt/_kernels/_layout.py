@@ -19,7 +19,7 @@ from torch import Tensor
 from .. import _transforms
 from ._operands import Leaves
 
-__all__ = ["IN_CACHE", "Batch", "Layout", "cut", "known", "layout_of"]
+__all__ = ["IN_CACHE", "Batch", "Layout", "cut", "forget", "known", "layout_of"]
 
 # The guard that Dynamo sets before compiled code, on types, dtypes, devices, shapes, strides,
 # laziness, inference mode and requires_grad at once. It is private: without it nothing is
@@ -98,6 +98,12 @@ def known(leaves: Leaves) -> Layout | None:
                 _recent = (entry, *(other for other in recent if other is not entry))
             return entry.layout
     return None
+
+
+def forget() -> None:
+    """Forget all that was learned, and what was decided from it."""
+    global _recent  # noqa: PLW0603  # replaced whole, so that threads need no lock
+    _recent = ()
 
 
 def layout_of(leaves: Leaves) -> Layout:

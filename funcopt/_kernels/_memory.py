@@ -71,6 +71,9 @@ def scaled(leaves: Leaves, factor: Number) -> Iterator[Leaves]:
     leaf's last ends within a vector, so a kernel moves the pieces as it does the whole, to the bit.
     The gradients themselves are not written, as torch's fused kernel would that scales by itself.
     """
+    if leaves.params[0].is_meta:
+        yield leaves  # which have no values, so that nothing is made of them
+        return
     if not leaves.params[0].is_cpu:
         yield leaves._replace(grads=foreach.scaled(leaves.grads, factor))
         return

@@ -5,6 +5,8 @@ This imports `torch.distributed`, which the rest of funcopt does without.
 
 from ._in_backward import InBackward, update_in_backward
 from ._local_updates import LocalUpdates, LocalUpdatesState
+from ._plan import plan
+from ._planned import Plan, PlanRow
 from ._whole import gather_state, scatter_state
 from ._zero1 import Zero1, Zero1State
 
@@ -12,9 +14,12 @@ __all__ = [
     "InBackward",
     "LocalUpdates",
     "LocalUpdatesState",
+    "Plan",
+    "PlanRow",
     "Zero1",
     "Zero1State",
     "gather_state",
+    "plan",
     "scatter_state",
     "update_in_backward",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -10,9 +11,20 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["Ranks", "Started", "one_ahead", "start_all_gather", "start_mean", "start_sum"]
+__all__ = [
+    "Ranks",
+    "Started",
+    "one_ahead",
+    "planned_backend",
+    "start_all_gather",
+    "start_mean",
+    "start_sum",
+]
 
 T = TypeVar("T")
+
+# What a fake group stands for.
+planned_backend: ContextVar[str] = ContextVar("planned_backend", default="nccl")
 
 
 class Ranks(NamedTuple):
@@ -61,7 +73,7 @@ def start_mean(flat: Tensor, ranks: Ranks) -> Started:
     """
     if ranks.size == 1 or flat.numel() == 0:
         return Started(None, lambda: flat[: flat.numel() // ranks.size])
-    if dist.get_backend(ranks.group) == "gloo":
+    if _backend(ranks.group) == "gloo":
         # Gloo's own reduce-scatter reduces everything to all, for which it sends twice as much.
         shares = torch.empty_like(flat)
         work = dist.all_to_all_single(shares, flat, group=ranks.group, async_op=True)
@@ -91,6 +103,11 @@ def start_all_gather(share: Tensor, length: int, ranks: Ranks) -> Started:
     flat = share.new_empty(length * ranks.size)
     work = _all_gather(flat, share, group=ranks.group, async_op=True)
     return Started(work, lambda: _keep(share, flat))
+
+
+def _backend(group: Any) -> str:
+    name = dist.get_backend(group)
+    return planned_backend.get() if name == "fake" else name
 
 
 def _keep(_: Tensor, result: Tensor) -> Tensor:

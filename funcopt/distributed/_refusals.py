@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from .. import _tree
+from .. import _transforms, _tree
 from .._clip_adaptive import ClipAdaptive
 from .._inplace import check_apart, check_unwatched, check_writable
 from .._partition import Partition
@@ -86,7 +86,8 @@ def check_whole(
                 f"{_tree.path(structure, 'params', index)} is a DTensor: Zero1 shares out what is "
                 f"whole on every process. Use the inner optimizer itself, which serves DTensors."
             )
-        if mesh is not None and leaf.device.type != mesh.device_type:
+        device = _transforms.stand_in(leaf.device)
+        if mesh is not None and device.type != mesh.device_type:
             raise ValueError(
                 f"{_tree.path(structure, 'params', index)} is on {leaf.device}, the mesh on "
                 f"{mesh.device_type!r}. Nothing is moved silently: put both on one."

@@ -1,0 +1,55 @@
+"""A world of any number of processes in which this one is alone: nothing is sent."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch.distributed import destroy_process_group, init_process_group, is_initialized
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from ._collectives import planned_backend
+
+__all__ = ["fake_mesh"]
+
+# Private to torch, which tests its own sharding with it. To import it registers a backend whose
+# collectives return at once, and leave their results as they are.
+_FAKE = "torch.testing._internal.distributed.fake_pg"
+
+
+@contextmanager
+def fake_mesh(size: int, rank: int, backend: str) -> Iterator[DeviceMesh]:
+    """Be one rank of a mesh of so many processes.
+
+    Args:
+        size: How many.
+        rank: Which of them this one is.
+        backend: What is called is what would be called with this one.
+
+    Raises:
+        RuntimeError: If this process has a group already, beside which there can be no other world.
+    """
+    if is_initialized():
+        raise RuntimeError(
+            "torch.distributed is initialized: a process is in one world at a time, and plan() "
+            "makes its own. Plan before init_process_group(), or in another process."
+        )
+    try:
+        store = importlib.import_module(_FAKE).FakeStore()
+    except (ImportError, AttributeError) as error:  # pragma: no cover
+        raise RuntimeError(
+            f"torch {torch.__version__} has no fake process group to plan with, where others have "
+            f"it: {_FAKE}."
+        ) from error
+    excepthook = sys.excepthook  # to which it puts another in front, for each world
+    init_process_group("fake", rank=rank, world_size=size, store=store)
+    token = planned_backend.set(backend)
+    try:
+        yield init_device_mesh("cpu", (size,))
+    finally:
+        planned_backend.reset(token)
+        destroy_process_group()
+        sys.excepthook = excepthook

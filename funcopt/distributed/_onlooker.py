@@ -1,0 +1,125 @@
+"""Looks on while operators are called: what memory is alive at once, and what is sent."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+__all__ = ["Onlooker"]
+
+# As torch's operators call them, once underscores and what says how buffers lie are taken off.
+_KINDS = {
+    "allreduce": "all_reduce",
+    "all_reduce": "all_reduce",
+    "allgather": "all_gather",
+    "all_gather": "all_gather",
+    "reduce_scatter": "reduce_scatter",
+    "alltoall": "all_to_all",
+    "all_to_all": "all_to_all",
+}
+_FORMS = ("_base", "_into_tensor", "_tensor", "_single")
+_SILENT = ("wait_tensor", "barrier")
+
+
+class Onlooker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # which torch left untyped
+    """Adds up storages that are alive, and collectives, from one call of an operator to the next.
+
+    Attributes:
+        peak: The most bytes that were alive at once. A storage counts once, with all its bytes.
+        calls: The collectives that were made, by kind.
+        sent: The bytes that this process sent in them, by kind.
+    """
+
+    def __init__(self, size: int, held: Iterable[Tensor]) -> None:
+        """Begin with what is alive already.
+
+        Args:
+            size: How many processes take part in a collective.
+            held: Tensors whose memory is alive. They are not kept.
+        """
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.peak = 0
+        self.calls: Counter[str] = Counter()
+        self.sent: Counter[str] = Counter()
+        self._size = size
+        self._alive: dict[int, int] = {}  # the bytes of each storage
+        self._total = 0
+        for tensor in held:
+            self._see(tensor)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call an operator and note what came of it."""
+        if DTensor in types:
+            return NotImplemented  # so that it calls others on its local part, which are seen
+        kwargs = kwargs or {}
+        result = _read(func, args, kwargs)
+        if result is None:
+            result = func(*args, **kwargs)
+        for tensor in _tensors(result):
+            self._see(tensor)
+        if func.namespace in ("c10d", "_c10d_functional"):
+            self._count(func.overloadpacket.__name__, [*args, result])
+        return result
+
+    def _see(self, tensor: Tensor) -> None:
+        if isinstance(tensor, DTensor):
+            tensor = tensor.to_local()
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self._alive:
+            self._alive[key] = storage.nbytes()
+            self._total += storage.nbytes()
+            self.peak = max(self.peak, self._total)
+            weakref.finalize(storage, self._forget, key).atexit = False
+
+    def _forget(self, key: int) -> None:
+        self._total -= self._alive.pop(key)
+
+    def _count(self, name: str, operands: list[Any]) -> None:
+        name = name.strip("_")
+        if name in _SILENT:
+            return
+        for form in _FORMS:
+            name = name.removesuffix(form)
+        if name not in _KINDS:
+            raise NotImplementedError(f"the optimizer calls {name}, whose traffic is not known.")
+        kind = _KINDS[name]
+        # Of what is sent and what comes of it, that which is whole.
+        nbytes = max(sum(tensor.nbytes for tensor in _tensors(operand)) for operand in operands)
+        times = 2 if kind == "all_reduce" else 1
+        self.calls[kind] += 1
+        self.sent[kind] += -(-times * (self._size - 1) * nbytes // self._size)
+
+
+def _read(func: Any, args: Any, kwargs: dict[str, Any]) -> Tensor | None:
+    """Return what stands for values that leave the meta device, which has none, for another.
+
+    They are numbers and conditions made of gradients. Of these, 1 stands for what a step finds as
+    long as all is well.
+    """
+    if func is torch.ops.aten._to_copy.default and args[0].is_meta:
+        device = torch.device(kwargs.get("device") or "meta")
+        if device.type != "meta":
+            return torch.ones(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
+    if func is torch.ops.aten.copy_.default and args[1].is_meta and not args[0].is_meta:
+        target: Tensor = args[0]
+        return target.fill_(1)
+    return None
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors of what an operator takes or returns."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _tensors(part)

@@ -1,0 +1,207 @@
+"""Planning a run on many processes without any: what it takes of memory and of the network."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from .. import _kernels, _transforms, _tree
+from .._types import Optimizer, Tree
+from .._work import flatten_params
+from .._wrapping import check_optimizer
+from ._fake_world import fake_mesh
+from ._onlooker import Onlooker
+from ._planned import Plan, PlanRow
+
+__all__ = ["plan"]
+
+_BACKENDS = ("nccl", "gloo")
+
+
+def plan(
+    opt: Optimizer[Any],
+    params: Tree,
+    mesh: int | Sequence[int],
+    *,
+    backend: str = "nccl",
+    steps: int = 1,
+) -> Plan:
+    r"""Return what a run on many processes takes of each, found by making its steps on none.
+
+    The first and the last process are played by this one, in a world of torch's fake process group,
+    with tensors on the meta device, which have shapes and no memory. So 70 billion parameters are
+    planned for 1,024 processes in seconds. What is counted is what the optimizer does there, not
+    what a formula says of it.
+
+    *State* is the bytes of the state's tensors that one process holds. *Sent* is what one process
+    sends, where $W$ of them take part by the usual ring or pairwise algorithms: of a whole buffer
+    $(W-1)/W$ in a reduce-scatter, an all-gather or an all-to-all, and twice that in an all-reduce.
+    *Peak* is the largest sum, at any time in a step, of the bytes of all storages that are alive,
+    each once: parameters and gradients, which the caller holds, the old state, the new parameters
+    and state if `update` makes some, and all buffers on the way. It is that of a step that is like
+    one before; the first may take more.
+
+    What is not there: activations; what an allocator rounds up; what a backend or an operator
+    takes within itself (gloo one more bucket in an all-gather); and traffic that is not the
+    optimizer's, such as the all-reduce of gradients around an `AdamW`.
+
+    The kernels are the fused ones, but for gradients that are clipped or scaled: these are
+    multiplied within the kernel, as on a GPU, where the CPU takes up to a megabyte for pieces of
+    them. Where values decide what is done, they count as out of reach, as on a GPU:
+    `SkipNonfinite` makes both ways and chooses.
+
+    Args:
+        opt: The optimizer. In place of its `mesh`, and that of any optimizer within, which are best
+            left None, there is one of so many processes.
+        params: The parameters: a tree of plain tensors, of which only shapes, dtypes and strides
+            are looked at. Make them on the meta device to spare memory.
+        mesh: How many processes, at least 1, or several such numbers. A `DeviceMesh` would need
+            as many to exist.
+        backend: Which one is planned for: `"nccl"`, or `"gloo"`, with which `Zero1` takes an
+            all-to-all in place of a reduce-scatter.
+        steps: How many updates to make, at least 1: for those of which not each is like the other,
+            as with `Accumulate(every=8)`. What is sent is that in all of them.
+
+    Raises:
+        RuntimeError: If `torch.distributed` is initialized in this process.
+        TypeError: If an argument is of the wrong type, or a parameter is a DTensor.
+        ValueError: If a number is out of range.
+
+    Example:
+        >>> import torch, funcopt
+        >>> from funcopt.distributed import Zero1, plan
+        >>> params = {"w": torch.empty(1000, 1000, device="meta")}
+        >>> print(plan(Zero1(funcopt.AdamW(), mesh=None), params, (8, 64)))
+        parameters 3.8 MiB, gradients as much; nccl, a step
+        ranks      state    (least)      peak  in place  reduce_scatter sent  all_gather sent
+            8  976.6 KiB  976.6 KiB  18.6 MiB  17.2 MiB         1 x, 3.3 MiB     1 x, 3.3 MiB
+           64  122.1 KiB  122.1 KiB  15.7 MiB  15.5 MiB         1 x, 3.8 MiB     1 x, 3.8 MiB
+    """
+    check_optimizer("opt", opt)
+    sizes = tuple(mesh) if isinstance(mesh, Sequence) and not isinstance(mesh, str) else (mesh,)
+    for size in sizes:
+        _check_number("mesh", size)
+    _check_number("steps", steps)
+    if backend not in _BACKENDS:
+        raise ValueError(f"backend={backend!r}: must be one of {', '.join(_BACKENDS)}.")
+    if not sizes:
+        raise ValueError("mesh=(): give at least one number of processes.")
+    leaves, structure = flatten_params(params)
+    for index, leaf in enumerate(leaves):
+        if isinstance(leaf, DTensor):
+            raise TypeError(
+                f"{_tree.path(structure, 'params', index)} is a DTensor: plan() shares out what is "
+                f"whole. Give plain tensors, such as torch.empty(shape, device='meta')."
+            )
+    rows = tuple(_row(opt, leaves, structure, size, backend, steps) for size in sizes)
+    return Plan(opt, sum(leaf.nbytes for leaf in leaves), backend, steps, rows)
+
+
+def _check_number(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name}={value!r}: must be a whole number, or for mesh several such.")
+    if value < 1:
+        raise ValueError(f"{name}={value}: must be at least 1.")
+
+
+class _Seen(NamedTuple):
+    """What was seen on one process."""
+
+    state: int
+    onlooker: Onlooker
+
+
+def _row(
+    opt: Optimizer[Any],
+    leaves: Sequence[Tensor],
+    structure: _tree.Structure,
+    size: int,
+    backend: str,
+    steps: int,
+) -> PlanRow:
+    """Play the first and the last of so many processes."""
+
+    def play(rank: int, method: str) -> _Seen:
+        with fake_mesh(size, rank, backend) as mesh:
+            return _play(_over(opt, mesh), method, leaves, structure, size, steps)
+
+    first, last = play(0, "update"), play(size - 1, "update")
+    in_place = [play(rank, "update_") for rank in (0, size - 1)]
+    return PlanRow(
+        size,
+        max(first.state, last.state),
+        min(first.state, last.state),
+        dict(first.onlooker.calls),
+        dict(first.onlooker.sent),
+        max(seen.onlooker.peak for seen in (first, last)),
+        max(seen.onlooker.peak for seen in in_place),
+    )
+
+
+def _play(
+    opt: Optimizer[Any],
+    method: str,
+    leaves: Sequence[Tensor],
+    structure: _tree.Structure,
+    size: int,
+    steps: int,
+) -> _Seen:
+    """Make the steps of one process."""
+
+    def start() -> tuple[Tree, Tree, Tree]:
+        params, grads = (_tree.unflatten(structure, list(map(_on_meta, leaves))) for _ in range(2))
+        return grads, opt.init(params), params
+
+    update = getattr(opt, method)
+    with _looked_on():
+        with Onlooker(size, []):
+            update(*start())  # the first, in which there is more to find out than in others
+        grads, state, params = start()
+        nbytes = sum(own.nbytes for own in _locals(state))
+        onlooker = Onlooker(size, [own for tree in (params, grads, state) for own in _locals(tree)])
+        with onlooker:
+            for _ in range(steps):
+                params, state = update(grads, state, params)
+    return _Seen(nbytes, onlooker)
+
+
+@contextmanager
+def _looked_on() -> Iterator[None]:
+    """Let steps be made as with an onlooker, by what was decided then alone."""
+    _kernels.forget()
+    try:
+        with _transforms.looked_on():
+            yield
+    finally:
+        _kernels.forget()
+
+
+def _on_meta(leaf: Tensor) -> Tensor:
+    return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device="meta")
+
+
+def _locals(tree: Tree) -> list[Tensor]:
+    """Return what of a tree's tensors is here."""
+    tensors = [leaf for leaf in _tree.flatten(tree)[0] if isinstance(leaf, Tensor)]
+    return [leaf.to_local() if isinstance(leaf, DTensor) else leaf for leaf in tensors]
+
+
+def _over(opt: Any, mesh: DeviceMesh) -> Any:
+    """Return an optimizer that is on this mesh, with all that are within it."""
+    changes: dict[str, Any] = {}
+    for field in dataclasses.fields(opt) if dataclasses.is_dataclass(opt) else ():
+        value = getattr(opt, field.name)
+        if field.name == "mesh":
+            changes["mesh"] = mesh
+        elif isinstance(value, Optimizer) and not isinstance(value, type):
+            changes[field.name] = _over(value, mesh)
+        elif isinstance(value, Mapping) and any(isinstance(v, Optimizer) for v in value.values()):
+            changes[field.name] = {key: _over(inner, mesh) for key, inner in value.items()}
+    return dataclasses.replace(opt, **changes) if changes else opt
