@@ -74,6 +74,20 @@ def test_no_scaled_copy_of_all_gradients_is_made(name, monkeypatch):
     update_scaled_(opt, grads, HALF, state, params)
 
 
+@pytest.mark.parametrize("per_leaf", [False, True])
+def test_neither_for_a_nested_tree_nor_where_gradients_are_missing(per_leaf, monkeypatch):
+    opt = AdamW(lr=lambda step: 0.1 / (1 + step), amsgrad=True, step_per_leaf=per_leaf)
+    params = {"layer": [torch.randn(300, 1000), torch.randn(3)], "out": torch.randn(5)}
+    grads = {"layer": [torch.randn(300, 1000), None], "out": torch.randn(5)}
+    products = {"layer": [grads["layer"][0] * HALF, None], "out": grads["out"] * HALF}
+    state = opt.init(params)
+    _, state = opt.update(products, state, params)
+    expected = opt.update(products, state, params)
+    monkeypatch.setattr(_lists, "scaled", None)
+    assert_same_bits(update_scaled(opt, grads, HALF, state, params), expected)
+    assert_same_bits(update_scaled_(opt, grads, HALF, state, params), expected)
+
+
 @pytest.mark.parametrize("name", trees())
 def test_any_tree_is_served(name):
     opt, params = AdamW(lr=0.1), trees()[name]
