@@ -12,6 +12,7 @@ from . import _transforms
 from ._checks import check_state
 from ._hyperparameters import check_zero_dim, normalize
 from ._kernels._operands import real, unreal
+from ._kernels._pages import is_mapped
 from ._node import register_optimizer
 from ._types import Number, Optimizer, Tree
 from ._work import too_many_to_compile
@@ -158,4 +159,18 @@ def _held(grad: Tensor, most: Number) -> Tensor:
         return unreal(torch.minimum(torch.maximum(pair, -most), most), grad)
     if most > torch.finfo(grad.dtype).max:  # infinite in this dtype, in which torch refuses it
         return grad
-    return unreal(pair.clamp(-most, most), grad)
+    return grad if _is_within(pair, most) else unreal(pair.clamp(-most, most), grad)
+
+
+def _is_within(grad: Tensor, most: float) -> bool:
+    """Whether a large gradient is known to have no element to hold.
+
+    To look takes a fraction of the time of a copy in memory that is fresh from the system. In
+    other memory a copy takes as long.
+    """
+    if not is_mapped(grad) or not _transforms.readable() or not _transforms.all_plain([grad]):
+        return False
+    if grad.requires_grad:
+        return False
+    low, high = grad.aminmax()
+    return bool(-most <= low) and bool(high <= most)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.func import vmap
 
-from funcopt import AdamW, ClipValue, interop
+from funcopt import AdamW, ClipValue, ClipValueState, interop
 
 from .cases import assert_close, assert_same_bits, clone, leaves, random_like, tree_map, trees
 
@@ -130,3 +130,23 @@ def test_update_in_place_refuses_before_it_writes():
 def test_bad_values_are_refused(value):
     with pytest.raises((TypeError, ValueError), match=r"max_value="):
         ClipValue(AdamW(), value)
+
+
+@pytest.mark.parametrize("value", [0.4, 0.6, math.nan])
+def test_a_large_gradient_is_copied_only_if_an_element_is_held(value):
+    class Keeping:
+        def init(self, params):
+            return ()
+
+        def update(self, grads, state, params):
+            self.given = grads
+            return params, state
+
+        update_ = update
+
+    grad = torch.full((1 << 23,), 0.25)
+    grad[-1] = value
+    inner = Keeping()
+    ClipValue(inner, 0.5).update(grad, ClipValueState(()), torch.zeros(1 << 23))
+    assert (inner.given is grad) == (value == 0.4)
+    assert_same_bits(inner.given, grad.clamp(-0.5, 0.5))
