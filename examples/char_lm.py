@@ -7,8 +7,10 @@ and falls, and the weights are averaged. The loop around it is four lines long.
 
 After each tenth of the run a checkpoint is written, from which a stopped run goes on. The last
 tenth is trained once more from there, in new objects, and the script exits with a message unless
-that gives the same weights and losses to the bit. Then the same training runs with torch.optim: the
-script prints by how much losses and weights differ, and draws both curves and the learning rate.
+that gives the same weights and losses to the bit. (On several threads torch's own forward pass was
+seen to round differently once in a hundred runs: OMP_NUM_THREADS=1 keeps it from that.) Then the
+same training runs with torch.optim: the script prints by how much losses and weights differ, and
+draws both curves and the learning rate.
 
     pip install "funcopt[examples]"
     python examples/char_lm.py
