@@ -60,7 +60,7 @@ def local_part(tensor: DTensor) -> Tensor:
     derivative goes through it.
     """
     local: Any = tensor.to_local()
-    if not _transforms.all_plain([local]) and hasattr(local, "wait"):
+    if type(local) is not Tensor and hasattr(local, "wait"):
         local = local.wait()  # that of a collective still under way
     if not tensor.requires_grad:
         return local.detach() if local.requires_grad else local  # type: ignore[no-any-return]
