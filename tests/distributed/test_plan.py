@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from funcopt import (
@@ -300,6 +300,9 @@ def test_where_a_world_exists_it_is_refused_and_the_world_left_alone():
     try:
         with pytest.raises(RuntimeError, match="before init_process_group"):
             plan(AdamW(), BIG, 8)
+        sharded = DTensor.from_local(torch.ones(2), init_device_mesh("cpu", (1,)), [Shard(0)])
+        with pytest.raises(TypeError, match=r"params\['w'\] is a DTensor"):
+            plan(AdamW(), {"w": sharded}, 8)
         total = torch.ones(1)
         dist.all_reduce(total)
         assert total == 1
