@@ -37,6 +37,8 @@ __all__ = [
 
 DTensor: TypeAlias = Any  # whose module is imported by whoever makes one, never from here
 
+_BUILT_FOR_PROCESSES = torch.distributed.is_available()
+
 
 def dtensor() -> type | None:
     """Return the type of sharded tensors, if its module was imported: else there are none."""
@@ -45,7 +47,7 @@ def dtensor() -> type | None:
 
 def has_sharded(tree: Tree) -> bool:
     """Whether a leaf of a tree is sharded. None is where there are no processes to share it."""
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+    if not _BUILT_FOR_PROCESSES or not torch.distributed.is_initialized():
         return False
     kind = dtensor()
     if kind is None or (type(tree) is dict and _transforms.all_plain(tree.values())):
@@ -177,8 +179,11 @@ def whole_of(leaf: Any) -> Any:
 
 
 def agree(params: Sequence[Tensor], columns: Sequence[Sequence[Tensor]]) -> bool:
-    """Whether leaves that look like their parameters here lie as they do elsewhere, too."""
-    parts = _parts()
+    """Whether leaves that look like their parameters here lie as they do elsewhere, too.
+
+    This is asked in eager code alone.
+    """
+    parts = _current.get()
     if parts is None:
         return True
     places = [parts.place(param) for param in params if parts.knows(param)]
