@@ -246,9 +246,11 @@ class Accumulate:
             there = [grad is not None for grad in work.gradients.leaves]
         # Who follows the operators may still need the sums; they are needed, too, unless complete.
         in_place = complete is True and not _transforms.followed()
+        # As many as there are, also where `every` was another number when the sum was begun.
+        count = work.number()
         return work.gradients.paired.rebuild(
             [
-                _mean_of(total, self.every, in_place=in_place).to(param.dtype) if own else None
+                _mean_of(total, count, in_place=in_place).to(param.dtype) if own else None
                 for total, param, own in zip(sums, work.gradients.params, there, strict=True)
             ]
         )
@@ -260,6 +262,12 @@ class _Work(NamedTuple):
     gradients: Gradients
     acc_grads: _tree.Paired
     given_before: Tensor
+    mini_step: Tensor
+
+    def number(self) -> Number:
+        """Return how many gradients are in the sum with this call's."""
+        before = read(self.mini_step)
+        return self.mini_step.detach() + 1 if before is None else before + 1
 
     def sums(self) -> list[Tensor]:
         """Return the sums with the gradients added, in fresh memory."""
@@ -299,7 +307,7 @@ def _gather(opt: Accumulate, grads: Tree, state: AccumulateState, params: Tree) 
     check_zero_dim("every", opt.every)
     gradients = gather_gradients(grads, params)
     acc_grads = _tree.pair(state.acc_grads, "state.acc_grads", gradients.structure)
-    work = _Work(gradients, acc_grads, state.given)
+    work = _Work(gradients, acc_grads, state.given, state.mini_step)
     check_placed(acc_grads.leaves, gradients.params, work.path, "a sum of gradients")
     for index, (total, param) in enumerate(zip(acc_grads.leaves, gradients.params, strict=True)):
         wanted = param.shape, compute_dtype(param.dtype), param.device
@@ -317,10 +325,10 @@ def _gather(opt: Accumulate, grads: Tree, state: AccumulateState, params: Tree) 
     return work
 
 
-def _mean_of(total: Tensor, every: Number, *, in_place: bool) -> Tensor:
-    if isinstance(every, Tensor):
-        every = _lists.fit(every, total)
-    return total.div_(every) if in_place else total / every
+def _mean_of(total: Tensor, count: Number, *, in_place: bool) -> Tensor:
+    if isinstance(count, Tensor):
+        count = _lists.fit(count, total)
+    return total.div_(count) if in_place else total / count
 
 
 def _zero_if(condition: bool | Tensor, tensor: Tensor) -> Tensor:

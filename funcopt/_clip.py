@@ -21,6 +21,7 @@ from ._wrapping import (
     Gradients,
     check_inplace,
     check_optimizer,
+    check_overflow_is_seen,
     check_scalar,
     gather_gradients,
     read,
@@ -85,7 +86,8 @@ class Clip:
 
     Raises:
         TypeError: If `inner` is no optimizer, or a hyperparameter is of the wrong type.
-        ValueError: If one is out of range, NaN or infinite.
+        ValueError: If one is out of range, NaN or infinite, or `inner` has a `LossScale`, from
+            which skipping would hide that its scale is too large.
 
     Example:
         >>> import torch, funcopt
@@ -115,6 +117,8 @@ class Clip:
             raise ValueError(
                 f"nonfinite={self.nonfinite!r}: must be one of {', '.join(_NONFINITE)}."
             )
+        if self.nonfinite != "propagate":
+            check_overflow_is_seen(f"Clip(nonfinite={self.nonfinite!r})", self.inner)
 
     def init(self, params: Tree) -> ClipState:
         """Return the state before the first update: a norm of 0 and the inner state.

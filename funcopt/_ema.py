@@ -269,10 +269,16 @@ def averaged(state: Any, params: ParamsT) -> ParamsT:
     """
     nodes, _ = _tree.flatten_above(state, lambda node: isinstance(node, EmaState))
     found = [node for node in nodes if isinstance(node, EmaState)]
-    if len(found) != 1:
+    if not found:
         raise ValueError(
-            f"state, a {type(state).__name__}, holds {len(found)} states of an Ema: give the one "
-            f"to read, such as state.inner. The order is averaged(state, params)."
+            f"state is of type {type(state).__name__}, and holds no average: wrap the optimizer, "
+            f"as in Ema(AdamW(), decay=0.999), and give the state that its init() or update() "
+            f"returned. The order is averaged(state, params)."
+        )
+    if len(found) > 1:
+        raise ValueError(
+            f"state, a {type(state).__name__}, holds the states of {len(found)} Emas, as of the "
+            f"groups of a Partition: give that of one, with its own leaves."
         )
     leaves, structure = _tree.flatten(params)
     average = _tree.pair(found[0].average, "state.average", structure).leaves

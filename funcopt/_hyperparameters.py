@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import numbers
-from collections.abc import Callable
+import reprlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -107,10 +109,45 @@ def normalize(name: str, value: Any, *, schedule: bool = False, source: str = ""
     if isinstance(value, Tensor):
         _check_tensor(name, value, source)
         return value
-    if schedule and callable(value):
+    if schedule and callable(value) and not isinstance(value, torch.nn.Module):
+        _check_schedule(name, value)
         return value
     kinds = "a number, a 0-dim tensor or a schedule" if schedule else "a number or a 0-dim tensor"
-    raise TypeError(f"{name}={value!r}{source}: must be {kinds}, not {type(value).__name__}.")
+    hint = _hint(value) if schedule else ""
+    raise TypeError(
+        f"{name}={_short(value)}{source}: must be {kinds}, not {type(value).__name__}.{hint}"
+    )
+
+
+def _check_schedule(name: str, value: Callable[..., Any]) -> None:
+    """Refuse what cannot be called with the count of updates, as where an instance was meant."""
+    if isinstance(value, type):
+        raise TypeError(f"{name} is the class {value.__name__}: give an instance of it.")
+    if _transforms.compiling():
+        return
+    try:
+        inspect.signature(value).bind(0)
+    except ValueError:  # what is written in C may have no signature to look at
+        return
+    except TypeError as error:
+        raise TypeError(
+            f"{name}={_short(value)}: a schedule is called with one argument, the count of updates "
+            f"made so far, and this has {error}."
+        ) from None
+
+
+def _short(value: object) -> str:
+    """Return a repr in a line, whatever it is of."""
+    return " ".join(reprlib.repr(value).split())
+
+
+def _hint(value: object) -> str:
+    """Return what to do with parameters that were given as a hyperparameter, as torch has it."""
+    if isinstance(value, str) or not isinstance(
+        value, (Mapping, Sequence, Iterator, torch.nn.Module)
+    ):
+        return ""
+    return " Parameters are given to init(): opt = AdamW(lr=1e-3); state = opt.init(params)."
 
 
 def _as_float(value: numbers.Real) -> float:

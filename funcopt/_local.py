@@ -131,7 +131,7 @@ def _wholes(parts: Parts, tree: Tree, olds: Tree, root: str) -> Tree:
     wholes = []
     with torch.no_grad():
         for index, (new, old) in enumerate(zip(paired.leaves, leaves, strict=True)):
-            if not isinstance(old, kind):
+            if not isinstance(old, kind) or isinstance(new, kind):
                 wholes.append(new)
             elif parts.knows(new):  # left as it was
                 wholes.append(parts.whole_of(new))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
@@ -71,4 +72,25 @@ def register_optimizer(cls: type[OptimizerT]) -> type[OptimizerT]:
 
     _tree.register_node(cls, flatten, unflatten, names)
     on_local_parts(cls)
+    dataclass.__init__ = _explaining(dataclass.__init__, cls.__name__, fields)
     return cls
+
+
+def _explaining(init: Callable[..., None], name: str, fields: list[str]) -> Callable[..., None]:
+    """Let an `__init__` say what it takes where Python would only say that it is something else."""
+
+    @functools.wraps(init)
+    def explained(*args: Any, **kwargs: Any) -> None:
+        try:
+            init(*args, **kwargs)
+        except TypeError as error:
+            own = error.__traceback__
+            if own is None or own.tb_next is not None:  # then it is from within
+                raise
+            found = str(error).partition("() ")[2] or str(error)
+            raise TypeError(
+                f"{name}() {found}. It takes {', '.join(fields)}. Parameters are given to init(): "
+                f"opt = {name}(...); state = opt.init(params)."
+            ) from None
+
+    return explained

@@ -32,6 +32,7 @@ __all__ = [
     "local_part",
     "over_shards",
     "whole_of",
+    "wholes_in",
     "working_on",
 ]
 
@@ -162,8 +163,8 @@ def _parts() -> Parts | None:
 
 
 @contextmanager
-def working_on(parts: Parts) -> Iterator[None]:
-    """Let what follows know what the tensors represent that it works on."""
+def working_on(parts: Parts | None) -> Iterator[None]:
+    """Let what follows know what the tensors represent that it works on; None: just themselves."""
     token = _current.set(parts)
     try:
         yield
@@ -176,6 +177,15 @@ def whole_of(leaf: Any) -> Any:
     parts = _parts()
     whole = None if parts is None else parts.whole_of(leaf)
     return leaf if whole is None else whole
+
+
+def wholes_in(tree: Tree) -> Tree:
+    """Return a tree with the DTensors of this update in place of the parts that represent them."""
+    parts = _parts()
+    if parts is None:
+        return tree
+    leaves, structure = _tree.flatten(tree)
+    return _tree.unflatten(structure, list(map(whole_of, leaves)))
 
 
 def agree(params: Sequence[Tensor], columns: Sequence[Sequence[Tensor]]) -> bool:
@@ -272,10 +282,19 @@ def over_shards(
         mesh, dims = _cuts(parts, param)
         by_mesh.setdefault(mesh, {}).setdefault(dims, []).append(index)
     numbers = []
-    for mesh, groups in by_mesh.items():
-        own = torch.stack([number(indices) for indices in groups.values()])
-        numbers.append(own if mesh is None else _across(mesh, list(groups), own, join))
-    return join(torch.cat(numbers)) if numbers else number([])
+    # In an order of all meshes there are, so that no two processes wait for each other.
+    for mesh in sorted(by_mesh, key=_rank_lists):
+        groups = by_mesh[mesh]
+        cuts = sorted(groups)
+        own = torch.stack([number(groups[dims]) for dims in cuts])
+        numbers.append(own if mesh is None else _across(mesh, cuts, own, join))
+    if len(numbers) > 1:  # each process may be on meshes of another order
+        numbers = [torch.cat(numbers).sort().values]
+    return join(numbers[0]) if numbers else number([])
+
+
+def _rank_lists(mesh: Any) -> list[int]:
+    return [] if mesh is None else [*mesh.mesh.shape, *mesh.mesh.flatten().tolist()]
 
 
 def _cuts(parts: Parts, param: Tensor) -> tuple[Any, tuple[int, ...]]:

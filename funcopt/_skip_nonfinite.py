@@ -21,6 +21,7 @@ from ._wrapping import (
     Gradients,
     check_inplace,
     check_optimizer,
+    check_overflow_is_seen,
     gather_gradients,
     records,
     update_if,
@@ -71,6 +72,7 @@ class SkipNonfinite:
     The order of wrappers matters. `SkipNonfinite(Accumulate(AdamW(), 8))` leaves one bad gradient
     out of the sum, `Accumulate(SkipNonfinite(AdamW()), 8)` all eight. `Clip` makes all gradients
     NaN or 0 where its norm is not finite: `SkipNonfinite(Clip(AdamW(), 1.0))` sees them before.
+    `LossScale` must see an overflow to lower its scale: it belongs outside.
 
     Args:
         inner: The optimizer that is given the finite gradients.
@@ -79,7 +81,8 @@ class SkipNonfinite:
 
     Raises:
         TypeError: If `inner` is no optimizer, or `max_consecutive` is of the wrong type.
-        ValueError: If `max_consecutive` is no whole number, or below 0.
+        ValueError: If `max_consecutive` is no whole number, or below 0, or if it is infinite and
+            `inner` has a `LossScale`, whose scale would never fall.
 
     Example:
         >>> import torch, funcopt
@@ -98,6 +101,8 @@ class SkipNonfinite:
         """Check and normalize the number of calls."""
         check_optimizer("inner", self.inner)
         most = normalize("max_consecutive", self.max_consecutive)
+        if isinstance(most, float) and most == math.inf:
+            check_overflow_is_seen("SkipNonfinite", self.inner)
         whole = isinstance(most, float) and most < math.inf
         object.__setattr__(self, "max_consecutive", int(most) if whole else most)
 

@@ -17,6 +17,7 @@ from ._kernels import write
 from ._kernels._pages import copies_of
 from ._scaled import update_scaled, update_scaled_
 from ._types import Optimizer, Tree
+from ._walk import walk
 from ._work import keep_requiring
 
 __all__ = [
@@ -88,6 +89,16 @@ def check_optimizer(name: str, value: object) -> None:
         raise TypeError(
             f"{name}={value!r}: must be an optimizer, which has init, update and update_. Give an "
             f"instance, such as AdamW()."
+        )
+
+
+def check_overflow_is_seen(wrapper: str, inner: Optimizer[Any]) -> None:
+    """Refuse a loss scale within what skips overflows: it would never see one, nor be lowered."""
+    if any(place.matches("init_scale") for place in walk(inner, ())):
+        raise ValueError(
+            f"inner={inner!r} has a LossScale, which must see an overflow to lower its scale, and "
+            f"from which {wrapper} would hide it: no step would be made again. Let it be outside; "
+            f"it skips such steps itself."
         )
 
 

@@ -15,6 +15,7 @@ FILES = {path: path.read_text() for path in sorted(ROOT.rglob("*.py"))}
 # From the ground up: a module may import only what stands before it.
 FLOORS = [
     "_types",
+    "_walk",
     "_transforms",
     "_tree",
     "_sharded",
@@ -65,7 +66,6 @@ FLOORS = [
     "_finite",
     "_skip_nonfinite",
     "_loss_scale",
-    "_walk",
     "_find",
     "",
     "interop._source",

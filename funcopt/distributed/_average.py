@@ -85,4 +85,6 @@ def _taken_apart(bucket: _Bucket, tensors: Sequence[Tensor]) -> Iterator[tuple[i
         shape = (*like.shape, 2) if like.is_complex() else like.shape
         count = like.numel() * (2 if like.is_complex() else 1)
         own, rest = rest[:count], rest[count:]
+        if like.is_complex():
+            own = own.clone()  # an odd offset is no place for a complex number
         yield index, unreal(own.view(shape), like)

@@ -68,7 +68,7 @@ def start_mean(flat: Tensor, ranks: Ranks) -> Started:
     """Begin to average a flat tensor over all processes, of which each gets its share.
 
     Args:
-        flat: The tensor, of one length on all, a multiple of their number.
+        flat: The tensor, of one length on all, a multiple of their number. It may be written.
         ranks: The processes.
     """
     if ranks.size == 1 or flat.numel() == 0:
@@ -79,8 +79,9 @@ def start_mean(flat: Tensor, ranks: Ranks) -> Started:
         work = dist.all_to_all_single(shares, flat, group=ranks.group, async_op=True)
         return Started(work, lambda: _keep(flat, shares.view(ranks.size, -1).mean(0)))
     share = flat.new_empty(flat.numel() // ranks.size)
+    flat.div_(ranks.size)  # before the sum, which could overflow in 16 bits
     work = _reduce_scatter(share, flat, group=ranks.group, async_op=True)
-    return Started(work, lambda: _keep(flat, share.div_(ranks.size)))
+    return Started(work, lambda: _keep(flat, share))
 
 
 def start_sum(flat: Tensor, group: Any) -> Any:

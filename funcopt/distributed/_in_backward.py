@@ -47,15 +47,21 @@ class InBackward:
         """The state of each parameter's own optimizer, by the name of the parameter.
 
         Backward passes write into it. Set it to go on from another one, such as that of a
-        checkpoint, which is checked:
+        checkpoint, which is checked, and written into from then on:
 
         Raises:
+            TypeError: If it is no mapping.
             ValueError: If it does not go with the parameters.
         """
         return dict(self._state)
 
     @state.setter
     def state(self, state: Mapping[str, Any]) -> None:
+        if not isinstance(state, Mapping):
+            raise TypeError(
+                f"state is of type {type(state).__name__}: it must be a dict of a state for each "
+                f"parameter, {{name: opt.init({{name: parameter}})}}, as a handle has."
+            )
         wanted = _tree.flatten(self._state)[1]
         leaves = _tree.pair(dict(state), "state", wanted).leaves
         for index, (leaf, own) in enumerate(
@@ -116,7 +122,10 @@ class InBackward:
             }
         )
         if reduced is not None:
-            self._hook = BucketHook(reduced, lambda param, grad: self._move(names[id(param)], grad))
+            own = [param for param in self._params.values() if id(param) in names]
+            self._hook = BucketHook(
+                reduced, own, lambda param, grad: self._move(names[id(param)], grad)
+            )
         for name, param in self._params.items():
             if id(param) not in names:
                 register: Any = param.register_post_accumulate_grad_hook  # untyped in torch
@@ -144,15 +153,24 @@ def update_in_backward(
     itself gives. It keeps its buckets, of the size of all parameters, so that what is freed are
     the gradients beside them: with `gradient_as_bucket_view=True` there are none, and nothing is
     saved. Within `no_sync()` gradients add up, and nothing moves. A module takes such a
-    hook only once, before its first backward pass, and `remove` lets it average as before.
+    hook only once, before its first backward pass, and `remove` lets it average as before. Give
+    the `DistributedDataParallel` itself: the parameters of the module within it would move before
+    gradients are averaged, which cannot be seen from there. Of FSDP2's modules, give one whose
+    parameters are sharded, as they are before the first forward pass or after `reshard()`.
 
-    An error in an update comes out of `backward()`, when other parameters have moved already.
+    An error in an update comes out of `backward()`, when other parameters have moved already. Of
+    checkpointed segments that share a parameter, take `use_reentrant=False`: the others run a
+    backward pass each, by which the parameter moves with a part of its gradient. Until `remove`,
+    parameters and state stay in memory.
+
+    To resume, `handle.state = from_state_dict(handle.state, checkpoint)`, with
+    `to_state_dict(handle.state)` before.
 
     Args:
         module: The module, which goes on to be used as it is. Do not zero gradients: there are
             none.
         opt: The optimizer.
-        state: Where to go on from: the `state` of another one.
+        state: Where to go on from: the `state` of another one, which is written into.
 
     Returns:
         A handle, with the `state`, a dict by the names of the parameters, and `remove()`.
@@ -160,8 +178,8 @@ def update_in_backward(
     Raises:
         TypeError: If `opt` is no optimizer, `module` no module, or a parameter no dense tensor.
         ValueError: If `opt` looks at several leaves at once, if no parameter requires a gradient,
-            if `state` does not match, or if a `DistributedDataParallel` has
-            `find_unused_parameters`, `static_graph` or mixed precision.
+            if `state` does not match, if a `DistributedDataParallel` has
+            `find_unused_parameters`, `static_graph` or mixed precision, or is within the module.
 
     Example:
         >>> import torch, funcopt
@@ -184,6 +202,13 @@ def update_in_backward(
     if reduced is not None:
         check_reducer(reduced)
     own = module if reduced is None else reduced.module
+    for name, part in own.named_modules():
+        if isinstance(part, DistributedDataParallel):
+            raise ValueError(
+                f"module has a DistributedDataParallel in it, {name!r}, whose gradients are "
+                f"averaged after a parameter's own hook: each process would move by its own. Give "
+                f"that one itself, and compile what is in it rather than it."
+            )
     params = {name: param for name, param in own.named_parameters() if param.requires_grad}
     if not params:
         raise ValueError("module has no parameter that requires a gradient: nothing would move.")

@@ -24,10 +24,9 @@ from .._wrapping import (
     check_scalar,
     gather_gradients,
     read,
-    records,
 )
 from ._meeting import Meeting, Outer
-from ._refusals import check_mesh
+from ._refusals import check_mesh, check_unrecorded, check_untransformed
 
 __all__ = ["LocalUpdates", "LocalUpdatesState"]
 
@@ -84,6 +83,10 @@ class LocalUpdates:
     All processes must make the same number of calls. So what skips an update by what a process
     alone has seen belongs inside: `LocalUpdates(Clip(AdamW(), 1.0, nonfinite="skip"), 100, mesh)`.
     The other way round, the others would wait for one that skips a meeting.
+
+    Between meetings the processes differ. A checkpoint has one entry for each path, for which any
+    of them may speak: save after a meeting, when only inner states differ, or give each process a
+    path of its own, `to_state_dict({f"rank{rank}": {"params": params, "state": state}})`.
 
     Args:
         inner: The optimizer that each process trains with.
@@ -256,18 +259,9 @@ class LocalUpdates:
     def _gather(self, grads: Tree, state: LocalUpdatesState, params: Tree) -> Meeting:
         check_state(state, LocalUpdatesState)
         check_scalar("state.steps_since_sync", state.steps_since_sync)
-        if _transforms.watched():
-            raise RuntimeError(
-                "LocalUpdates sends parameters to other processes, which a transform (vmap, grad, "
-                "jvp, ...) cannot follow. Take the update outside of it."
-            )
+        check_untransformed(self)
         gradients = gather_gradients(grads, params)
-        if records(self, gradients, state):
-            raise RuntimeError(
-                "The update would be recorded by autograd, and no derivative goes through a "
-                "meeting of processes. Detach the gradients, the state and the hyperparameters, "
-                "or say differentiable=False to the AdamW inside."
-            )
+        check_unrecorded(self, gradients, state)
         anchored, moving = self._kept
         return Meeting.gather(gradients, state.anchor, state.momentum_buffer, anchored, moving)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -46,15 +46,20 @@ class BucketHook:
     """
 
     def __init__(
-        self, module: DistributedDataParallel, move: Callable[[Tensor, Tensor], None]
+        self,
+        module: DistributedDataParallel,
+        params: Sequence[Tensor],
+        move: Callable[[Tensor, Tensor], None],
     ) -> None:
         """Become the hook of a module.
 
         Args:
             module: The module.
+            params: The parameters that are to be moved.
             move: Called with each parameter and its averaged gradient, which it may not keep.
         """
         self.closed = False
+        self._params = params
         self._move = move
         self._group = module.process_group
         self._are_views = bool(module.gradient_as_bucket_view)
@@ -87,6 +92,7 @@ class BucketHook:
             self._pending = _Pending(work, params, grads)
             if bucket.is_last():
                 self._use_pending()
+                self._check_all_moved()
         done: torch.futures.Future[Tensor] = torch.futures.Future()
         done.set_result(flat)
         return done
@@ -98,6 +104,14 @@ class BucketHook:
             for param, grad in zip(pending.params, pending.grads, strict=True):
                 self._move(param, grad)
                 self._moved.append(param)
+
+    def _check_all_moved(self) -> None:
+        if len(self._moved) < len(self._params):
+            raise RuntimeError(
+                f"DistributedDataParallel averages {len(self._moved)} parameters, of "
+                f"{len(self._params)} that required a gradient when this began: the others did not "
+                f"when it was made. Make it anew, or let them require none."
+            )
 
     def _free_at_the_end(self) -> None:
         """Free the gradients that the module still makes when it has seen all buckets."""

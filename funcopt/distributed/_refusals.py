@@ -15,14 +15,48 @@ from .. import _transforms, _tree
 from .._clip_adaptive import ClipAdaptive
 from .._inplace import check_apart, check_unwatched, check_writable
 from .._partition import Partition
-from .._types import Optimizer
+from .._types import Optimizer, Tree
+from .._wrapping import Gradients, records
 
-__all__ = ["check_blind_to_leaves", "check_gradients", "check_mesh", "check_targets", "check_whole"]
+__all__ = [
+    "check_blind_to_leaves",
+    "check_gradients",
+    "check_mesh",
+    "check_targets",
+    "check_unrecorded",
+    "check_untransformed",
+    "check_whole",
+]
+
+
+def check_untransformed(opt: Optimizer[Any]) -> None:
+    """Refuse to send anything under a transform."""
+    if _transforms.watched():
+        raise RuntimeError(
+            f"{type(opt).__name__} sends tensors to other processes, which a transform (vmap, "
+            f"grad, jvp, ...) cannot follow. Take it outside."
+        )
+
+
+def check_unrecorded(opt: Optimizer[Any], gradients: Gradients, state: Tree) -> None:
+    """Refuse an update through which a derivative is asked for."""
+    if records(opt, gradients, state):
+        raise RuntimeError(
+            f"The update would be recorded by autograd, and no derivative goes through what "
+            f"{type(opt).__name__} sends. Detach the gradients, the state and the "
+            f"hyperparameters, or say differentiable=False to the AdamW inside."
+        )
 
 
 def check_blind_to_leaves(inner: Optimizer[Any]) -> None:
     """Refuse an inner optimizer to which buckets are not as good as their leaves."""
     for opt in _optimizers(inner):
+        if hasattr(opt, "mesh"):
+            raise ValueError(
+                f"inner={inner!r} has a {type(opt).__name__}, which takes leaves to be the same on "
+                f"all processes, where each has its own share of the buckets. Let it be around "
+                f"Zero1, with another dimension of the mesh."
+            )
         if isinstance(opt, Partition):
             raise ValueError(
                 f"inner={inner!r} has a Partition, which tells leaves apart, where the inner "
@@ -123,12 +157,15 @@ def check_targets(
 ) -> None:
     """Refuse parameters that cannot be written, or not without losing something."""
     check_unwatched()
-    path = partial(_tree.path, structure, "params")
-    for index, leaf in enumerate(leaves):
-        if leaf.requires_grad and not leaf.is_leaf:
-            raise RuntimeError(
-                f"{path(index)} has a history, which writing in place would lose. Use update(), or "
-                f"detach it if no derivative is wanted."
-            )
+    path, grad_path = (partial(_tree.path, structure, root) for root in ("params", "grads"))
+    histories = [
+        *(path(index) for index, leaf in enumerate(leaves) if not leaf.is_leaf),
+        *(grad_path(index) for index, grad in enumerate(grads) if grad.requires_grad),
+    ]
+    if histories:
+        raise RuntimeError(
+            f"{histories[0]} has a history, which writing in place would lose. Detach it, as no "
+            f"derivative is wanted."
+        )
     check_writable(leaves, path)
-    check_apart(leaves, grads, path, partial(_tree.path, structure, "grads"))
+    check_apart(leaves, grads, path, grad_path)

@@ -18,6 +18,7 @@ from .._frozen import Frozen
 from .._kernels import write
 from .._lookahead import Lookahead
 from .._node import register_optimizer
+from .._sharded import wholes_in, working_on
 from .._types import Optimizer, Tree
 from .._work import flatten_params, keep_requiring
 from .._wrapping import check_optimizer, gather_gradients
@@ -27,6 +28,8 @@ from ._refusals import (
     check_gradients,
     check_mesh,
     check_targets,
+    check_unrecorded,
+    check_untransformed,
     check_whole,
 )
 from ._shards import Sharding, join
@@ -62,7 +65,7 @@ class Zero1:
     gets the mean gradient of its share (a reduce-scatter), moves its share of the parameters, and
     all put theirs together (an all-gather): the new parameters are the same everywhere, and those
     that the inner optimizer would make of the mean gradients in one process. Nothing is
-    differentiated through it.
+    differentiated through it: an update that autograd would record is refused.
 
     The leaves are laid side by side, in the order of their paths, in flat buckets of one dtype,
     complex ones as pairs of real numbers. What is sent are buckets, two collectives for each, and
@@ -94,7 +97,8 @@ class Zero1:
 
     Raises:
         TypeError: If `inner` is no optimizer, or an argument is of the wrong type.
-        ValueError: If `inner` tells leaves from each other, or an argument is out of range.
+        ValueError: If `inner` tells leaves from each other, or sends something itself, or an
+            argument is out of range.
 
     Example:
         >>> import torch, funcopt
@@ -136,6 +140,7 @@ class Zero1:
             params: The parameters, the same on every process: a tree of plain tensors.
 
         Raises:
+            RuntimeError: Under a transform of `torch.func`.
             TypeError: If a leaf is not a dense floating-point or complex tensor, or is sharded.
             ValueError: If two leaves share their memory, or one is not where the mesh is.
 
@@ -145,6 +150,7 @@ class Zero1:
             >>> Zero1(funcopt.AdamW(), mesh=None).init([torch.ones(2)]).inner.exp_avg
             {'bucket 0': tensor([0., 0.])}
         """
+        check_untransformed(self)
         leaves, structure = self._leaves(params)
         sharding = Sharding.of(leaves, structure, self.bucket_bytes, self.mesh)
         with torch.no_grad():
@@ -166,7 +172,8 @@ class Zero1:
             The pair `(new_params, new_state)`.
 
         Raises:
-            RuntimeError: Under a transform of `torch.func`.
+            RuntimeError: Under a transform of `torch.func`, or where the update would be recorded:
+                if the state, a hyperparameter or a gradient asks for a derivative.
             TypeError: As the inner optimizer, and if a leaf is sharded.
             ValueError: As the inner optimizer, if a gradient is None, or if the state was made for
                 other buckets.
@@ -183,7 +190,7 @@ class Zero1:
             return _transforms.uncompiled(self.update, grads, state, params)
         step = self._gather(grads, state, params)
         news = list(step.leaves)
-        with torch.no_grad():
+        with torch.no_grad(), working_on(None):
             states: list[Tree] = []
             for bucket, flat in step.move(self.inner.update, states):
                 for index, leaf in zip(bucket.indices, cut(bucket, flat, step.leaves), strict=True):
@@ -206,7 +213,7 @@ class Zero1:
             The pair `(params, state)`: the trees that were given.
 
         Raises:
-            RuntimeError: Under a transform of `torch.func`, or if a parameter has a history.
+            RuntimeError: As `update`, or if a parameter or gradient has a history.
             TypeError: As `update`.
             ValueError: As `update`, and if a parameter is expanded, or shares memory with a
                 gradient.
@@ -224,7 +231,7 @@ class Zero1:
             return _transforms.uncompiled(self.update_, grads, state, params)
         step = self._gather(grads, state, params)
         check_targets(step.leaves, step.grads, step.structure)
-        with torch.no_grad():
+        with torch.no_grad(), working_on(None):
             for bucket, flat in step.move(self.inner.update_, [], writing=True):
                 for index, leaf in zip(bucket.indices, cut(bucket, flat, step.leaves), strict=True):
                     write(step.leaves[index], leaf)
@@ -237,23 +244,22 @@ class Zero1:
 
     def _gather(self, grads: Tree, state: Zero1State, params: Tree) -> Step:
         check_state(state, Zero1State)
-        if _transforms.watched():
-            raise RuntimeError(
-                "Zero1 sends tensors between processes, which a transform (vmap, grad, jvp, ...) "
-                "cannot follow. Use the inner optimizer itself."
-            )
+        check_untransformed(self)
         leaves, structure = self._leaves(params)
         gradients = gather_gradients(grads, params)
         check_gradients(gradients.leaves, structure)
+        check_unrecorded(self, gradients, state)
         sharding = Sharding.of(leaves, structure, self.bucket_bytes, self.mesh)
+        # An optimizer around this one may have taken them apart, for DTensors that lie elsewhere.
+        inner = wholes_in(state.inner)
         with torch.no_grad():
-            local = sharding.local(state.inner, "state.inner")
+            local = sharding.local(inner, "state.inner")
         return Step(
             sharding,
             leaves,
             structure,
             gradients.tensors,
-            state.inner,
+            inner,
             local,
             averaged=self.gradients == "averaged",
             by_bucket=_moves_by_element(self.inner),

@@ -43,6 +43,10 @@ def to_state_dict(state: Tree) -> dict[str, Tensor]:
     goes on to change if `update_` writes into the state. Others are copied, since safetensors takes
     no two that share a storage, and `torch.save` would write all of it.
 
+    Hyperparameters that are numbers are no tensors, and in no checkpoint: the optimizer with which
+    a run goes on has them. Processes of which each has tensors of its own under a path, as with
+    `LocalUpdates`, need paths of their own.
+
     Args:
         state: What `init` or `update` of any optimizer returned, or any other tree of dense
             tensors: `{"params": params, "state": state}`, say.
@@ -71,8 +75,7 @@ def to_state_dict(state: Tree) -> dict[str, Tensor]:
 def from_state_dict(template: StateT, d: Mapping[str, Tensor], *, strict: bool = True) -> StateT:
     """Return the state that `to_state_dict` turned into a dict, in fresh memory.
 
-    No leaf requires a gradient: of parameters, call `requires_grad_()` on those that are trained by
-    `loss.backward()`.
+    A leaf requires a gradient where that of the template does, as the parameters of a module do.
 
     To resume with `torch.distributed.checkpoint`, load into the dict of a new state, whose tensors
     it writes over: `d = to_state_dict(opt.init(params))`, `load(d, ...)`, and then this. Note that
@@ -212,9 +215,10 @@ def _filled(leaf: Tensor, entry: Tensor | None) -> Tensor:
     """Return a tensor like a leaf of the template, with the values of its entry, if it has one."""
     fresh = torch.empty_like(leaf, requires_grad=False)
     if entry is None:
-        return fresh.copy_(leaf)
-    _real(fresh).copy_(entry)
-    return fresh
+        fresh.copy_(leaf)
+    else:
+        _real(fresh).copy_(entry)
+    return fresh.requires_grad_(leaf.requires_grad)
 
 
 def _real(tensor: Tensor) -> Tensor:

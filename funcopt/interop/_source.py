@@ -252,7 +252,8 @@ def _in_order(count: int, structure: _tree.Structure) -> list[int]:
     if structure.num_leaves != count:
         raise ValueError(
             f"the source has {count} parameters, params has {structure.num_leaves}: without names "
-            f"they are matched by order, so there must be as many."
+            f"they are matched by order, so there must be as many. Give params as "
+            f"dict(model.named_parameters())."
         )
     order = [0] * count
     for place, index in enumerate(_tree.insertion_order(structure)):

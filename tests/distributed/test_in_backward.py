@@ -340,6 +340,13 @@ def test_bad_arguments_are_refused(module, opt):
         update_in_backward(module, opt)
 
 
+def test_a_state_of_another_kind_is_refused():
+    model = torch.nn.Linear(2, 1)
+    state = AdamW().init(dict(model.named_parameters()))
+    with pytest.raises(TypeError, match="state is of type AdamWState: it must be a dict"):
+        update_in_backward(model, AdamW(), state)
+
+
 def reduced(model, **options):
     return DistributedDataParallel(model, bucket_cap_mb=0.0005, **options)
 
@@ -414,6 +421,9 @@ def check_refusals():
             update_in_backward(reduced(made(), **options), AdamW())
     with pytest.raises(ValueError, match="Clip, which needs"):
         update_in_backward(reduced(made()), Clip(AdamW(), 1.0))
+    for outer in (torch.nn.Sequential(reduced(made())), torch.compile(reduced(made()))):
+        with pytest.raises(ValueError, match=r"has a DistributedDataParallel in it.*itself"):
+            update_in_backward(outer, AdamW())
 
 
 class Broken(Leafwise):
@@ -428,6 +438,16 @@ def check_errors():
     module = reduced(made())
     update_in_backward(module, Broken())
     with pytest.raises(ZeroDivisionError, match="the reason"):
+        module(batches(1)[0]).backward()
+
+
+def check_unfrozen():
+    """A parameter whose gradients are not averaged, and would pile up, is found out."""
+    model = made()
+    module = reduced(model)
+    model.norm.bias.requires_grad_()
+    update_in_backward(module, AdamW())
+    with pytest.raises(RuntimeError, match="averages 7 parameters, of 8 that required"):
         module(batches(1)[0]).backward()
 
 
@@ -465,6 +485,7 @@ def on_each_rank(rank):
     check_refusals()
     check_without_the_private_call(rank)
     check_errors()
+    check_unfrozen()
 
 
 @pytest.mark.parametrize("world_size", [2, 3])

@@ -356,7 +356,7 @@ def test_what_would_need_a_derivative_of_a_meeting_is_refused():
     asked = torch.ones(2, requires_grad=True) * 1
     for own, grads in ((opt, asked), (learnt, params)):
         for step in (own.update, own.update_):
-            with pytest.raises(RuntimeError, match="no derivative goes through a meeting"):
+            with pytest.raises(RuntimeError, match="no derivative goes through what LocalUpdates"):
                 step(grads, state, params)
     with pytest.raises(RuntimeError, match="which a transform"):
         vmap(opt.update, in_dims=(0, None, 0))(torch.ones(3, 2), state, torch.ones(3, 2))
@@ -432,3 +432,13 @@ def test_it_is_a_value():
     assert hash(opt) == hash(copy.deepcopy(opt))
     assert "every=4, mesh=None, outer_lr=0.7" in repr(opt)
     assert isinstance(opt.init(torch.ones(1)), LocalUpdatesState)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_complex_leaf_may_come_after_an_odd_number_of_others(in_place):
+    params = {"a": torch.ones(3), "b": torch.ones(2, dtype=torch.complex64), "c": torch.ones(1)}
+    inner = AdamW(lr=0.1)
+    opt = LocalUpdates(inner, 1, None)
+    expected, _ = inner.update(params, inner.init(params), params)
+    found, _ = (opt.update_ if in_place else opt.update)(clone(params), opt.init(params), params)
+    assert_same_bits(found, expected)

@@ -2,6 +2,7 @@
 
 import functools
 import re
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -607,3 +608,32 @@ def test_a_checkpoint_of_two_ranks_is_loaded_on_one_and_on_four_to_the_bit(tmp_p
     assert_same_bits(alone, saved)
     for loaded in run_ranks(4, load, path, on_a_square):
         assert_same_bits(loaded, saved)
+
+
+def mixed_norms(rank):
+    """The norm of leaves cut along different dimensions, in a tree that was filled as it came."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "model"))
+    whole = {name: torch.randn(8, 6, generator=seeded(name)) for name in "abcd"}
+    lie = {
+        "a": (mesh, [Shard(0), Replicate()]),
+        "b": (mesh, [Replicate(), Shard(1)]),
+        "c": (mesh["model"], [Shard(0)]),
+        "d": (mesh["data"], [Shard(1)]),
+    }
+    order = "abcd" if rank in (0, 2) else "dcba"
+    shared = {n: distribute_tensor(whole[n], *lie[n]) for n in whole}
+    leaves = OrderedDict((n, shared[n]) for n in order)
+    opt = Clip(AdamW(), max_norm=1.0)
+    norm = opt.update(leaves, opt.init(leaves), leaves)[1].norm
+    expected = torch.cat([leaf.flatten() for leaf in whole.values()]).norm()
+    torch.testing.assert_close(norm, expected, rtol=1e-6, atol=0)
+    return norm
+
+
+def seeded(name):
+    return torch.Generator().manual_seed(ord(name))
+
+
+def test_a_tree_that_was_filled_in_another_order_has_the_same_norm():
+    norms = run_ranks(4, mixed_norms)
+    assert all(torch.equal(norm, norms[0]) for norm in norms)

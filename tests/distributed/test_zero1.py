@@ -6,6 +6,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import vmap
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import funcopt
 from funcopt import (
@@ -20,7 +21,7 @@ from funcopt import (
     Partition,
     SkipNonfinite,
 )
-from funcopt.distributed import Zero1, Zero1State, gather_state, scatter_state
+from funcopt.distributed import LocalUpdates, Zero1, Zero1State, gather_state, scatter_state
 from funcopt.distributed._collectives import Started, one_ahead
 from funcopt.interop import from_state_dict, to_state_dict
 
@@ -299,6 +300,36 @@ def check_reduce_scatter(mesh):
             found.append((news, to_state_dict(gather_state(opt, state, params))))
     for one, other in zip(*found, strict=True):
         compare(other, one, "reduce-scatter")
+    large = {"w": torch.full((8,), 60000.0, dtype=torch.float16)}  # twice of it is infinite
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "get_backend", lambda group: "nccl")
+        clipped = Zero1(Clip(AdamW(lr=0.1), 1.0), mesh)
+        state = clipped.update(large, clipped.init(large), large)[1]
+        assert state.inner.norm == (8 * 60000.0**2) ** 0.5
+
+
+def check_beside_sharded(mesh):
+    """That a Zero1 may have a group of its own beside leaves that are sharded otherwise."""
+    plain, grads = make_params(), mean([grads_of(0, rank) for rank in range(mesh.size())])
+    alone = Clip(AdamW(lr=0.1), 1.0)
+    zero = Zero1(alone, mesh, bucket_bytes=SMALL)
+    groups = Partition({"zero": zero, "sharded": AdamW()}, lambda name, _: name.split("/")[0])
+    sharded = distribute_tensor(torch.ones(5, 2), mesh, [Shard(0)])
+    for method in (groups.update, groups.update_):
+        params = {f"zero/{n}": p for n, p in make_params().items()} | {"sharded/w": sharded.clone()}
+        given = {f"zero/{n}": g for n, g in grads.items()} | {"sharded/w": sharded.clone()}
+        state = groups.init(params)
+        for _ in range(2):
+            params, state = method(given, state, params)
+        expected, inner = plain, alone.init(plain)
+        for _ in range(2):
+            expected, inner = alone.update(grads, inner, expected)
+        found = {n: params[f"zero/{n}"] for n in expected}
+        compare(found, expected, "beside sharded leaves")
+        own = gather_state(zero, state.inner["zero"], expected)
+        compare(to_state_dict(own), to_state_dict(inner), "state beside sharded leaves")
+        assert isinstance(params["sharded/w"], DTensor)
+        assert state.inner["sharded"].step == 2
 
 
 def on_ranks(rank, directory):
@@ -312,6 +343,7 @@ def on_ranks(rank, directory):
         return None
     check_skip(mesh)
     check_reduce_scatter(mesh)
+    check_beside_sharded(mesh)
     if size == 4:
         check_one_dimension_of_a_mesh()
     return checkpoint(mesh, directory)
@@ -399,6 +431,9 @@ def test_no_leaves_and_leaves_without_elements_are_served():
         (lambda: Zero1(Clip(Partition({"a": AdamW()}, lambda _, __: "a"), 1.0), None), ValueError,
          "a Partition, which tells leaves apart.*outside"),
         (lambda: Zero1(ClipAdaptive(AdamW()), None), ValueError, "a ClipAdaptive, which.*outside"),
+        (lambda: Zero1(Clip(LocalUpdates(AdamW(), 2, None), 1.0), None), ValueError,
+         "a LocalUpdates, which takes leaves to be the same.*around Zero1"),
+        (lambda: Zero1(Zero1(AdamW(), None), None), ValueError, "a Zero1, which takes leaves"),
         (lambda: Zero1(AdamW(), "cpu"), TypeError, "mesh='cpu': must be a DeviceMesh"),
         (lambda: Zero1(AdamW(), None, 0), ValueError, "bucket_bytes=0: must be at least 1"),
         (lambda: Zero1(AdamW(), None, 1e6), TypeError, "bucket_bytes=1000000.0: must be a whole"),
@@ -413,8 +448,28 @@ def test_what_it_cannot_be_made_of_is_an_error_that_says_why(make, kind, message
 def test_a_transform_is_refused():
     opt = Zero1(AdamW(), None)
     w = torch.ones(2)
+    state = opt.init(w)
     with pytest.raises(RuntimeError, match="a transform"):
-        vmap(lambda g: opt.update(g, opt.init(w), w)[0])(torch.ones(3, 2))
+        vmap(lambda g: opt.update(g, state, w)[0])(torch.ones(3, 2))
+    with pytest.raises(RuntimeError, match="a transform"):
+        vmap(opt.init)(torch.ones(3, 2))
+
+
+def test_no_derivative_is_lost_without_a_word():
+    w = torch.ones(2)
+    opt, state = Zero1(AdamW(), None), Zero1(AdamW(), None).init(w)
+    asked = torch.ones(2, requires_grad=True) * 1
+    learnt = Zero1(AdamW(lr=torch.tensor(0.1, requires_grad=True)), None)
+    said = Zero1(Clip(AdamW(differentiable=True), 1.0), None)
+    for own, grads in ((opt, asked), (learnt, w)):
+        for step in (own.update, own.update_):
+            with pytest.raises(RuntimeError, match="no derivative goes through what Zero1 sends"):
+                step(grads, state, w)
+    with pytest.raises(RuntimeError, match="differentiable=False"):
+        said.update(torch.nn.Parameter(w), said.init(w), torch.nn.Parameter(w))
+    with pytest.raises(RuntimeError, match=r"^grads has a history"):
+        opt.update_((p := torch.nn.Parameter(w)) * 1, state, p)
+    assert state.inner.step == 0
 
 
 def test_a_state_of_the_inner_optimizer_is_refused():

@@ -209,12 +209,14 @@ def test_values_go_to_the_device_of_the_template(device):
     assert loaded.sum() == 2
 
 
-def test_what_requires_a_gradient_is_stored_and_comes_back_without():
-    state = [torch.ones(2, requires_grad=True), torch.ones(1, requires_grad=True) * 2]
+def test_what_requires_a_gradient_is_stored_without_and_comes_back_as_the_template_has_it():
+    weight = torch.ones(2, requires_grad=True)
+    state = [weight, weight[:1] * 2, torch.ones(2)]
     d = to_state_dict(state)
     assert not any(entry.requires_grad for entry in d.values())
     loaded = from_state_dict(state, d)
-    assert not any(leaf.requires_grad for leaf in loaded)
+    assert [leaf.requires_grad for leaf in loaded] == [True, True, False]
+    assert all(leaf.is_leaf for leaf in loaded)
     assert loaded[1] == 2
 
 
