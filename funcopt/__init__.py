@@ -1,5 +1,8 @@
 """funcopt: AdamW as a pure function on PyTorch pytrees, and what a loop needs around it."""
 
+import importlib
+from types import ModuleType
+
 from . import schedules
 from ._accumulate import Accumulate, AccumulateState
 from ._adamw import AdamW, AdamWState
@@ -48,3 +51,12 @@ __all__ = [
 ]
 
 __version__ = "0.1.0"
+
+_LATER = ("distributed", "interop", "testing", "torchscript")
+
+
+def __getattr__(name: str) -> ModuleType:
+    """Import a part that brings more with it, such as hypothesis, once it is asked for."""
+    if name in _LATER:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -295,8 +295,6 @@ _REMEDIES = {
 
 
 def _mismatch(root: str, found: list[str], wanted: list[str]) -> str:
-    if wanted == [""]:
-        return f"{root} is a tree, params a single leaf: give dict(model.named_parameters()), say."
     there, needed = set(found), set(wanted)
     missing = [path for path in wanted if path not in there]
     extra = [path for path in found if path not in needed]

@@ -166,6 +166,8 @@ def gather(grads: Tree, state: Any, params: Tree, *, amsgrad: bool, step_per_lea
     if work is not None:
         return work
     leaves, structure = _tree.flatten(params)
+    if len(leaves) == 1:  # which a module is, too: say so before the gradients are blamed
+        check_leaves(leaves, partial(_tree.path, structure, "params"))
     own = _tree.Paired(leaves, structure, None)
     gradients, *moments = (
         _tree.pair(tree, root, structure)

@@ -392,3 +392,24 @@ def test_a_stacked_every_needs_a_vmap():
     opt = Accumulate(AdamW(), torch.tensor([1.0, 2.0]))
     with pytest.raises(ValueError, match=r"every has shape \(2,\)"):
         opt.update(params, opt.init(params), params)
+
+
+@pytest.mark.parametrize("how", ["update", "update_", "vmap", "compile"])
+def test_a_sum_that_is_cut_short_is_divided_by_what_is_in_it(how):
+    inner = AdamW(lr=0.1)
+    params, grads = torch.ones(2), torch.ones(2)
+    state = Accumulate(inner, 8).init(params)
+    for _ in range(2):
+        _, state = Accumulate(inner, 8).update(grads, state, params)
+    opt = Accumulate(inner, 3 if how != "vmap" else torch.tensor(3.0))
+    expected = inner.update(grads, inner.init(params), params)
+    if how == "vmap":
+        stacked = tree_map(lambda leaf: torch.stack([leaf, leaf]), (grads, state, params))
+        found = tree_map(lambda leaf: leaf[1], vmap(opt.update)(*stacked))
+    elif how == "compile":
+        torch.compiler.reset()
+        found = torch.compile(opt.update, fullgraph=True, backend="aot_eager")(grads, state, params)
+    else:
+        found = getattr(opt, how)(grads, state, params)
+    assert_close((found[0], found[1].inner), expected)
+    assert found[1].mini_step == 0

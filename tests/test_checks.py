@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from funcopt import AdamW, AdamWState
+from funcopt import AdamW, AdamWState, Clip
 
 from .cases import assert_same_bits, clone
 
@@ -71,6 +71,16 @@ BAD_GRADIENTS = {
     ),
     "None": (None, ValueError, "grads does not have the structure of params"),
 }
+
+
+@pytest.mark.parametrize("method", ["update", "update_"])
+@pytest.mark.parametrize("wrap", [lambda opt: opt, lambda opt: Clip(opt, 1.0)])
+def test_what_is_given_in_place_of_a_tree_of_parameters_is_named(wrap, method):
+    opt = wrap(AdamW())
+    state = opt.init(params())
+    for wrong in (torch.nn.Linear(2, 3), torch.nn.Linear(2, 3).parameters()):
+        with pytest.raises(TypeError, match=r"^params is of type .*: every leaf must be a tensor"):
+            getattr(opt, method)(params(), state, wrong)
 
 
 @pytest.mark.parametrize("name", BAD_GRADIENTS)

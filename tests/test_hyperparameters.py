@@ -2,13 +2,15 @@
 
 import dataclasses
 import fractions
+import functools
 import math
 
 import numpy as np
 import pytest
 import torch
 
-from funcopt import AdamW
+from funcopt import AdamW, Clip
+from funcopt.schedules import Cosine
 
 NUMBERS = ["lr", "eps", "weight_decay"]
 
@@ -42,6 +44,12 @@ def test_one_bad_member_of_a_stack_is_found():
         ({"lr": True}, "lr=True: must be a number"),
         ({"lr": 1j}, "lr=1j: must be a number"),
         ({"lr": None}, "lr=None: must be a number"),
+        ({"lr": [torch.ones(200, 200)]}, r"^.{,120} not list\. Parameters are given to init\(\)"),
+        ({"lr": torch.nn.Linear(2, 1)}, r"not Linear\. Parameters are given to init\(\)"),
+        ({"lr": torch.nn.Linear(2, 1).parameters()}, r"not generator\. Parameters are given"),
+        ({"lr": Cosine}, "lr is the class Cosine: give an instance of it"),
+        ({"lr": lambda: 0.1}, "called with one argument.*and this has too many positional"),
+        ({"lr": lambda step, last: 0.1}, "this has missing a required argument: 'last'"),
         ({"eps": lambda step: 1e-8}, "must be a number or a 0-dim tensor, not function"),
         ({"lr": torch.tensor(1)}, "lr is a tensor of torch.int64: give it a floating-point dtype"),
         ({"betas": 0.9}, r"betas=0.9: must be a pair, such as \(0.9, 0.999\)"),
@@ -112,3 +120,25 @@ def test_a_tensor_that_went_bad_since_is_found_when_it_is_read():
 def test_replacing_one_hyperparameter_checks_it():
     with pytest.raises(ValueError, match=r"lr=-1\.0"):
         dataclasses.replace(AdamW(), lr=-1)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda p: AdamW(p, lr=0.1), r"AdamW\(\) got multiple values for argument 'lr'\. It takes"),
+        (
+            lambda p: AdamW(learning_rate=0.1),
+            "'learning_rate'.*It takes lr, betas, eps, wei",
+        ),
+        (lambda p: Clip(AdamW()), r"Clip\(\) missing 1 required positional argument: 'max_norm'"),
+    ],
+)
+def test_arguments_of_another_library_are_an_error_that_says_what_there_is(build, message):
+    with pytest.raises(TypeError, match=message) as refused:
+        build(torch.nn.Linear(2, 1).parameters())
+    assert "opt.init(params)" in str(refused.value)
+
+
+def test_a_schedule_of_any_kind_that_takes_the_count_is_kept():
+    for schedule in (math.exp, max, functools.partial(max, 0.0), lambda step, *rest: 0.1):
+        assert AdamW(lr=schedule).lr is schedule

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.func import grad, jvp, vmap
 
-from funcopt import Accumulate, AdamW, Clip, SkipNonfinite, interop
+from funcopt import Accumulate, AdamW, Clip, LossScale, Partition, SkipNonfinite, interop
 from funcopt.testing import check_optimizer, laws
 
 from .cases import assert_same_bits, clone, leaves, random_like, run, tree_map, trees
@@ -323,3 +323,23 @@ def test_on_a_device_that_is_not_to_be_waited_for_nothing_is_read(in_place):
     moved, new_state = step(tree_map(torch.ones_like, params), state, params)
     assert [leaf.device.type for leaf in new_state[:3]] == ["meta"] * 3
     assert [leaf.shape for leaf in leaves(moved)] == [(2,), (3,)]
+
+
+def test_a_loss_scale_that_would_never_see_an_overflow_is_refused():
+    scaled = LossScale(AdamW(lr=0.1), init_scale=2.0**10)
+    for inner in (scaled, Accumulate(scaled, 2), Partition({"a": scaled}, lambda *_: "a")):
+        with pytest.raises(ValueError, match=r"has a LossScale, .* SkipNonfinite would hide it"):
+            SkipNonfinite(inner)
+        with pytest.raises(ValueError, match=r"LossScale, .* Clip\(nonfinite='skip'\) would hide"):
+            Clip(inner, 1.0, nonfinite="skip")
+        assert Clip(inner, 1.0).inner is inner
+
+
+def test_a_loss_scale_is_let_see_one_after_so_many_calls():
+    opt = SkipNonfinite(LossScale(AdamW(lr=0.1), init_scale=4.0), max_consecutive=1)
+    params = torch.ones(2)
+    state = opt.init(params)
+    for scale in (4.0, 2.0):
+        moved, state = opt.update(torch.full((2,), INF), state, params)
+        assert torch.equal(moved, params)
+        assert state.inner.scale == scale

@@ -199,3 +199,16 @@ def test_every_public_name_is_documented_with_an_example():
         for name in package.__all__:
             if not name.endswith("State"):
                 assert ">>>" in getattr(package, name).__doc__, name
+
+
+def test_parts_that_bring_more_with_them_are_imported_when_they_are_asked_for():
+    code = """
+import sys
+import funcopt
+parts = ["distributed", "interop", "testing", "torchscript"]
+assert not any(f"funcopt.{part}" in sys.modules for part in parts)
+assert "hypothesis" not in sys.modules
+assert all(getattr(funcopt, part).__name__ == f"funcopt.{part}" for part in parts)
+assert not hasattr(funcopt, "Adam")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
