@@ -15,7 +15,14 @@ from torch import Tensor
 from . import _transforms
 from ._types import Number
 
-__all__ = ["check_flag", "check_number", "check_zero_dim", "normalize", "readable"]
+__all__ = [
+    "check_flag",
+    "check_number",
+    "check_takes",
+    "check_zero_dim",
+    "normalize",
+    "readable",
+]
 
 _AT_LEAST_ZERO = "must be finite and at least 0", lambda value: 0.0 <= value < math.inf
 _ABOVE_ZERO = "must be finite and above 0", lambda value: 0.0 < value < math.inf
@@ -123,17 +130,19 @@ def _check_schedule(name: str, value: Callable[..., Any]) -> None:
     """Refuse what cannot be called with the count of updates, as where an instance was meant."""
     if isinstance(value, type):
         raise TypeError(f"{name} is the class {value.__name__}: give an instance of it.")
+    check_takes(name, value, 1, "a schedule is called with the count of updates made so far")
+
+
+def check_takes(name: str, function: Callable[..., Any], count: int, rule: str) -> None:
+    """Refuse a function that cannot be called with so many arguments, before it is."""
     if _transforms.compiling():
         return
     try:
-        inspect.signature(value).bind(0)
+        inspect.signature(function).bind(*range(count))
     except ValueError:  # what is written in C may have no signature to look at
         return
     except TypeError as error:
-        raise TypeError(
-            f"{name}={_short(value)}: a schedule is called with one argument, the count of updates "
-            f"made so far, and this has {error}."
-        ) from None
+        raise TypeError(f"{name}={_short(function)}: {rule}, and this has {error}.") from None
 
 
 def _short(value: object) -> str:

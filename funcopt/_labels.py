@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 from torch import Tensor
 
 from . import _transforms, _tree
+from ._hyperparameters import check_takes
 from ._types import Tree
 
 __all__ = ["Labels", "check_labels", "decay_label", "label_leaves", "name_leaves"]
@@ -55,6 +56,7 @@ def decay_label(name: str, leaf: Tensor) -> str:
 def check_labels(labels: Labels, known: Iterable[str]) -> None:
     """Refuse what cannot be labels of any tree, as far as that can be told without one."""
     if callable(labels):
+        check_takes("labels", labels, 2, "it is called with the name and the leaf")
         return
     given = list(labels.values()) if _are_patterns(labels) else _tree.flatten(labels)[0]
     if isinstance(labels, dict) and any(isinstance(key, re.Pattern) for key in labels):

@@ -48,7 +48,7 @@ def test_one_bad_member_of_a_stack_is_found():
         ({"lr": torch.nn.Linear(2, 1)}, r"not Linear\. Parameters are given to init\(\)"),
         ({"lr": torch.nn.Linear(2, 1).parameters()}, r"not generator\. Parameters are given"),
         ({"lr": Cosine}, "lr is the class Cosine: give an instance of it"),
-        ({"lr": lambda: 0.1}, "called with one argument.*and this has too many positional"),
+        ({"lr": lambda: 0.1}, "called with the count of updates.*and this has too many positional"),
         ({"lr": lambda step, last: 0.1}, "this has missing a required argument: 'last'"),
         ({"eps": lambda step: 1e-8}, "must be a number or a 0-dim tensor, not function"),
         ({"lr": torch.tensor(1)}, "lr is a tensor of torch.int64: give it a floating-point dtype"),

@@ -179,3 +179,8 @@ def test_the_usual_rule_of_weight_decay():
         name: funcopt.decay_label(name, torch.ones(shapes.get(name, (3, 2)))) for name in DECAYING
     }
     assert found == DECAYING
+
+
+def test_a_function_that_does_not_take_a_name_and_a_leaf_is_refused_when_it_is_given():
+    with pytest.raises(TypeError, match=r"^labels=.* name and the leaf, and this has too many"):
+        Partition({"a": AdamW()}, lambda name: "a")

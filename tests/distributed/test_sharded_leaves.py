@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import (
@@ -31,6 +31,7 @@ from funcopt import (
     LossScale,
     Partition,
     SkipNonfinite,
+    averaged,
     decay_label,
 )
 from funcopt.interop import from_state_dict, to_state_dict
@@ -637,3 +638,48 @@ def seeded(name):
 def test_a_tree_that_was_filled_in_another_order_has_the_same_norm():
     norms = run_ranks(4, mixed_norms)
     assert all(torch.equal(norm, norms[0]) for norm in norms)
+
+
+def small_network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
+
+
+def evaluate_with_an_average(rank):
+    mesh = init_device_mesh("cpu", (2,))
+    model, whole = small_network(), small_network()
+    for module in (model[0], model[2], model):
+        fully_shard(module, mesh=mesh)
+    model.register_forward_hook(lambda _, __, output: output.clone())  # no view, of which it warns
+    params, whole_params = (dict(own.named_parameters()) for own in (model, whole))
+    opt = Ema(AdamW(lr=0.1), decay=0.5)
+    state, whole_state = opt.init(params), opt.init(whole_params)
+    x = torch.randn(4, 5, generator=seeded("x"))
+
+    def write(values):
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+        with torch.no_grad():
+            for name, value in values.items():
+                params[name].copy_(value)
+
+    for _ in range(3):
+        for own, its_state, its_params in (
+            (model, state, params),
+            (whole, whole_state, whole_params),
+        ):
+            own(x).square().mean().backward()
+            opt.update_({n: p.grad for n, p in its_params.items()}, its_state, its_params)
+            own.zero_grad()
+        model(x)  # which leaves the outermost module whole
+        trained = {name: p.detach().clone() for name, p in params.items()}
+        write(averaged(state, params))
+        expected = torch.func.functional_call(whole, averaged(whole_state, whole_params), x)
+        torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-6)
+        write(trained)
+        torch.testing.assert_close(model(x), whole(x), rtol=0, atol=1e-6)
+
+
+def test_an_average_is_written_into_a_sharded_model_and_what_was_trained_back():
+    run_ranks(2, evaluate_with_an_average)
