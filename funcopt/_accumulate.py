@@ -9,18 +9,17 @@ import torch
 from torch import Tensor
 
 from . import _lists, _transforms, _tree
-from ._checks import check_state
+from ._checks import check_optimizer, check_state
 from ._hyperparameters import check_zero_dim, normalize
 from ._kernels import write
 from ._kernels._operands import compute_dtype
 from ._node import register_optimizer
 from ._sharded import check_placed
 from ._types import Number, Optimizer, Tree
-from ._work import flatten_params, too_many_to_compile
+from ._work import flatten_params
 from ._wrapping import (
     Gradients,
     check_inplace,
-    check_optimizer,
     check_scalar,
     gather_gradients,
     read,
@@ -159,8 +158,6 @@ class Accumulate:
             >>> params
             [tensor([0.8990]), tensor([1.])]
         """
-        if too_many_to_compile(params):
-            return _transforms.uncompiled(self.update, grads, state, params)
         work = _gather(self, grads, state, params)
         complete = self._completes(state.mini_step)
         recorded = records(self, work.gradients, state)
@@ -204,8 +201,6 @@ class Accumulate:
             >>> w
             tensor([0.8990])
         """
-        if too_many_to_compile(params):
-            return _transforms.uncompiled(self.update_, grads, state, params)
         work = _gather(self, grads, state, params)
         own = [*work.acc_grads.leaves, state.given, state.mini_step]
         check_inplace({"every": self.every}, own, work.path, work.gradients)
@@ -317,9 +312,15 @@ def _gather(opt: Accumulate, grads: Tree, state: AccumulateState, params: Tree) 
                 f"shape {tuple(param.shape)}, on {param.device}: that is a tensor of {wanted[1]}, "
                 f"of this shape, and there. Make the state with init() from these parameters."
             )
-    if not isinstance(state.given, Tensor) or state.given.shape != (len(acc_grads.leaves),):
+    given, count = state.given, len(acc_grads.leaves)
+    if not isinstance(given, Tensor) or (given.dtype, given.shape) != (torch.bool, (count,)):
+        found = (
+            f"of {given.dtype} and shape {tuple(given.shape)}"
+            if isinstance(given, Tensor)
+            else f"of type {type(given).__name__}"
+        )
         raise ValueError(
-            f"state.given must be a bool tensor of shape ({len(acc_grads.leaves)},), one element "
+            f"state.given is {found}: it must be a bool tensor of shape ({count},), one element "
             f"for each leaf. Make the state with init() from these parameters."
         )
     return work

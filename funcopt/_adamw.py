@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from . import _kernels, _transforms, _tree
+from . import _kernels, _tree
 from ._checks import check_state
 from ._hyperparameters import check_flag, check_zero_dim, normalize
 from ._inplace import check_inplace
@@ -24,7 +24,6 @@ from ._work import (
     check_untied,
     flatten_params,
     gather,
-    too_many_to_compile,
     trees_of,
 )
 
@@ -98,8 +97,8 @@ class AdamW:
             `"triton"` (CUDA alone) and `"plain"` name one. Tracers and forward mode always see
             plain operators.
         differentiable: Whether plain autograd records an update. None: if a state tensor or a
-            hyperparameter requires a gradient, or if a gradient depends on anything that does, save
-            these parameters themselves. Under a transform of `torch.func` always.
+            hyperparameter requires a gradient, or if a gradient depends on anything that does,
+            other than these parameters. Under a transform of `torch.func` always.
 
     Raises:
         TypeError: If a hyperparameter is of the wrong type.
@@ -207,8 +206,6 @@ class AdamW:
             >>> params
             [tensor([0.9899, 0.9899]), tensor([1., 1.])]
         """
-        if too_many_to_compile(params):
-            return _transforms.uncompiled(self.update, grads, state, params)
         routine = self._find_routine(grads, state, params)
         numbers = [] if routine is None else self._numbers([routine.step], [routine.new_step])
         if routine is not None and not have_history(numbers[0]):
@@ -262,8 +259,6 @@ class AdamW:
             Parameter containing:
             tensor([0.8990, 0.8990], requires_grad=True)
         """
-        if too_many_to_compile(params):
-            return _transforms.uncompiled(self.update_, grads, state, params)
         routine = self._find_routine(grads, state, params, writing=True)
         numbers = [] if routine is None else self._numbers([routine.step], [routine.new_step])
         if routine is not None and not have_history(numbers[0]):

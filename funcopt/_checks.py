@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import _transforms
 from ._sharded import check_placed, dtensor, local_part
+from ._types import Optimizer
 
 __all__ = [
     "are_apart",
@@ -17,7 +18,9 @@ __all__ = [
     "check_count",
     "check_distinct",
     "check_leaves",
+    "check_optimizer",
     "check_state",
+    "shown",
 ]
 
 _DTYPES = frozenset(
@@ -33,6 +36,15 @@ _DTYPES = frozenset(
 
 
 _COUNTS = frozenset((torch.float64, torch.float32, torch.int64, torch.int32))
+
+
+def check_optimizer(name: str, value: object) -> None:
+    """Refuse what is no optimizer to wrap."""
+    if not isinstance(value, Optimizer) or isinstance(value, type):
+        raise TypeError(
+            f"{name}={value!r}: must be an optimizer, which has init, update and update_. Give an "
+            f"instance, such as AdamW()."
+        )
 
 
 def check_state(state: object, kind: type) -> None:
@@ -99,7 +111,7 @@ def _refuse_unlike(leaf: Any, param: Tensor, path: str, what: str) -> None:
         own, wanted = getattr(leaf, name), getattr(param, name)
         if own != wanted:
             raise ValueError(
-                f"{path}: {name} {_show(own)}, the parameter has {_show(wanted)}. {_REMEDIES[name]}"
+                f"{path}: {name} {shown(own)}, the parameter has {shown(wanted)}. {_REMEDIES[name]}"
             )
 
 
@@ -179,5 +191,6 @@ def _kind(leaf: object) -> str:
     return "None" if leaf is None else f"of type {type(leaf).__name__}"
 
 
-def _show(value: object) -> str:
+def shown(value: object) -> str:
+    """Return a shape, dtype or device as messages have it."""
     return str(tuple(value)) if isinstance(value, torch.Size) else str(value)

@@ -9,18 +9,17 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from . import _lists, _transforms
-from ._checks import check_state
+from . import _lists
+from ._checks import check_optimizer, check_state
 from ._hyperparameters import check_zero_dim, normalize
 from ._kernels import write
 from ._node import register_optimizer
-from ._sharded import over_shards
+from ._over_shards import over_shards
 from ._types import Number, Optimizer, Tree
-from ._work import flatten_params, too_many_to_compile
+from ._work import flatten_params
 from ._wrapping import (
     Gradients,
     check_inplace,
-    check_optimizer,
     check_overflow_is_seen,
     check_scalar,
     gather_gradients,
@@ -162,8 +161,6 @@ class Clip:
             >>> params, state.norm
             (tensor([1., 1.]), tensor(inf))
         """
-        if too_many_to_compile(params):
-            return _transforms.uncompiled(self.update, grads, state, params)
         gradients = self._gather(grads, state, params)
         given, factor, norm, moves = self._clip(gradients, state.norm)
         recorded = moves is not True and records(self, gradients, state)
@@ -197,8 +194,6 @@ class Clip:
             >>> w, state.norm
             (tensor([0.8990, 0.8990]), tensor(5.))
         """
-        if too_many_to_compile(params):
-            return _transforms.uncompiled(self.update_, grads, state, params)
         gradients = self._gather(grads, state, params)
         numbers = {"max_norm": self.max_norm}
         check_inplace(numbers, [state.norm], lambda _: "state.norm", gradients)

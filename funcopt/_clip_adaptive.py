@@ -10,15 +10,14 @@ import torch
 from torch import Tensor
 
 from . import _transforms, _tree
-from ._checks import check_state
+from ._checks import check_optimizer, check_state
 from ._hyperparameters import check_zero_dim, normalize
 from ._kernels._operands import compute_dtype
 from ._lists import fit
 from ._node import register_optimizer
 from ._sharded import whole_of
 from ._types import Number, Optimizer, Tree
-from ._work import too_many_to_compile
-from ._wrapping import Gradients, check_inplace, check_optimizer, gather_gradients, records
+from ._wrapping import Gradients, check_inplace, gather_gradients, records
 
 __all__ = ["ClipAdaptive", "ClipAdaptiveState"]
 
@@ -133,8 +132,6 @@ class ClipAdaptive:
             >>> opt.update(torch.tensor([3.0]), opt.init(torch.ones(1)), torch.ones(1))[0]
             tensor([0.8990])
         """
-        if too_many_to_compile(params):
-            return _transforms.uncompiled(self.update, grads, state, params)
         gradients = self._gather(grads, state, params)
         with torch.set_grad_enabled(records(self, gradients, state)):
             clipped = self._clip(gradients)
@@ -167,8 +164,6 @@ class ClipAdaptive:
             >>> w
             tensor([0.8990])
         """
-        if too_many_to_compile(params):
-            return _transforms.uncompiled(self.update_, grads, state, params)
         gradients = self._gather(grads, state, params)
         numbers = {"clipping": self.clipping, "eps": self.eps}
         check_inplace(numbers, [], str, gradients)

@@ -9,14 +9,13 @@ import torch
 from torch import Tensor
 
 from . import _transforms
-from ._checks import check_state
+from ._checks import check_optimizer, check_state
 from ._hyperparameters import check_zero_dim, normalize
 from ._kernels._operands import real, unreal
 from ._kernels._pages import is_mapped
 from ._node import register_optimizer
 from ._types import Number, Optimizer, Tree
-from ._work import too_many_to_compile
-from ._wrapping import Gradients, check_inplace, check_optimizer, gather_gradients
+from ._wrapping import Gradients, check_inplace, gather_gradients
 
 __all__ = ["ClipValue", "ClipValueState"]
 
@@ -104,8 +103,6 @@ class ClipValue:
             >>> opt.update(torch.tensor([3.0]), opt.init(torch.ones(1)), torch.ones(1))[0]
             tensor([0.8990])
         """
-        if too_many_to_compile(params):
-            return _transforms.uncompiled(self.update, grads, state, params)
         clipped = self._clip(self._gather(grads, state, params))
         new_params, inner = self.inner.update(clipped, state.inner, params)
         return new_params, ClipValueState(inner)
@@ -136,8 +133,6 @@ class ClipValue:
             >>> w
             tensor([0.8990])
         """
-        if too_many_to_compile(params):
-            return _transforms.uncompiled(self.update_, grads, state, params)
         gradients = self._gather(grads, state, params)
         check_inplace({"max_value": self.max_value}, [], str, gradients)
         self.inner.update_(self._clip(gradients), state.inner, params)

@@ -8,17 +8,16 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from . import _transforms, _tree
+from . import _tree
 from ._averages import Follower, begin, lerp, lerp_, settled
-from ._checks import check_state
+from ._checks import check_optimizer, check_state
 from ._counts import fresh
 from ._hyperparameters import check_flag, check_zero_dim, normalize
 from ._kernels import write
 from ._kernels._operands import compute_dtype
 from ._node import register_optimizer
 from ._types import Number, Optimizer, Schedule, Tree
-from ._work import too_many_to_compile
-from ._wrapping import check_optimizer, check_scalar, gather_gradients, records
+from ._wrapping import check_scalar, gather_gradients, records
 
 __all__ = ["Ema", "EmaState", "averaged"]
 
@@ -156,8 +155,6 @@ class Ema:
             >>> params, state.average
             (tensor([0.8990]), tensor([0.9899]))
         """
-        if too_many_to_compile(params):
-            return _transforms.uncompiled(self.update, grads, state, params)
         average = self._gather(grads, state, params)
         recorded = records(self, average.gradients, state)
         new_params, inner = self.inner.update(grads, state.inner, params)
@@ -192,8 +189,6 @@ class Ema:
             >>> w, state.average
             (tensor([0.8990]), tensor([0.9899]))
         """
-        if too_many_to_compile(params):
-            return _transforms.uncompiled(self.update_, grads, state, params)
         average = self._gather(grads, state, params)
         decay = self._decay(state.n_averaged)
         counts = {"state.weight": state.weight, "state.n_averaged": state.n_averaged}

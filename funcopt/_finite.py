@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import _lists, _transforms
 from ._kernels._operands import real
-from ._sharded import over_shards
+from ._over_shards import over_shards
 from ._wrapping import Gradients, read
 
 __all__ = ["all_finite", "all_finite_everywhere", "decide", "place_for", "zeros_unless"]

@@ -20,8 +20,8 @@ __all__ = [
     "check_number",
     "check_takes",
     "check_zero_dim",
+    "elements_at_hand",
     "normalize",
-    "readable",
 ]
 
 _AT_LEAST_ZERO = "must be finite and at least 0", lambda value: 0.0 <= value < math.inf
@@ -171,13 +171,13 @@ def _check_tensor(name: str, value: Tensor, source: str) -> None:
         raise TypeError(f"{name} is a tensor of {value.dtype}: give it a floating-point dtype.")
     if value.layout is not torch.strided:
         raise TypeError(f"{name} is a tensor of layout {value.layout}: make it dense.")
-    if not readable(value):
+    if not elements_at_hand(value):
         return
     for element in value.detach().reshape(-1).tolist():
         check_number(name, element, f"{source} in a tensor of shape {tuple(value.shape)}")
 
 
-def readable(value: Tensor) -> bool:
+def elements_at_hand(value: Tensor) -> bool:
     """Whether the elements of a tensor can be read at once, and are all that there is to it."""
     return (
         value.device.type == "cpu"

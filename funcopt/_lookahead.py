@@ -11,13 +11,13 @@ from torch import Tensor
 
 from . import _transforms, _tree
 from ._averages import Follower, begin, lerp, lerp_, settled
-from ._checks import check_state
+from ._checks import check_optimizer, check_state
 from ._hyperparameters import check_flag, check_zero_dim, normalize
 from ._kernels import write
 from ._node import register_optimizer
 from ._types import Number, Optimizer, Tree
-from ._work import keep_requiring, too_many_to_compile
-from ._wrapping import check_optimizer, check_scalar, copies, gather_gradients, read, records
+from ._work import keep_requiring
+from ._wrapping import check_scalar, copies, gather_gradients, read, records
 
 __all__ = ["Lookahead", "LookaheadState"]
 
@@ -143,8 +143,6 @@ class Lookahead:
             >>> opt.update(torch.ones(1), opt.init(torch.ones(1)), torch.ones(1))[0]
             tensor([0.9200])
         """
-        if too_many_to_compile(params):
-            return _transforms.uncompiled(self.update, grads, state, params)
         slow = self._gather(grads, state, params)
         recorded = records(self, slow.gradients, state)
         meets = self._meets(state.steps_since_sync)
@@ -188,8 +186,6 @@ class Lookahead:
             >>> w
             tensor([0.9200])
         """
-        if too_many_to_compile(params):
-            return _transforms.uncompiled(self.update_, grads, state, params)
         slow = self._gather(grads, state, params)
         numbers = {"every": self.every, "alpha": self.alpha}
         slow.check_inplace(numbers, {"state.steps_since_sync": state.steps_since_sync})

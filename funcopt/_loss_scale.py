@@ -9,17 +9,16 @@ import torch
 from torch import Tensor
 
 from . import _transforms
-from ._checks import check_count, check_state
+from ._checks import check_count, check_optimizer, check_state
 from ._finite import all_finite_everywhere, decide, place_for, zeros_unless
 from ._hyperparameters import check_zero_dim, normalize
 from ._kernels import write
 from ._node import register_optimizer
 from ._types import Number, Optimizer, Tree
-from ._work import flatten_params, too_many_to_compile
+from ._work import flatten_params
 from ._wrapping import (
     Gradients,
     check_inplace,
-    check_optimizer,
     check_scalar,
     gather_gradients,
     records,
@@ -183,8 +182,6 @@ class LossScale:
             >>> params, state.scale
             (tensor([1.]), tensor(32768.))
         """
-        if too_many_to_compile(params):
-            return _transforms.uncompiled(self.update, grads, state, params)
         gradients = self._gather(grads, state, params)
         finite = all_finite_everywhere(gradients, state.scale)
         moves = decide(finite)
@@ -229,8 +226,6 @@ class LossScale:
             >>> w, state.scale
             (tensor([0.8990]), tensor(131072.))
         """
-        if too_many_to_compile(params):
-            return _transforms.uncompiled(self.update_, grads, state, params)
         gradients = self._gather(grads, state, params)
         own, names = state[:2], state._fields
         numbers = {name: getattr(self, name) for name in _NUMBERS}

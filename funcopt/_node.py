@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 from torch import Tensor
 
 from . import _tree
-from ._local import on_local_parts
+from ._entry import wrap_updates
 
 __all__ = ["register_optimizer"]
 
@@ -29,7 +29,8 @@ def register_optimizer(cls: type[OptimizerT]) -> type[OptimizerT]:
     """Make a frozen dataclass a pytree node for `torch.func` and for optree.
 
     Fields may be trees themselves: of a pair of betas, or of an inner optimizer, the tensors are
-    leaves. The methods that update are given the local parts of DTensors in place of these.
+    leaves. The methods that update are given the local parts of DTensors in place of these. A wrong
+    call of the class names the arguments there are, and says where parameters go.
 
     Returns:
         The class, so that this can stand above its definition.
@@ -71,13 +72,13 @@ def register_optimizer(cls: type[OptimizerT]) -> type[OptimizerT]:
         ]
 
     _tree.register_node(cls, flatten, unflatten, names)
-    on_local_parts(cls)
+    wrap_updates(cls)
     dataclass.__init__ = _explaining(dataclass.__init__, cls.__name__, fields)
     return cls
 
 
 def _explaining(init: Callable[..., None], name: str, fields: list[str]) -> Callable[..., None]:
-    """Let an `__init__` say what it takes where Python would only say that it is something else."""
+    """Make the error of a wrong call list the arguments, and say where parameters go."""
 
     @functools.wraps(init)
     def explained(*args: Any, **kwargs: Any) -> None:

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
-from . import _transforms, _tree
-from ._checks import check_state
+from . import _tree
+from ._checks import check_optimizer, check_state
 from ._frozen import Frozen
 from ._labels import Labels, check_labels, label_leaves, name_leaves
 from ._node import register_optimizer
@@ -17,7 +17,7 @@ from ._scaled import hands_on
 from ._sharded import whole_of
 from ._together import Update, update_together_
 from ._types import Optimizer, Tree
-from ._work import check_untied, too_many_to_compile
+from ._work import check_untied
 
 __all__ = ["Partition", "PartitionState"]
 
@@ -95,11 +95,7 @@ class Partition:
         for label, opt in self.inner.items():
             if not isinstance(label, str):
                 raise TypeError(f"inner has the label {label!r}: a label must be a string.")
-            if isinstance(opt, type) or not isinstance(opt, Optimizer):
-                raise TypeError(
-                    f"inner[{label!r}]={opt!r}: must be an optimizer, with init, update and "
-                    f"update_. Frozen() leaves a group as it is."
-                )
+            check_optimizer(f"inner[{label!r}]", opt)
         object.__setattr__(self, "inner", dict(self.inner))
         check_labels(self.labels, self.inner)
 
@@ -159,8 +155,6 @@ class Partition:
             >>> params
             {'w': {'a': tensor([0.8990, 0.8990]), 'b': tensor([0.7980, 0.7980])}}
         """
-        if too_many_to_compile(params):
-            return _transforms.uncompiled(self.update, grads, state, params)
         return self._move(grads, None, state, params)
 
     def _move(
@@ -206,8 +200,6 @@ class Partition:
             >>> state.inner["head"].exp_avg["bias"]
             tensor([0.1000])
         """
-        if too_many_to_compile(params):
-            return _transforms.uncompiled(self.update_, grads, state, params)
         return self._move_(grads, None, state, params)
 
     def _move_(

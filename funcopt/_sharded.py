@@ -2,11 +2,9 @@
 
 A DTensor is a tensor whose parts lie on many processes. Arithmetic on one of its own costs several
 times what it costs on its local part, and half the list operators do not know it. So the methods of
-an optimizer never see one: before them each DTensor is replaced by its local part (`_local` does
-that), which is a plain tensor, and what depends on more than its elements is asked for here: how
-the parts of two leaves lie, and numbers of all leaves, such as a norm, to which every process
-adds its own. Collectives depend on the parameters and their placements alone, which are the same
-everywhere, so that no process waits for one that another does not make.
+an optimizer never see one: before them each DTensor is replaced by its local part (`_entry` does
+that), which is a plain tensor, and what depends on more than its elements is asked for here: which
+DTensor it represents, and whether the parts of two leaves lie alike.
 """
 
 from __future__ import annotations
@@ -27,10 +25,10 @@ __all__ = [
     "Parts",
     "agree",
     "check_placed",
+    "current_parts",
     "dtensor",
     "has_sharded",
     "local_part",
-    "over_shards",
     "whole_of",
     "wholes_in",
     "working_on",
@@ -57,7 +55,7 @@ def has_sharded(tree: Tree) -> bool:
 
 
 def local_part(tensor: DTensor) -> Tensor:
-    """Return the part of a DTensor that lies here, in the same memory, with gradients off.
+    """Return the part of a DTensor that lies here, in the same memory. Call it under `no_grad`.
 
     It requires a gradient where the whole does, and has a history where the whole has one, but no
     derivative goes through it.
@@ -157,7 +155,8 @@ class Parts:
 _current: ContextVar[Parts | None] = ContextVar("parts", default=None)
 
 
-def _parts() -> Parts | None:
+def current_parts() -> Parts | None:
+    """Return the tensors of the update under way, None if it has no DTensors."""
     # What is compiled has no DTensors in it: an update of some stays out of the graph.
     return None if _transforms.compiling() else _current.get()
 
@@ -174,14 +173,14 @@ def working_on(parts: Parts | None) -> Iterator[None]:
 
 def whole_of(leaf: Any) -> Any:
     """Return the DTensor that a leaf of this update represents, or the leaf if it is none."""
-    parts = _parts()
+    parts = current_parts()
     whole = None if parts is None else parts.whole_of(leaf)
     return leaf if whole is None else whole
 
 
 def wholes_in(tree: Tree) -> Tree:
     """Return a tree with the DTensors of this update in place of the parts that represent them."""
-    parts = _parts()
+    parts = current_parts()
     if parts is None:
         return tree
     leaves, structure = _tree.flatten(tree)
@@ -213,7 +212,7 @@ def check_placed(
         ValueError: If one is sharded and the other is not, or they are on other meshes, with other
             placements, or of other shapes as wholes.
     """
-    parts, kind = _parts(), dtensor()
+    parts, kind = current_parts(), dtensor()
     if kind is None:
         return
     for index, (leaf, param) in enumerate(zip(leaves, params, strict=True)):
@@ -257,86 +256,3 @@ def _difference(own: _Place | None, wanted: _Place | None, what: str) -> str:
         f"has {own}, the parameter has {wanted}: {what} must lie as its parameter does, and "
         f"nothing is moved silently. Bring it there {remedy}."
     )
-
-
-def over_shards(
-    params: Sequence[Tensor],
-    number: Callable[[Sequence[int]], Tensor],
-    join: Callable[[Tensor], Tensor],
-) -> Tensor:
-    """Return a number of all leaves, the same on every process, wherever their parts are.
-
-    This takes one collective for each mesh and dimension of it along which a leaf is sharded.
-
-    Args:
-        params: The parameters, which say where parts are. All leaves are among them, also those
-            without a gradient, which may be others elsewhere.
-        number: Gives that of the leaves at these indices, or of what is here of them: of shape ().
-        join: Gives that of parts put together, from theirs, of shape (n,).
-    """
-    parts = _parts()
-    if parts is None:
-        return number(range(len(params)))
-    by_mesh: dict[Any, dict[tuple[int, ...], list[int]]] = {}
-    for index, param in enumerate(params):
-        mesh, dims = _cuts(parts, param)
-        by_mesh.setdefault(mesh, {}).setdefault(dims, []).append(index)
-    numbers = []
-    # In an order of all meshes there are, so that no two processes wait for each other.
-    for mesh in sorted(by_mesh, key=_rank_lists):
-        groups = by_mesh[mesh]
-        cuts = sorted(groups)
-        own = torch.stack([number(groups[dims]) for dims in cuts])
-        numbers.append(own if mesh is None else _across(mesh, cuts, own, join))
-    if len(numbers) > 1:  # each process may be on meshes of another order
-        numbers = [torch.cat(numbers).sort().values]
-    return join(numbers[0]) if numbers else number([])
-
-
-def _rank_lists(mesh: Any) -> list[int]:
-    return [] if mesh is None else [*mesh.mesh.shape, *mesh.mesh.flatten().tolist()]
-
-
-def _cuts(parts: Parts, param: Tensor) -> tuple[Any, tuple[int, ...]]:
-    """Return the mesh that has the parts of a leaf, and along which of its dimensions they differ.
-
-    None if all is here, as it is of a leaf that is replicated.
-    """
-    if not parts.knows(param):
-        raise RuntimeError(
-            "a number of all leaves, such as their norm, was asked of parameters that stand for no "
-            "tensors of this update: an optimizer around this one made them. It must hand on its "
-            "own parameters."
-        )
-    place = parts.place(param)
-    if place is None:
-        return None, ()
-    dims = tuple(i for i, own in enumerate(place.placements) if not own.is_replicate())
-    return (place.mesh, dims) if dims else (None, ())
-
-
-def _across(
-    mesh: Any, cuts: list[tuple[int, ...]], own: Tensor, join: Callable[[Tensor], Tensor]
-) -> Tensor:
-    """Return numbers of wholes from those of the parts here, each cut along some dimensions."""
-    if mesh.get_coordinate() is None:
-        raise RuntimeError(
-            f"this process is not on the mesh {mesh}, on which a parameter lies: it cannot know a "
-            f"number of all leaves, such as their norm. Update on the processes of the mesh alone."
-        )
-    for dim in range(mesh.ndim):
-        if mesh.size(dim) > 1 and any(dim in cut for cut in cuts):
-            columns = _gathered(own, mesh, dim).unbind(1)
-            # Of replicas the first one counts, so that all go on with the same bits.
-            own = torch.stack(
-                [join(c) if dim in cut else c[0] for c, cut in zip(columns, cuts, strict=True)]
-            )
-    return own
-
-
-def _gathered(own: Tensor, mesh: Any, dim: int) -> Tensor:
-    """Return the numbers of all processes along a dimension of the mesh, one row for each."""
-    there = own.detach().to(mesh.device_type)
-    rows = [torch.empty_like(there) for _ in range(mesh.size(dim))]
-    torch.distributed.all_gather(rows, there, group=mesh.get_group(dim))
-    return torch.stack(rows).to(own.device)

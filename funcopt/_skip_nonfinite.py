@@ -10,17 +10,16 @@ import torch
 from torch import Tensor
 
 from . import _transforms
-from ._checks import check_count, check_state
+from ._checks import check_count, check_optimizer, check_state
 from ._finite import all_finite_everywhere, decide, place_for, zeros_unless
 from ._hyperparameters import check_zero_dim, normalize
 from ._kernels import write
 from ._node import register_optimizer
 from ._types import Number, Optimizer, Tree
-from ._work import flatten_params, too_many_to_compile
+from ._work import flatten_params
 from ._wrapping import (
     Gradients,
     check_inplace,
-    check_optimizer,
     check_overflow_is_seen,
     gather_gradients,
     records,
@@ -160,8 +159,6 @@ class SkipNonfinite:
             >>> params
             tensor([nan])
         """
-        if too_many_to_compile(params):
-            return _transforms.uncompiled(self.update, grads, state, params)
         gradients = self._gather(grads, state, params)
         counts, moves = self._judge(gradients, state)
         recorded = moves is not True and records(self, gradients, state)
@@ -199,8 +196,6 @@ class SkipNonfinite:
             >>> w, state.consecutive
             (tensor([0.8990]), tensor(1))
         """
-        if too_many_to_compile(params):
-            return _transforms.uncompiled(self.update_, grads, state, params)
         gradients = self._gather(grads, state, params)
         own, names = state[:3], state._fields
         numbers = {"max_consecutive": self.max_consecutive}

@@ -1,9 +1,9 @@
 """Who is watching: the one place that knows torch's transforms, tracers and modes.
 
 Each question is asked of torch's dispatcher as a whole, never of a tensor, so the answers cost well
-under a microsecond and hold for every tensor of the step. The functorch queries are private to
-torch, which has no public ones; all of them live here. Where torch no longer had one, the answer
-falls on the safe side: plain operators, which are right everywhere and only slower.
+under a microsecond and hold for every tensor of the step. The queries are private to torch, which
+has no public ones; all of them live here. Where torch no longer had those of functorch's levels,
+the answer falls on the safe side: plain operators, which are right everywhere and only slower.
 """
 
 from __future__ import annotations
@@ -59,6 +59,9 @@ except ImportError:  # pragma: no cover
 # Whether this very Python code is being compiled or exported.
 compiling = torch.compiler.is_compiling
 
+# Whether it is being compiled for an export.
+exporting = torch.compiler.is_exporting
+
 
 def tracing() -> bool:
     """Whether operators are being recorded, so that no tensor's value may be read."""
@@ -100,13 +103,10 @@ def uncompiled(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R
 _disable: Any = torch.compiler.disable  # which torch leaves untyped
 _uncompiled = _disable(
     lambda function, *args, **kwargs: function(*args, **kwargs),
-    reason="An update of so many leaves would take hours to compile, and gain nothing: its kernels "
-    "are compiled already. Compile without fullgraph=True, or leave the update outside.",
+    reason="An update of many leaves takes longer to compile than it gains, since its kernels are "
+    "compiled already; one of DTensors, or one that sends something, cannot be compiled. Compile "
+    "without fullgraph=True, or leave the update outside.",
 )
-
-
-# Whether that is for an export.
-exporting = torch.compiler.is_exporting
 
 
 # Whether any transform of `torch.func` is under way (vmap, grad, jvp, functionalize, ...).

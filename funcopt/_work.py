@@ -23,7 +23,6 @@ __all__ = [
     "gather",
     "keep_requiring",
     "recall",
-    "too_many_to_compile",
     "trees_of",
 ]
 
@@ -57,23 +56,6 @@ def check_untied(leaves: list[Tensor], structure: _tree.Structure) -> None:
         )
 
 
-# Compiling takes a fraction of a second for each leaf, and more for each the more there are.
-_MOST_TO_COMPILE = 400
-
-
-def too_many_to_compile(params: Tree) -> bool:
-    """Whether an update that is being compiled had better stay out of the graph.
-
-    Where it cannot, within a derivative or a vmap and in an export, it goes in at whatever length.
-    """
-    return (
-        _transforms.compiling()
-        and not _transforms.exporting()
-        and not _transforms.transformed()
-        and _tree.has_more_leaves(params, _MOST_TO_COMPILE)
-    )
-
-
 _ROOTS = ("params", "state.exp_avg", "state.exp_avg_sq", "state.max_exp_avg_sq")
 
 
@@ -85,13 +67,13 @@ class Work(NamedTuple):
     moments: list[_tree.Paired]
     active: list[int]  # the leaves that have a gradient
     leaves: Leaves  # those leaves, for a kernel
-    whole: bool  # every leaf has a gradient
+    all_active: bool  # every leaf has a gradient
     layout: Layout | None  # what is known of them; None while operators are traced
     watched: bool  # by a tracer, or by a transform or mode that follows derivatives or members
 
     def historic(self) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """Return the gradients and all moments, or nothing if none is known to have a history."""
-        if self.whole and self.layout is not None and not self.layout.others_require_grad:
+        if self.all_active and self.layout is not None and not self.layout.others_require_grad:
             return (), ()
         return self.leaves.grads, [tensor for paired in self.moments for tensor in paired.leaves]
 
@@ -110,7 +92,7 @@ class Work(NamedTuple):
     def rebuild(self, moved: Moved) -> list[Tree]:
         """Return the trees of parameters and moments, with copies of the leaves left alone."""
         columns = list(moved)
-        if not self.whole:
+        if not self.all_active:
             columns = [
                 self._filled(paired.leaves, tensors)
                 for paired, tensors in zip([self.params, *self.moments], moved, strict=False)
@@ -131,7 +113,7 @@ class Work(NamedTuple):
 
         A compiled graph cannot return a tensor that was told so inside it.
         """
-        if self.layout is None or (self.whole and not self.layout.params_require_grad):
+        if self.layout is None or (self.all_active and not self.layout.params_require_grad):
             return
         if _transforms.transformed():
             return
@@ -166,7 +148,7 @@ def gather(grads: Tree, state: Any, params: Tree, *, amsgrad: bool, step_per_lea
     if work is not None:
         return work
     leaves, structure = _tree.flatten(params)
-    if len(leaves) == 1:  # which a module is, too: say so before the gradients are blamed
+    if len(leaves) == 1:  # as a module is, which is refused here, before its gradients are blamed
         check_leaves(leaves, partial(_tree.path, structure, "params"))
     own = _tree.Paired(leaves, structure, None)
     gradients, *moments = (
@@ -176,12 +158,12 @@ def gather(grads: Tree, state: Any, params: Tree, *, amsgrad: bool, step_per_lea
     counts = gather_counts(state.step, structure if step_per_leaf else None)
     active = [index for index, grad in enumerate(gradients.leaves) if grad is not None]
     moving = _leaves([_take(paired.leaves, active) for paired in (own, gradients, *moments)])
-    whole = len(active) == len(leaves)
-    layout = known(moving) if whole and not tracing and _agree(moving) else None
+    all_active = len(active) == len(leaves)
+    layout = known(moving) if all_active and not tracing and _agree(moving) else None
     if layout is None:
         _check(own, gradients, moments, active)
         layout = None if tracing else layout_of(moving)
-    return Work(own, counts, moments, active, moving, whole, layout, watched)
+    return Work(own, counts, moments, active, moving, all_active, layout, watched)
 
 
 def trees_of(grads: Tree, state: Any, params: Tree, *, amsgrad: bool) -> list[Tree]:
@@ -190,10 +172,9 @@ def trees_of(grads: Tree, state: Any, params: Tree, *, amsgrad: bool) -> list[Tr
     Raises:
         ValueError: If the state has a maximum and the optimizer does not, or the other way round.
     """
+    _check_maximum(state, amsgrad)
     trees = [params, grads, state.exp_avg, state.exp_avg_sq]
-    if _has_maximum(state, amsgrad):
-        trees.append(state.max_exp_avg_sq)
-    return trees
+    return [*trees, state.max_exp_avg_sq] if amsgrad else trees
 
 
 class Recalled(NamedTuple):
@@ -256,11 +237,10 @@ def _check(
         check_alike(paired.leaves, params.leaves, path, "a moment")
 
 
-def _has_maximum(state: Any, amsgrad: bool) -> bool:
+def _check_maximum(state: Any, amsgrad: bool) -> None:
     kept = not (isinstance(state.max_exp_avg_sq, tuple) and state.max_exp_avg_sq == ())
     if kept != amsgrad:
         raise ValueError(
             f"state.max_exp_avg_sq {'holds a tree' if kept else 'is empty'}, but this optimizer "
             f"has amsgrad={amsgrad}. Make the state with init() of this optimizer."
         )
-    return kept

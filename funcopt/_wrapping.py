@@ -23,7 +23,7 @@ from ._work import keep_requiring
 __all__ = [
     "Gradients",
     "check_inplace",
-    "check_optimizer",
+    "check_overflow_is_seen",
     "check_scalar",
     "copies",
     "gather_gradients",
@@ -81,15 +81,6 @@ def gather_gradients(grads: Tree, params: Tree) -> Gradients:
         "a gradient",
     )
     return Gradients(leaves, structure, paired)
-
-
-def check_optimizer(name: str, value: object) -> None:
-    """Refuse what is no optimizer to wrap."""
-    if not isinstance(value, Optimizer) or isinstance(value, type):
-        raise TypeError(
-            f"{name}={value!r}: must be an optimizer, which has init, update and update_. Give an "
-            f"instance, such as AdamW()."
-        )
 
 
 def check_overflow_is_seen(wrapper: str, inner: Optimizer[Any]) -> None:

@@ -8,7 +8,7 @@ from torch.func import functional_call, grad, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from funcopt import AdamW, AdamWState, _work
+from funcopt import AdamW, AdamWState, _entry
 
 from .cases import Point, assert_close, assert_same_bits, clone, random_like, tree_map
 
@@ -222,7 +222,7 @@ def test_an_optimizer_passed_to_a_compiled_function_may_be_built_in_it():
 
 
 def test_many_leaves_stay_out_of_the_graph_instead_of_compiling_for_hours(monkeypatch):
-    monkeypatch.setattr(_work, "_MOST_TO_COMPILE", 3)
+    monkeypatch.setattr(_entry, "_MOST_TO_COMPILE", 3)
     opt = AdamW()
     params = {f"{i}": torch.randn(2) for i in range(4)}
     grads = random_like(params)
@@ -242,7 +242,7 @@ def test_many_leaves_stay_out_of_the_graph_instead_of_compiling_for_hours(monkey
 
 
 def test_many_leaves_go_into_the_graph_where_it_cannot_break(monkeypatch):
-    monkeypatch.setattr(_work, "_MOST_TO_COMPILE", 3)
+    monkeypatch.setattr(_entry, "_MOST_TO_COMPILE", 3)
     opt = AdamW(lr=0.1)
     params = {f"{i}": torch.randn(2) for i in range(4)}
     state = opt.init(params)

@@ -28,8 +28,9 @@ from ._operands import Leaves, Moved, Scalars, Variant, written
 
 __all__ = ["refusal", "step", "step_"]
 
-# The step is bound by memory, so what counts is how much is under way. An H200 needs some 26 kB in
-# each multiprocessor: 4.3 TB/s over 132 of them, at a latency of 0.8 microseconds. With 4 warps a
+# The step is bound by memory, so what counts is how much is under way. By its data sheet and a
+# latency of some 0.8 microseconds, which is an estimate, an H200 needs 26 kB in each
+# multiprocessor: 4.3 TB/s over 132 of them. None of it was measured here. With 4 warps a
 # thread has 8 elements of a block, for float32 two loads of 16 bytes from each of 4 tensors before
 # it uses any, and registers for 5 such programs: 80 kB. Larger blocks take more registers than
 # that gains; smaller ones would pay more often for what comes before a program's first load.

@@ -7,27 +7,18 @@ used, so that no more than two are there at a time.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from .._kernels._operands import compute_dtype, real, unreal
-from ._collectives import start_sum
+from ._collectives import Started, one_ahead, start_sum
 
 __all__ = ["means"]
 
 # The bytes at which a bucket is full. A tensor that is larger has one to itself.
 _FULL = 2**25
-
-
-class _Bucket(NamedTuple):
-    """Tensors laid end to end."""
-
-    indices: list[int]
-    flat: Tensor
-    work: Any  # the reduction under way; None where there is one process
 
 
 def means(tensors: Sequence[Tensor], mesh: DeviceMesh | None) -> Iterator[tuple[int, Tensor]]:
@@ -41,14 +32,10 @@ def means(tensors: Sequence[Tensor], mesh: DeviceMesh | None) -> Iterator[tuple[
             their mean stays in it.
         mesh: The processes, in one dimension; None for this one alone.
     """
-    previous: _Bucket | None = None
-    for indices in _filled(tensors):
-        bucket = _reducing([tensors[index] for index in indices], indices, mesh)
-        if previous is not None:
-            yield from _taken_apart(previous, tensors)
-        previous = bucket
-    if previous is not None:
-        yield from _taken_apart(previous, tensors)
+    buckets = list(_filled(tensors))
+    flats = one_ahead(_start([tensors[i] for i in indices], mesh) for indices in buckets)
+    for indices, flat in zip(buckets, flats, strict=True):
+        yield from _taken_apart(flat, indices, tensors)
 
 
 def _filled(tensors: Sequence[Tensor]) -> Iterator[list[int]]:
@@ -66,21 +53,22 @@ def _filled(tensors: Sequence[Tensor]) -> Iterator[list[int]]:
         yield indices
 
 
-def _reducing(tensors: list[Tensor], indices: list[int], mesh: DeviceMesh | None) -> _Bucket:
+def _start(tensors: list[Tensor], mesh: DeviceMesh | None) -> Started:
+    """Begin to average tensors, laid end to end."""
     with torch.no_grad():
         wide = [real(tensor.to(compute_dtype(tensor.dtype))).reshape(-1) for tensor in tensors]
         flat = torch.cat(wide)
         if mesh is None or mesh.size() == 1 or flat.numel() == 0:
-            return _Bucket(indices, flat, None)
+            return Started(None, lambda: flat)
         flat.div_(mesh.size())  # before they are added up, so that no sum overflows
-        return _Bucket(indices, flat, start_sum(flat, mesh.get_group()))
+        return Started(start_sum(flat, mesh.get_group()), lambda: flat)
 
 
-def _taken_apart(bucket: _Bucket, tensors: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
-    if bucket.work is not None:
-        bucket.work.wait()
-    rest: Any = bucket.flat
-    for index in bucket.indices:
+def _taken_apart(
+    flat: Tensor, indices: list[int], tensors: Sequence[Tensor]
+) -> Iterator[tuple[int, Tensor]]:
+    rest = flat
+    for index in indices:
         like = tensors[index]
         shape = (*like.shape, 2) if like.is_complex() else like.shape
         count = like.numel() * (2 if like.is_complex() else 1)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Bucket", "cut", "is_bucketed", "lay_out", "part", "whole"]
+from .. import _tree
+
+__all__ = ["Bucket", "by_path", "cut", "is_bucketed", "lay_out", "part", "whole"]
 
 _PREFIX = "bucket "
 
@@ -27,6 +30,17 @@ class Bucket(NamedTuple):
     def numel(self) -> int:
         """The number of elements."""
         return self.offsets[-1]
+
+
+@lru_cache(maxsize=64)
+def by_path(structure: _tree.Structure) -> list[int]:
+    """Return the leaves of a tree in the order of their paths, which is the same everywhere.
+
+    That in which dicts happen to have been filled may be another one on another process, or where
+    a checkpoint is loaded.
+    """
+    paths = _tree.paths(structure, "")
+    return sorted(range(len(paths)), key=paths.__getitem__)
 
 
 def is_bucketed(node: object) -> bool:

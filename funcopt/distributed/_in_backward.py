@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import _tree
+from .._checks import check_optimizer
 from .._types import Optimizer
-from .._wrapping import check_optimizer
 from ._leafwise import one_for_each
 from ._reducer import BucketHook, check_reducer
 
@@ -47,7 +47,7 @@ class InBackward:
         """The state of each parameter's own optimizer, by the name of the parameter.
 
         Backward passes write into it. Set it to go on from another one, such as that of a
-        checkpoint, which is checked, and written into from then on:
+        checkpoint. It is checked, and written into from then on.
 
         Raises:
             TypeError: If it is no mapping.
@@ -158,10 +158,10 @@ def update_in_backward(
     gradients are averaged, which cannot be seen from there. Of FSDP2's modules, give one whose
     parameters are sharded, as they are before the first forward pass or after `reshard()`.
 
-    An error in an update comes out of `backward()`, when other parameters have moved already. Of
-    checkpointed segments that share a parameter, take `use_reentrant=False`: the others run a
-    backward pass each, by which the parameter moves with a part of its gradient. Until `remove`,
-    parameters and state stay in memory.
+    An error in an update comes out of `backward()`, when other parameters have moved already. If
+    checkpointed segments share a parameter, use `use_reentrant=False`: with reentrant checkpointing
+    each segment runs a backward pass of its own, and moves the parameter by its part of the
+    gradient. Until `remove`, parameters and state stay in memory.
 
     To resume, `handle.state = from_state_dict(handle.state, checkpoint)`, with
     `to_state_dict(handle.state)` before.

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from .. import _transforms, _tree
-from .._checks import check_state
+from .._checks import check_optimizer, check_state
 from .._hyperparameters import check_flag, normalize
 from .._kernels import write
 from .._kernels._operands import compute_dtype
@@ -20,7 +20,6 @@ from .._node import register_optimizer
 from .._types import Optimizer, Tree
 from .._work import flatten_params, keep_requiring
 from .._wrapping import (
-    check_optimizer,
     check_scalar,
     gather_gradients,
     read,
@@ -61,7 +60,8 @@ class LocalUpdates:
     defaults, a meeting is $\theta \leftarrow \bar\theta$: post-local SGD (Lin et al., *Don't Use
     Large Mini-Batches, Use Local SGD*, ICLR 2020), with the numbers of
     `torch.distributed.optim.PostLocalSGDOptimizer`. With an outer learning rate or momentum, the
-    way that was gone since the last meeting, at the anchor $\phi$, is a gradient for SGD:
+    way from the mean back to $\phi$, where the last meeting was, serves as the gradient of a step
+    of SGD from there:
 
     $$ \Delta = \phi - \bar\theta, \qquad b \leftarrow \mu\,b + \Delta, \qquad
        \phi \leftarrow \phi - \eta\,(\Delta + \mu\,b), \qquad \theta \leftarrow \phi, $$

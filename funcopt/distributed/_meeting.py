@@ -16,6 +16,7 @@ from .._kernels._operands import compute_dtype
 from .._types import Tree
 from .._wrapping import Gradients, check_inplace, copies
 from ._average import means
+from ._buckets import by_path
 
 __all__ = ["Meeting", "Outer"]
 
@@ -89,9 +90,7 @@ class Meeting(NamedTuple):
 
         The operators are those of `torch.optim.SGD`, so that the bits are its bits.
         """
-        paths = _tree.paths(self.gradients.structure, "")
-        # Another process may have filled its dict in another order.
-        order = sorted(range(len(paths)), key=paths.__getitem__)
+        order = by_path(self.gradients.structure)
         with torch.no_grad():
             for position, mean in means([params[index] for index in order], mesh):
                 index = order[position]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -13,9 +12,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from .. import _kernels, _transforms, _tree
+from .._checks import check_optimizer
 from .._types import Optimizer, Tree
+from .._walk import Place, edited
 from .._work import flatten_params
-from .._wrapping import check_optimizer
 from ._fake_world import fake_mesh
 from ._onlooker import Onlooker
 from ._planned import Plan, PlanRow
@@ -106,7 +106,8 @@ def plan(
 
 def _check_number(name: str, value: object) -> None:
     if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name}={value!r}: must be a whole number, or for mesh several such.")
+        several = ", or several such" if name == "mesh" else ""
+        raise TypeError(f"{name}={value!r}: must be a whole number{several}.")
     if value < 1:
         raise ValueError(f"{name}={value}: must be at least 1.")
 
@@ -193,15 +194,8 @@ def _locals(tree: Tree) -> list[Tensor]:
     return [leaf.to_local() if isinstance(leaf, DTensor) else leaf for leaf in tensors]
 
 
-def _over(opt: Any, mesh: DeviceMesh) -> Any:
+def _over(opt: Optimizer[Any], mesh: DeviceMesh) -> Any:
     """Return an optimizer that is on this mesh, with all that are within it."""
-    changes: dict[str, Any] = {}
-    for field in dataclasses.fields(opt) if dataclasses.is_dataclass(opt) else ():
-        value = getattr(opt, field.name)
-        if field.name == "mesh":
-            changes["mesh"] = mesh
-        elif isinstance(value, Optimizer) and not isinstance(value, type):
-            changes[field.name] = _over(value, mesh)
-        elif isinstance(value, Mapping) and any(isinstance(v, Optimizer) for v in value.values()):
-            changes[field.name] = {key: _over(inner, mesh) for key, inner in value.items()}
-    return dataclasses.replace(opt, **changes) if changes else opt
+    return edited(
+        Place((), opt), True, lambda place, _: mesh if place.matches("mesh") else place.value
+    )

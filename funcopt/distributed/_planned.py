@@ -22,7 +22,7 @@ class PlanRow(NamedTuple):
         ranks: How many processes.
         state: The state on the one that has most of it, the first.
         least_state: The state on the one that has least, the last.
-        collectives: How many collectives a step makes, by kind.
+        collectives: How many collectives all planned steps make together, by kind.
         sent: How much one process sends in them, by kind.
         peak: The most that is alive at once in a step by `update`.
         peak_in_place: And in one by `update_`.

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,6 +15,7 @@ from .._clip_adaptive import ClipAdaptive
 from .._inplace import check_apart, check_unwatched, check_writable
 from .._partition import Partition
 from .._types import Optimizer, Tree
+from .._walk import walk
 from .._wrapping import Gradients, records
 
 __all__ = [
@@ -76,14 +76,11 @@ def check_blind_to_leaves(inner: Optimizer[Any]) -> None:
             )
 
 
-def _optimizers(opt: Any) -> Iterator[Any]:
+def _optimizers(opt: Optimizer[Any]) -> Iterator[Any]:
     """Yield an optimizer and those within it."""
-    yield opt
-    for field in fields(opt) if is_dataclass(opt) else ():
-        value = getattr(opt, field.name)
-        for inner in value.values() if isinstance(value, Mapping) else (value,):
-            if isinstance(inner, Optimizer):
-                yield from _optimizers(inner)
+    for place in walk(opt, ()):
+        if isinstance(place.value, Optimizer) and not isinstance(place.value, type):
+            yield place.value
 
 
 def check_mesh(mesh: object) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +12,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from .. import _tree
 from .._types import Tree
-from ._buckets import Bucket, is_bucketed, lay_out, part
+from ._buckets import Bucket, by_path, is_bucketed, lay_out, part
 from ._collectives import Ranks
 
 __all__ = ["Sharding", "join", "separate"]
@@ -43,13 +42,9 @@ class Sharding(NamedTuple):
         bucket_bytes: int,
         mesh: DeviceMesh | None,
     ) -> Sharding:
-        """Lay out these leaves, in the order of their paths.
-
-        Not in that in which dicts happen to have been filled: it may be another one where a
-        checkpoint is loaded.
-        """
+        """Lay out these leaves, in the order of their paths."""
         buckets = {
-            bucket.name: bucket for bucket in lay_out(leaves, _by_path(structure), bucket_bytes)
+            bucket.name: bucket for bucket in lay_out(leaves, by_path(structure), bucket_bytes)
         }
         return cls(buckets, Ranks.of(mesh), mesh)
 
@@ -116,12 +111,6 @@ class Sharding(NamedTuple):
                     f"{path} has placements {tuple(leaf.placements)}, where each process holds its "
                     f"share: (Shard(dim=0),). Redistribute it."
                 )
-
-
-@lru_cache(maxsize=64)
-def _by_path(structure: _tree.Structure) -> list[int]:
-    paths = _tree.paths(structure, "")
-    return sorted(range(len(paths)), key=paths.__getitem__)
 
 
 def separate(state: Tree, names: Sequence[str], *, writing: bool) -> Iterator[Tree]:

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .. import _transforms, _tree
 from .._adamw import AdamW
-from .._checks import check_state
+from .._checks import check_optimizer, check_state
 from .._clip_value import ClipValue
 from .._ema import Ema
 from .._frozen import Frozen
@@ -21,7 +21,7 @@ from .._node import register_optimizer
 from .._sharded import wholes_in, working_on
 from .._types import Optimizer, Tree
 from .._work import flatten_params, keep_requiring
-from .._wrapping import check_optimizer, gather_gradients
+from .._wrapping import gather_gradients
 from ._buckets import cut
 from ._refusals import (
     check_blind_to_leaves,
@@ -159,7 +159,7 @@ class Zero1:
     def update(self, grads: Tree, state: Zero1State, params: ParamsT) -> tuple[ParamsT, Zero1State]:
         """Return the new parameters and the new state, in fresh memory.
 
-        All processes must call it alike. What only one of them finds wrong it alone raises, and the
+        All processes must call it alike. If one of them finds a fault, it alone raises, and the
         others wait for it: let whatever started them end them together, as torchrun does.
 
         Args:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import _tree
 from .._adamw import AdamW, AdamWState
+from .._checks import shown
 from .._frozen import Frozen
 from .._labels import name_leaves
 from .._partition import Partition, PartitionState
@@ -196,8 +197,8 @@ def _check_entry(
             has, needed = getattr(moment, what), getattr(leaf, what)
             if has != needed:
                 raise ValueError(
-                    f"{name} for {path(index)}: {what} {_show(has)}, the parameter has "
-                    f"{_show(needed)}. Is it that of another parameter, or another model?"
+                    f"{name} for {path(index)}: {what} {shown(has)}, the parameter has "
+                    f"{shown(needed)}. Is it that of another parameter, or another model?"
                 )
 
 
@@ -243,7 +244,3 @@ def _kernel(options: Mapping[str, Any], leaves: list[Tensor]) -> str:
             and (options["capturable"] or not isinstance(options["lr"], Tensor))
         )
     return "fused" if fused else "foreach" if foreach else "plain"
-
-
-def _show(value: object) -> str:
-    return str(tuple(value)) if isinstance(value, torch.Size) else str(value)

@@ -129,8 +129,8 @@ def _hand_over(
     if not isinstance(opt, AdamW) or not isinstance(state, AdamWState):
         raise TypeError(
             f"got {type(opt).__name__} and {type(state).__name__}: torch.optim.AdamW can go on "
-            f"from an AdamW, or a Partition of AdamWs, and its state. Of a wrapper around one hand "
-            f"over opt.inner and state.inner. The order is to_torch(opt, state, params)."
+            f"from an AdamW, or a Partition of AdamWs, and its state. For a wrapper around "
+            f"one, hand over opt.inner and state.inner. The order is to_torch(opt, state, params)."
         )
     leaves, structure = flatten_params(params)
     none = _tree.unflatten(structure, [None] * len(leaves))
@@ -162,14 +162,12 @@ def _hand_over(
 
 def _flags(opt: AdamW, leaves: list[Tensor], count: float) -> dict[str, bool]:
     """What torch calls the kernel."""
-    refusals = {
-        "a leaf is complex": any(map(Tensor.is_complex, leaves)),
-        "differentiable is True": opt.differentiable is True,
-        "a count is 2**24 or more": count >= _FLOAT32_STOPS,
-    }
+    refusals = {"differentiable is True": opt.differentiable is True}
+    if opt.kernel != "foreach":
+        refusals["a leaf is complex"] = any(map(Tensor.is_complex, leaves))
+        refusals[f"a count is {count:.0f}, at least 2**24"] = count >= _FLOAT32_STOPS
     refused = next((reason for reason, holds in refusals.items() if holds), None)
-    of_foreach = opt.kernel == "foreach" and opt.differentiable is True
-    if of_foreach or (opt.kernel == "fused" and refused is not None):
+    if opt.kernel in ("foreach", "fused") and refused is not None:
         raise ValueError(
             f"{refused}, which torch's {opt.kernel} kernel does not serve. Hand over "
             f"dataclasses.replace(opt, kernel='plain'), whose results differ by rounding."

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .._hyperparameters import normalize, readable
+from .._hyperparameters import elements_at_hand, normalize
 from .._types import Number
 
 __all__ = [
@@ -64,7 +64,7 @@ def check_together(
         ValueError: With this message.
     """
     tensors = [number for number in numbers if isinstance(number, Tensor)]
-    if not all(map(readable, tensors)):
+    if not all(map(elements_at_hand, tensors)):
         return
     if len({tensor.shape for tensor in tensors if tensor.ndim}) > 1:
         return  # stacked for two vmaps, one within the other

@@ -23,7 +23,7 @@ import torch.distributed as dist
 __all__ = ["RankError", "run_ranks"]
 
 # The ranks are forked from a process that has imported these and done nothing else, which takes
-# a hundredth of a second where importing them takes some.
+# a hundredth of a second, where importing them takes seconds.
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["torch", "torch.distributed.tensor", "torch._dynamo", "funcopt"])
 
@@ -97,11 +97,11 @@ def _run(
                 world_size=world_size,
                 timeout=timedelta(seconds=timeout),
             )
-            message = True, function(rank, *args)
+            # Pickled here, as a connection would send a tensor as a handle to this memory.
+            message = pickle.dumps((True, function(rank, *args)))
         except BaseException:
-            message = False, traceback.format_exc()
-        # Pickled here, since a connection would send a tensor as a handle to this process's memory.
-        connection.send_bytes(pickle.dumps(message))
+            message = pickle.dumps((False, traceback.format_exc()))
+        connection.send_bytes(message)
         # Stay until everyone is done: who leaves early makes others fail with another message.
         connection.poll(timeout)
 

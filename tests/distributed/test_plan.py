@@ -317,7 +317,7 @@ def test_where_a_world_exists_it_is_refused_and_the_world_left_alone():
         ((AdamW, BIG, 8), TypeError, "opt=.*must be an optimizer"),
         ((AdamW(), BIG, 0), ValueError, "mesh=0: must be at least 1"),
         ((AdamW(), BIG, ()), ValueError, "at least one number"),
-        ((AdamW(), BIG, (8, 2.0)), TypeError, "mesh=2.0: must be a whole number"),
+        ((AdamW(), BIG, (8, 2.0)), TypeError, "mesh=2.0: must be a whole number, or several such"),
         ((AdamW(), BIG, "8"), TypeError, "mesh='8': must be a whole number"),
         ((AdamW(), {"w": torch.ones(2).int()}, 8), TypeError, r"params\['w'\]"),
     ],

@@ -1,4 +1,7 @@
-"""The way in and out for sharded tensors: methods of optimizers work on local parts alone."""
+"""The way into every optimizer: past the compiler, if need be, and to the local parts of DTensors.
+
+So the methods themselves know nothing of either.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +16,16 @@ from . import _kernels, _transforms, _tree
 from ._sharded import Parts, dtensor, has_sharded, working_on
 from ._types import Tree
 
-__all__ = ["on_local_parts"]
+__all__ = ["wrap_updates"]
 
 
-def on_local_parts(cls: type) -> None:
+def wrap_updates(cls: type) -> None:
     """Let `update` and `update_` of an optimizer serve DTensors, and know nothing of them.
 
     The outermost optimizer replaces each by its local part, and makes of the results DTensors that
     lie as the old ones do. Optimizers within it are given plain tensors, with which nothing is done
     here. (`init` needs no such thing: to make zeros and copies is what a DTensor can do by itself.)
+    Where it is being compiled, such an update stays out of the graph, as does one of many leaves.
     """
     for name, serving in (("update", _serving), ("update_", _serving_)):
         if name in vars(cls):
@@ -31,10 +35,11 @@ def on_local_parts(cls: type) -> None:
 def _serving(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def update(self: Any, grads: Tree, state: Tree, params: Tree) -> Any:
-        if not has_sharded(params):
-            return method(self, grads, state, params)
-        if _transforms.compiling():
+        sharded = has_sharded(params)
+        if _transforms.compiling() and (sharded or _too_many_to_compile(params)):
             return _transforms.uncompiled(update, self, grads, state, params)
+        if not sharded:
+            return method(self, grads, state, params)
         work = _take_apart(grads, state, params, followed=_is_recorded(grads, state, params))
         with working_on(work.parts):
             new_params, new_state = method(self, *work.trees)
@@ -48,10 +53,11 @@ def _serving(method: Callable[..., Any]) -> Callable[..., Any]:
 def _serving_(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def update_(self: Any, grads: Tree, state: Tree, params: Tree) -> Any:
-        if not has_sharded(params):
-            return method(self, grads, state, params)
-        if _transforms.compiling():
+        sharded = has_sharded(params)
+        if _transforms.compiling() and (sharded or _too_many_to_compile(params)):
             return _transforms.uncompiled(update_, self, grads, state, params)
+        if not sharded:
+            return method(self, grads, state, params)
         work = _take_apart(grads, state, params, followed=True)
         pairs = work.parts.sharded()
         versions = [_version(part) for part, _ in pairs]
@@ -69,12 +75,28 @@ def _serving_(method: Callable[..., Any]) -> Callable[..., Any]:
     return update_
 
 
-class _Work(NamedTuple):
+# Compiling takes a fraction of a second for each leaf, and more for each the more there are.
+_MOST_TO_COMPILE = 400
+
+
+def _too_many_to_compile(params: Tree) -> bool:
+    """Whether an update that is being compiled had better stay out of the graph.
+
+    Where it cannot, within a derivative or a vmap and in an export, it goes in at whatever length.
+    """
+    return (
+        not _transforms.exporting()
+        and not _transforms.transformed()
+        and _tree.has_more_leaves(params, _MOST_TO_COMPILE)
+    )
+
+
+class _TakenApart(NamedTuple):
     parts: Parts
     trees: list[Tree]  # gradients, state and parameters, as far as they are here
 
 
-def _take_apart(grads: Tree, state: Tree, params: Tree, *, followed: bool) -> _Work:
+def _take_apart(grads: Tree, state: Tree, params: Tree, *, followed: bool) -> _TakenApart:
     """Return the trees with local parts in place of DTensors.
 
     Args:
@@ -106,11 +128,11 @@ def _take_apart(grads: Tree, state: Tree, params: Tree, *, followed: bool) -> _W
                     f"its parameter."
                 )
         trees.append(_tree.unflatten(structure, leaves))
-    return _Work(parts, trees)
+    return _TakenApart(parts, trees)
 
 
 def _is_recorded(grads: Tree, state: Tree, params: Tree) -> bool:
-    """Whether a derivative is asked for, by the rule of `AdamW`: then that is refused."""
+    """Whether autograd would record the update, by the rule of `AdamW`: `_wholes` refuses it."""
     own_grads, own_state, own_params = (
         [leaf for leaf in _tree.flatten(tree)[0] if isinstance(leaf, Tensor)]
         for tree in (grads, state, params)
@@ -120,6 +142,7 @@ def _is_recorded(grads: Tree, state: Tree, params: Tree) -> bool:
 
 
 def _version(part: Tensor) -> int:
+    # How often it was written: private in name only, autograd's own messages speak of it.
     return 0 if part.is_inference() else part._version
 
 
