@@ -13,11 +13,13 @@ from torch import Tensor
 
 from . import _kernels, _tree
 from ._checks import check_state
-from ._hyperparameters import check_flag, check_zero_dim, normalize
+from ._hyperparameters import check_flag, normalize
 from ._inplace import check_inplace
 from ._kernels import KERNELS, Scalars, Variant
 from ._node import register_optimizer
+from ._numbers import numbers_at, with_factor
 from ._routine import Routine, find_routine, have_history
+from ._scaled import hands_on, multiplied, outside_unless_plain
 from ._types import Number, Schedule, Tree
 from ._work import (
     Work,
@@ -30,10 +32,6 @@ from ._work import (
 __all__ = ["AdamW", "AdamWState"]
 
 ParamsT = TypeVar("ParamsT")
-
-# The hyperparameters as messages call them, in the order of `Scalars`.
-_NAMES = ("lr", "betas[0]", "betas[1]", "eps", "weight_decay")
-_FLOAT = frozenset((float,))
 
 
 class AdamWState(NamedTuple):
@@ -206,25 +204,7 @@ class AdamW:
             >>> params
             [tensor([0.9899, 0.9899]), tensor([1., 1.])]
         """
-        routine = self._find_routine(grads, state, params)
-        numbers = [] if routine is None else self._numbers([routine.step], [routine.new_step])
-        if routine is not None and not have_history(numbers[0]):
-            new_params, *new_state = routine.move(numbers[0], self._variant())
-            return new_params, AdamWState(*new_state)
-        work = self._gather(grads, state, params)
-        check_untied(work.params.leaves, work.params.structure)
-        counts = work.counts.after(work.active, work.watched)
-        numbers = numbers or self._numbers(work.counts.tensors, counts)
-        gradients, moments = work.historic()
-        others = (*moments, *chain.from_iterable(numbers))
-        with _kernels.recording(work.params.leaves, gradients, others, self.differentiable):
-            columns = _kernels.run(
-                work.leaves, work.counts.of(work.active, numbers), self._variant(), work.layout
-            )
-            new_params, *new_moments = work.rebuild(columns)
-        if not self.amsgrad:
-            new_moments.append(())
-        return new_params, AdamWState(work.counts.rebuild(counts), *new_moments)
+        return self._move(grads, None, state, params)
 
     def update_(
         self, grads: Tree, state: AdamWState, params: ParamsT
@@ -259,23 +239,75 @@ class AdamW:
             Parameter containing:
             tensor([0.8990, 0.8990], requires_grad=True)
         """
+        return self._move_(grads, None, state, params)
+
+    def _move(
+        self, grads: Tree, factor: Tensor | None, state: AdamWState, params: Tree
+    ) -> tuple[Any, AdamWState]:
+        """Update by gradients times a number of shape (); None is 1."""
+        if factor is not None:
+            grads, factor = outside_unless_plain(grads, factor)
+        routine = self._find_routine(grads, state, params)
+        numbers = [] if routine is None else self._numbers([routine.step], [routine.new_step])
+        if routine is not None and not have_history(numbers[0]):
+            (own,) = with_factor(numbers, factor)
+            new_params, *new_state = routine.move(own, self._variant())
+            return new_params, AdamWState(*new_state)
+        work = self._gather(grads, state, params)
+        check_untied(work.params.leaves, work.params.structure)
+        counts = work.counts.after(work.active, work.watched)
+        numbers = numbers or self._numbers(work.counts.tensors, counts)
+        if factor is not None and self._is_followed(work, numbers):
+            return self._move(multiplied(grads, factor), None, state, params)
+        numbers = with_factor(numbers, factor)
+        gradients, moments = work.historic()
+        others = (*moments, *chain.from_iterable(numbers))
+        with _kernels.recording(work.params.leaves, gradients, others, self.differentiable):
+            columns = _kernels.run(
+                work.leaves, work.counts.of(work.active, numbers), self._variant(), work.layout
+            )
+            new_params, *new_moments = work.rebuild(columns)
+        if not self.amsgrad:
+            new_moments.append(())
+        return new_params, AdamWState(work.counts.rebuild(counts), *new_moments)
+
+    def _move_(
+        self, grads: Tree, factor: Tensor | None, state: AdamWState, params: Tree
+    ) -> tuple[Any, AdamWState]:
+        """Do the same in place."""
+        if factor is not None:
+            grads, factor = outside_unless_plain(grads, factor)
         routine = self._find_routine(grads, state, params, writing=True)
         numbers = [] if routine is None else self._numbers([routine.step], [routine.new_step])
         if routine is not None and not have_history(numbers[0]):
-            routine.move_(numbers[0], self._variant())
+            (own,) = with_factor(numbers, factor)
+            routine.move_(own, self._variant())
             return params, state
         work = self._gather(grads, state, params)
         counts = work.counts.after(work.active, work.watched)
         numbers = numbers or self._numbers(work.counts.tensors, counts)
+        if factor is not None and self._is_followed(work, numbers):
+            return self._move_(multiplied(grads, factor), None, state, params)
+        numbers = with_factor(numbers, factor)
         check_inplace(work, numbers)
         # Entering no_grad takes longer than moving a small leaf.
-        recorded = work.layout is None or work.layout.params_require_grad
-        with torch.no_grad() if recorded else nullcontext():
+        may_record = work.layout is None or work.layout.params_require_grad
+        with torch.no_grad() if may_record else nullcontext():
             _kernels.run_(
                 work.leaves, work.counts.of(work.active, numbers), self._variant(), work.layout
             )
             work.counts.write(counts)
         return params, state
+
+    def _is_followed(self, work: Work, numbers: list[Scalars]) -> bool:
+        """Whether more than the results may be asked of a step, so that kernels take no factor."""
+        return (
+            work.watched
+            or self.differentiable is True
+            or work.layout is None
+            or not work.layout.calm
+            or any(map(have_history, numbers))
+        )
 
     def _gather(self, grads: Tree, state: AdamWState, params: Tree) -> Work:
         check_state(state, AdamWState)
@@ -300,32 +332,10 @@ class AdamW:
 
     def _numbers(self, olds: Sequence[Tensor], news: Sequence[Number]) -> list[Scalars]:
         """The numbers of this update, for each count of updates, before it and after."""
-        given: tuple[Any, ...] = (self.lr, *self.betas, self.eps, self.weight_decay)
-        if _FLOAT.issuperset(map(type, given)):
-            if len(news) == 1 or not _FLOAT.issuperset(map(type, news)):
-                return [Scalars(_detached(new), *given) for new in news]
-            shared = {new: Scalars(new, *given) for new in dict.fromkeys(news)}
-            return [shared[new] for new in news]
-        named = list(zip(_NAMES, given, strict=True))
-        return [
-            Scalars(_detached(new), *(_number_at(name, number, old) for name, number in named))
-            for old, new in zip(olds, news, strict=True)
-        ]
+        return numbers_at((self.lr, *self.betas, self.eps, self.weight_decay), olds, news)
 
     def _variant(self) -> Variant:
         return Variant(self.amsgrad, self.maximize, self.kernel, self.differentiable)
 
 
-def _detached(count: Number) -> Number:
-    """Return a count without history: no derivative goes through how often was counted."""
-    return count.detach() if isinstance(count, Tensor) and count.requires_grad else count
-
-
-def _number_at(name: str, given: Number | Schedule, count: Tensor) -> Number:
-    """Return the number that a hyperparameter is after so many updates."""
-    if isinstance(given, (float, Tensor)):
-        number = given
-    else:  # a schedule gets a copy, and may do with it what it likes
-        number = normalize(name, given(count.detach().clone()), source=" from its schedule")
-    check_zero_dim(name, number)
-    return number
+hands_on(AdamW, AdamW._move, AdamW._move_)

@@ -157,4 +157,4 @@ def test_a_subclass_keeps_its_own_update():
 
 
 def test_those_who_hand_on_are_known_by_their_very_type():
-    assert set(_scaled._handing_on) == {Partition}
+    assert set(_scaled._handing_on) == {AdamW, Partition}

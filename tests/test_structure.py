@@ -43,6 +43,9 @@ FLOORS = [
     "_work",
     "_inplace",
     "_routine",
+    "_numbers",
+    "_lists",
+    "_scaled",
     "_adamw",
     "schedules._checks",
     "schedules._phases",
@@ -52,8 +55,6 @@ FLOORS = [
     "schedules",
     "_frozen",
     "_labels",
-    "_lists",
-    "_scaled",
     "_together",
     "_partition",
     "_wrapping",
@@ -185,10 +186,11 @@ def core_places(pattern):
 
 
 def test_one_place_knows_collectives_and_no_place_imports_them():
-    assert core_places(r"torch\.distributed\.\w+\(|get_group|get_coordinate") == {"_sharded"}
+    assert core_places(r"torch\.distributed\.(?!is_)\w+\(|get_group") == {"_over_shards"}
+    assert core_places(r"torch\.distributed\.is_\w+\(") == {"_sharded"}
     assert not core_places(r"(?m)^\s*(import|from) torch\.distributed")
     collectives = r"\bdist\.\w+\(|all_gather_|all_to_all_|reduce_scatter_"
-    assert places(collectives) - {"_sharded"} == {"distributed._collectives"}
+    assert places(collectives) == {"distributed._collectives"}
 
 
 def test_every_public_name_is_documented_with_an_example():
