@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _lists, _transforms, _tree
-from ._checks import check_optimizer, check_state
+from ._checks import check_optimizer, check_state, kind_of
 from ._hyperparameters import check_zero_dim, normalize
 from ._kernels import write
 from ._kernels._operands import compute_dtype
@@ -314,14 +314,9 @@ def _gather(opt: Accumulate, grads: Tree, state: AccumulateState, params: Tree) 
             )
     given, count = state.given, len(acc_grads.leaves)
     if not isinstance(given, Tensor) or (given.dtype, given.shape) != (torch.bool, (count,)):
-        found = (
-            f"of {given.dtype} and shape {tuple(given.shape)}"
-            if isinstance(given, Tensor)
-            else f"of type {type(given).__name__}"
-        )
         raise ValueError(
-            f"state.given is {found}: it must be a bool tensor of shape ({count},), one element "
-            f"for each leaf. Make the state with init() from these parameters."
+            f"state.given is {kind_of(given)}: it must be a bool tensor of shape ({count},), one "
+            f"element for each leaf. Make the state with init() from these parameters."
         )
     return work
 

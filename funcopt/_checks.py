@@ -20,6 +20,7 @@ __all__ = [
     "check_leaves",
     "check_optimizer",
     "check_state",
+    "kind_of",
     "shown",
 ]
 
@@ -70,7 +71,7 @@ def check_leaves(leaves: Sequence[Any], path: Callable[[int], str]) -> None:
 def _refuse_leaf(leaf: Any, path: str) -> None:
     if not isinstance(leaf, Tensor):
         raise TypeError(
-            f"{path} is {_kind(leaf)}: every leaf must be a tensor. {_instead_of(leaf)}"
+            f"{path} is {kind_of(leaf)}: every leaf must be a tensor. {_instead_of(leaf)}"
         )
     if leaf.layout is not torch.strided:
         raise TypeError(
@@ -101,7 +102,7 @@ def check_alike(
 
 def _refuse_unlike(leaf: Any, param: Tensor, path: str, what: str) -> None:
     if not isinstance(leaf, Tensor):
-        raise TypeError(f"{path} is {_kind(leaf)}: {what} must be a tensor.")
+        raise TypeError(f"{path} is {kind_of(leaf)}: {what} must be a tensor.")
     if leaf.layout is not torch.strided:
         raise TypeError(
             f"{path} has layout {leaf.layout}: {what} must be dense. Make it so with "
@@ -125,10 +126,9 @@ _REMEDIES = {
 def check_count(leaf: Any, path: Callable[[], str]) -> None:
     """Refuse what cannot be a count of updates."""
     if not isinstance(leaf, Tensor) or leaf.dtype not in _COUNTS:
-        kind = f"of {leaf.dtype}" if isinstance(leaf, Tensor) else _kind(leaf)
         raise TypeError(
-            f"{path()} is {kind}: the count must be a tensor of shape () that can count far, in "
-            f"float64 as init() makes it, or in float32, int32 or int64."
+            f"{path()} is {kind_of(leaf)}: the count must be a tensor of shape () that can count "
+            f"far, in float64 as init() makes it, or in float32, int32 or int64."
         )
     if leaf.ndim != 0:
         raise ValueError(
@@ -187,8 +187,11 @@ def _instead_of(leaf: object) -> str:
     return "Take it out of the tree, or register its type as a pytree node."
 
 
-def _kind(leaf: object) -> str:
-    return "None" if leaf is None else f"of type {type(leaf).__name__}"
+def kind_of(value: object) -> str:
+    """Return what something is, as messages have it."""
+    if isinstance(value, Tensor):
+        return f"of {value.dtype} and shape {tuple(value.shape)}"
+    return "None" if value is None else f"of type {type(value).__name__}"
 
 
 def shown(value: object) -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import _kernels, _transforms, _tree
-from ._checks import check_alike, check_leaves
+from ._checks import check_alike, check_leaves, kind_of
 from ._inplace import check_unwatched
 from ._kernels import write
 from ._kernels._pages import copies_of
@@ -96,14 +96,9 @@ def check_overflow_is_seen(wrapper: str, inner: Optimizer[Any]) -> None:
 def check_scalar(name: str, value: object) -> None:
     """Refuse what is no single floating-point number in a state."""
     if not isinstance(value, Tensor) or not value.is_floating_point() or value.ndim != 0:
-        found = (
-            f"of {value.dtype} and shape {tuple(value.shape)}"
-            if isinstance(value, Tensor)
-            else f"of type {type(value).__name__}"
-        )
         raise ValueError(
-            f"{name} is {found}: it must be a floating-point tensor of shape (), as init() makes "
-            f"it. A state that vmap(init) made belongs to vmap(update)."
+            f"{name} is {kind_of(value)}: it must be a floating-point tensor of shape (), as "
+            f"init() makes it. A state that vmap(init) made belongs to vmap(update)."
         )
 
 

@@ -373,6 +373,7 @@ def checkpoint(mesh, directory):
     return whole, params
 
 
+# All that is checked on several processes is checked in one start of them, since that takes longer.
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """What the processes had at the end of all checks, which are made there."""

@@ -330,7 +330,7 @@ NOT_HANDED = {
         None,
         "differentiable is True, which torch's foreach",
     ),
-    "far": (AdamW(kernel="fused"), SQUARES, huge, "a count is 2"),
+    "far": (AdamW(kernel="fused"), SQUARES, huge, "a count is 16777216"),
     "named alike": (AdamW(), {"a.b": FIRST, "a": {"b": FIRST + 1}}, None, "both named 'a.b'"),
     "another's state": (
         AdamW(),
