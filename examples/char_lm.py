@@ -438,16 +438,34 @@ def parse_options() -> Options:
     add("--steps", type=int, default=600, help="updates to make")
     add("--every", type=int, default=2, help="minibatches for one update")
     add("--batch-size", type=int, default=16, help="windows of text in a minibatch")
+    add_flags_of_the_network(parser)
+    add("--bf16", action="store_true", help="compute losses and gradients by autocast to bfloat16")
+    add("--checkpoint", type=Path, help="a file to go on from if it exists, and to write to")
+    add("--output", type=Path, default="out/char_lm.png", help="the picture, a PNG")
+    options = parser.parse_args()
+    check_flags(
+        parser, options, {"steps": 2, "every": 1, "batch_size": 1, "context": 1, "layers": 1}
+    )
+    for file in (options.output, options.checkpoint):
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+    return options
+
+
+def add_flags_of_the_network(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add("--context", type=int, default=128, help="characters in a window")
     add("--width", type=int, default=96, help="numbers for each character")
     add("--layers", type=int, default=3, help="blocks of the transformer")
     add("--heads", type=int, default=4, help="heads of attention in each")
     add("--lr", type=float, default=3e-3, help="the learning rate at its peak")
-    add("--bf16", action="store_true", help="compute losses and gradients by autocast to bfloat16")
-    add("--checkpoint", type=Path, help="a file to go on from if it exists, and to write to")
-    add("--output", type=Path, default="out/char_lm.png", help="the picture, a PNG")
-    options = parser.parse_args()
-    for name, least in {"steps": 2, "every": 1, "batch_size": 1, "context": 1, "layers": 1}.items():
+
+
+def check_flags(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, leasts: dict[str, int]
+) -> None:
+    """Exit with a message if a flag is out of range."""
+    for name, least in leasts.items():
         if (value := getattr(options, name)) < least:
             parser.error(f"argument --{name.replace('_', '-')}: {value} is less than {least}")
     if min(options.width, options.heads) < 1 or options.width % options.heads:
@@ -456,10 +474,6 @@ def parse_options() -> Options:
         parser.error(f"argument --lr: {options.lr} is not a finite number above 0")
     if options.output.suffix.lower() != ".png":
         parser.error(f"argument --output: {options.output} does not end in .png")
-    for file in (options.output, options.checkpoint):
-        if file is not None:
-            file.parent.mkdir(parents=True, exist_ok=True)
-    return options
 
 
 def main() -> None:

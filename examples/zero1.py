@@ -21,7 +21,6 @@ how many bytes each process holds and sends.
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import subprocess
 import sys
@@ -411,22 +410,10 @@ def parse_options() -> char_lm.Options:
     add = parser.add_argument
     add("--steps", type=int, default=200, help="updates to make")
     add("--batch-size", type=int, default=16, help="windows of text for each process")
-    add("--context", type=int, default=128, help="characters in a window")
-    add("--width", type=int, default=96, help="numbers for each character")
-    add("--layers", type=int, default=3, help="blocks of the transformer")
-    add("--heads", type=int, default=4, help="heads of attention in each")
-    add("--lr", type=float, default=3e-3, help="the learning rate at its peak")
+    char_lm.add_flags_of_the_network(parser)
     add("--output", type=Path, default="out/zero1.png", help="the picture, a PNG")
     options = parser.parse_args()
-    for name, least in {"steps": 2, "batch_size": 1, "context": 1, "layers": 1}.items():
-        if (value := getattr(options, name)) < least:
-            parser.error(f"argument --{name.replace('_', '-')}: {value} is less than {least}")
-    if min(options.width, options.heads) < 1 or options.width % options.heads:
-        parser.error(f"argument --width: {options.width} is no multiple of {options.heads} heads")
-    if not 0 < options.lr < math.inf:
-        parser.error(f"argument --lr: {options.lr} is not a finite number above 0")
-    if options.output.suffix.lower() != ".png":
-        parser.error(f"argument --output: {options.output} does not end in .png")
+    char_lm.check_flags(parser, options, {"steps": 2, "batch_size": 1, "context": 1, "layers": 1})
     options.bf16 = False
     return options
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import _kernels, _tree
 from ._checks import check_state
-from ._hyperparameters import check_flag, normalize
+from ._hyperparameters import check_choice, check_flag, normalize
 from ._inplace import check_inplace
 from ._kernels import KERNELS, Scalars, Variant
 from ._node import register_optimizer
@@ -136,8 +136,7 @@ class AdamW:
             check_flag(name, getattr(self, name))
         if self.differentiable is not None:
             check_flag("differentiable", self.differentiable)
-        if self.kernel not in KERNELS:
-            raise ValueError(f"kernel={self.kernel!r}: must be one of {', '.join(KERNELS)}.")
+        check_choice("kernel", self.kernel, KERNELS)
 
     def init(self, params: Tree) -> AdamWState:
         """Return the state before the first update: zeros.

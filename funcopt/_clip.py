@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import _lists
 from ._checks import check_optimizer, check_state
-from ._hyperparameters import check_zero_dim, normalize
+from ._hyperparameters import check_choice, check_zero_dim, normalize
 from ._kernels import write
 from ._node import register_optimizer
 from ._over_shards import over_shards
@@ -112,10 +112,7 @@ class Clip:
         if isinstance(self.norm_type, Tensor):
             raise TypeError("norm_type is a tensor: the order of a norm is fixed, give a number.")
         object.__setattr__(self, "norm_type", normalize("norm_type", self.norm_type))
-        if self.nonfinite not in _NONFINITE:
-            raise ValueError(
-                f"nonfinite={self.nonfinite!r}: must be one of {', '.join(_NONFINITE)}."
-            )
+        check_choice("nonfinite", self.nonfinite, _NONFINITE)
         if self.nonfinite != "propagate":
             check_overflow_is_seen(f"Clip(nonfinite={self.nonfinite!r})", self.inner)
 

@@ -27,52 +27,47 @@ def wrap_updates(cls: type) -> None:
     here. (`init` needs no such thing: to make zeros and copies is what a DTensor can do by itself.)
     Where it is being compiled, such an update stays out of the graph, as does one of many leaves.
     """
-    for name, serving in (("update", _serving), ("update_", _serving_)):
+    for name, on_local_parts in (("update", _update), ("update_", _update_)):
         if name in vars(cls):
-            setattr(cls, name, serving(vars(cls)[name]))
+            setattr(cls, name, _serving(vars(cls)[name], on_local_parts))
 
 
-def _serving(method: Callable[..., Any]) -> Callable[..., Any]:
+def _serving(method: Callable[..., Any], on_local_parts: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
-    def update(self: Any, grads: Tree, state: Tree, params: Tree) -> Any:
+    def serve(self: Any, grads: Tree, state: Tree, params: Tree) -> Any:
         sharded = has_sharded(params)
         if _transforms.compiling() and (sharded or _too_many_to_compile(params)):
-            return _transforms.uncompiled(update, self, grads, state, params)
+            return _transforms.uncompiled(serve, self, grads, state, params)
         if not sharded:
             return method(self, grads, state, params)
-        work = _take_apart(grads, state, params, followed=_is_recorded(grads, state, params))
-        with working_on(work.parts):
-            new_params, new_state = method(self, *work.trees)
-        return _wholes(work.parts, new_params, params, "params"), _wholes(
-            work.parts, new_state, state, "state"
-        )
+        return on_local_parts(method, self, grads, state, params)
 
-    return update
+    return serve
 
 
-def _serving_(method: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(method)
-    def update_(self: Any, grads: Tree, state: Tree, params: Tree) -> Any:
-        sharded = has_sharded(params)
-        if _transforms.compiling() and (sharded or _too_many_to_compile(params)):
-            return _transforms.uncompiled(update_, self, grads, state, params)
-        if not sharded:
-            return method(self, grads, state, params)
-        work = _take_apart(grads, state, params, followed=True)
-        pairs = work.parts.sharded()
-        versions = [_version(part) for part, _ in pairs]
-        with working_on(work.parts):
-            method(self, *work.trees)
-        # A DTensor counts for itself what is written into it, by which autograd finds out.
-        written = [
-            whole
-            for (part, whole), version in zip(pairs, versions, strict=True)
-            if _version(part) != version
-        ]
-        torch.autograd.graph.increment_version(written)
-        return params, state
+def _update(method: Callable[..., Any], opt: Any, grads: Tree, state: Tree, params: Tree) -> Any:
+    work = _take_apart(grads, state, params, followed=_is_recorded(grads, state, params))
+    with working_on(work.parts):
+        new_params, new_state = method(opt, *work.trees)
+    return _wholes(work.parts, new_params, params, "params"), _wholes(
+        work.parts, new_state, state, "state"
+    )
 
-    return update_
+
+def _update_(method: Callable[..., Any], opt: Any, grads: Tree, state: Tree, params: Tree) -> Any:
+    work = _take_apart(grads, state, params, followed=True)
+    pairs = work.parts.sharded()
+    versions = [_version(part) for part, _ in pairs]
+    with working_on(work.parts):
+        method(opt, *work.trees)
+    # A DTensor counts for itself what is written into it, by which autograd finds out.
+    written = [
+        whole
+        for (part, whole), version in zip(pairs, versions, strict=True)
+        if _version(part) != version
+    ]
+    torch.autograd.graph.increment_version(written)
+    return params, state
 
 
 # Compiling takes a fraction of a second for each leaf, and more for each the more there are.

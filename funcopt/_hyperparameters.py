@@ -6,7 +6,7 @@ import inspect
 import math
 import numbers
 import reprlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from . import _transforms
 from ._types import Number
 
 __all__ = [
+    "check_choice",
     "check_flag",
     "check_number",
     "check_takes",
@@ -88,6 +89,16 @@ def check_number(name: str, value: float, source: str = "") -> float:
     if not holds(value):
         raise ValueError(f"{name}={value}{source}: {name} {rule}.")
     return value
+
+
+def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
+    """Refuse what is none of these names.
+
+    Raises:
+        ValueError: With the names there are.
+    """
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name}={value!r}: must be one of {', '.join(choices)}.")
 
 
 def check_flag(name: str, value: object) -> None:

@@ -63,9 +63,10 @@ def local_part(tensor: DTensor) -> Tensor:
     local: Any = tensor.to_local()
     if type(local) is not Tensor and hasattr(local, "wait"):
         local = local.wait()  # that of a collective still under way
+    part: Tensor = local
     if not tensor.requires_grad:
-        return local.detach() if local.requires_grad else local  # type: ignore[no-any-return]
-    part: Tensor = local.detach().requires_grad_()
+        return part.detach() if part.requires_grad else part
+    part = part.detach().requires_grad_()
     if not tensor.is_leaf:
         with torch.enable_grad():
             part = part.view_as(part)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import _tree
+from .._kernels._operands import real
 
 __all__ = ["Bucket", "by_path", "cut", "is_bucketed", "lay_out", "part", "whole"]
 
@@ -136,6 +137,4 @@ def _count(leaf: Tensor) -> int:
 
 
 def _flat(leaf: Tensor) -> Tensor:
-    if leaf.is_complex():
-        leaf = torch.view_as_real(leaf.resolve_conj())
-    return leaf.reshape(-1)
+    return real(leaf).reshape(-1)

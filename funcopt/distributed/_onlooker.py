@@ -44,7 +44,7 @@ class Onlooker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # which tor
             size: How many processes take part in a collective.
             held: Tensors whose memory is alive. They are not kept.
         """
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # likewise
         self.peak = 0
         self.calls: Counter[str] = Counter()
         self.sent: Counter[str] = Counter()

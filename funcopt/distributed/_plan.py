@@ -13,12 +13,14 @@ from torch.distributed.tensor import DTensor
 
 from .. import _kernels, _transforms, _tree
 from .._checks import check_optimizer
+from .._hyperparameters import check_choice
 from .._types import Optimizer, Tree
 from .._walk import Place, edited
 from .._work import flatten_params
 from ._fake_world import fake_mesh
 from ._onlooker import Onlooker
 from ._planned import Plan, PlanRow
+from ._refusals import check_whole_number
 
 __all__ = ["plan"]
 
@@ -87,10 +89,9 @@ def plan(
     check_optimizer("opt", opt)
     sizes = tuple(mesh) if isinstance(mesh, Sequence) and not isinstance(mesh, str) else (mesh,)
     for size in sizes:
-        _check_number("mesh", size)
-    _check_number("steps", steps)
-    if backend not in _BACKENDS:
-        raise ValueError(f"backend={backend!r}: must be one of {', '.join(_BACKENDS)}.")
+        check_whole_number("mesh", size, ", or several such")
+    check_whole_number("steps", steps)
+    check_choice("backend", backend, _BACKENDS)
     if not sizes:
         raise ValueError("mesh=(): give at least one number of processes.")
     leaves, structure = flatten_params(params)
@@ -102,14 +103,6 @@ def plan(
             )
     rows = tuple(_row(opt, leaves, structure, size, backend, steps) for size in sizes)
     return Plan(opt, sum(leaf.nbytes for leaf in leaves), backend, steps, rows)
-
-
-def _check_number(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        several = ", or several such" if name == "mesh" else ""
-        raise TypeError(f"{name}={value!r}: must be a whole number{several}.")
-    if value < 1:
-        raise ValueError(f"{name}={value}: must be at least 1.")
 
 
 class _Seen(NamedTuple):

@@ -26,7 +26,16 @@ __all__ = [
     "check_unrecorded",
     "check_untransformed",
     "check_whole",
+    "check_whole_number",
 ]
+
+
+def check_whole_number(name: str, value: object, or_what: str = "") -> None:
+    """Refuse what is no whole number of at least 1."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name}={value!r}: must be a whole number{or_what}.")
+    if value < 1:
+        raise ValueError(f"{name}={value}: must be at least 1.")
 
 
 def check_untransformed(opt: Optimizer[Any]) -> None:

@@ -15,6 +15,7 @@ from .._checks import check_optimizer, check_state
 from .._clip_value import ClipValue
 from .._ema import Ema
 from .._frozen import Frozen
+from .._hyperparameters import check_choice
 from .._kernels import write
 from .._lookahead import Lookahead
 from .._node import register_optimizer
@@ -31,6 +32,7 @@ from ._refusals import (
     check_unrecorded,
     check_untransformed,
     check_whole,
+    check_whole_number,
 )
 from ._shards import Sharding, join
 from ._step import Step
@@ -124,14 +126,8 @@ class Zero1:
         check_optimizer("inner", self.inner)
         check_blind_to_leaves(self.inner)
         check_mesh(self.mesh)
-        if not isinstance(self.bucket_bytes, int) or isinstance(self.bucket_bytes, bool):
-            raise TypeError(f"bucket_bytes={self.bucket_bytes!r}: must be a whole number.")
-        if self.bucket_bytes < 1:
-            raise ValueError(f"bucket_bytes={self.bucket_bytes}: must be at least 1.")
-        if self.gradients not in _GRADIENTS:
-            raise ValueError(
-                f"gradients={self.gradients!r}: must be one of {', '.join(_GRADIENTS)}."
-            )
+        check_whole_number("bucket_bytes", self.bucket_bytes)
+        check_choice("gradients", self.gradients, _GRADIENTS)
 
     def init(self, params: Tree) -> Zero1State:
         """Return the state before the first update, of which this process holds its share.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -12,7 +12,6 @@ from .._hyperparameters import elements_at_hand, normalize
 from .._types import Number
 
 __all__ = [
-    "check_choice",
     "check_numbers",
     "check_pieces",
     "check_step",
@@ -105,16 +104,6 @@ def _check_ascent(boundaries: tuple[Number, ...], index: int, name: str) -> None
             f"with their {name}."
         ),
     )
-
-
-def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
-    """Refuse what is none of these names.
-
-    Raises:
-        ValueError: With the names there are.
-    """
-    if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"{name}={value!r}: must be one of {', '.join(choices)}.")
 
 
 def check_step(step: Number) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .._hyperparameters import check_flag
+from .._hyperparameters import check_choice, check_flag
 from .._node import register_optimizer
 from .._types import Number
-from ._checks import check_choice, check_numbers, check_steps, check_together
+from ._checks import check_numbers, check_steps, check_together
 from ._phases import SHAPES, by_step, cosine, linear, phases, wide
 
 __all__ = ["Cosine", "OneCycle", "WarmupStableDecay"]
