@@ -1,7 +1,12 @@
 """What every test shares."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
+
+from funcopt.testing import laws
 
 # The tensors here are tiny: threads would only wait for each other, most of all when several test
 # runs share a machine. What depends on threads asks for them.
@@ -19,6 +24,22 @@ def device(request: pytest.FixtureRequest) -> str:
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     return request.param
+
+
+@pytest.fixture
+def examples(pytestconfig: pytest.Config) -> Callable[..., int]:
+    """How many problems to try for a law: `examples(law)`, a twentieth of them unless it is night.
+
+    One that compiles takes seconds for each problem, so that by day it is given one.
+    """
+    nightly = pytestconfig.getoption("--nightly")
+
+    def number_of(law: Any = None, by_night: int = 100) -> int:
+        if law is laws.compiles_once:
+            return 3 if nightly else 1
+        return by_night if nightly else by_night // 20
+
+    return number_of
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -197,8 +197,8 @@ def test_order_decides_whether_the_mean_or_each_gradient_is_clipped():
     ],
     ids=["the mean", "each"],
 )
-def test_in_either_order_the_laws_hold(opt, law):
-    report = check_optimizer(opt, laws=[law], max_examples=5)
+def test_in_either_order_the_laws_hold(opt, law, examples):
+    report = check_optimizer(opt, laws=[law], max_examples=examples(law))
     assert report.ok, report
 
 

@@ -268,7 +268,9 @@ def test_the_repr_shows_every_hyperparameter_and_rebuilds_the_value():
     assert all(field.name in repr(opt) for field in dataclasses.fields(opt))
 
 
-@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, dataclasses.replace], ids=str)
+@pytest.mark.parametrize(
+    "copied", [copy.copy, copy.deepcopy, dataclasses.replace], ids=["copy", "deepcopy", "replace"]
+)
 def test_copies_are_equal(copied):
     opt = AdamW(lr=0.1, maximize=True)
     assert copied(opt) == opt

@@ -411,6 +411,6 @@ def test_on_a_device_that_is_not_to_be_waited_for_nothing_is_read(in_place):
     ],
     ids=["outermost", "within"],
 )
-def test_among_other_wrappers_the_laws_hold(opt, law):
-    report = check_optimizer(opt, laws=[law], max_examples=5)
+def test_among_other_wrappers_the_laws_hold(opt, law, examples):
+    report = check_optimizer(opt, laws=[law], max_examples=examples(law))
     assert report.ok, report

@@ -195,9 +195,8 @@ OF_ADAMW = (
     "law", [law for law in laws.LAWS if law is not RENAMES], ids=lambda law: law.__name__
 )
 @pytest.mark.parametrize("opt", [two(), two(second=Halved(AdamW(lr=0.5)))], ids=["AdamW", "any"])
-def test_every_law_holds_of_two_groups(opt, law, pytestconfig):
-    examples = 100 if pytestconfig.getoption("--nightly") else 10
-    verdict = check_law(law, opt, params=in_two_parts(), max_examples=examples)
+def test_every_law_holds_of_two_groups(opt, law, examples):
+    verdict = check_law(law, opt, params=in_two_parts(), max_examples=examples(law, by_night=200))
     assert verdict.status == ("not applicable" if law in OF_ADAMW else "holds"), verdict
 
 
@@ -214,13 +213,13 @@ def test_every_law_holds_of_two_groups(opt, law, pytestconfig):
     ],
     ids=lambda law: law.__name__,
 )
-def test_the_laws_hold_beside_frozen_leaves(law):
+def test_the_laws_hold_beside_frozen_leaves(law, examples):
     # Of the tree that one of them brings along, the leaf whose gradient is never wrong is frozen.
     opt = Partition(
         {"moving": AdamW(lr=0.1), "frozen": Frozen()},
         lambda name, leaf: "frozen" if name.startswith(("second", "a")) else "moving",
     )
-    verdict = check_law(law, opt, params=in_two_parts(), max_examples=10)
+    verdict = check_law(law, opt, params=in_two_parts(), max_examples=examples(law, by_night=200))
     assert verdict.status == "holds", verdict
 
 

@@ -306,8 +306,8 @@ def test_a_stacked_max_consecutive_needs_a_vmap():
     ],
     ids=["each", "the mean"],
 )
-def test_in_either_order_the_laws_hold(opt, law):
-    report = check_optimizer(opt, laws=[law], max_examples=5)
+def test_in_either_order_the_laws_hold(opt, law, examples):
+    report = check_optimizer(opt, laws=[law], max_examples=examples(law))
     assert report.ok, report
 
 

@@ -48,6 +48,5 @@ class HandOverMachine(OptimizerMachine):
         self.params = _tree.unflatten(structure, moved)
 
 
-def test_a_run_goes_to_torch_and_back_whatever_else_is_done(pytestconfig):
-    examples = 300 if pytestconfig.getoption("--nightly") else 30
-    run_state_machine_as_test(HandOverMachine, settings=settings(examples))
+def test_a_run_goes_to_torch_and_back_whatever_else_is_done(examples):
+    run_state_machine_as_test(HandOverMachine, settings=settings(examples(by_night=400)))

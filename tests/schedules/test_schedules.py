@@ -47,7 +47,9 @@ def test_the_repr_shows_every_number_and_rebuilds_the_value(name):
     assert eval(repr(opt), {"AdamW": AdamW, **vars(schedules)}) == opt
 
 
-@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, dataclasses.replace], ids=str)
+@pytest.mark.parametrize(
+    "copied", [copy.copy, copy.deepcopy, dataclasses.replace], ids=["copy", "deepcopy", "replace"]
+)
 @pytest.mark.parametrize("name", CASES)
 def test_copies_are_equal_alone_and_in_an_optimizer(name, copied):
     schedule = CASES[name].schedule

@@ -143,9 +143,10 @@ class Halved:
 
 
 @pytest.mark.parametrize("opt", [Momentum(), Halved(Momentum()), Halved(AdamW(lr=0.1))], ids=repr)
-def test_optimizers_that_are_right_raise_no_false_alarm(opt):
-    report = check_optimizer(opt, max_examples=40)
-    assert report.ok, report
+def test_optimizers_that_are_right_raise_no_false_alarm(opt, examples):
+    for law in laws.LAWS:
+        report = check_optimizer(opt, laws=[law], max_examples=examples(law, by_night=400))
+        assert report.ok, report
 
 
 def test_a_law_that_fails_without_a_word_is_reported_all_the_same():

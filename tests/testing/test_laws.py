@@ -55,16 +55,15 @@ SUBJECTS = {
 
 @pytest.mark.parametrize("law", laws.LAWS, ids=lambda law: law.__name__)
 @pytest.mark.parametrize("name", SUBJECTS)
-def test_every_law_holds_or_does_not_apply(name, law, pytestconfig):
-    examples = 200 if pytestconfig.getoption("--nightly") else 15
-    verdict = check_law(law, SUBJECTS[name], max_examples=examples)
+def test_every_law_holds_or_does_not_apply(name, law, examples):
+    verdict = check_law(law, SUBJECTS[name], max_examples=examples(law, by_night=200))
     assert verdict.status in ("holds", "not applicable"), verdict
 
 
 @pytest.mark.parametrize("law", laws.LAWS, ids=lambda law: law.__name__)
-def test_every_law_applies_to_a_plain_adamw(law):
-    examples = 1 if law is laws.compiles_once else 5
-    assert check_law(law, AdamW(), max_examples=examples).status == "holds"
+def test_every_law_applies_to_a_plain_adamw(law, examples):
+    number = examples(law, by_night=100)
+    assert check_law(law, AdamW(), max_examples=number).status == "holds"
 
 
 def test_a_broken_law_names_law_step_path_and_both_values():

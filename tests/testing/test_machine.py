@@ -24,9 +24,8 @@ def settings(examples):
     )
 
 
-def test_every_optimizer_agrees_with_its_oracle_whatever_is_done(pytestconfig):
-    examples = 500 if pytestconfig.getoption("--nightly") else 40
-    run_state_machine_as_test(OptimizerMachine, settings=settings(examples))
+def test_every_optimizer_agrees_with_its_oracle_whatever_is_done(examples):
+    run_state_machine_as_test(OptimizerMachine, settings=settings(examples(by_night=600)))
 
 
 class Stale(AdamW):
