@@ -266,9 +266,8 @@ class AdamW:
                 work.leaves, work.counts.of(work.active, numbers), self._variant(), work.layout
             )
             new_params, *new_moments = work.rebuild(columns)
-        if not self.amsgrad:
-            new_moments.append(())
-        return new_params, AdamWState(work.counts.rebuild(counts), *new_moments)
+        no_maximum = () if self.amsgrad else ((),)
+        return new_params, AdamWState(work.counts.rebuild(counts), *new_moments, *no_maximum)
 
     def _move_(
         self, grads: Tree, factor: Tensor | None, state: AdamWState, params: Tree

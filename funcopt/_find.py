@@ -247,7 +247,7 @@ def _check_alike(path: str, new: Any, old: Any) -> None:
     )
     olds, structure = _tree.flatten(old)
     news, own = _tree.flatten(new)
-    if own != structure:
+    if not _tree.same(own, structure):
         there, needed = (
             [name.removeprefix(".") for name in _tree.paths(one, path)] for one in (own, structure)
         )

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from . import _old_dynamo
+
 __all__ = [
     "Members",
     "all_plain",
@@ -60,7 +62,7 @@ except ImportError:  # pragma: no cover
 compiling = torch.compiler.is_compiling
 
 # Whether it is being compiled for an export.
-exporting = torch.compiler.is_exporting
+exporting = _old_dynamo.exporting if _old_dynamo.OLD else torch.compiler.is_exporting
 
 
 def tracing() -> bool:
