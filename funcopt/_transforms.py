@@ -28,6 +28,7 @@ __all__ = [
     "followed",
     "forward_mode",
     "looked_on",
+    "on_host",
     "readable",
     "stand_in",
     "tracing",
@@ -139,6 +140,11 @@ def readable() -> bool:
     if _RULED is None:  # pragma: no cover
         return False
     return all(level.key() in _ONE_VALUE for level in get_interpreter_stack() or ())
+
+
+def on_host(tensor: Tensor) -> bool:
+    """Whether a tensor is in the host's memory, where reading it waits for nothing."""
+    return tensor.is_cpu
 
 
 def watched_by_operator() -> bool:

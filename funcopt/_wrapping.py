@@ -161,7 +161,7 @@ def read(number: Tensor) -> float | None:
     """Return the value of a 0-dim tensor, if it can be read at no price and nobody follows it."""
     if not _transforms.readable() or not _transforms.all_plain([number]):
         return None
-    if not number.is_cpu or number.requires_grad:
+    if not _transforms.on_host(number) or number.requires_grad:
         return None
     return float(number.item())
 

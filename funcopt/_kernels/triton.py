@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from .._types import Number
-from ._operands import Leaves, Moved, Scalars, Variant, written
+from ._operands import PUBLIC_NAMES, Leaves, Moved, Scalars, Variant, written
 
 __all__ = ["refusal", "step", "step_"]
 
@@ -58,7 +58,8 @@ def refusal(device: torch.device, scalars: Scalars | None) -> str | None:
         return reason
     for name, number in zip(Scalars._fields, scalars or (), strict=False):
         if isinstance(number, Tensor) and number.device not in (device, torch.device("cpu")):
-            return f"it takes numbers on {device} or the CPU, and {name} is on {number.device}"
+            public = PUBLIC_NAMES.get(name, name)
+            return f"it takes numbers on {device} or the CPU, and {public} is on {number.device}"
     return None
 
 

@@ -1,8 +1,5 @@
 """The Triton kernel on a GPU: all that holds in the interpreter, and what only a GPU can show."""
 
-import contextlib
-import warnings
-
 import pytest
 import torch
 
@@ -10,6 +7,7 @@ from funcopt._kernels import fused, plain
 from funcopt._kernels import triton as kernel
 from funcopt._kernels._operands import Leaves, Moved, written
 
+from ..cases import no_synchronization
 from . import test_triton
 from .test_triton import (
     AMSGRAD,
@@ -34,17 +32,6 @@ def where() -> str:
 
 launches = test_triton.launches
 globals().update(test_triton.ON_ANY_DEVICE)
-
-
-@contextlib.contextmanager
-def no_synchronization():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that this mode is a prototype
-        torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 # Numbers by where they are; a learning rate for each of 3 members among them.
