@@ -1,10 +1,11 @@
 """What `torch.compile` before torch 2.13 has to be told before it can compile an update.
 
-Three things were wrong with Dynamo until then. It cannot compare `sys.version_info`, as optree does
-to find out how a node is flattened. It cannot compare two structures of trees. And it takes every
-compilation for an export. Each is put right here, in the one way that it can trace; what this asks
-for is private to torch and optree. Where optree keeps its registry elsewhere, an update that is
-compiled breaks into several graphs, and is right.
+Some things were wrong with Dynamo until then. It cannot compare `sys.version_info`, as optree does
+to find out how a node is flattened. It cannot compare two structures of trees. It takes every
+compilation for an export. And it asks for the hash of an object that is only half built. Each is
+put right here, in the one way that it can trace; what this asks for is private to torch and optree.
+Where optree keeps its registry elsewhere, an update that is compiled breaks into several graphs,
+and is right.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 import optree
 import torch
 
-__all__ = ["OLD", "exporting", "let_it_trace", "same"]
+__all__ = ["OLD", "exporting", "let_it_hash", "let_it_trace", "same"]
 
 # Whether Dynamo is one of those.
 OLD = torch.__version__ < "2.13"
@@ -39,6 +40,17 @@ def same(one: optree.PyTreeSpec, other: optree.PyTreeSpec) -> bool:
         and one.entries() == other.entries()
         and all(map(same, one.children(), other.children()))
     )
+
+
+def let_it_hash(cls: type) -> None:
+    """Give a frozen dataclass a hash while it has no fields yet, as an object made in a graph."""
+    own: Any = cls.__hash__
+
+    def hash_of(value: Any) -> int:
+        return int(own(value)) if vars(value) else 0
+
+    if OLD:
+        cls.__hash__ = hash_of  # type: ignore[assignment]
 
 
 def let_it_trace(namespace: str) -> None:

@@ -2,6 +2,7 @@
 
 import time
 from collections import OrderedDict, defaultdict, deque
+from dataclasses import dataclass
 
 import optree
 import pytest
@@ -40,3 +41,16 @@ def test_structures_are_the_same_if_their_nodes_and_keys_are():
 
 def test_nothing_is_being_exported():
     assert not _old_dynamo.exporting()
+
+
+def test_what_is_half_built_has_a_hash_and_the_rest_has_its_own(monkeypatch):
+    monkeypatch.setattr(_old_dynamo, "OLD", True)
+
+    @dataclass(frozen=True)
+    class Rate:
+        value: float
+
+    own = hash(Rate(0.5))
+    _old_dynamo.let_it_hash(Rate)
+    assert hash(Rate(0.5)) == own
+    assert hash(object.__new__(Rate)) == 0
