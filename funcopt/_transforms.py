@@ -23,6 +23,7 @@ __all__ = [
     "Members",
     "all_plain",
     "beneath_vmap",
+    "capturing",
     "compiling",
     "exporting",
     "followed",
@@ -72,6 +73,18 @@ def tracing() -> bool:
         return True
     modes = torch._C._len_torch_dispatch_stack()
     return (modes > 0 and modes > _onlookers.get()) or torch._C._get_tracing_state() is not None
+
+
+_cuda_is_in_use: Any = torch.cuda.is_initialized  # which torch leaves untyped
+
+
+def capturing() -> bool:
+    """Whether a CUDA graph is being captured on this thread's stream.
+
+    It replays what the GPU is told, and nothing of what the host does. Where CUDA is not in use
+    none is; there, torch's own question is an error if there is no driver.
+    """
+    return torch.cuda.is_current_stream_capturing() if _cuda_is_in_use() else False
 
 
 # How many of the modes on torch's stack only look on.

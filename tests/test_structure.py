@@ -21,6 +21,7 @@ FLOORS = [
     "_tree",
     "_sharded",
     "_over_shards",
+    "_captured",
     "_hyperparameters",
     "_checks",
     "_kernels._operands",

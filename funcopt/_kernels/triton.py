@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import _transforms
 from .._types import Number
 from ._operands import PUBLIC_NAMES, Leaves, Moved, Scalars, Variant, written
 
@@ -169,6 +170,6 @@ def _table(words: list[int], numbers: list[Tensor | list[float]], device: torch.
         # Only from pinned memory does a copy not wait. Its allocator waits for the copy instead
         # before it hands the memory out again.
         host = host.pin_memory()
-        if torch.cuda.is_current_stream_capturing():
+        if _transforms.capturing():
             _read_at_replay.append(host)
     return table.copy_(host, non_blocking=True)
