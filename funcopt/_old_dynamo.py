@@ -10,6 +10,7 @@ and is right.
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict, namedtuple
 from typing import Any
 
@@ -63,7 +64,8 @@ def let_it_trace(namespace: str) -> None:
     if OLD and _nodes is not None:
         for kind in (dict, defaultdict):
             _ordered[kind] = registered(kind, namespace=namespace)
-        torch.compiler.substitute_in_graph(registered, skip_signature_check=True)(_registered)
+        with contextlib.suppress(ValueError):  # by which it says that it was told before
+            torch.compiler.substitute_in_graph(registered, skip_signature_check=True)(_registered)
 
 
 def _registered(cls: type, /, *, namespace: str = "") -> Any:
