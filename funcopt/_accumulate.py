@@ -22,6 +22,7 @@ from ._wrapping import (
     check_inplace,
     check_scalar,
     gather_gradients,
+    place_of_counts,
     read,
     records,
     update_if,
@@ -37,11 +38,12 @@ class AccumulateState(NamedTuple):
     """The state of `Accumulate`, in which `acc_grads` has the shape of the parameters.
 
     Attributes:
-        mini_step: How many gradients are in the sum: a float64 tensor of shape () on the CPU.
+        mini_step: How many gradients are in the sum: a float64 tensor of shape (), on the CPU, or
+            where `every` is if that is a tensor.
         acc_grads: The sum of the gradients since the last inner update, in float32 for 16-bit
             parameters, else in the parameter's dtype.
-        given: Which leaves had a gradient since then: a bool tensor on the CPU, with one element
-            for each leaf, in the order in which the parameters are flattened.
+        given: Which leaves had a gradient since then: a bool tensor beside `mini_step`, with one
+            element for each leaf, in the order in which the parameters are flattened.
         inner: The state of the inner optimizer.
     """
 
@@ -68,6 +70,10 @@ class Accumulate:
     the other is on the CPU, where it is read without waiting for a GPU. Under vmap, and where
     operators are recorded (compile, export), it cannot be read: there each call makes an inner
     update, and what holds is chosen element by element.
+
+    A CUDA graph would replay one of the two. To capture one, move the counts to the GPU, with
+    `state._replace(mini_step=state.mini_step.cuda(), given=state.given.cuda())`: there it is chosen
+    in this way, too.
 
     The order of wrappers matters. `Accumulate(Clip(AdamW()), 8)` clips the mean of eight gradients,
     `Clip(Accumulate(AdamW(), 8))` each of the eight.
@@ -121,10 +127,11 @@ class Accumulate:
         """
         leaves, structure = flatten_params(params)
         zeros = [torch.zeros_like(leaf, dtype=compute_dtype(leaf.dtype)) for leaf in leaves]
+        place = place_of_counts(self.every)
         return AccumulateState(
-            torch.zeros((), dtype=torch.float64, device="cpu"),
+            torch.zeros((), dtype=torch.float64, device=place),
             _tree.unflatten(structure, zeros),
-            torch.zeros(len(leaves), dtype=torch.bool, device="cpu"),
+            torch.zeros(len(leaves), dtype=torch.bool, device=place),
             self.inner.init(params),
         )
 
@@ -286,7 +293,11 @@ class _Work(NamedTuple):
         if len(self.gradients.tensors) == len(self.gradients.leaves):
             return torch.ones_like(self.given_before)
         now = [grad is not None for grad in self.gradients.leaves]
-        return self.given_before | torch.tensor(now, device=self.given_before.device)
+        if _transforms.on_host(self.given_before):
+            return self.given_before | torch.tensor(now, device=self.given_before.device)
+        # What is on a device is put together there: sending something would wait for it.
+        columns = zip(now, torch.ones_like(self.given_before), self.given_before, strict=True)
+        return torch.stack([one if given else before for given, one, before in columns])
 
     def path(self, index: int) -> str:
         """Return the path of what a call writes: the sums, then the counts."""

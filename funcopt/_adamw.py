@@ -68,7 +68,8 @@ class AdamW:
     An `AdamW` is a frozen value and a pytree whose leaves are those hyperparameters that are
     tensors: map over it with vmap to sweep them, differentiate with respect to it to learn them.
     Make such tensors in float64, to get the bits of the Python number, and on the CPU, also beside
-    parameters on a GPU, where their value can be read without waiting.
+    parameters on a GPU, where their value can be read without waiting. A learning rate on a GPU, as
+    a schedule gives one there, is never read; the fused kernel takes it rounded to float32.
 
     The equations are those of Loshchilov and Hutter, *Decoupled Weight Decay Regularization*
     (ICLR 2019), with weight decay times the learning rate as in `torch.optim.AdamW`; amsgrad is
@@ -266,9 +267,8 @@ class AdamW:
                 work.leaves, work.counts.of(work.active, numbers), self._variant(), work.layout
             )
             new_params, *new_moments = work.rebuild(columns)
-        if not self.amsgrad:
-            new_moments.append(())
-        return new_params, AdamWState(work.counts.rebuild(counts), *new_moments)
+        no_maximum = () if self.amsgrad else ((),)
+        return new_params, AdamWState(work.counts.rebuild(counts), *new_moments, *no_maximum)
 
     def _move_(
         self, grads: Tree, factor: Tensor | None, state: AdamWState, params: Tree

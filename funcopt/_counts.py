@@ -8,7 +8,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from . import _tree
+from . import _transforms, _tree
 from ._checks import check_count
 from ._kernels import write
 from ._types import Number, Tree
@@ -69,7 +69,7 @@ def value_of(count: Tensor) -> Number:
     readable = (
         type(count) is Tensor
         and count.dtype is torch.float64
-        and count.is_cpu
+        and _transforms.on_host(count)
         and not count.requires_grad
     )
     return float(count.item()) if readable else count

@@ -1,6 +1,7 @@
 """The way into every optimizer: past the compiler, if need be, and to the local parts of DTensors.
 
-So the methods themselves know nothing of either.
+What the capture of a CUDA graph would get wrong is refused here, too. So the methods themselves
+know nothing of any of these.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import _kernels, _transforms, _tree
+from ._captured import check_replayed
 from ._sharded import Parts, dtensor, has_sharded, working_on
 from ._types import Tree
 
@@ -36,8 +38,11 @@ def _serving(method: Callable[..., Any], on_local_parts: Callable[..., Any]) -> 
     @functools.wraps(method)
     def serve(self: Any, grads: Tree, state: Tree, params: Tree) -> Any:
         sharded = has_sharded(params)
-        if _transforms.compiling() and (sharded or _too_many_to_compile(params)):
-            return _transforms.uncompiled(serve, self, grads, state, params)
+        if _transforms.compiling():
+            if sharded or _too_many_to_compile(params):
+                return _transforms.uncompiled(serve, self, grads, state, params)
+        elif _transforms.capturing():
+            check_replayed(self, state, params)
         if not sharded:
             return method(self, grads, state, params)
         return on_local_parts(method, self, grads, state, params)
@@ -82,8 +87,15 @@ def _too_many_to_compile(params: Tree) -> bool:
     return (
         not _transforms.exporting()
         and not _transforms.transformed()
-        and _tree.has_more_leaves(params, _MOST_TO_COMPILE)
+        and _has_more_leaves(params, _MOST_TO_COMPILE)
     )
+
+
+def _has_more_leaves(tree: Tree, most: int) -> bool:
+    """Whether a tree has more leaves than that; if it is wide at the top, without a look inside."""
+    if isinstance(tree, (dict, list, tuple)) and len(tree) > most:
+        return True
+    return len(_tree.flatten(tree)[0]) > most
 
 
 class _TakenApart(NamedTuple):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import _tree
 from ._types import Optimizer, Tree
-from ._walk import Place, Step, children, edited, text, walk
+from ._walk import Change, Place, Step, children, edited, text, walk
 
 __all__ = ["find", "replace"]
 
@@ -133,19 +133,17 @@ def replace(tree: TreeT, what: str | type, new: Any, within: str = "") -> TreeT:
         {"inner['body'].lr": 0.0005, "inner['head'].lr": 5e-05}
     """
     _check_what(what)
-    count = 0
 
-    def change(place: Place, in_optimizer: bool) -> Any:
-        nonlocal count
+    def change(place: Place, in_optimizer: bool) -> Change | None:
         if not (place.matches(what) and place.is_within(within)):
-            return place.value
-        count += 1
-        return _changed(place, new, in_optimizer)
+            return None
+        return Change(_changed(place, new, in_optimizer))
 
-    result: TreeT = edited(Place((), tree), isinstance(tree, Optimizer), change)
-    if count == 0:
+    result = edited(Place((), tree), isinstance(tree, Optimizer), change)
+    if result is None:
         raise KeyError(_nothing(what, within, tree, list(walk(tree, ())), editing=True))
-    return result
+    changed: TreeT = result.value
+    return changed
 
 
 def _hyperparameters(
@@ -182,7 +180,7 @@ def _holds_optimizers(value: Any) -> bool:
         return not isinstance(value, type)
     if not isinstance(value, (Mapping, list, tuple)):
         return False
-    return bool(value) and all(isinstance(child, Optimizer) for _, child in children(value))
+    return len(value) > 0 and all(isinstance(child, Optimizer) for _, child in children(value))
 
 
 def _member(node: Any, step: Step, default: Any) -> Any:
@@ -247,7 +245,7 @@ def _check_alike(path: str, new: Any, old: Any) -> None:
     )
     olds, structure = _tree.flatten(old)
     news, own = _tree.flatten(new)
-    if own != structure:
+    if not _tree.same(own, structure):
         there, needed = (
             [name.removeprefix(".") for name in _tree.paths(one, path)] for one in (own, structure)
         )

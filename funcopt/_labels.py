@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor
 
@@ -12,7 +12,7 @@ from . import _transforms, _tree
 from ._hyperparameters import check_takes
 from ._types import Tree
 
-__all__ = ["Labels", "check_labels", "decay_label", "label_leaves", "name_leaves"]
+__all__ = ["Labels", "check_labels", "decay_label", "label_leaves", "name_leaves", "patterns_in"]
 
 Labels: TypeAlias = Callable[[str, Any], str] | Mapping[re.Pattern[str], str] | Tree
 """A function `label(name, leaf)`, a dict from compiled pattern to label, or a tree of labels."""
@@ -105,8 +105,19 @@ def _names_apart(structure: _tree.Structure) -> list[str]:
     return names
 
 
+class _Patterns(NamedTuple):
+    """Compiled patterns with their labels, as pairs: Dynamo of torch 2.11 knows no dict of them."""
+
+    pairs: tuple[tuple[re.Pattern[str], str], ...]
+
+
+def patterns_in(labels: Any) -> _Patterns | None:
+    """Return the patterns of labels that are a dict from these, else None."""
+    return _Patterns(tuple(labels.items())) if _are_patterns(labels) else None
+
+
 def label_leaves(
-    labels: Labels,
+    labels: Labels | _Patterns,
     known: Sequence[str],
     names: Sequence[str],
     leaves: Sequence[Any],
@@ -125,10 +136,11 @@ def label_leaves(
         TypeError: If a label is no string.
         ValueError: If a leaf has no label, an unknown one, or two; or a label or pattern no leaf.
     """
-    if callable(labels):
+    patterns = labels if isinstance(labels, _Patterns) else patterns_in(labels)
+    if patterns is not None:
+        found = _by_pattern(patterns.pairs, names, structure)
+    elif callable(labels):
         found = [labels(name, leaf) for name, leaf in zip(names, leaves, strict=True)]
-    elif _are_patterns(labels):
-        found = _by_pattern(labels, names, structure)
     else:
         found = _tree.pair(labels, "labels", structure).leaves
     for index, label in enumerate(found):
@@ -153,32 +165,33 @@ def _are_patterns(labels: Any) -> bool:
 
 
 def _by_pattern(
-    labels: Mapping[re.Pattern[str], str], names: Sequence[str], structure: _tree.Structure
+    pairs: Sequence[tuple[re.Pattern[str], str]], names: Sequence[str], structure: _tree.Structure
 ) -> list[str]:
-    unused = dict(labels)
+    used: set[int] = set()
     found = []
     for index, name in enumerate(names):
-        matching = {pattern: own for pattern, own in labels.items() if pattern.search(name)}
-        if len(set(matching.values())) != 1:
+        matching = [number for number, (own, _) in enumerate(pairs) if own.search(name)]
+        labels = {pairs[number][1]: pairs[number][0] for number in matching}
+        if len(labels) != 1:
             path = _tree.path(structure, "params", index)
             if not matching:
                 raise ValueError(
                     f"{path} has no label: no pattern is found in its name {name!r}. Add one that "
                     f"is, with the label of a Frozen() if it is not to move, or give a function."
                 )
-            first, second, *_ = {own: pattern for pattern, own in matching.items()}.items()
+            first, second, *_ = labels.items()
             raise ValueError(
                 f"{path} has two labels, {first[0]!r} by the pattern {first[1].pattern!r} and "
                 f"{second[0]!r} by {second[1].pattern!r}, both of which are found in its name "
                 f"{name!r}: it can have one. Narrow a pattern, or give a function."
             )
-        found.append(next(iter(matching.values())))
-        for pattern in matching:
-            unused.pop(pattern, None)
+        found.append(pairs[matching[0]][1])
+        used.update(matching)
+    unused = [own for number, (own, _) in enumerate(pairs) if number not in used]
     if names and unused:
         raise ValueError(
-            f"the pattern {next(iter(unused)).pattern!r} of labels is found in no name: one that "
-            f"is misspelt would go unnoticed. Correct it, or leave it out. Leaves are named "
+            f"the pattern {unused[0].pattern!r} of labels is found in no name: one that is "
+            f"misspelt would go unnoticed. Correct it, or leave it out. Leaves are named "
             f"{_some(names)}."
         )
     return found

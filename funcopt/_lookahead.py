@@ -17,7 +17,14 @@ from ._kernels import write
 from ._node import register_optimizer
 from ._types import Number, Optimizer, Tree
 from ._work import keep_requiring
-from ._wrapping import check_scalar, copies, gather_gradients, read, records
+from ._wrapping import (
+    check_scalar,
+    copies,
+    gather_gradients,
+    place_of_counts,
+    read,
+    records,
+)
 
 __all__ = ["Lookahead", "LookaheadState"]
 
@@ -29,7 +36,7 @@ class LookaheadState(NamedTuple):
 
     Attributes:
         steps_since_sync: How many updates were made since slow and fast parameters were the same: a
-            float64 tensor of shape () on the CPU.
+            float64 tensor of shape (), on the CPU, or where `every` is if that is a tensor.
         slow_params: The slow parameters: a tree like the parameters, in their dtypes.
         inner: The state of the inner optimizer.
     """
@@ -58,6 +65,10 @@ class Lookahead:
     the other is on the CPU, where it is read without waiting for a GPU. Under vmap, and where
     operators are recorded (compile, export), it cannot be read: there what holds is chosen element
     by element in each update.
+
+    A CUDA graph would replay one of the two. To capture one, move the count to the GPU, with
+    `state._replace(steps_since_sync=state.steps_since_sync.cuda())`: there it is chosen in this
+    way, too.
 
     The order of wrappers matters. `Accumulate(Lookahead(AdamW()), 8)` counts inner updates, of
     eight calls each; `Lookahead(Accumulate(AdamW(), 8))` counts the calls themselves.
@@ -117,7 +128,7 @@ class Lookahead:
             [tensor([1., 1.])]
         """
         slow_params, _ = begin(self, params, _own)
-        count = torch.zeros((), dtype=torch.float64, device="cpu")
+        count = torch.zeros((), dtype=torch.float64, device=place_of_counts(self.every))
         return LookaheadState(count, slow_params, self.inner.init(params))
 
     def update(
@@ -265,7 +276,7 @@ def _next(meets: bool | Tensor, count: Tensor) -> Tensor:
     """Return the count after an update."""
     if isinstance(meets, bool):
         return torch.zeros_like(count) if meets else count + 1
-    return (count + 1).masked_fill(meets, 0)
+    return (count + 1).masked_fill(meets.to(count.device), 0)
 
 
 def _keep_requiring(new_params: Tree, params: Tree) -> None:

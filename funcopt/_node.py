@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import _tree
 from ._entry import wrap_updates
+from ._old_dynamo import let_it_hash
 
 __all__ = ["register_optimizer"]
 
@@ -73,6 +74,7 @@ def register_optimizer(cls: type[OptimizerT]) -> type[OptimizerT]:
 
     _tree.register_node(cls, flatten, unflatten, names)
     wrap_updates(cls)
+    let_it_hash(cls)
     dataclass.__init__ = _explaining(dataclass.__init__, cls.__name__, fields)
     return cls
 

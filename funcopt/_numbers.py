@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from . import _transforms
 from ._hyperparameters import check_zero_dim, normalize
 from ._kernels import Scalars
 from ._types import Number, Schedule
@@ -44,7 +45,7 @@ def with_factor(numbers: list[Scalars], factor: Tensor | None) -> list[Scalars]:
     """Return the numbers with one that gradients are multiplied by; None is 1."""
     if factor is None:
         return numbers
-    value = float(factor.item()) if factor.is_cpu else factor
+    value = float(factor.item()) if _transforms.on_host(factor) else factor
     shared = {id(own): own._replace(grad_factor=value) for own in numbers}
     return [shared[id(own)] for own in numbers]
 

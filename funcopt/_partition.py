@@ -11,7 +11,7 @@ from torch import Tensor
 from . import _tree
 from ._checks import check_optimizer, check_state
 from ._frozen import Frozen
-from ._labels import Labels, check_labels, label_leaves, name_leaves
+from ._labels import Labels, check_labels, label_leaves, name_leaves, patterns_in
 from ._node import register_optimizer
 from ._scaled import hands_on
 from ._sharded import whole_of
@@ -98,6 +98,7 @@ class Partition:
             check_optimizer(f"inner[{label!r}]", opt)
         object.__setattr__(self, "inner", dict(self.inner))
         check_labels(self.labels, self.inner)
+        object.__setattr__(self, "_patterns", patterns_in(self.labels))
 
     def __hash__(self) -> int:
         return hash(frozenset(self.inner.items()))  # neither dicts nor trees of labels have one
@@ -213,7 +214,9 @@ class Partition:
         check_untied(leaves, structure)
         names = name_leaves(structure)
         wholes = [whole_of(leaf) for leaf in leaves]
-        found = label_leaves(self.labels, list(self.inner), names, wholes, structure)
+        patterns = getattr(self, "_patterns", None)  # a transform rebuilds the fields alone
+        labels = self.labels if patterns is None else patterns
+        found = label_leaves(labels, list(self.inner), names, wholes, structure)
         members: dict[str, list[int]] = {label: [] for label in self.inner}
         for index, label in enumerate(found):
             members[label].append(index)

@@ -17,15 +17,19 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from . import _old_dynamo
+
 __all__ = [
     "Members",
     "all_plain",
     "beneath_vmap",
+    "capturing",
     "compiling",
     "exporting",
     "followed",
     "forward_mode",
     "looked_on",
+    "on_host",
     "readable",
     "stand_in",
     "tracing",
@@ -60,7 +64,7 @@ except ImportError:  # pragma: no cover
 compiling = torch.compiler.is_compiling
 
 # Whether it is being compiled for an export.
-exporting = torch.compiler.is_exporting
+exporting = _old_dynamo.exporting if _old_dynamo.OLD else torch.compiler.is_exporting
 
 
 def tracing() -> bool:
@@ -69,6 +73,18 @@ def tracing() -> bool:
         return True
     modes = torch._C._len_torch_dispatch_stack()
     return (modes > 0 and modes > _onlookers.get()) or torch._C._get_tracing_state() is not None
+
+
+_cuda_is_in_use: Any = torch.cuda.is_initialized  # which torch leaves untyped
+
+
+def capturing() -> bool:
+    """Whether a CUDA graph is being captured on this thread's stream.
+
+    It replays what the GPU is told, and nothing of what the host does. Where CUDA is not in use
+    none is; there, torch's own question is an error if there is no driver.
+    """
+    return torch.cuda.is_current_stream_capturing() if _cuda_is_in_use() else False
 
 
 # How many of the modes on torch's stack only look on.
@@ -137,6 +153,11 @@ def readable() -> bool:
     if _RULED is None:  # pragma: no cover
         return False
     return all(level.key() in _ONE_VALUE for level in get_interpreter_stack() or ())
+
+
+def on_host(tensor: Tensor) -> bool:
+    """Whether a tensor is in the host's memory, where reading it waits for nothing."""
+    return tensor.is_cpu
 
 
 def watched_by_operator() -> bool:

@@ -23,7 +23,7 @@ from torch import Tensor
 with contextlib.suppress(ImportError):
     importlib.import_module("torch.utils._cxx_pytree")
 
-from . import _transforms
+from . import _old_dynamo, _transforms
 from ._types import Tree
 
 __all__ = [
@@ -32,7 +32,6 @@ __all__ = [
     "columns_of_dicts",
     "flatten",
     "flatten_above",
-    "has_more_leaves",
     "insertion_order",
     "is_flat",
     "names",
@@ -40,10 +39,12 @@ __all__ = [
     "path",
     "paths",
     "register_node",
+    "same",
     "unflatten",
 ]
 
 _NAMESPACE = "torch"
+_old_dynamo.let_it_trace(_NAMESPACE)
 
 Structure: TypeAlias = optree.PyTreeSpec
 """The shape of a tree without its leaves: hashable, comparable, enough to rebuild the tree."""
@@ -113,13 +114,6 @@ _MOST_STRUCTURES = 256
 _structures: dict[tuple[Any, ...], tuple[Callable[[Any], list[Any]], Structure]] = {}
 
 
-def has_more_leaves(tree: Tree, most: int) -> bool:
-    """Whether a tree has more leaves than that; if it is wide at the top, without a look inside."""
-    if isinstance(tree, (dict, list, tuple)) and len(tree) > most:
-        return True
-    return len(flatten(tree)[0]) > most
-
-
 def columns_of_dicts(trees: Sequence[Tree]) -> tuple[list[list[Any]], Structure] | None:
     """Return the values of dicts that have the same keys in the same order, seen before as leaves.
 
@@ -170,6 +164,13 @@ def flatten_above(tree: Tree, is_leaf: Callable[[Any], bool]) -> tuple[list[Any]
 def unflatten(structure: Structure, leaves: Iterable[Any]) -> Tree:
     """Return the tree of this structure with these leaves."""
     return optree.tree_unflatten(structure, leaves)
+
+
+def same(one: Structure, other: Structure) -> bool:
+    """Whether two trees have the same structure."""
+    if _old_dynamo.OLD and _transforms.compiling():
+        return _old_dynamo.same(one, other)
+    return one is other or bool(one == other)
 
 
 def paths(structure: Structure, root: str) -> list[str]:
@@ -276,12 +277,13 @@ def pair(tree: Tree, root: str, structure: Structure, optional: Collection[int] 
         ValueError: If a leaf of either tree has no counterpart in the other.
     """
     leaves, own = flatten(tree)
-    if own is structure or own == structure:
+    if same(own, structure):
         return Paired(leaves, own, None)
     positions = {path: position for position, path in enumerate(paths(own, ""))}
     wanted = paths(structure, "")
-    absent = {wanted[index] for index in optional} - positions.keys()
-    paired = len(positions) == len(leaves) and positions.keys() | absent == set(wanted)
+    found = set(positions)
+    absent = {wanted[index] for index in optional} - found
+    paired = len(positions) == len(leaves) and found | absent == set(wanted)
     if paired and not any("<flat index " in path for path in wanted):
         order = [positions.get(path, -1) for path in wanted]
         return Paired([leaves[i] if i >= 0 else None for i in order], own, order)

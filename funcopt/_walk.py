@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ._types import Optimizer
 
-__all__ = ["Place", "Step", "children", "edited", "text", "walk"]
+__all__ = ["Change", "Place", "Step", "children", "edited", "text", "walk"]
 
 
 class Step(NamedTuple):
@@ -83,23 +83,39 @@ def walk(node: Any, steps: tuple[Step, ...]) -> Iterator[Place]:
         yield from walk(child, (*steps, step))
 
 
-def edited(place: Place, in_optimizer: bool, change: Callable[[Place, bool], Any]) -> Any:
-    """Return a tree with its parts changed from within; itself if none is."""
+class Change(NamedTuple):
+    """What a part of a tree is to be."""
+
+    value: Any
+
+
+def edited(
+    place: Place, in_optimizer: bool, change: Callable[[Place, bool], Change | None]
+) -> Change | None:
+    """Return what a tree is to be, its parts changed from within; None if nothing changes.
+
+    Args:
+        place: The tree.
+        in_optimizer: Whether it is an optimizer, or in one.
+        change: Gives what a part is to be, from its place and whether that is in an optimizer; None
+            to leave it.
+    """
     news = {}
     for step, child in children(place.value):
         # To ask whether something has the methods of an optimizer takes long.
         inside = in_optimizer or (not isinstance(child, Tensor) and isinstance(child, Optimizer))
         new = edited(Place((*place.steps, step), child), inside, change)
-        if new is not child:
-            news[step.key] = new
+        if new is not None:
+            news[step.key] = new.value
     node = _with_children(place.value, news) if news else place.value
-    return change(Place(place.steps, node), in_optimizer)
+    own = change(Place(place.steps, node), in_optimizer)
+    return Change(node) if own is None and news else own
 
 
 def _with_children(node: Any, news: dict[Any, Any]) -> Any:
     """Return a node with some of what is in it replaced."""
-    if isinstance(node, tuple) and hasattr(node, "_replace"):
-        return node._replace(**news)
+    if isinstance(node, tuple) and hasattr(node, "_asdict"):
+        return type(node)(**{**node._asdict(), **news})
     if type(node) is dict:
         return {**node, **news}
     if isinstance(node, MutableMapping):

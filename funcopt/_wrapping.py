@@ -16,7 +16,7 @@ from ._inplace import check_unwatched
 from ._kernels import write
 from ._kernels._pages import copies_of
 from ._scaled import update_scaled, update_scaled_
-from ._types import Optimizer, Tree
+from ._types import Number, Optimizer, Tree
 from ._walk import walk
 from ._work import keep_requiring
 
@@ -27,6 +27,7 @@ __all__ = [
     "check_scalar",
     "copies",
     "gather_gradients",
+    "place_of_counts",
     "read",
     "records",
     "update_if",
@@ -157,11 +158,16 @@ def _historic(
             yield _tree.path(gradients.structure, "grads", index), grad
 
 
+def place_of_counts(every: Number) -> torch.device:
+    """Return the device for a count of the calls up to a number: that of the number, if any."""
+    return every.device if isinstance(every, Tensor) else torch.device("cpu")
+
+
 def read(number: Tensor) -> float | None:
     """Return the value of a 0-dim tensor, if it can be read at no price and nobody follows it."""
     if not _transforms.readable() or not _transforms.all_plain([number]):
         return None
-    if not number.is_cpu or number.requires_grad:
+    if not _transforms.on_host(number) or number.requires_grad:
         return None
     return float(number.item())
 

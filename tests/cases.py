@@ -1,7 +1,10 @@
 """The tables that the tests run over: options, trees, and tensors of every layout."""
 
+import contextlib
 import itertools
+import warnings
 from collections import OrderedDict
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import optree
@@ -100,3 +103,15 @@ def run(opt: funcopt.AdamW, params: Any, gradients: list[Any]) -> tuple[Any, Any
     for grads in gradients:
         params, state = opt.update(grads, state, params)
     return params, state
+
+
+@contextlib.contextmanager
+def no_synchronization() -> Iterator[None]:
+    """Let whatever waits for a CUDA device be an error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that this mode is a prototype
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -10,7 +10,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from funcopt import AdamW, AdamWState, _entry
 
-from .cases import Point, assert_close, assert_same_bits, clone, random_like, tree_map
+from .cases import Point, assert_close, assert_same_bits, clone, random_like, tree_map, trees
 
 BACKENDS = ["eager", "aot_eager", "inductor"]
 
@@ -69,6 +69,20 @@ def test_one_graph_serves_every_variant(name, backend):
     state = opt.init(weights)
     for _ in range(3):
         grads = random_like(weights)
+        expected = opt.update(grads, state, weights)
+        assert_close(step(grads, state, weights), expected, rtol=2e-6)
+        weights, state = expected
+
+
+@pytest.mark.parametrize("name", trees())
+def test_one_graph_serves_trees_of_every_kind(name):
+    opt, weights = AdamW(lr=0.1), trees()[name]
+    state = opt.init(weights)
+    step = compiled(opt.update, "eager")
+    for _ in range(3):
+        grads = random_like(weights)
+        if isinstance(weights, dict):  # paired by key
+            grads = dict(reversed(grads.items()))
         expected = opt.update(grads, state, weights)
         assert_close(step(grads, state, weights), expected, rtol=2e-6)
         weights, state = expected

@@ -186,7 +186,7 @@ def _read(scalars: Scalars) -> Scalars:
 def _value(name: str, number: Number) -> Number:
     if not isinstance(number, Tensor):
         return number
-    if not number.is_cpu or not _transforms.all_plain([number]):
+    if not _transforms.on_host(number) or not _transforms.all_plain([number]):
         return number.detach()
     values: list[float] = (number if number.ndim == 1 else number.reshape(-1)).tolist()
     name = PUBLIC_NAMES.get(name, name)

@@ -110,12 +110,13 @@ def for_each(scalars: Scalars | list[Scalars], count: int) -> list[Scalars]:
 def unreadable(scalars: Scalars | None, device: torch.device) -> str | None:
     """Say which number on a device a kernel cannot take that reads all but count and lr itself."""
     for name, number in zip(Scalars._fields, scalars or (), strict=False):
-        if not isinstance(number, Tensor) or number.device.type == "cpu":
+        if not isinstance(number, Tensor) or _transforms.on_host(number):
             continue
         if name == "grad_factor":  # no kernel that asks this is told of it
             continue
         if name not in ("step", "lr") or number.ndim > 0 or number.device != device:
-            return f"it takes numbers whose value can be read, and {name} is on {number.device}"
+            public = PUBLIC_NAMES.get(name, name)
+            return f"it takes numbers whose value can be read, and {public} is on {number.device}"
     return None
 
 

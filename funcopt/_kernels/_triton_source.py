@@ -117,10 +117,14 @@ def _numbers(table, member, DTYPE: tl.constexpr):
     eps = _number(table, 4, member)
     weight_decay = _number(table, 5, member)
     grad_factor = _number(table, 6, member)
-    decay = 1.0 - lr * weight_decay
+    # A decay of less than half of a parameter is subtracted; where less is left, that is a factor.
+    decay = lr * weight_decay
+    kept = tl.where(decay < 0.5, 1.0, 1.0 - decay)
+    decay = tl.where(decay < 0.5, decay, 0.0)
     step_size = lr / _one_minus_power(beta1, step)
     correction2_root = tl.sqrt(_one_minus_power(beta2, step))
     return (
+        kept.to(COMPUTE),
         decay.to(COMPUTE),
         (1.0 - beta1).to(COMPUTE),
         beta2.to(COMPUTE),
@@ -165,9 +169,9 @@ def _move(
     BLOCK: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    """Move one block: the equations of `plain`, in the same order."""
+    """Move one block: the equations of `plain`, in the same order but for weight decay."""
     COMPUTE: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
-    decay, gain1, beta2, gain2, step_size, correction2_root, eps, grad_factor = numbers
+    kept, decay, gain1, beta2, gain2, step_size, correction2_root, eps, grad_factor = numbers
     lanes = tl.arange(0, BLOCK)
     mask = None if WHOLE else lanes < size - offset
     param = tl.load(_pointers(olds[0], offset, lanes, DTYPE, WHOLE), mask=mask).to(COMPUTE)
@@ -188,7 +192,11 @@ def _move(
         largest = tl.maximum(largest, exp_avg_sq, propagate_nan=tl.PropagateNan.ALL)
         tl.store(_pointers(news[3], offset, lanes, DTYPE, WHOLE), largest.to(DTYPE), mask=mask)
     denominator = _quotient(_root(largest, DTYPE), correction2_root, DTYPE) + eps
-    param = param * decay + _quotient(exp_avg * -step_size, denominator, DTYPE)
+    # A factor just below 1 has hardly a digit of the decay, and is off the same way at each step.
+    # So decay and step are added up, and taken from the parameter with a single rounding.
+    decrease = tl.where(tl.abs(param) < float("inf"), param, 0.0) * decay
+    decrease += _quotient(exp_avg * step_size, denominator, DTYPE)
+    param = param * kept - decrease
 
     tl.store(_pointers(news[0], offset, lanes, DTYPE, WHOLE), param.to(DTYPE), mask=mask)
     tl.store(_pointers(news[1], offset, lanes, DTYPE, WHOLE), exp_avg.to(DTYPE), mask=mask)

@@ -38,6 +38,10 @@ def step_(leaves: Leaves, scalars: Scalars, variant: Variant) -> None:
         if isinstance(scalars.step, Tensor)
         else torch.scalar_tensor(scalars.step, dtype=torch.float32, device=device)
     )
+    # On CUDA it takes a learning rate as a double, or as a tensor in float32 and in no other dtype.
+    # One that could be read without waiting is a Python number by now, and loses nothing. One on
+    # the device is rounded, by a part in 2**24 at most.
+    lr = scalars.lr.to(device, torch.float32) if isinstance(scalars.lr, Tensor) else scalars.lr
     fused_adamw: Any = torch._fused_adamw_  # overloaded on lr in ways no type checker follows
     fused_adamw(
         leaves.params,
@@ -46,7 +50,7 @@ def step_(leaves: Leaves, scalars: Scalars, variant: Variant) -> None:
         leaves.exp_avg_sqs,
         leaves.max_exp_avg_sqs,
         [count] * len(leaves.params),
-        lr=scalars.lr,
+        lr=lr,
         beta1=scalars.beta1,
         beta2=scalars.beta2,
         weight_decay=scalars.weight_decay,

@@ -23,8 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import _transforms
 from .._types import Number
-from ._operands import Leaves, Moved, Scalars, Variant, written
+from ._operands import PUBLIC_NAMES, Leaves, Moved, Scalars, Variant, written
 
 __all__ = ["refusal", "step", "step_"]
 
@@ -58,7 +59,8 @@ def refusal(device: torch.device, scalars: Scalars | None) -> str | None:
         return reason
     for name, number in zip(Scalars._fields, scalars or (), strict=False):
         if isinstance(number, Tensor) and number.device not in (device, torch.device("cpu")):
-            return f"it takes numbers on {device} or the CPU, and {name} is on {number.device}"
+            public = PUBLIC_NAMES.get(name, name)
+            return f"it takes numbers on {device} or the CPU, and {public} is on {number.device}"
     return None
 
 
@@ -168,6 +170,6 @@ def _table(words: list[int], numbers: list[Tensor | list[float]], device: torch.
         # Only from pinned memory does a copy not wait. Its allocator waits for the copy instead
         # before it hands the memory out again.
         host = host.pin_memory()
-        if torch.cuda.is_current_stream_capturing():
+        if _transforms.capturing():
             _read_at_replay.append(host)
     return table.copy_(host, non_blocking=True)

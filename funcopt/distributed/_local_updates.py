@@ -5,7 +5,7 @@ from __future__ import annotations
 import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -116,6 +116,8 @@ class LocalUpdates:
         {'w': tensor([0.7340, 0.7340])} {'w': tensor([0.2000, 0.2000])}
     """
 
+    decides_on_host: ClassVar[str] = "in some of whose updates processes meet"
+
     inner: Optimizer[Any]
     every: int
     mesh: DeviceMesh | None
@@ -181,8 +183,9 @@ class LocalUpdates:
             The pair `(new_params, new_state)`. When processes met, parameters are the same on each.
 
         Raises:
-            RuntimeError: Under a transform of `torch.func` or a tracer, or where the update would
-                be recorded by autograd: no derivative goes through a meeting.
+            RuntimeError: Under a transform of `torch.func` or a tracer, in the capture of a CUDA
+                graph, or where the update would be recorded by autograd: no derivative goes through
+                a meeting.
             TypeError: As the inner optimizer.
             ValueError: As the inner optimizer.
 

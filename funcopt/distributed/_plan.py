@@ -15,7 +15,7 @@ from .. import _kernels, _transforms, _tree
 from .._checks import check_optimizer
 from .._hyperparameters import check_choice
 from .._types import Optimizer, Tree
-from .._walk import Place, edited
+from .._walk import Change, Place, edited
 from .._work import flatten_params
 from ._fake_world import fake_mesh
 from ._onlooker import Onlooker
@@ -189,6 +189,7 @@ def _locals(tree: Tree) -> list[Tensor]:
 
 def _over(opt: Optimizer[Any], mesh: DeviceMesh) -> Any:
     """Return an optimizer that is on this mesh, with all that are within it."""
-    return edited(
-        Place((), opt), True, lambda place, _: mesh if place.matches("mesh") else place.value
+    new = edited(
+        Place((), opt), True, lambda place, _: Change(mesh) if place.matches("mesh") else None
     )
+    return opt if new is None else new.value

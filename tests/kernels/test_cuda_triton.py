@@ -1,17 +1,25 @@
 """The Triton kernel on a GPU: all that holds in the interpreter, and what only a GPU can show."""
 
-import contextlib
-import warnings
-
 import pytest
 import torch
 
-from funcopt._kernels import plain
+from funcopt._kernels import fused, plain
 from funcopt._kernels import triton as kernel
 from funcopt._kernels._operands import Leaves, Moved, written
 
+from ..cases import no_synchronization
 from . import test_triton
-from .test_triton import AMSGRAD, NUMBERS, PLAIN, assert_agrees, check, copy, flat, make_leaves
+from .test_triton import (
+    AMSGRAD,
+    NUMBERS,
+    PLAIN,
+    assert_agrees,
+    check,
+    copy,
+    errors,
+    flat,
+    make_leaves,
+)
 
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
@@ -24,17 +32,6 @@ def where() -> str:
 
 launches = test_triton.launches
 globals().update(test_triton.ON_ANY_DEVICE)
-
-
-@contextlib.contextmanager
-def no_synchronization():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that this mode is a prototype
-        torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 # Numbers by where they are; a learning rate for each of 3 members among them.
@@ -111,6 +108,18 @@ def test_a_graph_moves_in_place():
         plain.step_(expected, NUMBERS._replace(step=step), PLAIN)
     for one, other in zip(flat(written(leaves)), flat(written(expected)), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("weight_decay", [1e-2, 1e-4, 3e-5])
+def test_after_2000_steps_it_is_as_close_to_the_oracle_as_the_fused_kernel(weight_decay):
+    sizes = {"lr": 1e-3, "weight_decay": weight_decay, "steps": 2000, "count": 100_000}
+    found = {}
+    for name, step_ in (("triton", kernel.step_), ("fused", fused.step_)):
+        torch.manual_seed(0)
+        found[name] = errors(step_, "cuda", **sizes)
+    (bias, spread), (_, fused_spread) = found["triton"], found["fused"]
+    assert abs(bias) < 5e-8
+    assert spread <= fused_spread
 
 
 def test_another_stream_is_served():

@@ -27,6 +27,7 @@ from funcopt._kernels import foreach, plain
 from funcopt._kernels import triton as kernel
 from funcopt._kernels._operands import Leaves, Scalars, Variant, written
 
+from .. import oracle
 from ..cases import assert_same_bits
 from ..cases import leaves as leaves_of
 
@@ -216,6 +217,55 @@ def test_a_first_step_has_all_digits(where):
     moved, expected = kernel.step(leaves, scalars, PLAIN), plain.step(leaves, [scalars], PLAIN)
     for one, other in zip(flat(moved[1:]), flat(expected[1:]), strict=True):
         torch.testing.assert_close(one, other, rtol=5e-7, atol=0)
+
+
+def errors(step_, where, lr, weight_decay, steps, count):
+    """How far this many float32 parameters are from the oracle after these steps.
+
+    Returns:
+        The part of the error that goes along with the parameters, and the root mean square of all.
+    """
+    leaves = make_leaves([(count,)], where)._replace(exp_avgs=[torch.zeros(count, device=where)])
+    leaves.exp_avg_sqs[0].zero_()
+    start = leaves.params[0].double()
+    expected, state = start, oracle.init(leaves.params[0])
+    for step in range(1, steps + 1):
+        leaves.grads[0].normal_()
+        scalars = NUMBERS._replace(step=float(step), lr=lr, weight_decay=weight_decay)
+        step_(leaves, scalars, PLAIN)
+        grad = leaves.grads[0].double()
+        expected, state = oracle.update(grad, state, expected, lr=lr, weight_decay=weight_decay)
+    error = leaves.params[0].double() - expected
+    return float(error @ start / (start @ start)), float(error.square().mean().sqrt())
+
+
+@on_any_device
+@pytest.mark.parametrize("weight_decay", [1e-2, 1e-4, 3e-5])
+def test_weight_decay_is_not_off_the_same_way_at_each_step(where, weight_decay):
+    """A factor of 1 - lr * weight_decay would be, by 1e-8 of a parameter at each, and more."""
+    bias, spread = errors(kernel.step_, where, 1e-3, weight_decay, steps=20, count=2048)
+    assert abs(bias) < 2e-8
+    assert spread < 4e-7
+
+
+@on_any_device
+@pytest.mark.parametrize("weight_decay", [0.0, 0.5, 4.9, 5.0, 10.0, 20.0])
+def test_a_step_keeps_its_digits_whatever_the_weight_decay(where, weight_decay):
+    leaves = make_leaves([(7,)], where)
+    leaves.params[0].mul_(1e6)
+    param, grad, exp_avg, exp_avg_sq = (column[0].double() for column in leaves[:4])
+    before = oracle.OracleState(NUMBERS.step - 1, exp_avg, exp_avg_sq, exp_avg_sq)
+    expected, _ = oracle.update(grad, before, param, lr=0.1, weight_decay=weight_decay)
+    moved = kernel.step(leaves, NUMBERS._replace(weight_decay=weight_decay), PLAIN)
+    torch.testing.assert_close(moved.params[0].double(), expected, rtol=3e-7, atol=0)
+
+
+@on_any_device
+@pytest.mark.parametrize("weight_decay", [0.0, 0.01])
+def test_an_infinite_parameter_stays_infinite(where, weight_decay):
+    leaves = make_leaves([(3,)], where)
+    leaves.params[0].copy_(torch.tensor([math.inf, -math.inf, math.nan]))
+    check(leaves, NUMBERS._replace(weight_decay=weight_decay))
 
 
 @on_any_device
