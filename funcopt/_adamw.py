@@ -255,7 +255,7 @@ class AdamW:
         work = self._gather(grads, state, params)
         check_untied(work.params.leaves, work.params.structure)
         counts = work.counts.after(work.active, work.watched)
-        numbers = numbers or self._numbers(work.counts.tensors, counts)
+        numbers = numbers or self._numbers(*work.counts.around(work.active, counts))
         if factor is not None and self._is_followed(work, numbers):
             return self._move(multiplied(grads, factor), None, state, params)
         numbers = with_factor(numbers, factor)
@@ -263,7 +263,7 @@ class AdamW:
         others = (*moments, *chain.from_iterable(numbers))
         with _kernels.recording(work.params.leaves, gradients, others, self.differentiable):
             columns = _kernels.run(
-                work.leaves, work.counts.of(work.active, numbers), self._variant(), work.layout
+                work.leaves, work.counts.of_leaves(numbers), self._variant(), work.layout
             )
             new_params, *new_moments = work.rebuild(columns)
         if not self.amsgrad:
@@ -284,17 +284,15 @@ class AdamW:
             return params, state
         work = self._gather(grads, state, params)
         counts = work.counts.after(work.active, work.watched)
-        numbers = numbers or self._numbers(work.counts.tensors, counts)
+        numbers = numbers or self._numbers(*work.counts.around(work.active, counts))
         if factor is not None and self._is_followed(work, numbers):
             return self._move_(multiplied(grads, factor), None, state, params)
         numbers = with_factor(numbers, factor)
-        check_inplace(work, numbers)
+        check_inplace(work, counts, numbers)
         # Entering no_grad takes longer than moving a small leaf.
         may_record = work.layout is None or work.layout.params_require_grad
         with torch.no_grad() if may_record else nullcontext():
-            _kernels.run_(
-                work.leaves, work.counts.of(work.active, numbers), self._variant(), work.layout
-            )
+            _kernels.run_(work.leaves, work.counts.of_leaves(numbers), self._variant(), work.layout)
             work.counts.write(counts)
         return params, state
 
@@ -330,7 +328,7 @@ class AdamW:
         return find_routine(trees, state.step, self.kernel, writing=writing)
 
     def _numbers(self, olds: Sequence[Tensor], news: Sequence[Number]) -> list[Scalars]:
-        """The numbers of this update, for each count of updates, before it and after."""
+        """The numbers of this update for each count that it goes by, before it and after."""
         return numbers_at((self.lr, *self.betas, self.eps, self.weight_decay), olds, news)
 
     def _variant(self) -> Variant:

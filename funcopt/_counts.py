@@ -29,12 +29,25 @@ class Counts(NamedTuple):
         """The counts: one, or those of the leaves in the order of the parameters."""
         return self.paired.leaves
 
-    def of(self, leaves: list[int], values: list[T]) -> T | list[T]:
-        """Return of one value for each count that of these leaves, or one each if they differ."""
+    def around(self, moving: list[int], after: list[Number]) -> tuple[list[Tensor], list[Number]]:
+        """Return the counts that an update goes by, before it and after it.
+
+        A leaf without a gradient has no part in it: where each leaf has a count of its own, that of
+        such a leaf counts nothing yet, perhaps, and no number is asked for it.
+
+        Args:
+            moving: The leaves that have a gradient.
+            after: All counts after the update.
+        """
+        if not self.per_leaf:
+            return self.tensors, after
+        return [self.tensors[index] for index in moving], [after[index] for index in moving]
+
+    def of_leaves(self, values: list[T]) -> T | list[T]:
+        """Return of one value for each of those counts one for all leaves, or one for each leaf."""
         if not self.per_leaf:
             return values[0]
-        own = [values[index] for index in leaves]
-        return own[0] if len(set(map(id, own))) == 1 else own
+        return values[0] if len(set(map(id, values))) == 1 else values
 
     def after(self, moving: list[int], watched: bool) -> list[Number]:
         """Return the counts after an update of these leaves; those of other leaves stand still.

@@ -109,8 +109,8 @@ def _is_sure(update: Update) -> bool:
         return False
     work = opt._gather(grads, state, params)
     counts = work.counts.after(work.active, work.watched)
-    numbers = opt._numbers(work.counts.tensors, counts)
-    check_inplace(work, numbers)
+    numbers = opt._numbers(*work.counts.around(work.active, counts))
+    check_inplace(work, counts, numbers)
     # A kernel that was asked for by name may yet refuse numbers that it cannot read.
     return _transforms.tracing() or _are_read_and_in_range(numbers) or opt.kernel == "auto"
 
