@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import _kernels, _tree
 from ._checks import check_state
-from ._hyperparameters import check_choice, check_flag, normalize
+from ._hyperparameters import check_choice, check_flag, normalize, normalize_fields
 from ._inplace import check_inplace
 from ._kernels import KERNELS, Scalars, Variant
 from ._node import register_optimizer
@@ -81,11 +81,11 @@ class AdamW:
     Args:
         lr: Learning rate: at least 0; a number, a 0-dim tensor, or a schedule, which is called with
             the count of updates made so far (0 at the first) and returns one of the others.
-        betas: Decay rates of the two running means: each at least 0 and below 1; numbers or 0-dim
-            tensors.
-        eps: Added to the denominator: at least 0; a number or 0-dim tensor. At 0, a zero gradient
-            at the first step gives 0 / 0.
-        weight_decay: At least 0, multiplied by the learning rate; a number, tensor or schedule.
+        betas: Decay rates of the two running means: each at least 0 and below 1, and each likewise
+            a number, tensor or schedule. The bias corrections take the present value for all steps.
+        eps: Added to the denominator: at least 0; likewise. At 0, a zero gradient at the first step
+            gives 0 / 0.
+        weight_decay: At least 0, multiplied by the learning rate; likewise.
         amsgrad: Divide by the largest second moment so far.
         maximize: Ascend instead of descending.
         step_per_leaf: Count the updates of each leaf, so that a leaf whose gradient is sometimes
@@ -113,8 +113,8 @@ class AdamW:
     """
 
     lr: Number | Schedule = 1e-3
-    betas: tuple[Number, Number] = (0.9, 0.999)
-    eps: Number = 1e-8
+    betas: tuple[Number | Schedule, Number | Schedule] = (0.9, 0.999)
+    eps: Number | Schedule = 1e-8
     weight_decay: Number | Schedule = 1e-2
     amsgrad: bool = False
     maximize: bool = False
@@ -126,12 +126,9 @@ class AdamW:
         """Check and normalize every hyperparameter."""
         if not isinstance(self.betas, tuple | list) or len(self.betas) != 2:
             raise TypeError(f"betas={self.betas!r}: must be a pair, such as (0.9, 0.999).")
-        betas = tuple(normalize(f"betas[{i}]", beta) for i, beta in enumerate(self.betas))
-        object.__setattr__(self, "lr", normalize("lr", self.lr, schedule=True))
-        object.__setattr__(self, "betas", betas)
-        object.__setattr__(self, "eps", normalize("eps", self.eps))
-        decay = normalize("weight_decay", self.weight_decay, schedule=True)
-        object.__setattr__(self, "weight_decay", decay)
+        betas = (normalize(f"betas[{i}]", b, schedule=True) for i, b in enumerate(self.betas))
+        object.__setattr__(self, "betas", tuple(betas))
+        normalize_fields(self, "lr", "eps", "weight_decay")
         for name in ("amsgrad", "maximize", "step_per_leaf"):
             check_flag(name, getattr(self, name))
         if self.differentiable is not None:

@@ -154,7 +154,7 @@ def _hyperparameters(
     """Walk an optimizer beside its state, with the hyperparameter asked for as it is now."""
     for step, value in children(opt):
         place = (*steps, step)
-        if step.key == what and callable(value):
+        if step.key == what and _is_scheduled(value):
             yield Place(place, _at_count(value, state, text(place)))
         elif _holds_optimizers(value):
             # Where a wrapper adds nothing of its own, its state may be that of what it wraps.
@@ -193,8 +193,19 @@ def _member(node: Any, step: Step, default: Any) -> Any:
     return default
 
 
-def _at_count(schedule: Callable[[Tensor], Any], state: Any, path: str) -> Any:
-    """Return what a schedule gives after as many updates as were made."""
+def _is_scheduled(value: Any) -> bool:
+    """Whether a hyperparameter is a schedule, or a tuple of numbers in which there is one."""
+    return callable(value) or (isinstance(value, tuple) and any(map(callable, value)))
+
+
+def _at_count(given: Any, state: Any, path: str) -> Any:
+    """Return what a hyperparameter is after as many updates as were made."""
+    if isinstance(given, tuple):
+        named = enumerate(given)
+        return tuple(_at_count(part, state, f"{path}[{i}]") for i, part in named)
+    if not callable(given):
+        return given
+    schedule: Callable[[Tensor], Any] = given
     for name in _COUNTS:
         count = _member(state, Step(name, True), None)
         if count is not None:

@@ -180,8 +180,8 @@ def _number(name: str, given: Number | Schedule) -> float:
     if not isinstance(given, float | Tensor):
         raise ValueError(
             f"{name} is a schedule, which a state dict cannot hold. Hand over "
-            f"dataclasses.replace(opt, {name}=...) with its value at this count, and go on with a "
-            f"torch.optim.lr_scheduler."
+            f"dataclasses.replace(opt, {name.partition('[')[0]}=...) with its value at this count, "
+            f"and go on with a torch.optim.lr_scheduler."
         )
     check_zero_dim(name, given)
     return float(given.detach().item()) if isinstance(given, Tensor) else given
