@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import _kernels, _tree
 from ._checks import check_state
+from ._counts import first_count, place_for_count
 from ._hyperparameters import check_choice, check_flag, normalize, normalize_fields
 from ._inplace import check_inplace
 from ._kernels import KERNELS, Scalars, Variant
@@ -156,17 +157,10 @@ class AdamW:
         def zeros() -> Tree:
             return _tree.unflatten(structure, [torch.zeros_like(leaf) for leaf in leaves])
 
-        # Beside parameters on one GPU, where a captured CUDA graph counts on at each replay.
-        devices = {leaf.device for leaf in leaves}
-        on_gpu = len(devices) == 1 and next(iter(devices)).type == "cuda"
-        place = devices.pop() if on_gpu else "cpu"
-
-        def count() -> Tensor:
-            return torch.zeros((), dtype=torch.float64, device=place)
-
-        step = (
-            _tree.unflatten(structure, [count() for _ in leaves]) if self.step_per_leaf else count()
-        )
+        place = place_for_count(leaves)
+        step: Tree = first_count(place)
+        if self.step_per_leaf:
+            step = _tree.unflatten(structure, [first_count(place) for _ in leaves])
         return AdamWState(step, zeros(), zeros(), zeros() if self.amsgrad else ())
 
     def update(self, grads: Tree, state: AdamWState, params: ParamsT) -> tuple[ParamsT, AdamWState]:

@@ -112,7 +112,7 @@ class Follower(NamedTuple):
             index -= len(self.leaves)
             return names[index] if index < len(names) else paths("params", index - len(names))
 
-        check_inplace(numbers, own, path, self.gradients)
+        check_inplace(numbers, counts, self.gradients, (self.root, self.leaves))
         if not _transforms.tracing():
             check_writable(own, path)
             check_apart([*own, *self.gradients.params], [], path, str)

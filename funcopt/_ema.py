@@ -11,11 +11,12 @@ from torch import Tensor
 from . import _tree
 from ._averages import Follower, begin, lerp, lerp_, settled
 from ._checks import check_optimizer, check_state
-from ._counts import fresh
-from ._hyperparameters import check_flag, check_zero_dim, normalize
+from ._counts import first_count, fresh, place_for_count
+from ._hyperparameters import check_flag, normalize_fields
 from ._kernels import write
 from ._kernels._operands import compute_dtype
 from ._node import register_optimizer
+from ._numbers import number_at
 from ._types import Number, Optimizer, Schedule, Tree
 from ._wrapping import check_scalar, gather_gradients, records
 
@@ -104,7 +105,7 @@ class Ema:
     def __post_init__(self) -> None:
         """Check and normalize every hyperparameter."""
         check_optimizer("inner", self.inner)
-        object.__setattr__(self, "decay", normalize("decay", self.decay, schedule=True))
+        normalize_fields(self, "decay")
         check_flag("debias", self.debias)
 
     def init(self, params: Tree) -> EmaState:
@@ -124,10 +125,7 @@ class Ema:
             (tensor(0., dtype=torch.float64), [tensor([1., 1.])])
         """
         average, leaves = begin(self, params, compute_dtype)
-        # On the GPU, where a captured CUDA graph counts on at each replay.
-        devices = {leaf.device for leaf in leaves}
-        on_gpu = len(devices) == 1 and next(iter(devices)).type == "cuda"
-        count = torch.zeros((), dtype=torch.float64, device=devices.pop() if on_gpu else "cpu")
+        count = first_count(place_for_count(leaves))
         weight = torch.zeros_like(count) if self.debias else torch.ones_like(count)
         return EmaState(count, weight, average, self.inner.init(params))
 
@@ -145,8 +143,8 @@ class Ema:
 
         Raises:
             TypeError: As the inner optimizer.
-            ValueError: As the inner optimizer, or if `decay` is no single number, or its schedule
-                gives one out of range.
+            ValueError: As the inner optimizer, or if `decay` is no single number, or out of range
+                since it was given, or its schedule gives one that is.
 
         Example:
             >>> import torch, funcopt
@@ -156,10 +154,11 @@ class Ema:
             (tensor([0.8990]), tensor([0.9899]))
         """
         average = self._gather(grads, state, params)
-        recorded = records(self, average.gradients, state)
+        decay = number_at("decay", self.decay, state.n_averaged)
+        recorded = records(self, average.gradients, state, {"decay": decay})
         new_params, inner = self.inner.update(grads, state.inner, params)
         with torch.set_grad_enabled(recorded):
-            weight, share = _advance(state.weight, self._decay(state.n_averaged))
+            weight, share = _advance(state.weight, decay)
             moved = lerp(average.leaves, _tree.flatten(new_params)[0], share)
         count, weight = state.n_averaged.detach() + 1, fresh(weight, state.weight)
         return new_params, EmaState(count, weight, average.paired.rebuild(moved), inner)
@@ -190,7 +189,7 @@ class Ema:
             (tensor([0.8990]), tensor([0.9899]))
         """
         average = self._gather(grads, state, params)
-        decay = self._decay(state.n_averaged)
+        decay = number_at("decay", self.decay, state.n_averaged)
         counts = {"state.weight": state.weight, "state.n_averaged": state.n_averaged}
         average.check_inplace({"decay": decay}, counts)
         with torch.no_grad():
@@ -207,16 +206,6 @@ class Ema:
         check_scalar("state.weight", state.weight)
         gradients = gather_gradients(grads, params)
         return Follower.gather(gradients, "state.average", state.average, compute_dtype)
-
-    def _decay(self, count: Tensor) -> Number:
-        """Return the decay after so many updates."""
-        if isinstance(self.decay, (float, Tensor)):
-            decay = self.decay
-        else:  # a schedule gets a copy, and may do with it what it likes
-            given = self.decay(count.detach().clone())
-            decay = normalize("decay", given, source=" from its schedule")
-        check_zero_dim("decay", decay)
-        return decay
 
 
 def _advance(weight: Tensor, decay: Number) -> tuple[Number, Number]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import _tree
+from ._numbers import call_schedule
 from ._types import Optimizer, Tree
 from ._walk import Place, Step, children, edited, text, walk
 
@@ -210,8 +211,7 @@ def _at_count(given: Any, state: Any, path: str) -> Any:
         count = _member(state, Step(name, True), None)
         if count is not None:
             counts, structure = _tree.flatten(count)
-            # A schedule gets a copy, and may do with it what it likes.
-            return _tree.unflatten(structure, [schedule(c.detach().clone()) for c in counts])
+            return _tree.unflatten(structure, [call_schedule(path, schedule, c) for c in counts])
     raise ValueError(
         f"{path} is a function, and its state, of type {type(state).__name__}, has no count "
         f"({' or '.join(_COUNTS)}) to call it with. Give the optimizer whose init() made the "

@@ -25,6 +25,7 @@ __all__ = [
     "elements_at_hand",
     "normalize",
     "normalize_fields",
+    "short",
 ]
 
 _AT_LEAST_ZERO = "must be finite and at least 0", lambda value: 0.0 <= value < math.inf
@@ -140,7 +141,7 @@ def normalize(name: str, value: Any, *, schedule: bool = False, source: str = ""
     kinds = "a number, a 0-dim tensor or a schedule" if schedule else "a number or a 0-dim tensor"
     hint = _hint(value) if schedule else ""
     raise TypeError(
-        f"{name}={_short(value)}{source}: must be {kinds}, not {type(value).__name__}.{hint}"
+        f"{name}={short(value)}{source}: must be {kinds}, not {type(value).__name__}.{hint}"
     )
 
 
@@ -171,10 +172,10 @@ def check_takes(name: str, function: Callable[..., Any], count: int, rule: str) 
     except ValueError:  # what is written in C may have no signature to look at
         return
     except TypeError as error:
-        raise TypeError(f"{name}={_short(function)}: {rule}, and this has {error}.") from None
+        raise TypeError(f"{name}={short(function)}: {rule}, and this has {error}.") from None
 
 
-def _short(value: object) -> str:
+def short(value: object) -> str:
     """Return a repr in a line, whatever it is of."""
     return " ".join(reprlib.repr(value).split())
 

@@ -12,16 +12,28 @@ from torch import Tensor
 from . import _transforms, _tree
 from ._averages import Follower, begin, lerp, lerp_, settled
 from ._checks import check_optimizer, check_state
-from ._hyperparameters import check_flag, check_zero_dim, normalize
+from ._counts import first_count, next_step
+from ._hyperparameters import check_flag, normalize_fields
 from ._kernels import write
 from ._node import register_optimizer
-from ._types import Number, Optimizer, Tree
+from ._numbers import has_schedule, numbers_of
+from ._types import Number, Optimizer, Schedule, Tree
 from ._work import keep_requiring
-from ._wrapping import check_scalar, copies, gather_gradients, read, records
+from ._wrapping import (
+    check_scalar,
+    copies,
+    gather_gradients,
+    read,
+    records,
+    with_step,
+    write_step,
+)
 
 __all__ = ["Lookahead", "LookaheadState"]
 
 ParamsT = TypeVar("ParamsT")
+
+_NUMBERS = ("every", "alpha")
 
 
 class LookaheadState(NamedTuple):
@@ -32,11 +44,14 @@ class LookaheadState(NamedTuple):
             float64 tensor of shape () on the CPU.
         slow_params: The slow parameters: a tree like the parameters, in their dtypes.
         inner: The state of the inner optimizer.
+        step: How many updates were made, if a hyperparameter is a schedule: likewise a tensor of
+            shape () on the CPU; else `()`.
     """
 
     steps_since_sync: Tensor
     slow_params: Tree
     inner: Any
+    step: Tree = ()
 
 
 @register_optimizer
@@ -66,9 +81,10 @@ class Lookahead:
     Args:
         inner: The optimizer that moves the fast parameters.
         every: How many updates lie between two meetings, $k$: a whole number of at least 1. A 0-dim
-            tensor, of a floating-point dtype, may differ between the members of a vmap.
+            tensor, of a floating-point dtype, may differ between the members of a vmap. A schedule
+            is called with the count of updates made so far.
         alpha: How far the slow parameters go: at least 0 (never) and at most 1 (all the way, as if
-            there were no `Lookahead`); a number or 0-dim tensor.
+            there were no `Lookahead`); a number, a 0-dim tensor or a schedule.
         reset_state: Whether the inner optimizer starts anew at each meeting, from the state that
             its `init` gives, counts and all: a schedule in it begins again, too.
 
@@ -89,16 +105,14 @@ class Lookahead:
     """
 
     inner: Optimizer[Any]
-    every: Number = 5
-    alpha: Number = 0.5
+    every: Number | Schedule = 5
+    alpha: Number | Schedule = 0.5
     reset_state: bool = False
 
     def __post_init__(self) -> None:
         """Check and normalize every hyperparameter."""
         check_optimizer("inner", self.inner)
-        every = normalize("every", self.every)
-        object.__setattr__(self, "every", int(every) if isinstance(every, float) else every)
-        object.__setattr__(self, "alpha", normalize("alpha", self.alpha))
+        normalize_fields(self, *_NUMBERS)
         check_flag("reset_state", self.reset_state)
 
     def init(self, params: Tree) -> LookaheadState:
@@ -117,8 +131,9 @@ class Lookahead:
             [tensor([1., 1.])]
         """
         slow_params, _ = begin(self, params, _own)
-        count = torch.zeros((), dtype=torch.float64, device="cpu")
-        return LookaheadState(count, slow_params, self.inner.init(params))
+        count = first_count(torch.device("cpu"))
+        step = count.clone() if has_schedule(self, _NUMBERS) else ()
+        return LookaheadState(count, slow_params, self.inner.init(params), step)
 
     def update(
         self, grads: Tree, state: LookaheadState, params: ParamsT
@@ -135,7 +150,8 @@ class Lookahead:
 
         Raises:
             TypeError: As the inner optimizer.
-            ValueError: As the inner optimizer, or if a hyperparameter is no single number.
+            ValueError: As the inner optimizer, or if a hyperparameter is no single number, or out
+                of range since it was given.
 
         Example:
             >>> import torch, funcopt
@@ -143,22 +159,23 @@ class Lookahead:
             >>> opt.update(torch.ones(1), opt.init(torch.ones(1)), torch.ones(1))[0]
             tensor([0.9200])
         """
-        slow = self._gather(grads, state, params)
-        recorded = records(self, slow.gradients, state)
-        meets = self._meets(state.steps_since_sync)
+        slow, numbers = self._gather(grads, state, params)
+        recorded = records(self, slow.gradients, state, numbers)
+        meets = _meets(state.steps_since_sync, numbers["every"])
         new_params, inner = self.inner.update(grads, state.inner, params)
         with torch.set_grad_enabled(recorded):
             if meets is False:
                 new_slow = copies(slow.leaves)
             else:
                 fast, structure = _tree.flatten(new_params)
-                met = lerp(slow.leaves, fast, self._alpha())
+                met = lerp(slow.leaves, fast, _known(numbers["alpha"]))
                 new_slow = _chosen(meets, met, slow.leaves)
                 new_params = _tree.unflatten(structure, _chosen(meets, copies(met), fast))
                 _keep_requiring(new_params, params)
                 inner = self._restarted(meets, inner, new_params)
         count = _next(meets, state.steps_since_sync.detach())
-        return new_params, LookaheadState(count, slow.paired.rebuild(new_slow), inner)
+        new_slow_params = slow.paired.rebuild(new_slow)
+        return new_params, LookaheadState(count, new_slow_params, inner, next_step(state.step))
 
     def update_(
         self, grads: Tree, state: LookaheadState, params: ParamsT
@@ -186,37 +203,27 @@ class Lookahead:
             >>> w
             tensor([0.9200])
         """
-        slow = self._gather(grads, state, params)
-        numbers = {"every": self.every, "alpha": self.alpha}
-        slow.check_inplace(numbers, {"state.steps_since_sync": state.steps_since_sync})
-        meets = self._meets(state.steps_since_sync)
+        slow, numbers = self._gather(grads, state, params)
+        counts = {"state.steps_since_sync": state.steps_since_sync}
+        slow.check_inplace(numbers, with_step(counts, state))
+        meets = _meets(state.steps_since_sync, numbers["every"])
         self.inner.update_(grads, state.inner, params)
         with torch.no_grad():
             if meets is not False:
-                self._meet_(meets, slow, state.inner, params)
+                self._meet_(meets, _known(numbers["alpha"]), slow, state.inner, params)
             write(state.steps_since_sync, _next(meets, state.steps_since_sync))
+            write_step(state)
         return params, state
 
-    def _gather(self, grads: Tree, state: LookaheadState, params: Tree) -> Follower:
+    def _gather(
+        self, grads: Tree, state: LookaheadState, params: Tree
+    ) -> tuple[Follower, dict[str, Number]]:
         check_state(state, LookaheadState)
         check_scalar("state.steps_since_sync", state.steps_since_sync)
-        check_zero_dim("every", self.every)
-        check_zero_dim("alpha", self.alpha)
+        numbers = numbers_of(self, _NUMBERS, state.step)
         gradients = gather_gradients(grads, params)
-        return Follower.gather(gradients, "state.slow_params", state.slow_params, _own)
-
-    def _meets(self, count: Tensor) -> bool | Tensor:
-        """Whether slow and fast meet in this update; a tensor where that is not read."""
-        taken = read(count)
-        every = read(self.every) if isinstance(self.every, Tensor) else self.every
-        if taken is None or every is None:
-            return count.detach() + 1 >= self.every
-        return taken + 1 >= every
-
-    def _alpha(self) -> Number:
-        """Return how far the slow parameters go, as a Python number if it can be read."""
-        alpha = settled(self.alpha)
-        return self.alpha if alpha is None else alpha
+        slow = Follower.gather(gradients, "state.slow_params", state.slow_params, _own)
+        return slow, numbers
 
     def _restarted(self, meets: bool | Tensor, inner: Tree, params: Tree) -> Tree:
         """Return the inner state, as it is at first if slow and fast met and it is to restart."""
@@ -226,19 +233,36 @@ class Lookahead:
         first = _tree.pair(self.inner.init(params), "state.inner", structure).leaves
         return _tree.unflatten(structure, _chosen(meets, first, olds))
 
-    def _meet_(self, meets: bool | Tensor, slow: Follower, inner: Tree, params: Tree) -> None:
+    def _meet_(
+        self, meets: bool | Tensor, alpha: Number, slow: Follower, inner: Tree, params: Tree
+    ) -> None:
         """Let slow and fast meet in place."""
         fast = slow.gradients.params
         if meets is True:
-            lerp_(slow.leaves, fast, self._alpha())
+            lerp_(slow.leaves, fast, alpha)
             _write_all(fast, slow.leaves)
         else:
-            met = lerp(slow.leaves, fast, self._alpha())
+            met = lerp(slow.leaves, fast, alpha)
             for leaves in (slow.leaves, fast):
                 _write_all(leaves, _chosen(meets, met, leaves))
         if self.reset_state:
             restarted = self._restarted(meets, inner, params)
             _write_all(_tree.flatten(inner)[0], _tree.flatten(restarted)[0])
+
+
+def _meets(count: Tensor, every: Number) -> bool | Tensor:
+    """Whether slow and fast meet in this update; a tensor where that is not read."""
+    taken = read(count)
+    known = read(every) if isinstance(every, Tensor) else every
+    if taken is None or known is None:
+        return count.detach() + 1 >= every
+    return taken + 1 >= known
+
+
+def _known(number: Number) -> Number:
+    """Return a number, as a Python number if it can be read."""
+    value = settled(number)
+    return number if value is None else value
 
 
 def _own(dtype: torch.dtype) -> torch.dtype:

@@ -12,9 +12,11 @@ from torch import Tensor
 
 from . import _kernels, _transforms, _tree
 from ._checks import check_alike, check_leaves, kind_of
+from ._counts import first_count, next_step, place_for_count
 from ._inplace import check_unwatched
 from ._kernels import write
 from ._kernels._pages import copies_of
+from ._numbers import has_schedule
 from ._scaled import update_scaled, update_scaled_
 from ._types import Optimizer, Tree
 from ._walk import walk
@@ -26,11 +28,14 @@ __all__ = [
     "check_overflow_is_seen",
     "check_scalar",
     "copies",
+    "first_step",
     "gather_gradients",
     "read",
     "records",
     "update_if",
     "update_if_",
+    "with_step",
+    "write_step",
 ]
 
 
@@ -102,19 +107,38 @@ def check_scalar(name: str, value: object) -> None:
         )
 
 
+def first_step(opt: object, names: Iterable[str], params: Tree) -> Tree:
+    """Return a count of updates, if one of these hyperparameters is a schedule; else `()`."""
+    if not has_schedule(opt, names):
+        return ()
+    tensors = [leaf for leaf in _tree.flatten(params)[0] if isinstance(leaf, Tensor)]
+    return first_count(place_for_count(tensors))
+
+
+def with_step(own: dict[str, Tensor], state: Any) -> dict[str, Tensor]:
+    """Return these tensors of a wrapper's state by their paths, and its count if it has one."""
+    return {**own, "state.step": state.step} if isinstance(state.step, Tensor) else own
+
+
+def write_step(state: Any, moves: bool | Tensor = True) -> None:
+    """Write into a wrapper's state, if it counts updates, how many there are after one."""
+    if isinstance(state.step, Tensor):
+        write(state.step, next_step(state.step, moves))
+
+
 def check_inplace(
     numbers: Mapping[str, object],
-    own: Sequence[Tensor],
-    path: Callable[[int], str],
+    own: Mapping[str, Tensor],
     gradients: Gradients,
+    tree: tuple[str, Sequence[Tensor]] = ("", ()),
 ) -> None:
     """Refuse to write a wrapper's own tensors where that would lose a derivative or memory.
 
     Args:
         numbers: Its hyperparameters, by name.
-        own: The tensors that it writes itself.
-        path: Names tensor i of those.
+        own: The tensors that it writes itself, by their paths.
         gradients: What it reads.
+        tree: More of those: a tree like the parameters, by its name and leaves.
 
     Raises:
         RuntimeError: Under a transform of `torch.func` or forward mode, or if anything here has a
@@ -122,15 +146,23 @@ def check_inplace(
         ValueError: If two of its tensors, or one and a gradient, start at the same place.
     """
     check_unwatched()
-    for name, tensor in _historic(numbers, own, path, gradients):
+    root, leaves = tree
+    written, names = [*leaves, *own.values()], list(own)
+
+    def path(index: int) -> str:
+        if index < len(leaves):
+            return _tree.path(gradients.structure, root, index)
+        return names[index - len(leaves)]
+
+    for name, tensor in _historic(numbers, written, path, gradients):
         raise RuntimeError(
             f"{name} {'has a history' if tensor.grad_fn else 'requires a gradient'}, which writing "
             f"in place would lose. Use update(), or detach it if no derivative is wanted."
         )
-    if _transforms.tracing() or not _transforms.all_plain([*own, *gradients.tensors]):
+    if _transforms.tracing() or not _transforms.all_plain([*written, *gradients.tensors]):
         return  # there is no memory to share
     taken = {grad.data_ptr() for grad in gradients.tensors}
-    for index, tensor in enumerate(own):
+    for index, tensor in enumerate(written):
         if tensor.numel() > 0 and tensor.data_ptr() in taken and not tensor.is_meta:
             raise ValueError(
                 f"{path(index)} shares its memory with a gradient or with other state. Clone it, "
@@ -166,13 +198,25 @@ def read(number: Tensor) -> float | None:
     return float(number.item())
 
 
-def records(opt: Optimizer[Any], gradients: Gradients, state: Tree) -> bool:
+def records(
+    opt: Optimizer[Any],
+    gradients: Gradients,
+    state: Tree,
+    numbers: Mapping[str, object] | None = None,
+) -> bool:
     """Whether plain autograd is to record what a wrapper does to its tensors: the rule of `AdamW`.
 
     It is asked of the tensors beneath a vmap, too, where parameters that merely require a gradient
     would otherwise leave a history in whatever is chosen from them.
+
+    Args:
+        opt: The wrapper.
+        gradients: The gradients, with the parameters.
+        state: Its state.
+        numbers: What its hyperparameters are at this update, where schedules may give them.
     """
-    others = [leaf for leaf in _tree.flatten(state)[0] if isinstance(leaf, Tensor)]
+    own = [*_tree.flatten(state)[0], *(numbers or {}).values()]
+    others = [leaf for leaf in own if isinstance(leaf, Tensor)]
     asked: set[object] = set()
     for name, value in _fields(opt):
         if isinstance(value, Tensor):

@@ -78,7 +78,7 @@ class Meeting(NamedTuple):
         """Refuse to write in place where that would lose a derivative or memory."""
         others = {"state.steps_since_sync": count}
         if self.anchored is None:
-            check_inplace({}, [count], lambda _: "state.steps_since_sync", self.gradients)
+            check_inplace({}, others, self.gradients)
             return
         if self.moving is not None:
             paths = _tree.paths(self.gradients.structure, self.moving.root)

@@ -35,12 +35,15 @@ from funcopt import (
     decay_label,
 )
 from funcopt.interop import from_state_dict, to_state_dict
+from funcopt.schedules import Linear
 
 from ..cases import assert_same_bits
 from ..interop.formats import load_dcp
 from .harness import run_ranks
 
 STEPS = 20
+
+falling = Linear(0.5, 0.05, steps=STEPS)
 
 
 def partition():
@@ -66,6 +69,27 @@ OPTIMIZERS = {
     ),
     "LossScale of SkipNonfinite": lambda: LossScale(
         SkipNonfinite(AdamW(lr=0.02)), init_scale=1.0, growth_factor=1.5, growth_interval=50
+    ),
+    "schedules in all of them": lambda: Clip(
+        Accumulate(
+            Ema(
+                Lookahead(
+                    ClipValue(AdamW(lr=0.02, betas=(Linear(0.9, 0.5, 20), 0.99)), falling),
+                    every=lambda count: torch.where(count < 6, 2, 3),
+                    alpha=falling,
+                ),
+                decay=Linear(0.0, 0.9, steps=10),
+            ),
+            every=lambda count: torch.where(count < 6, 1, 2),
+        ),
+        max_norm=falling,
+        nonfinite="skip",
+    ),
+    "schedules of a scale": lambda: LossScale(
+        SkipNonfinite(AdamW(lr=0.02), max_consecutive=lambda count: 3),
+        1.0,
+        growth_factor=lambda count: 1 + 1 / (1 + count),
+        growth_interval=lambda count: torch.where(count < 6, 2, 3),
     ),
 }
 SOME = [
