@@ -54,7 +54,9 @@ class Partition:
     state does not match then. A function must depend on names, shapes and dtypes alone.
 
     Args:
-        inner: The optimizers, by label. Each must come to have a leaf.
+        inner: The optimizers, by label. Each must come to have a leaf, so that a label that is
+            misspelt is noticed; but those that a function names in its attribute `possible_labels`
+            need not, as with `decay_label`, and it gives no others.
         labels: Which leaf has which label, said in one of three ways: a function
             `label(name, leaf) -> str`; a tree of labels with the keys of the parameters; or a dict
             from compiled regular expressions to labels, `{re.compile(r"bias$"): "no_decay", ...}`,
@@ -63,7 +65,8 @@ class Partition:
 
     Raises:
         TypeError: If `inner` is not a dict from strings to optimizers, or a label is no string.
-        ValueError: If `inner` is empty, or a label in `labels` is not in it.
+        ValueError: If `inner` is empty, or a label in `labels` is not in it, or one of it is not
+            among the `possible_labels` of a function.
 
     Example:
         >>> import re, torch, funcopt
