@@ -18,16 +18,15 @@ from ._node import register_optimizer
 from ._numbers import has_schedule, numbers_of
 from ._sharded import check_placed
 from ._types import Number, Optimizer, Schedule, Tree
-from ._work import flatten_params
+from ._update_if import update_if, update_if_
 from ._wrapping import (
     Gradients,
     check_inplace,
     check_scalar,
     gather_gradients,
+    gather_params,
     read,
     records,
-    update_if,
-    update_if_,
     with_step,
     write_step,
 )
@@ -45,7 +44,8 @@ class AccumulateState(NamedTuple):
     Attributes:
         mini_step: How many gradients are in the sum: a float64 tensor of shape () on the CPU.
         acc_grads: The sum of the gradients since the last inner update, in float32 for 16-bit
-            parameters, else in the parameter's dtype.
+            parameters, else in the parameter's dtype. That of a leaf at rest (as under `Frozen`)
+            stays 0.
         given: Which leaves had a gradient since then: a bool tensor on the CPU, with one element
             for each leaf, in the order in which the parameters are flattened.
         inner: The state of the inner optimizer.
@@ -128,7 +128,7 @@ class Accumulate:
             >>> opt.init([torch.ones(2, dtype=torch.bfloat16)]).acc_grads
             [tensor([0., 0.])]
         """
-        leaves, structure = flatten_params(params)
+        leaves, structure, _ = gather_params(self, params)
         zeros = [torch.zeros_like(leaf, dtype=compute_dtype(leaf.dtype)) for leaf in leaves]
         return AccumulateState(
             torch.zeros((), dtype=torch.float64, device="cpu"),
@@ -305,7 +305,7 @@ def _gather(
     check_state(state, AccumulateState)
     check_scalar("state.mini_step", state.mini_step)
     numbers = numbers_of(opt, _NUMBERS, state.step)
-    gradients = gather_gradients(grads, params)
+    gradients = gather_gradients(opt, grads, params)
     acc_grads = _tree.pair(state.acc_grads, "state.acc_grads", gradients.structure)
     work = _Work(gradients, acc_grads, state.given, state.mini_step)
     check_placed(acc_grads.leaves, gradients.params, work.path, "a sum of gradients")

@@ -18,17 +18,16 @@ from ._node import register_optimizer
 from ._numbers import has_schedule, numbers_of
 from ._over_shards import over_shards
 from ._types import Number, Optimizer, Schedule, Tree
-from ._work import flatten_params
+from ._update_if import update_if, update_if_
 from ._wrapping import (
     Gradients,
     check_inplace,
     check_overflow_is_seen,
     check_scalar,
     gather_gradients,
+    gather_params,
     read,
     records,
-    update_if,
-    update_if_,
     with_step,
     write_step,
 )
@@ -140,7 +139,7 @@ class Clip:
             >>> funcopt.Clip(funcopt.AdamW(), max_norm=1.0).init(torch.ones(2)).norm
             tensor(0.)
         """
-        norm = _zero_norm(flatten_params(params)[0])
+        norm = _zero_norm(gather_params(self, params).moving)
         step = first_count(norm.device) if has_schedule(self, _NUMBERS) else ()
         return ClipState(norm, self.inner.init(params), step)
 
@@ -217,7 +216,7 @@ class Clip:
         check_state(state, ClipState)
         check_scalar("state.norm", state.norm)
         numbers = numbers_of(self, _NUMBERS, state.step)
-        return gather_gradients(grads, params), numbers
+        return gather_gradients(self, grads, params), numbers
 
     def _clip(
         self, gradients: Gradients, like: Tensor, max_norm: Number

@@ -194,7 +194,7 @@ class ClipAdaptive:
     ) -> tuple[Gradients, dict[str, Number]]:
         check_state(state, ClipAdaptiveState)
         numbers = numbers_of(self, _NUMBERS, state.step)
-        gradients = gather_gradients(grads, params)
+        gradients = gather_gradients(self, grads, params)
         _check_units_are_here(gradients)
         return gradients, numbers
 
@@ -237,6 +237,8 @@ def _scales(
 def _check_units_are_here(gradients: Gradients) -> None:
     """Refuse sharded leaves of whose units a process has but a part."""
     for index, param in enumerate(gradients.params):
+        if index in gradients.resting:
+            continue
         whole: Any = whole_of(param)
         for placement in [] if whole is param else whole.placements:
             if not placement.is_replicate() and not (whole.ndim > 1 and placement.is_shard(0)):

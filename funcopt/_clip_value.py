@@ -161,7 +161,7 @@ class ClipValue:
     ) -> tuple[Gradients, dict[str, Number]]:
         check_state(state, ClipValueState)
         numbers = numbers_of(self, _NUMBERS, state.step)
-        return gather_gradients(grads, params), numbers
+        return gather_gradients(self, grads, params), numbers
 
 
 def _clip(gradients: Gradients, max_value: Number) -> Tree:

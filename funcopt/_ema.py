@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _tree
-from ._averages import Follower, begin, lerp, lerp_, settled
+from ._averages import Follower, begin, settled
 from ._checks import check_optimizer, check_state
 from ._counts import first_count, fresh, place_for_count
 from ._hyperparameters import check_flag, normalize_fields
@@ -34,7 +34,8 @@ class EmaState(NamedTuple):
         weight: The share of the average that parameters have, those in it: 1 without debiasing,
             else `1 - decay**count`, from 0 at first. Likewise a tensor.
         average: The average, at any time as it is to be used: in float32 for 16-bit parameters,
-            else in the parameter's dtype. At first it is the parameters themselves.
+            else in the parameter's dtype. At first it is the parameters themselves, and of a leaf
+            at rest (as under `Frozen`) it always is that leaf.
         inner: The state of the inner optimizer.
     """
 
@@ -159,7 +160,7 @@ class Ema:
         new_params, inner = self.inner.update(grads, state.inner, params)
         with torch.set_grad_enabled(recorded):
             weight, share = _advance(state.weight, decay)
-            moved = lerp(average.leaves, _tree.flatten(new_params)[0], share)
+            moved = average.toward(_tree.flatten(new_params)[0], share)
         count, weight = state.n_averaged.detach() + 1, fresh(weight, state.weight)
         return new_params, EmaState(count, weight, average.paired.rebuild(moved), inner)
 
@@ -195,7 +196,7 @@ class Ema:
         with torch.no_grad():
             weight, share = _advance(state.weight, decay)
             self.inner.update_(grads, state.inner, params)
-            lerp_(average.leaves, average.gradients.params, share)
+            average.toward_(average.gradients.params, share)
             write(state.weight, fresh(weight, state.weight))
             write(state.n_averaged, state.n_averaged + 1)
         return params, state
@@ -204,7 +205,7 @@ class Ema:
         check_state(state, EmaState)
         check_scalar("state.n_averaged", state.n_averaged)
         check_scalar("state.weight", state.weight)
-        gradients = gather_gradients(grads, params)
+        gradients = gather_gradients(self, grads, params)
         return Follower.gather(gradients, "state.average", state.average, compute_dtype)
 
 

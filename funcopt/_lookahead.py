@@ -9,8 +9,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from . import _transforms, _tree
-from ._averages import Follower, begin, lerp, lerp_, settled
+from . import _tree
+from ._averages import Follower, begin, settled
 from ._checks import check_optimizer, check_state
 from ._counts import first_count, next_step
 from ._hyperparameters import check_flag, normalize_fields
@@ -18,10 +18,9 @@ from ._kernels import write
 from ._node import register_optimizer
 from ._numbers import has_schedule, numbers_of
 from ._types import Number, Optimizer, Schedule, Tree
-from ._work import keep_requiring
+from ._update_if import choose, copies, keep_leaves_requiring
 from ._wrapping import (
     check_scalar,
-    copies,
     gather_gradients,
     read,
     records,
@@ -42,7 +41,8 @@ class LookaheadState(NamedTuple):
     Attributes:
         steps_since_sync: How many updates were made since slow and fast parameters were the same: a
             float64 tensor of shape () on the CPU.
-        slow_params: The slow parameters: a tree like the parameters, in their dtypes.
+        slow_params: The slow parameters: a tree like the parameters, in their dtypes. At a meeting,
+            those of leaves at rest (as under `Frozen`) become these.
         inner: The state of the inner optimizer.
         step: How many updates were made, if a hyperparameter is a schedule: likewise a tensor of
             shape () on the CPU; else `()`.
@@ -168,10 +168,11 @@ class Lookahead:
                 new_slow = copies(slow.leaves)
             else:
                 fast, structure = _tree.flatten(new_params)
-                met = lerp(slow.leaves, fast, _known(numbers["alpha"]))
-                new_slow = _chosen(meets, met, slow.leaves)
-                new_params = _tree.unflatten(structure, _chosen(meets, copies(met), fast))
-                _keep_requiring(new_params, params)
+                met = slow.toward(fast, _known(numbers["alpha"]))
+                new_slow = choose(meets, met, slow.leaves)
+                new_fast = slow.gradients.but_resting(copies(slow.gradients.moving(met)), fast)
+                new_params = _tree.unflatten(structure, choose(meets, new_fast, fast))
+                keep_leaves_requiring(new_params, params)
                 inner = self._restarted(meets, inner, new_params)
         count = _next(meets, state.steps_since_sync.detach())
         new_slow_params = slow.paired.rebuild(new_slow)
@@ -221,7 +222,7 @@ class Lookahead:
         check_state(state, LookaheadState)
         check_scalar("state.steps_since_sync", state.steps_since_sync)
         numbers = numbers_of(self, _NUMBERS, state.step)
-        gradients = gather_gradients(grads, params)
+        gradients = gather_gradients(self, grads, params)
         slow = Follower.gather(gradients, "state.slow_params", state.slow_params, _own)
         return slow, numbers
 
@@ -231,20 +232,20 @@ class Lookahead:
             return inner
         olds, structure = _tree.flatten(inner)
         first = _tree.pair(self.inner.init(params), "state.inner", structure).leaves
-        return _tree.unflatten(structure, _chosen(meets, first, olds))
+        return _tree.unflatten(structure, choose(meets, first, olds))
 
     def _meet_(
         self, meets: bool | Tensor, alpha: Number, slow: Follower, inner: Tree, params: Tree
     ) -> None:
         """Let slow and fast meet in place."""
-        fast = slow.gradients.params
+        fast, moving = slow.gradients.params, slow.gradients.moving
         if meets is True:
-            lerp_(slow.leaves, fast, alpha)
-            _write_all(fast, slow.leaves)
+            slow.toward_(fast, alpha)
+            _write_all(moving(fast), moving(slow.leaves))
         else:
-            met = lerp(slow.leaves, fast, alpha)
-            for leaves in (slow.leaves, fast):
-                _write_all(leaves, _chosen(meets, met, leaves))
+            met = slow.toward(fast, alpha)
+            _write_all(slow.leaves, choose(meets, met, slow.leaves))
+            _write_all(moving(fast), choose(meets, moving(met), moving(fast)))
         if self.reset_state:
             restarted = self._restarted(meets, inner, params)
             _write_all(_tree.flatten(inner)[0], _tree.flatten(restarted)[0])
@@ -270,16 +271,6 @@ def _own(dtype: torch.dtype) -> torch.dtype:
     return dtype
 
 
-def _chosen(
-    condition: bool | Tensor, news: Sequence[Tensor], olds: Sequence[Tensor]
-) -> list[Tensor]:
-    if isinstance(condition, bool):
-        return list(news if condition else olds)
-    return [
-        torch.where(condition.to(old.device), new, old) for new, old in zip(news, olds, strict=True)
-    ]
-
-
 def _write_all(olds: Sequence[Tensor], news: Sequence[Tensor]) -> None:
     for old, new in zip(olds, news, strict=True):
         write(old, new)
@@ -290,9 +281,3 @@ def _next(meets: bool | Tensor, count: Tensor) -> Tensor:
     if isinstance(meets, bool):
         return torch.zeros_like(count) if meets else count + 1
     return (count + 1).masked_fill(meets, 0)
-
-
-def _keep_requiring(new_params: Tree, params: Tree) -> None:
-    """Let copies of parameters require a gradient where the old did, but for a transform's sake."""
-    if not _transforms.transformed() and not _transforms.tracing():
-        keep_requiring(_tree.flatten(new_params)[0], _tree.flatten(params)[0])

@@ -17,15 +17,14 @@ from ._kernels import write
 from ._node import register_optimizer
 from ._numbers import has_schedule, number_at, numbers_of
 from ._types import Number, Optimizer, Schedule, Tree
-from ._work import flatten_params
+from ._update_if import update_if, update_if_
 from ._wrapping import (
     Gradients,
     check_inplace,
     check_scalar,
     gather_gradients,
+    gather_params,
     records,
-    update_if,
-    update_if_,
     with_step,
     write_step,
 )
@@ -154,7 +153,7 @@ class LossScale:
             tensor(65536.)
         """
         init_scale = number_at("init_scale", self.init_scale, ())
-        place = place_for(flatten_params(params)[0])
+        place = place_for(gather_params(self, params).moving)
         scale = (
             init_scale.detach().to(device=place, dtype=torch.float32, copy=True)
             if isinstance(init_scale, Tensor)
@@ -255,7 +254,7 @@ class LossScale:
         check_scalar("state.scale", state.scale)
         check_count(state.growth_tracker, lambda: "state.growth_tracker")
         numbers = numbers_of(self, _NUMBERS, state.step)
-        return gather_gradients(grads, params), numbers
+        return gather_gradients(self, grads, params), numbers
 
 
 def _rescale(

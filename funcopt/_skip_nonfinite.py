@@ -18,15 +18,14 @@ from ._kernels import write
 from ._node import register_optimizer
 from ._numbers import has_schedule, numbers_of
 from ._types import Number, Optimizer, Schedule, Tree
-from ._work import flatten_params
+from ._update_if import update_if, update_if_
 from ._wrapping import (
     Gradients,
     check_inplace,
     check_overflow_is_seen,
     gather_gradients,
+    gather_params,
     records,
-    update_if,
-    update_if_,
     with_step,
     write_step,
 )
@@ -129,7 +128,7 @@ class SkipNonfinite:
             >>> state.consecutive, state.total, state.last_finite
             (tensor(0), tensor(0), tensor(True))
         """
-        place = place_for(flatten_params(params)[0])
+        place = place_for(gather_params(self, params).moving)
         return SkipNonfiniteState(
             torch.zeros((), dtype=torch.int64, device=place),
             torch.zeros((), dtype=torch.int64, device=place),
@@ -224,7 +223,7 @@ class SkipNonfinite:
         check_count(state.total, lambda: "state.total")
         _check_last_finite(state.last_finite)
         numbers = numbers_of(self, _NUMBERS, state.step)
-        return gather_gradients(grads, params), numbers
+        return gather_gradients(self, grads, params), numbers
 
 
 def _judge(

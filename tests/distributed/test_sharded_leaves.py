@@ -572,6 +572,39 @@ def test_a_frozen_leaf_is_the_very_tensor_and_one_without_a_gradient_is_left_alo
     run_ranks(2, leave_alone)
 
 
+def leave_alone_beneath(rank):
+    mesh = init_device_mesh("cpu", (2,))
+    groups = Partition({"on": AdamW(lr=0.1), "off": Frozen()}, {"w": "on", "b": "off", "n": "off"})
+    given = {"w": torch.tensor([[3.0], [4.0], [0.0]]), "b": torch.full((3, 1), torch.inf)}
+    for opt in (
+        Clip(groups, 0.5),
+        Clip(groups, 0.5, nonfinite="skip"),
+        ClipAdaptive(groups),
+        SkipNonfinite(groups),
+        LossScale(groups, 1.0),
+        Accumulate(groups, 2),
+        Ema(groups, 0.5),
+        Lookahead(groups, 2),
+    ):
+        plain = {"w": torch.ones(3, 1), "b": torch.ones(3, 1), "n": torch.arange(3)}
+        params = {n: distribute_tensor(leaf, mesh, [Shard(0)]) for n, leaf in plain.items()}
+        grads = {n: distribute_tensor(leaf, mesh, [Shard(0)]) for n, leaf in given.items()}
+        expected, expected_state = opt.update(given, opt.init(plain), plain)
+        moved, state = opt.update(grads, opt.init(params), params)
+        assert moved["b"] is params["b"]
+        assert moved["n"] is params["n"]
+        assert_near(whole((moved, state)), whole((expected, expected_state)))
+        versions = [params[name]._version for name in ("b", "n")]
+        state = opt.init(params)
+        opt.update_(grads, state, params)
+        assert_near(whole((params, state)), whole((expected, expected_state)))
+        assert [params[name]._version for name in ("b", "n")] == versions
+
+
+def test_a_frozen_leaf_is_the_very_tensor_beneath_wrappers_too_and_counts_for_nothing():
+    run_ranks(2, leave_alone_beneath)
+
+
 def compile_around(rank):
     mesh = init_device_mesh("cpu", (2,))
     params = {"w": distribute_tensor(torch.ones(3, 2), mesh, [Shard(0)])}
