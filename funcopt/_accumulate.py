@@ -10,28 +10,33 @@ from torch import Tensor
 
 from . import _lists, _transforms, _tree
 from ._checks import check_optimizer, check_state, kind_of
-from ._hyperparameters import check_zero_dim, normalize
+from ._counts import first_count, next_step
+from ._hyperparameters import normalize_fields
 from ._kernels import write
 from ._kernels._operands import compute_dtype
 from ._node import register_optimizer
+from ._numbers import has_schedule, numbers_of
 from ._sharded import check_placed
-from ._types import Number, Optimizer, Tree
-from ._work import flatten_params
+from ._types import Number, Optimizer, Schedule, Tree
+from ._update_if import update_if, update_if_
 from ._wrapping import (
     Gradients,
     check_inplace,
     check_scalar,
     gather_gradients,
+    gather_params,
     place_of_counts,
     read,
     records,
-    update_if,
-    update_if_,
+    with_step,
+    write_step,
 )
 
 __all__ = ["Accumulate", "AccumulateState"]
 
 ParamsT = TypeVar("ParamsT")
+
+_NUMBERS = ("every",)
 
 
 class AccumulateState(NamedTuple):
@@ -41,16 +46,20 @@ class AccumulateState(NamedTuple):
         mini_step: How many gradients are in the sum: a float64 tensor of shape (), on the CPU, or
             where `every` is if that is a tensor.
         acc_grads: The sum of the gradients since the last inner update, in float32 for 16-bit
-            parameters, else in the parameter's dtype.
+            parameters, else in the parameter's dtype. That of a leaf at rest (as under `Frozen`)
+            stays 0.
         given: Which leaves had a gradient since then: a bool tensor beside `mini_step`, with one
             element for each leaf, in the order in which the parameters are flattened.
         inner: The state of the inner optimizer.
+        step: How many inner updates were made, if `every` is a schedule: likewise a tensor of shape
+            () on the CPU; else `()`.
     """
 
     mini_step: Tensor
     acc_grads: Tree
     given: Tensor
     inner: Any
+    step: Tree = ()
 
 
 @register_optimizer
@@ -81,7 +90,8 @@ class Accumulate:
     Args:
         inner: The optimizer that is given the mean.
         every: How many calls make one inner update: a whole number of at least 1. A 0-dim tensor,
-            of a floating-point dtype, may differ between the members of a vmap.
+            of a floating-point dtype, may differ between the members of a vmap. A schedule is
+            called with the count of inner updates made so far, as that of `optax.MultiSteps`.
 
     Raises:
         TypeError: If `inner` is no optimizer, or `every` is of the wrong type.
@@ -101,13 +111,12 @@ class Accumulate:
     """
 
     inner: Optimizer[Any]
-    every: Number
+    every: Number | Schedule
 
     def __post_init__(self) -> None:
         """Check and normalize the number of calls."""
         check_optimizer("inner", self.inner)
-        every = normalize("every", self.every)
-        object.__setattr__(self, "every", int(every) if isinstance(every, float) else every)
+        normalize_fields(self, *_NUMBERS)
 
     def init(self, params: Tree) -> AccumulateState:
         """Return the state before the first update: an empty sum, and the inner state.
@@ -125,7 +134,7 @@ class Accumulate:
             >>> opt.init([torch.ones(2, dtype=torch.bfloat16)]).acc_grads
             [tensor([0., 0.])]
         """
-        leaves, structure = flatten_params(params)
+        leaves, structure, _ = gather_params(self, params)
         zeros = [torch.zeros_like(leaf, dtype=compute_dtype(leaf.dtype)) for leaf in leaves]
         place = place_of_counts(self.every)
         return AccumulateState(
@@ -133,6 +142,7 @@ class Accumulate:
             _tree.unflatten(structure, zeros),
             torch.zeros(len(leaves), dtype=torch.bool, device=place),
             self.inner.init(params),
+            first_count(torch.device("cpu")) if has_schedule(self, _NUMBERS) else (),
         )
 
     def update(
@@ -153,7 +163,8 @@ class Accumulate:
 
         Raises:
             TypeError: As the inner optimizer.
-            ValueError: As the inner optimizer, or if `every` is no single number.
+            ValueError: As the inner optimizer, or if `every` is no single number, or out of range
+                since it was given.
 
         Example:
             >>> import torch, funcopt
@@ -165,9 +176,9 @@ class Accumulate:
             >>> params
             [tensor([0.8990]), tensor([1.])]
         """
-        work = _gather(self, grads, state, params)
-        complete = self._completes(state.mini_step)
-        recorded = records(self, work.gradients, state)
+        work, numbers = _gather(self, grads, state, params)
+        complete = _completes(state.mini_step, **numbers)
+        recorded = records(self, work.gradients, state, numbers)
         with torch.set_grad_enabled(recorded):
             sums, given = work.sums(), work.given()
             mean = self._mean(work, sums, given, complete)
@@ -175,8 +186,9 @@ class Accumulate:
         with torch.set_grad_enabled(recorded):
             rest = [_zero_if(complete, tensor) for tensor in sums]
         mini_step = _zero_if(complete, state.mini_step.detach() + 1)
-        acc_grads = work.acc_grads.rebuild(rest)
-        return new_params, AccumulateState(mini_step, acc_grads, _zero_if(complete, given), inner)
+        acc_grads, given = work.acc_grads.rebuild(rest), _zero_if(complete, given)
+        step = next_step(state.step, complete)
+        return new_params, AccumulateState(mini_step, acc_grads, given, inner, step)
 
     def update_(
         self, grads: Tree, state: AccumulateState, params: ParamsT
@@ -208,10 +220,11 @@ class Accumulate:
             >>> w
             tensor([0.8990])
         """
-        work = _gather(self, grads, state, params)
-        own = [*work.acc_grads.leaves, state.given, state.mini_step]
-        check_inplace({"every": self.every}, own, work.path, work.gradients)
-        complete = self._completes(state.mini_step)
+        work, numbers = _gather(self, grads, state, params)
+        own = with_step({"state.given": state.given, "state.mini_step": state.mini_step}, state)
+        sums_before = work.acc_grads.leaves
+        check_inplace(numbers, own, work.gradients, ("state.acc_grads", sums_before))
+        complete = _completes(state.mini_step, **numbers)
         with torch.no_grad():
             if complete is False:
                 work.add_()
@@ -220,21 +233,14 @@ class Accumulate:
                 sums, given = work.sums(), work.given()
                 mean = self._mean(work, sums, given, complete)
                 update_if_(complete, self.inner, mean, state.inner, params)
-                for old, new in zip(own, [*sums, given], strict=False):
+                for old, new in zip([*sums_before, state.given], [*sums, given], strict=True):
                     if complete is True:
                         old.zero_()
                     else:
                         write(old, _zero_if(complete, new))
             write(state.mini_step, _zero_if(complete, state.mini_step + 1))
+            write_step(state, complete)
         return params, state
-
-    def _completes(self, mini_step: Tensor) -> bool | Tensor:
-        """Whether this call's gradient is the last of a sum; a tensor where that is not read."""
-        count = read(mini_step)
-        every = read(self.every) if isinstance(self.every, Tensor) else self.every
-        if count is None or every is None:
-            return mini_step.detach() + 1 >= self.every
-        return count + 1 >= every
 
     def _mean(
         self, work: _Work, sums: list[Tensor], given: Tensor, complete: bool | Tensor
@@ -300,18 +306,17 @@ class _Work(NamedTuple):
         return torch.stack([one if given else before for given, one, before in columns])
 
     def path(self, index: int) -> str:
-        """Return the path of what a call writes: the sums, then the counts."""
-        beyond = index - len(self.acc_grads.leaves)
-        if beyond >= 0:
-            return ("state.given", "state.mini_step")[beyond]
+        """Return the path of a sum."""
         return _tree.path(self.gradients.structure, "state.acc_grads", index)
 
 
-def _gather(opt: Accumulate, grads: Tree, state: AccumulateState, params: Tree) -> _Work:
+def _gather(
+    opt: Accumulate, grads: Tree, state: AccumulateState, params: Tree
+) -> tuple[_Work, dict[str, Number]]:
     check_state(state, AccumulateState)
     check_scalar("state.mini_step", state.mini_step)
-    check_zero_dim("every", opt.every)
-    gradients = gather_gradients(grads, params)
+    numbers = numbers_of(opt, _NUMBERS, state.step)
+    gradients = gather_gradients(opt, grads, params)
     acc_grads = _tree.pair(state.acc_grads, "state.acc_grads", gradients.structure)
     work = _Work(gradients, acc_grads, state.given, state.mini_step)
     check_placed(acc_grads.leaves, gradients.params, work.path, "a sum of gradients")
@@ -329,7 +334,16 @@ def _gather(opt: Accumulate, grads: Tree, state: AccumulateState, params: Tree) 
             f"state.given is {kind_of(given)}: it must be a bool tensor of shape ({count},), one "
             f"element for each leaf. Make the state with init() from these parameters."
         )
-    return work
+    return work, numbers
+
+
+def _completes(mini_step: Tensor, every: Number) -> bool | Tensor:
+    """Whether this call's gradient is the last of a sum; a tensor where that is not read."""
+    count = read(mini_step)
+    known = read(every) if isinstance(every, Tensor) else every
+    if count is None or known is None:
+        return mini_step.detach() + 1 >= every
+    return count + 1 >= known
 
 
 def _mean_of(total: Tensor, count: Number, *, in_place: bool) -> Tensor:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from . import _kernels, _tree
 from ._checks import check_state
-from ._hyperparameters import check_choice, check_flag, normalize
+from ._counts import first_count, place_for_count
+from ._hyperparameters import check_choice, check_flag, normalize, normalize_fields
 from ._inplace import check_inplace
 from ._kernels import KERNELS, Scalars, Variant
 from ._node import register_optimizer
@@ -82,11 +83,11 @@ class AdamW:
     Args:
         lr: Learning rate: at least 0; a number, a 0-dim tensor, or a schedule, which is called with
             the count of updates made so far (0 at the first) and returns one of the others.
-        betas: Decay rates of the two running means: each at least 0 and below 1; numbers or 0-dim
-            tensors.
-        eps: Added to the denominator: at least 0; a number or 0-dim tensor. At 0, a zero gradient
-            at the first step gives 0 / 0.
-        weight_decay: At least 0, multiplied by the learning rate; a number, tensor or schedule.
+        betas: Decay rates of the two running means: each at least 0 and below 1, and each likewise
+            a number, tensor or schedule. The bias corrections take the present value for all steps.
+        eps: Added to the denominator: at least 0; likewise. At 0, a zero gradient at the first step
+            gives 0 / 0.
+        weight_decay: At least 0, multiplied by the learning rate; likewise.
         amsgrad: Divide by the largest second moment so far.
         maximize: Ascend instead of descending.
         step_per_leaf: Count the updates of each leaf, so that a leaf whose gradient is sometimes
@@ -114,8 +115,8 @@ class AdamW:
     """
 
     lr: Number | Schedule = 1e-3
-    betas: tuple[Number, Number] = (0.9, 0.999)
-    eps: Number = 1e-8
+    betas: tuple[Number | Schedule, Number | Schedule] = (0.9, 0.999)
+    eps: Number | Schedule = 1e-8
     weight_decay: Number | Schedule = 1e-2
     amsgrad: bool = False
     maximize: bool = False
@@ -127,12 +128,9 @@ class AdamW:
         """Check and normalize every hyperparameter."""
         if not isinstance(self.betas, tuple | list) or len(self.betas) != 2:
             raise TypeError(f"betas={self.betas!r}: must be a pair, such as (0.9, 0.999).")
-        betas = tuple(normalize(f"betas[{i}]", beta) for i, beta in enumerate(self.betas))
-        object.__setattr__(self, "lr", normalize("lr", self.lr, schedule=True))
-        object.__setattr__(self, "betas", betas)
-        object.__setattr__(self, "eps", normalize("eps", self.eps))
-        decay = normalize("weight_decay", self.weight_decay, schedule=True)
-        object.__setattr__(self, "weight_decay", decay)
+        betas = (normalize(f"betas[{i}]", b, schedule=True) for i, b in enumerate(self.betas))
+        object.__setattr__(self, "betas", tuple(betas))
+        normalize_fields(self, "lr", "eps", "weight_decay")
         for name in ("amsgrad", "maximize", "step_per_leaf"):
             check_flag(name, getattr(self, name))
         if self.differentiable is not None:
@@ -160,17 +158,10 @@ class AdamW:
         def zeros() -> Tree:
             return _tree.unflatten(structure, [torch.zeros_like(leaf) for leaf in leaves])
 
-        # Beside parameters on one GPU, where a captured CUDA graph counts on at each replay.
-        devices = {leaf.device for leaf in leaves}
-        on_gpu = len(devices) == 1 and next(iter(devices)).type == "cuda"
-        place = devices.pop() if on_gpu else "cpu"
-
-        def count() -> Tensor:
-            return torch.zeros((), dtype=torch.float64, device=place)
-
-        step = (
-            _tree.unflatten(structure, [count() for _ in leaves]) if self.step_per_leaf else count()
-        )
+        place = place_for_count(leaves)
+        step: Tree = first_count(place)
+        if self.step_per_leaf:
+            step = _tree.unflatten(structure, [first_count(place) for _ in leaves])
         return AdamWState(step, zeros(), zeros(), zeros() if self.amsgrad else ())
 
     def update(self, grads: Tree, state: AdamWState, params: ParamsT) -> tuple[ParamsT, AdamWState]:
@@ -256,7 +247,7 @@ class AdamW:
         work = self._gather(grads, state, params)
         check_untied(work.params.leaves, work.params.structure)
         counts = work.counts.after(work.active, work.watched)
-        numbers = numbers or self._numbers(work.counts.tensors, counts)
+        numbers = numbers or self._numbers(*work.counts.around(work.active, counts))
         if factor is not None and self._is_followed(work, numbers):
             return self._move(multiplied(grads, factor), None, state, params)
         numbers = with_factor(numbers, factor)
@@ -264,7 +255,7 @@ class AdamW:
         others = (*moments, *chain.from_iterable(numbers))
         with _kernels.recording(work.params.leaves, gradients, others, self.differentiable):
             columns = _kernels.run(
-                work.leaves, work.counts.of(work.active, numbers), self._variant(), work.layout
+                work.leaves, work.counts.of_leaves(numbers), self._variant(), work.layout
             )
             new_params, *new_moments = work.rebuild(columns)
         no_maximum = () if self.amsgrad else ((),)
@@ -284,17 +275,15 @@ class AdamW:
             return params, state
         work = self._gather(grads, state, params)
         counts = work.counts.after(work.active, work.watched)
-        numbers = numbers or self._numbers(work.counts.tensors, counts)
+        numbers = numbers or self._numbers(*work.counts.around(work.active, counts))
         if factor is not None and self._is_followed(work, numbers):
             return self._move_(multiplied(grads, factor), None, state, params)
         numbers = with_factor(numbers, factor)
-        check_inplace(work, numbers)
+        check_inplace(work, counts, numbers)
         # Entering no_grad takes longer than moving a small leaf.
         may_record = work.layout is None or work.layout.params_require_grad
         with torch.no_grad() if may_record else nullcontext():
-            _kernels.run_(
-                work.leaves, work.counts.of(work.active, numbers), self._variant(), work.layout
-            )
+            _kernels.run_(work.leaves, work.counts.of_leaves(numbers), self._variant(), work.layout)
             work.counts.write(counts)
         return params, state
 
@@ -330,7 +319,7 @@ class AdamW:
         return find_routine(trees, state.step, self.kernel, writing=writing)
 
     def _numbers(self, olds: Sequence[Tensor], news: Sequence[Number]) -> list[Scalars]:
-        """The numbers of this update, for each count of updates, before it and after."""
+        """The numbers of this update for each count that it goes by, before it and after."""
         return numbers_at((self.lr, *self.betas, self.eps, self.weight_decay), olds, news)
 
     def _variant(self) -> Variant:

@@ -18,10 +18,9 @@ from ._kernels import write
 from ._kernels._operands import compute_dtype, real, unreal
 from ._sharded import check_placed
 from ._types import Number, Optimizer, Tree
-from ._work import flatten_params
-from ._wrapping import Gradients, check_inplace, read, records
+from ._wrapping import Gradients, check_inplace, gather_params, read, records
 
-__all__ = ["Follower", "begin", "lerp", "lerp_", "settled"]
+__all__ = ["Follower", "begin", "settled"]
 
 # Private in name only: torch's own averages of weights are made of it.
 _AT_ONCE = hasattr(torch, "_foreach_lerp") and hasattr(torch, "_foreach_lerp_")
@@ -30,7 +29,7 @@ _AT_ONCE = hasattr(torch, "_foreach_lerp") and hasattr(torch, "_foreach_lerp_")
 def begin(
     opt: Optimizer[Any], params: Tree, kept_in: Callable[[torch.dtype], torch.dtype]
 ) -> tuple[Tree, list[Tensor]]:
-    """Return a tree of copies of the parameters, and the leaves that were copied.
+    """Return a tree of copies of the parameters, and those leaves that are not at rest.
 
     What depends on the parameters has its derivative in them, where an update would be recorded.
 
@@ -40,16 +39,15 @@ def begin(
         kept_in: Gives the dtype of a copy, from that of the parameter.
 
     Raises:
-        TypeError: If a leaf is not a dense floating-point or complex tensor.
+        TypeError: If a leaf is not a dense floating-point or complex tensor, unless it is at rest.
         ValueError: If two leaves share their memory.
     """
-    leaves, structure = flatten_params(params)
-    no_gradients = Gradients(
-        leaves, structure, _tree.Paired([None for _ in leaves], structure, None)
-    )
+    own = gather_params(opt, params)
+    none = _tree.Paired([None for _ in own.leaves], own.structure, None)
+    no_gradients = Gradients(own.leaves, own.structure, none)
     with torch.set_grad_enabled(records(opt, no_gradients, ())):
-        copies = [leaf.to(kept_in(leaf.dtype), copy=True) for leaf in leaves]
-    return _tree.unflatten(structure, copies), leaves
+        copies = [leaf.to(kept_in(leaf.dtype), copy=True) for leaf in own.leaves]
+    return _tree.unflatten(own.structure, copies), own.moving
 
 
 class Follower(NamedTuple):
@@ -91,6 +89,26 @@ class Follower(NamedTuple):
         """The tensors, in the order of the parameters."""
         return self.paired.leaves
 
+    def toward(self, goals: Sequence[Tensor], share: Number) -> list[Tensor]:
+        """Return the tree moved by a share of its way to where the parameters are now.
+
+        A leaf at rest has no way to go: what follows it is a copy of it as it is.
+        """
+        moving, resting = self.gradients.moving, self.gradients.resting
+        moved = _lerp(moving(self.leaves), moving(goals), share)
+        if not resting:
+            return moved
+        there = {i: goals[i].to(self.leaves[i].dtype, copy=True) for i in resting}
+        others = iter(moved)
+        return [there[i] if i in there else next(others) for i in range(len(goals))]
+
+    def toward_(self, goals: Sequence[Tensor], share: Number) -> None:
+        """Move the tree there in place."""
+        moving = self.gradients.moving
+        _lerp_(moving(self.leaves), moving(goals), share)
+        for index in self.gradients.resting:
+            write(self.leaves[index], goals[index])
+
     def check_inplace(self, numbers: Mapping[str, object], counts: Mapping[str, Tensor]) -> None:
         """Refuse to write the tree and these counts where that would lose a derivative or memory.
 
@@ -112,7 +130,7 @@ class Follower(NamedTuple):
             index -= len(self.leaves)
             return names[index] if index < len(names) else paths("params", index - len(names))
 
-        check_inplace(numbers, own, path, self.gradients)
+        check_inplace(numbers, counts, self.gradients, (self.root, self.leaves))
         if not _transforms.tracing():
             check_writable(own, path)
             check_apart([*own, *self.gradients.params], [], path, str)
@@ -125,7 +143,7 @@ def settled(number: Number) -> float | None:
     return None if _transforms.watched() else read(number)
 
 
-def lerp(starts: list[Tensor], ends: list[Tensor], weight: Number) -> list[Tensor]:
+def _lerp(starts: list[Tensor], ends: list[Tensor], weight: Number) -> list[Tensor]:
     """Return start + weight * (end - start) of each pair, in the dtypes of the starts.
 
     The numbers are those of `torch.lerp`: at a weight of 1, the very end.
@@ -135,7 +153,7 @@ def lerp(starts: list[Tensor], ends: list[Tensor], weight: Number) -> list[Tenso
     return [_between(*pair, weight) for pair in zip(starts, ends, strict=True)]
 
 
-def lerp_(starts: list[Tensor], ends: list[Tensor], weight: Number) -> None:
+def _lerp_(starts: list[Tensor], ends: list[Tensor], weight: Number) -> None:
     """Move the starts there, in place."""
     if not isinstance(weight, float) or not _at_once(starts, ends):
         for start, end in zip(starts, ends, strict=True):

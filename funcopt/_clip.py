@@ -11,28 +11,32 @@ from torch import Tensor
 
 from . import _lists
 from ._checks import check_optimizer, check_state
-from ._hyperparameters import check_choice, check_zero_dim, normalize
+from ._counts import first_count, next_step
+from ._hyperparameters import check_choice, normalize, normalize_fields
 from ._kernels import write
 from ._node import register_optimizer
+from ._numbers import has_schedule, numbers_of
 from ._over_shards import over_shards
-from ._types import Number, Optimizer, Tree
-from ._work import flatten_params
+from ._types import Number, Optimizer, Schedule, Tree
+from ._update_if import update_if, update_if_
 from ._wrapping import (
     Gradients,
     check_inplace,
     check_overflow_is_seen,
     check_scalar,
     gather_gradients,
+    gather_params,
     read,
     records,
-    update_if,
-    update_if_,
+    with_step,
+    write_step,
 )
 
 __all__ = ["Clip", "ClipState"]
 
 ParamsT = TypeVar("ParamsT")
 
+_NUMBERS = ("max_norm",)
 _NONFINITE = ("propagate", "skip")
 # What torch adds to a norm before it divides by it.
 _EPS = 1e-6
@@ -45,10 +49,13 @@ class ClipState(NamedTuple):
         norm: The norm of the last gradients, before clipping: a tensor of shape (), 0 at first. No
             derivative flows through it.
         inner: The state of the inner optimizer.
+        step: How many updates were made, if `max_norm` is a schedule: a float64 tensor of shape ()
+            beside the norm; else `()`.
     """
 
     norm: Tensor
     inner: Any
+    step: Tree = ()
 
 
 @register_optimizer
@@ -75,8 +82,9 @@ class Clip:
 
     Args:
         inner: The optimizer that is given the clipped gradients.
-        max_norm: The largest norm: at least 0; a number or 0-dim tensor. One that is never reached
-            makes this a way to watch the norm.
+        max_norm: The largest norm: at least 0; a number, a 0-dim tensor, or a schedule, which is
+            called with the count of updates made so far (skipped ones not among them) and returns
+            one of the others. One that is never reached makes this a way to watch the norm.
         norm_type: The order $p$ of the norm: a number above 0. Infinity takes the largest element.
         nonfinite: What to do where the norm is infinite or NaN, as it is if a gradient is, or if
             its norm overflows. `"propagate"` goes on, as torch does by default: the parameters
@@ -101,14 +109,14 @@ class Clip:
     """
 
     inner: Optimizer[Any]
-    max_norm: Number
+    max_norm: Number | Schedule
     norm_type: float = 2.0
     nonfinite: str = "propagate"
 
     def __post_init__(self) -> None:
         """Check and normalize every hyperparameter."""
         check_optimizer("inner", self.inner)
-        object.__setattr__(self, "max_norm", normalize("max_norm", self.max_norm))
+        normalize_fields(self, *_NUMBERS)
         if isinstance(self.norm_type, Tensor):
             raise TypeError("norm_type is a tensor: the order of a norm is fixed, give a number.")
         object.__setattr__(self, "norm_type", normalize("norm_type", self.norm_type))
@@ -131,7 +139,9 @@ class Clip:
             >>> funcopt.Clip(funcopt.AdamW(), max_norm=1.0).init(torch.ones(2)).norm
             tensor(0.)
         """
-        return ClipState(_zero_norm(flatten_params(params)[0]), self.inner.init(params))
+        norm = _zero_norm(gather_params(self, params).moving)
+        step = first_count(norm.device) if has_schedule(self, _NUMBERS) else ()
+        return ClipState(norm, self.inner.init(params), step)
 
     def update(self, grads: Tree, state: ClipState, params: ParamsT) -> tuple[ParamsT, ClipState]:
         """Return the new parameters and the new state, in fresh memory.
@@ -147,7 +157,8 @@ class Clip:
 
         Raises:
             TypeError: As the inner optimizer.
-            ValueError: As the inner optimizer, or if `max_norm` is no single number.
+            ValueError: As the inner optimizer, or if `max_norm` is no single number, or out of
+                range since it was given.
 
         Example:
             >>> import torch, funcopt
@@ -158,13 +169,13 @@ class Clip:
             >>> params, state.norm
             (tensor([1., 1.]), tensor(inf))
         """
-        gradients = self._gather(grads, state, params)
-        given, factor, norm, moves = self._clip(gradients, state.norm)
-        recorded = moves is not True and records(self, gradients, state)
+        gradients, numbers = self._gather(grads, state, params)
+        given, factor, norm, moves = self._clip(gradients, state.norm, **numbers)
+        recorded = moves is not True and records(self, gradients, state, numbers)
         new_params, inner = update_if(
             moves, self.inner, given, state.inner, params, recorded, factor
         )
-        return new_params, ClipState(norm, inner)
+        return new_params, ClipState(norm, inner, next_step(state.step, moves))
 
     def update_(self, grads: Tree, state: ClipState, params: ParamsT) -> tuple[ParamsT, ClipState]:
         """Do the same as `update`, written into `params` and `state`, which are returned.
@@ -191,22 +202,24 @@ class Clip:
             >>> w, state.norm
             (tensor([0.8990, 0.8990]), tensor(5.))
         """
-        gradients = self._gather(grads, state, params)
-        numbers = {"max_norm": self.max_norm}
-        check_inplace(numbers, [state.norm], lambda _: "state.norm", gradients)
-        given, factor, norm, moves = self._clip(gradients, state.norm)
+        gradients, numbers = self._gather(grads, state, params)
+        check_inplace(numbers, with_step({"state.norm": state.norm}, state), gradients)
+        given, factor, norm, moves = self._clip(gradients, state.norm, **numbers)
         update_if_(moves, self.inner, given, state.inner, params, factor)
         write(state.norm, norm)
+        write_step(state, moves)
         return params, state
 
-    def _gather(self, grads: Tree, state: ClipState, params: Tree) -> Gradients:
+    def _gather(
+        self, grads: Tree, state: ClipState, params: Tree
+    ) -> tuple[Gradients, dict[str, Number]]:
         check_state(state, ClipState)
         check_scalar("state.norm", state.norm)
-        check_zero_dim("max_norm", self.max_norm)
-        return gather_gradients(grads, params)
+        numbers = numbers_of(self, _NUMBERS, state.step)
+        return gather_gradients(self, grads, params), numbers
 
     def _clip(
-        self, gradients: Gradients, like: Tensor
+        self, gradients: Gradients, like: Tensor, max_norm: Number
     ) -> tuple[Tree, Tensor | None, Tensor, bool | Tensor]:
         """Return gradients, what clips them, their norm, and whether the inner update is made."""
         norm = _norm(gradients, self.norm_type, like)
@@ -217,7 +230,7 @@ class Clip:
             given = gradients.tensors
             gradients = gradients.replace([torch.where(finite.to(g.device), g, 0) for g in given])
             norm = _norm(gradients, self.norm_type, like)
-        max_norm = self.max_norm.to(norm) if isinstance(self.max_norm, Tensor) else self.max_norm
+        max_norm = max_norm.to(norm) if isinstance(max_norm, Tensor) else max_norm
         scale = (max_norm * (norm + _EPS).reciprocal()).clamp(max=1.0)
         return gradients.tree, None if read(scale) == 1.0 else scale, found, moves
 

@@ -11,17 +11,29 @@ from torch import Tensor
 
 from . import _transforms, _tree
 from ._checks import check_optimizer, check_state
-from ._hyperparameters import check_zero_dim, normalize
+from ._counts import next_step
+from ._hyperparameters import normalize_fields
 from ._kernels._operands import compute_dtype
 from ._lists import fit
 from ._node import register_optimizer
+from ._numbers import numbers_of
 from ._sharded import whole_of
-from ._types import Number, Optimizer, Tree
-from ._wrapping import Gradients, check_inplace, gather_gradients, records
+from ._types import Number, Optimizer, Schedule, Tree
+from ._wrapping import (
+    Gradients,
+    check_inplace,
+    first_step,
+    gather_gradients,
+    records,
+    with_step,
+    write_step,
+)
 
 __all__ = ["ClipAdaptive", "ClipAdaptiveState"]
 
 ParamsT = TypeVar("ParamsT")
+
+_NUMBERS = ("clipping", "eps")
 
 _unit_norm: Callable[..., Tensor] = torch.linalg.vector_norm
 # The least norm that a gradient is divided by, as in optax.
@@ -33,9 +45,12 @@ class ClipAdaptiveState(NamedTuple):
 
     Attributes:
         inner: The state of the inner optimizer.
+        step: How many updates were made, if a hyperparameter is a schedule: a float64 tensor of
+            shape (), on the GPU if all parameters are on one, else on the CPU; else `()`.
     """
 
     inner: Any
+    step: Tree = ()
 
 
 @register_optimizer
@@ -65,9 +80,11 @@ class ClipAdaptive:
 
     Args:
         inner: The optimizer that is given the clipped gradients.
-        clipping: The largest ratio of the two norms: at least 0; a number or 0-dim tensor.
-        eps: What counts as the norm of smaller parameters, so that zeros can move: at least 0; a
-            number or 0-dim tensor.
+        clipping: The largest ratio of the two norms: at least 0; a number, a 0-dim tensor, or a
+            schedule, which is called with the count of updates made so far and returns one of the
+            others.
+        eps: What counts as the norm of smaller parameters, so that zeros can move: at least 0;
+            likewise.
 
     Raises:
         TypeError: If `inner` is no optimizer, or a hyperparameter is of the wrong type.
@@ -86,14 +103,13 @@ class ClipAdaptive:
     """
 
     inner: Optimizer[Any]
-    clipping: Number = 0.01
-    eps: Number = 1e-3
+    clipping: Number | Schedule = 0.01
+    eps: Number | Schedule = 1e-3
 
     def __post_init__(self) -> None:
         """Check and normalize the hyperparameters."""
         check_optimizer("inner", self.inner)
-        object.__setattr__(self, "clipping", normalize("clipping", self.clipping))
-        object.__setattr__(self, "eps", normalize("eps", self.eps))
+        normalize_fields(self, *_NUMBERS)
 
     def init(self, params: Tree) -> ClipAdaptiveState:
         """Return the state before the first update: the inner state.
@@ -106,7 +122,7 @@ class ClipAdaptive:
             >>> funcopt.ClipAdaptive(funcopt.AdamW()).init(torch.ones(2)).inner.exp_avg
             tensor([0., 0.])
         """
-        return ClipAdaptiveState(self.inner.init(params))
+        return ClipAdaptiveState(self.inner.init(params), first_step(self, _NUMBERS, params))
 
     def update(
         self, grads: Tree, state: ClipAdaptiveState, params: ParamsT
@@ -124,7 +140,8 @@ class ClipAdaptive:
 
         Raises:
             TypeError: As the inner optimizer.
-            ValueError: As the inner optimizer, or if a hyperparameter is no single number.
+            ValueError: As the inner optimizer, or if a hyperparameter is no single number, or out
+                of range since it was given.
 
         Example:
             >>> import torch, funcopt
@@ -132,11 +149,11 @@ class ClipAdaptive:
             >>> opt.update(torch.tensor([3.0]), opt.init(torch.ones(1)), torch.ones(1))[0]
             tensor([0.8990])
         """
-        gradients = self._gather(grads, state, params)
-        with torch.set_grad_enabled(records(self, gradients, state)):
-            clipped = self._clip(gradients)
+        gradients, numbers = self._gather(grads, state, params)
+        with torch.set_grad_enabled(records(self, gradients, state, numbers)):
+            clipped = _clip(gradients, **numbers)
         new_params, inner = self.inner.update(clipped, state.inner, params)
-        return new_params, ClipAdaptiveState(inner)
+        return new_params, ClipAdaptiveState(inner, next_step(state.step))
 
     def update_(
         self, grads: Tree, state: ClipAdaptiveState, params: ParamsT
@@ -164,60 +181,64 @@ class ClipAdaptive:
             >>> w
             tensor([0.8990])
         """
-        gradients = self._gather(grads, state, params)
-        numbers = {"clipping": self.clipping, "eps": self.eps}
-        check_inplace(numbers, [], str, gradients)
+        gradients, numbers = self._gather(grads, state, params)
+        check_inplace(numbers, with_step({}, state), gradients)
         with torch.no_grad():
-            clipped = self._clip(gradients)
+            clipped = _clip(gradients, **numbers)
         self.inner.update_(clipped, state.inner, params)
+        write_step(state)
         return params, state
 
-    def _gather(self, grads: Tree, state: ClipAdaptiveState, params: Tree) -> Gradients:
+    def _gather(
+        self, grads: Tree, state: ClipAdaptiveState, params: Tree
+    ) -> tuple[Gradients, dict[str, Number]]:
         check_state(state, ClipAdaptiveState)
-        check_zero_dim("clipping", self.clipping)
-        check_zero_dim("eps", self.eps)
-        gradients = gather_gradients(grads, params)
+        numbers = numbers_of(self, _NUMBERS, state.step)
+        gradients = gather_gradients(self, grads, params)
         _check_units_are_here(gradients)
-        return gradients
+        return gradients, numbers
 
-    def _clip(self, gradients: Gradients) -> Tree:
-        grads = gradients.tensors
-        pairs = zip(gradients.leaves, gradients.params, strict=True)
-        params = [param for grad, param in pairs if grad is not None]
-        # The norms of all leaves of a kind together: what is done with them is a few operators.
-        kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-        for index, grad in enumerate(grads):
-            kinds.setdefault((grad.device, compute_dtype(grad.dtype)), []).append(index)
-        clipped = list(grads)
-        for indices in kinds.values():
-            scales = self._scales([grads[i] for i in indices], [params[i] for i in indices])
-            for index, scale in zip(indices, scales, strict=True):
-                if scale is not None:
-                    clipped[index] = _scaled(grads[index], scale)
-        return gradients.replace(clipped).tree
 
-    def _scales(self, grads: list[Tensor], params: list[Tensor]) -> list[Tensor | None]:
-        """Return the factors of the units of each leaf, None where all are known to be 1."""
-        norms = _norms(grads)
-        sizes = [norm.numel() for norm in norms]
-        norm = torch.cat([norm.reshape(-1) for norm in norms])
-        own = torch.cat([norm.reshape(-1) for norm in _norms(params)])
-        clipping, eps = (
-            fit(number, norm) if isinstance(number, Tensor) else number
-            for number in (self.clipping, self.eps)
-        )
-        most = clipping * own.clamp(min=eps)
-        scale = torch.where(norm < most, 1.0, most / norm.clamp(min=_LEAST))
-        touched = _touched(scale, sizes)
-        return [
-            part.reshape(norm.shape) if touched is None or index in touched else None
-            for index, (part, norm) in enumerate(zip(torch.split(scale, sizes), norms, strict=True))
-        ]
+def _clip(gradients: Gradients, clipping: Number, eps: Number) -> Tree:
+    grads = gradients.tensors
+    pairs = zip(gradients.leaves, gradients.params, strict=True)
+    params = [param for grad, param in pairs if grad is not None]
+    # The norms of all leaves of a kind together: what is done with them is a few operators.
+    kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for index, grad in enumerate(grads):
+        kinds.setdefault((grad.device, compute_dtype(grad.dtype)), []).append(index)
+    clipped = list(grads)
+    for indices in kinds.values():
+        own = [grads[i] for i in indices], [params[i] for i in indices]
+        for index, scale in zip(indices, _scales(*own, clipping, eps), strict=True):
+            if scale is not None:
+                clipped[index] = _scaled(grads[index], scale)
+    return gradients.replace(clipped).tree
+
+
+def _scales(
+    grads: list[Tensor], params: list[Tensor], clipping: Number, eps: Number
+) -> list[Tensor | None]:
+    """Return the factors of the units of each leaf, None where all are known to be 1."""
+    norms = _norms(grads)
+    sizes = [norm.numel() for norm in norms]
+    norm = torch.cat([norm.reshape(-1) for norm in norms])
+    own = torch.cat([norm.reshape(-1) for norm in _norms(params)])
+    ratio, floor = (fit(n, norm) if isinstance(n, Tensor) else n for n in (clipping, eps))
+    most = ratio * own.clamp(min=floor)
+    scale = torch.where(norm < most, 1.0, most / norm.clamp(min=_LEAST))
+    touched = _touched(scale, sizes)
+    return [
+        part.reshape(norm.shape) if touched is None or index in touched else None
+        for index, (part, norm) in enumerate(zip(torch.split(scale, sizes), norms, strict=True))
+    ]
 
 
 def _check_units_are_here(gradients: Gradients) -> None:
     """Refuse sharded leaves of whose units a process has but a part."""
     for index, param in enumerate(gradients.params):
+        if index in gradients.resting:
+            continue
         whole: Any = whole_of(param)
         for placement in [] if whole is param else whole.placements:
             if not placement.is_replicate() and not (whole.ndim > 1 and placement.is_shard(0)):

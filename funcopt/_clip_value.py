@@ -10,16 +10,27 @@ from torch import Tensor
 
 from . import _transforms
 from ._checks import check_optimizer, check_state
-from ._hyperparameters import check_zero_dim, normalize
+from ._counts import next_step
+from ._hyperparameters import normalize_fields
 from ._kernels._operands import real, unreal
 from ._kernels._pages import is_mapped
 from ._node import register_optimizer
-from ._types import Number, Optimizer, Tree
-from ._wrapping import Gradients, check_inplace, gather_gradients
+from ._numbers import numbers_of
+from ._types import Number, Optimizer, Schedule, Tree
+from ._wrapping import (
+    Gradients,
+    check_inplace,
+    first_step,
+    gather_gradients,
+    with_step,
+    write_step,
+)
 
 __all__ = ["ClipValue", "ClipValueState"]
 
 ParamsT = TypeVar("ParamsT")
+
+_NUMBERS = ("max_value",)
 
 
 class ClipValueState(NamedTuple):
@@ -27,9 +38,12 @@ class ClipValueState(NamedTuple):
 
     Attributes:
         inner: The state of the inner optimizer.
+        step: How many updates were made, if `max_value` is a schedule: a float64 tensor of shape
+            (), on the GPU if all parameters are on one, else on the CPU; else `()`.
     """
 
     inner: Any
+    step: Tree = ()
 
 
 @register_optimizer
@@ -44,7 +58,8 @@ class ClipValue:
 
     Args:
         inner: The optimizer that is given the clipped gradients.
-        max_value: The largest value: at least 0; a number or 0-dim tensor.
+        max_value: The largest value: at least 0; a number, a 0-dim tensor, or a schedule, which is
+            called with the count of updates made so far and returns one of the others.
 
     Raises:
         TypeError: If `inner` is no optimizer, or `max_value` is of the wrong type.
@@ -60,12 +75,12 @@ class ClipValue:
     """
 
     inner: Optimizer[Any]
-    max_value: Number
+    max_value: Number | Schedule
 
     def __post_init__(self) -> None:
         """Check and normalize the hyperparameter."""
         check_optimizer("inner", self.inner)
-        object.__setattr__(self, "max_value", normalize("max_value", self.max_value))
+        normalize_fields(self, *_NUMBERS)
 
     def init(self, params: Tree) -> ClipValueState:
         """Return the state before the first update: the inner state.
@@ -78,7 +93,7 @@ class ClipValue:
             >>> funcopt.ClipValue(funcopt.AdamW(), max_value=1.0).init(torch.ones(2)).inner.exp_avg
             tensor([0., 0.])
         """
-        return ClipValueState(self.inner.init(params))
+        return ClipValueState(self.inner.init(params), first_step(self, _NUMBERS, params))
 
     def update(
         self, grads: Tree, state: ClipValueState, params: ParamsT
@@ -95,7 +110,8 @@ class ClipValue:
 
         Raises:
             TypeError: As the inner optimizer.
-            ValueError: As the inner optimizer, or if `max_value` is no single number.
+            ValueError: As the inner optimizer, or if `max_value` is no single number, or out of
+                range since it was given.
 
         Example:
             >>> import torch, funcopt
@@ -103,9 +119,10 @@ class ClipValue:
             >>> opt.update(torch.tensor([3.0]), opt.init(torch.ones(1)), torch.ones(1))[0]
             tensor([0.8990])
         """
-        clipped = self._clip(self._gather(grads, state, params))
+        gradients, numbers = self._gather(grads, state, params)
+        clipped = _clip(gradients, **numbers)
         new_params, inner = self.inner.update(clipped, state.inner, params)
-        return new_params, ClipValueState(inner)
+        return new_params, ClipValueState(inner, next_step(state.step))
 
     def update_(
         self, grads: Tree, state: ClipValueState, params: ParamsT
@@ -133,18 +150,22 @@ class ClipValue:
             >>> w
             tensor([0.8990])
         """
-        gradients = self._gather(grads, state, params)
-        check_inplace({"max_value": self.max_value}, [], str, gradients)
-        self.inner.update_(self._clip(gradients), state.inner, params)
+        gradients, numbers = self._gather(grads, state, params)
+        check_inplace(numbers, with_step({}, state), gradients)
+        self.inner.update_(_clip(gradients, **numbers), state.inner, params)
+        write_step(state)
         return params, state
 
-    def _gather(self, grads: Tree, state: ClipValueState, params: Tree) -> Gradients:
+    def _gather(
+        self, grads: Tree, state: ClipValueState, params: Tree
+    ) -> tuple[Gradients, dict[str, Number]]:
         check_state(state, ClipValueState)
-        check_zero_dim("max_value", self.max_value)
-        return gather_gradients(grads, params)
+        numbers = numbers_of(self, _NUMBERS, state.step)
+        return gather_gradients(self, grads, params), numbers
 
-    def _clip(self, gradients: Gradients) -> Tree:
-        return gradients.replace([_held(grad, self.max_value) for grad in gradients.tensors]).tree
+
+def _clip(gradients: Gradients, max_value: Number) -> Tree:
+    return gradients.replace([_held(grad, max_value) for grad in gradients.tensors]).tree
 
 
 def _held(grad: Tensor, most: Number) -> Tensor:

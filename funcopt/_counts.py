@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple, TypeVar
 
@@ -13,7 +14,15 @@ from ._checks import check_count
 from ._kernels import write
 from ._types import Number, Tree
 
-__all__ = ["Counts", "fresh", "gather_counts", "value_of"]
+__all__ = [
+    "Counts",
+    "first_count",
+    "fresh",
+    "gather_counts",
+    "next_step",
+    "place_for_count",
+    "value_of",
+]
 
 T = TypeVar("T")
 
@@ -29,12 +38,25 @@ class Counts(NamedTuple):
         """The counts: one, or those of the leaves in the order of the parameters."""
         return self.paired.leaves
 
-    def of(self, leaves: list[int], values: list[T]) -> T | list[T]:
-        """Return of one value for each count that of these leaves, or one each if they differ."""
+    def around(self, moving: list[int], after: list[Number]) -> tuple[list[Tensor], list[Number]]:
+        """Return the counts that an update goes by, before it and after it.
+
+        A leaf without a gradient has no part in it: where each leaf has a count of its own, that of
+        such a leaf counts nothing yet, perhaps, and no number is asked for it.
+
+        Args:
+            moving: The leaves that have a gradient.
+            after: All counts after the update.
+        """
+        if not self.per_leaf:
+            return self.tensors, after
+        return [self.tensors[index] for index in moving], [after[index] for index in moving]
+
+    def of_leaves(self, values: list[T]) -> T | list[T]:
+        """Return of one value for each of those counts one for all leaves, or one for each leaf."""
         if not self.per_leaf:
             return values[0]
-        own = [values[index] for index in leaves]
-        return own[0] if len(set(map(id, own))) == 1 else own
+        return values[0] if len(set(map(id, values))) == 1 else values
 
     def after(self, moving: list[int], watched: bool) -> list[Number]:
         """Return the counts after an update of these leaves; those of other leaves stand still.
@@ -62,6 +84,34 @@ class Counts(NamedTuple):
                 write(old, new)
             else:
                 old.fill_(new)
+
+
+def place_for_count(leaves: Sequence[Tensor]) -> torch.device:
+    """Return the device for a count: the GPU if all leaves are on one, else the CPU.
+
+    There, a captured CUDA graph counts on at each replay.
+    """
+    devices = {leaf.device for leaf in leaves}
+    on_gpu = len(devices) == 1 and next(iter(devices)).type == "cuda"
+    return devices.pop() if on_gpu else torch.device("cpu")
+
+
+def first_count(place: torch.device) -> Tensor:
+    """Return a new count of 0. In float64 it counts on where float32 stops, at 2**24."""
+    return torch.zeros((), dtype=torch.float64, device=place)
+
+
+def next_step(step: Tree, moves: bool | Tensor = True) -> Tree:
+    """Return the count of a wrapper after an update, if it has one: `()` stays `()`.
+
+    Args:
+        step: The count before it.
+        moves: Whether the update was made.
+    """
+    if not isinstance(step, Tensor):
+        return step
+    made = moves.to(step.device) if isinstance(moves, Tensor) else int(moves)
+    return step.detach() + made
 
 
 def value_of(count: Tensor) -> Number:

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from . import _tree
-from ._averages import Follower, begin, lerp, lerp_, settled
+from ._averages import Follower, begin, settled
 from ._checks import check_optimizer, check_state
-from ._counts import fresh
-from ._hyperparameters import check_flag, check_zero_dim, normalize
+from ._counts import first_count, fresh, place_for_count
+from ._hyperparameters import check_flag, normalize_fields
 from ._kernels import write
 from ._kernels._operands import compute_dtype
 from ._node import register_optimizer
+from ._numbers import number_at
 from ._types import Number, Optimizer, Schedule, Tree
 from ._wrapping import check_scalar, gather_gradients, records
 
@@ -33,7 +34,8 @@ class EmaState(NamedTuple):
         weight: The share of the average that parameters have, those in it: 1 without debiasing,
             else `1 - decay**count`, from 0 at first. Likewise a tensor.
         average: The average, at any time as it is to be used: in float32 for 16-bit parameters,
-            else in the parameter's dtype. At first it is the parameters themselves.
+            else in the parameter's dtype. At first it is the parameters themselves, and of a leaf
+            at rest (as under `Frozen`) it always is that leaf.
         inner: The state of the inner optimizer.
     """
 
@@ -104,7 +106,7 @@ class Ema:
     def __post_init__(self) -> None:
         """Check and normalize every hyperparameter."""
         check_optimizer("inner", self.inner)
-        object.__setattr__(self, "decay", normalize("decay", self.decay, schedule=True))
+        normalize_fields(self, "decay")
         check_flag("debias", self.debias)
 
     def init(self, params: Tree) -> EmaState:
@@ -124,10 +126,7 @@ class Ema:
             (tensor(0., dtype=torch.float64), [tensor([1., 1.])])
         """
         average, leaves = begin(self, params, compute_dtype)
-        # On the GPU, where a captured CUDA graph counts on at each replay.
-        devices = {leaf.device for leaf in leaves}
-        on_gpu = len(devices) == 1 and next(iter(devices)).type == "cuda"
-        count = torch.zeros((), dtype=torch.float64, device=devices.pop() if on_gpu else "cpu")
+        count = first_count(place_for_count(leaves))
         weight = torch.zeros_like(count) if self.debias else torch.ones_like(count)
         return EmaState(count, weight, average, self.inner.init(params))
 
@@ -145,8 +144,8 @@ class Ema:
 
         Raises:
             TypeError: As the inner optimizer.
-            ValueError: As the inner optimizer, or if `decay` is no single number, or its schedule
-                gives one out of range.
+            ValueError: As the inner optimizer, or if `decay` is no single number, or out of range
+                since it was given, or its schedule gives one that is.
 
         Example:
             >>> import torch, funcopt
@@ -156,11 +155,12 @@ class Ema:
             (tensor([0.8990]), tensor([0.9899]))
         """
         average = self._gather(grads, state, params)
-        recorded = records(self, average.gradients, state)
+        decay = number_at("decay", self.decay, state.n_averaged)
+        recorded = records(self, average.gradients, state, {"decay": decay})
         new_params, inner = self.inner.update(grads, state.inner, params)
         with torch.set_grad_enabled(recorded):
-            weight, share = _advance(state.weight, self._decay(state.n_averaged))
-            moved = lerp(average.leaves, _tree.flatten(new_params)[0], share)
+            weight, share = _advance(state.weight, decay)
+            moved = average.toward(_tree.flatten(new_params)[0], share)
         count, weight = state.n_averaged.detach() + 1, fresh(weight, state.weight)
         return new_params, EmaState(count, weight, average.paired.rebuild(moved), inner)
 
@@ -190,13 +190,13 @@ class Ema:
             (tensor([0.8990]), tensor([0.9899]))
         """
         average = self._gather(grads, state, params)
-        decay = self._decay(state.n_averaged)
+        decay = number_at("decay", self.decay, state.n_averaged)
         counts = {"state.weight": state.weight, "state.n_averaged": state.n_averaged}
         average.check_inplace({"decay": decay}, counts)
         with torch.no_grad():
             weight, share = _advance(state.weight, decay)
             self.inner.update_(grads, state.inner, params)
-            lerp_(average.leaves, average.gradients.params, share)
+            average.toward_(average.gradients.params, share)
             write(state.weight, fresh(weight, state.weight))
             write(state.n_averaged, state.n_averaged + 1)
         return params, state
@@ -205,18 +205,8 @@ class Ema:
         check_state(state, EmaState)
         check_scalar("state.n_averaged", state.n_averaged)
         check_scalar("state.weight", state.weight)
-        gradients = gather_gradients(grads, params)
+        gradients = gather_gradients(self, grads, params)
         return Follower.gather(gradients, "state.average", state.average, compute_dtype)
-
-    def _decay(self, count: Tensor) -> Number:
-        """Return the decay after so many updates."""
-        if isinstance(self.decay, (float, Tensor)):
-            decay = self.decay
-        else:  # a schedule gets a copy, and may do with it what it likes
-            given = self.decay(count.detach().clone())
-            decay = normalize("decay", given, source=" from its schedule")
-        check_zero_dim("decay", decay)
-        return decay
 
 
 def _advance(weight: Tensor, decay: Number) -> tuple[Number, Number]:

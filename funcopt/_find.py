@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import _tree
+from ._numbers import call_schedule
 from ._types import Optimizer, Tree
 from ._walk import Change, Place, Step, children, edited, text, walk
 
@@ -152,7 +153,7 @@ def _hyperparameters(
     """Walk an optimizer beside its state, with the hyperparameter asked for as it is now."""
     for step, value in children(opt):
         place = (*steps, step)
-        if step.key == what and callable(value):
+        if step.key == what and _is_scheduled(value):
             yield Place(place, _at_count(value, state, text(place)))
         elif _holds_optimizers(value):
             # Where a wrapper adds nothing of its own, its state may be that of what it wraps.
@@ -191,14 +192,24 @@ def _member(node: Any, step: Step, default: Any) -> Any:
     return default
 
 
-def _at_count(schedule: Callable[[Tensor], Any], state: Any, path: str) -> Any:
-    """Return what a schedule gives after as many updates as were made."""
+def _is_scheduled(value: Any) -> bool:
+    """Whether a hyperparameter is a schedule, or a tuple of numbers in which there is one."""
+    return callable(value) or (isinstance(value, tuple) and any(map(callable, value)))
+
+
+def _at_count(given: Any, state: Any, path: str) -> Any:
+    """Return what a hyperparameter is after as many updates as were made."""
+    if isinstance(given, tuple):
+        named = enumerate(given)
+        return tuple(_at_count(part, state, f"{path}[{i}]") for i, part in named)
+    if not callable(given):
+        return given
+    schedule: Callable[[Tensor], Any] = given
     for name in _COUNTS:
         count = _member(state, Step(name, True), None)
         if count is not None:
             counts, structure = _tree.flatten(count)
-            # A schedule gets a copy, and may do with it what it likes.
-            return _tree.unflatten(structure, [schedule(c.detach().clone()) for c in counts])
+            return _tree.unflatten(structure, [call_schedule(path, schedule, c) for c in counts])
     raise ValueError(
         f"{path} is a function, and its state, of type {type(state).__name__}, has no count "
         f"({' or '.join(_COUNTS)}) to call it with. Give the optimizer whose init() made the "

@@ -20,9 +20,12 @@ __all__ = [
     "check_flag",
     "check_number",
     "check_takes",
+    "check_values",
     "check_zero_dim",
     "elements_at_hand",
     "normalize",
+    "normalize_fields",
+    "short",
 ]
 
 _AT_LEAST_ZERO = "must be finite and at least 0", lambda value: 0.0 <= value < math.inf
@@ -78,9 +81,14 @@ _RULES: dict[str, tuple[str, Callable[[float], bool]]] = {
     "pct_start": ("must be above 0 and at most 1", lambda value: 0.0 < value <= 1.0),
     "div_factor": _ABOVE_ZERO,
     "final_div_factor": _ABOVE_ZERO,
+    "base_momentum": _BELOW_ONE,
+    "max_momentum": _BELOW_ONE,
     "values": _AT_LEAST_ZERO,
     "boundaries": _ABOVE_ZERO,
 }
+
+# Those that count something.
+_WHOLE = frozenset(("every", "max_consecutive", "growth_interval"))
 
 
 def check_number(name: str, value: float, source: str = "") -> float:
@@ -120,7 +128,7 @@ def normalize(name: str, value: Any, *, schedule: bool = False, source: str = ""
     Raises:
         TypeError: If `value` is of another type.
         ValueError: If it is out of range. The elements of a tensor are checked too, unless they
-            are traced, transformed, or on a device whose queue reading them would stall.
+            are traced, or on a device whose queue reading them would stall.
     """
     if isinstance(value, numbers.Real) and not isinstance(value, bool):
         return check_number(name, _as_float(value), source)
@@ -133,8 +141,19 @@ def normalize(name: str, value: Any, *, schedule: bool = False, source: str = ""
     kinds = "a number, a 0-dim tensor or a schedule" if schedule else "a number or a 0-dim tensor"
     hint = _hint(value) if schedule else ""
     raise TypeError(
-        f"{name}={_short(value)}{source}: must be {kinds}, not {type(value).__name__}.{hint}"
+        f"{name}={short(value)}{source}: must be {kinds}, not {type(value).__name__}.{hint}"
     )
+
+
+def normalize_fields(opt: object, *names: str) -> None:
+    """Let these fields of a frozen dataclass be as `normalize` keeps them, schedules too.
+
+    Whole numbers, which have no fraction by their range, are shown as such.
+    """
+    for name in names:
+        kept = normalize(name, getattr(opt, name), schedule=True)
+        whole = name in _WHOLE and isinstance(kept, float) and kept < math.inf
+        object.__setattr__(opt, name, int(kept) if whole else kept)
 
 
 def _check_schedule(name: str, value: Callable[..., Any]) -> None:
@@ -153,10 +172,10 @@ def check_takes(name: str, function: Callable[..., Any], count: int, rule: str) 
     except ValueError:  # what is written in C may have no signature to look at
         return
     except TypeError as error:
-        raise TypeError(f"{name}={_short(function)}: {rule}, and this has {error}.") from None
+        raise TypeError(f"{name}={short(function)}: {rule}, and this has {error}.") from None
 
 
-def _short(value: object) -> str:
+def short(value: object) -> str:
     """Return a repr in a line, whatever it is of."""
     return " ".join(reprlib.repr(value).split())
 
@@ -182,10 +201,13 @@ def _check_tensor(name: str, value: Tensor, source: str) -> None:
         raise TypeError(f"{name} is a tensor of {value.dtype}: give it a floating-point dtype.")
     if value.layout is not torch.strided:
         raise TypeError(f"{name} is a tensor of layout {value.layout}: make it dense.")
-    if not elements_at_hand(value):
-        return
-    for element in value.detach().reshape(-1).tolist():
-        check_number(name, element, f"{source} in a tensor of shape {tuple(value.shape)}")
+    check_values(name, value, f"{source} in a tensor of shape {tuple(value.shape)}")
+
+
+def check_values(name: str, value: Tensor, source: str = "") -> None:
+    """Refuse a tensor with an element out of range, if its elements can be read without waiting."""
+    for element in dict.fromkeys(_transforms.values_at_hand(value) or ()):
+        check_number(name, element, source)
 
 
 def elements_at_hand(value: Tensor) -> bool:

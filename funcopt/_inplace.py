@@ -12,13 +12,21 @@ from torch import Tensor
 from . import _transforms
 from ._checks import are_apart, check_distinct
 from ._kernels import PUBLIC_NAMES, Layout, Scalars
+from ._types import Number
 from ._work import Work
 
 __all__ = ["check_apart", "check_inplace", "check_unwatched", "check_writable"]
 
+_READ = frozenset((float,))
 
-def check_inplace(work: Work, numbers: Iterable[Scalars]) -> None:
+
+def check_inplace(work: Work, counts: list[Number], numbers: Iterable[Scalars]) -> None:
     """Refuse to write in place where that would lose a derivative or memory.
+
+    Args:
+        work: The update.
+        counts: What is to be written into the counts: a float where the count was read.
+        numbers: The numbers of the leaves that move.
 
     Raises:
         RuntimeError: Under a transform of `torch.func` or forward mode, or if anything that goes
@@ -28,7 +36,7 @@ def check_inplace(work: Work, numbers: Iterable[Scalars]) -> None:
     """
     if work.watched:
         check_unwatched()
-    if work.layout is not None and _is_fine_at_a_glance(work, work.layout, numbers):
+    if work.layout is not None and _is_fine_at_a_glance(work, work.layout, counts, numbers):
         return
     for name, tensor in _history(work, numbers):
         raise RuntimeError(
@@ -57,7 +65,9 @@ def check_unwatched() -> None:
         )
 
 
-def _is_fine_at_a_glance(work: Work, layout: Layout, numbers: Iterable[Scalars]) -> bool:
+def _is_fine_at_a_glance(
+    work: Work, layout: Layout, new_counts: list[Number], numbers: Iterable[Scalars]
+) -> bool:
     """Whether all is seen to be fine at a glance, as nearly always; else the fault is looked for.
 
     The layout vouches for the leaves, save for where they start and for parameters' histories. A
@@ -67,6 +77,7 @@ def _is_fine_at_a_glance(work: Work, layout: Layout, numbers: Iterable[Scalars])
     tensors = [*chain.from_iterable(work.leaves), *counts]
     return (
         layout.writable
+        and _READ.issuperset(map(type, new_counts))
         and all(own.read for own in numbers)
         and not any(map(Tensor.is_inference, counts))
         and not (layout.params_require_grad and any(not p.is_leaf for p in work.leaves.params))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor
@@ -32,6 +32,9 @@ def decay_label(name: str, leaf: Tensor) -> str:
     whatever has such a name, and for no embedding that has none: write a function of your own, with
     this one inside, where that is not what you mean.
 
+    It says in `decay_label.possible_labels` that these are its labels. So either may be without a
+    leaf, as in a model without biases, and its optimizer then moves nothing.
+
     Args:
         name: The leaf's keys joined by dots.
         leaf: The leaf. Its first dimension must not be one of members: under vmap it is none, so
@@ -53,10 +56,36 @@ def decay_label(name: str, leaf: Tensor) -> str:
     return "no_decay" if leaf.ndim < 2 or _EMBEDDING.search(name) else "decay"
 
 
+_own: Any = decay_label  # which as a function has no attributes of its own for a type checker
+_own.possible_labels = ("decay", "no_decay")
+
+
+def _possible(labels: Labels) -> Collection[str]:
+    """Return which labels a function says that it may give; nothing if it says nothing.
+
+    It need not give them all: that none of them is misspelt is known without a leaf.
+    """
+    found = getattr(labels, "possible_labels", ()) if callable(labels) else ()
+    if not isinstance(found, (tuple, list, set, frozenset)):
+        raise TypeError(
+            f"labels.possible_labels={found!r}: must be a tuple of the labels that the function "
+            f"may give."
+        )
+    return found
+
+
 def check_labels(labels: Labels, known: Iterable[str]) -> None:
     """Refuse what cannot be labels of any tree, as far as that can be told without one."""
     if callable(labels):
         check_takes("labels", labels, 2, "it is called with the name and the leaf")
+        possible = _possible(labels)
+        for label in known if possible else ():
+            if label not in possible:
+                raise ValueError(
+                    f"inner has the label {label!r}, which labels never gives: by its "
+                    f"possible_labels there are {', '.join(map(repr, possible))}. Correct one of "
+                    f"the two."
+                )
         return
     given = list(labels.values()) if _are_patterns(labels) else _tree.flatten(labels)[0]
     if isinstance(labels, dict) and any(isinstance(key, re.Pattern) for key in labels):
@@ -134,7 +163,8 @@ def label_leaves(
 
     Raises:
         TypeError: If a label is no string.
-        ValueError: If a leaf has no label, an unknown one, or two; or a label or pattern no leaf.
+        ValueError: If a leaf has no label, an unknown one, or two; or a pattern no leaf; or a label
+            none, unless a function says that this may be.
     """
     patterns = labels if isinstance(labels, _Patterns) else patterns_in(labels)
     if patterns is not None:
@@ -147,11 +177,12 @@ def label_leaves(
         if type(label) is not str or label not in known:
             _check_label(label, _tree.path(structure, "params", index), known)
     for label in known:
-        if names and label not in found:
+        if names and label not in found and label not in _possible(labels):
             raise ValueError(
                 f"no leaf has the label {label!r}: each label must have a leaf, or one that is "
                 f"misspelt would go unnoticed. Correct labels, or leave its optimizer out. Leaves "
-                f"are named {_some(names)}."
+                f"are named {_some(names)}. (A function says which labels may have none in its "
+                f"attribute possible_labels, as decay_label does.)"
             )
     return found
 

@@ -9,26 +9,31 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from . import _transforms, _tree
-from ._averages import Follower, begin, lerp, lerp_, settled
+from . import _tree
+from ._averages import Follower, begin, settled
 from ._checks import check_optimizer, check_state
-from ._hyperparameters import check_flag, check_zero_dim, normalize
+from ._counts import first_count, next_step
+from ._hyperparameters import check_flag, normalize_fields
 from ._kernels import write
 from ._node import register_optimizer
-from ._types import Number, Optimizer, Tree
-from ._work import keep_requiring
+from ._numbers import has_schedule, numbers_of
+from ._types import Number, Optimizer, Schedule, Tree
+from ._update_if import choose, copies, keep_leaves_requiring
 from ._wrapping import (
     check_scalar,
-    copies,
     gather_gradients,
     place_of_counts,
     read,
     records,
+    with_step,
+    write_step,
 )
 
 __all__ = ["Lookahead", "LookaheadState"]
 
 ParamsT = TypeVar("ParamsT")
+
+_NUMBERS = ("every", "alpha")
 
 
 class LookaheadState(NamedTuple):
@@ -37,13 +42,17 @@ class LookaheadState(NamedTuple):
     Attributes:
         steps_since_sync: How many updates were made since slow and fast parameters were the same: a
             float64 tensor of shape (), on the CPU, or where `every` is if that is a tensor.
-        slow_params: The slow parameters: a tree like the parameters, in their dtypes.
+        slow_params: The slow parameters: a tree like the parameters, in their dtypes. At a meeting,
+            those of leaves at rest (as under `Frozen`) become these.
         inner: The state of the inner optimizer.
+        step: How many updates were made, if a hyperparameter is a schedule: likewise a tensor of
+            shape () on the CPU; else `()`.
     """
 
     steps_since_sync: Tensor
     slow_params: Tree
     inner: Any
+    step: Tree = ()
 
 
 @register_optimizer
@@ -77,9 +86,10 @@ class Lookahead:
     Args:
         inner: The optimizer that moves the fast parameters.
         every: How many updates lie between two meetings, $k$: a whole number of at least 1. A 0-dim
-            tensor, of a floating-point dtype, may differ between the members of a vmap.
+            tensor, of a floating-point dtype, may differ between the members of a vmap. A schedule
+            is called with the count of updates made so far.
         alpha: How far the slow parameters go: at least 0 (never) and at most 1 (all the way, as if
-            there were no `Lookahead`); a number or 0-dim tensor.
+            there were no `Lookahead`); a number, a 0-dim tensor or a schedule.
         reset_state: Whether the inner optimizer starts anew at each meeting, from the state that
             its `init` gives, counts and all: a schedule in it begins again, too.
 
@@ -100,16 +110,14 @@ class Lookahead:
     """
 
     inner: Optimizer[Any]
-    every: Number = 5
-    alpha: Number = 0.5
+    every: Number | Schedule = 5
+    alpha: Number | Schedule = 0.5
     reset_state: bool = False
 
     def __post_init__(self) -> None:
         """Check and normalize every hyperparameter."""
         check_optimizer("inner", self.inner)
-        every = normalize("every", self.every)
-        object.__setattr__(self, "every", int(every) if isinstance(every, float) else every)
-        object.__setattr__(self, "alpha", normalize("alpha", self.alpha))
+        normalize_fields(self, *_NUMBERS)
         check_flag("reset_state", self.reset_state)
 
     def init(self, params: Tree) -> LookaheadState:
@@ -129,7 +137,8 @@ class Lookahead:
         """
         slow_params, _ = begin(self, params, _own)
         count = torch.zeros((), dtype=torch.float64, device=place_of_counts(self.every))
-        return LookaheadState(count, slow_params, self.inner.init(params))
+        step = first_count(torch.device("cpu")) if has_schedule(self, _NUMBERS) else ()
+        return LookaheadState(count, slow_params, self.inner.init(params), step)
 
     def update(
         self, grads: Tree, state: LookaheadState, params: ParamsT
@@ -146,7 +155,8 @@ class Lookahead:
 
         Raises:
             TypeError: As the inner optimizer.
-            ValueError: As the inner optimizer, or if a hyperparameter is no single number.
+            ValueError: As the inner optimizer, or if a hyperparameter is no single number, or out
+                of range since it was given.
 
         Example:
             >>> import torch, funcopt
@@ -154,22 +164,24 @@ class Lookahead:
             >>> opt.update(torch.ones(1), opt.init(torch.ones(1)), torch.ones(1))[0]
             tensor([0.9200])
         """
-        slow = self._gather(grads, state, params)
-        recorded = records(self, slow.gradients, state)
-        meets = self._meets(state.steps_since_sync)
+        slow, numbers = self._gather(grads, state, params)
+        recorded = records(self, slow.gradients, state, numbers)
+        meets = _meets(state.steps_since_sync, numbers["every"])
         new_params, inner = self.inner.update(grads, state.inner, params)
         with torch.set_grad_enabled(recorded):
             if meets is False:
                 new_slow = copies(slow.leaves)
             else:
                 fast, structure = _tree.flatten(new_params)
-                met = lerp(slow.leaves, fast, self._alpha())
-                new_slow = _chosen(meets, met, slow.leaves)
-                new_params = _tree.unflatten(structure, _chosen(meets, copies(met), fast))
-                _keep_requiring(new_params, params)
+                met = slow.toward(fast, _known(numbers["alpha"]))
+                new_slow = choose(meets, met, slow.leaves)
+                new_fast = slow.gradients.but_resting(copies(slow.gradients.moving(met)), fast)
+                new_params = _tree.unflatten(structure, choose(meets, new_fast, fast))
+                keep_leaves_requiring(new_params, params)
                 inner = self._restarted(meets, inner, new_params)
         count = _next(meets, state.steps_since_sync.detach())
-        return new_params, LookaheadState(count, slow.paired.rebuild(new_slow), inner)
+        new_slow_params = slow.paired.rebuild(new_slow)
+        return new_params, LookaheadState(count, new_slow_params, inner, next_step(state.step))
 
     def update_(
         self, grads: Tree, state: LookaheadState, params: ParamsT
@@ -197,37 +209,27 @@ class Lookahead:
             >>> w
             tensor([0.9200])
         """
-        slow = self._gather(grads, state, params)
-        numbers = {"every": self.every, "alpha": self.alpha}
-        slow.check_inplace(numbers, {"state.steps_since_sync": state.steps_since_sync})
-        meets = self._meets(state.steps_since_sync)
+        slow, numbers = self._gather(grads, state, params)
+        counts = {"state.steps_since_sync": state.steps_since_sync}
+        slow.check_inplace(numbers, with_step(counts, state))
+        meets = _meets(state.steps_since_sync, numbers["every"])
         self.inner.update_(grads, state.inner, params)
         with torch.no_grad():
             if meets is not False:
-                self._meet_(meets, slow, state.inner, params)
+                self._meet_(meets, _known(numbers["alpha"]), slow, state.inner, params)
             write(state.steps_since_sync, _next(meets, state.steps_since_sync))
+            write_step(state)
         return params, state
 
-    def _gather(self, grads: Tree, state: LookaheadState, params: Tree) -> Follower:
+    def _gather(
+        self, grads: Tree, state: LookaheadState, params: Tree
+    ) -> tuple[Follower, dict[str, Number]]:
         check_state(state, LookaheadState)
         check_scalar("state.steps_since_sync", state.steps_since_sync)
-        check_zero_dim("every", self.every)
-        check_zero_dim("alpha", self.alpha)
-        gradients = gather_gradients(grads, params)
-        return Follower.gather(gradients, "state.slow_params", state.slow_params, _own)
-
-    def _meets(self, count: Tensor) -> bool | Tensor:
-        """Whether slow and fast meet in this update; a tensor where that is not read."""
-        taken = read(count)
-        every = read(self.every) if isinstance(self.every, Tensor) else self.every
-        if taken is None or every is None:
-            return count.detach() + 1 >= self.every
-        return taken + 1 >= every
-
-    def _alpha(self) -> Number:
-        """Return how far the slow parameters go, as a Python number if it can be read."""
-        alpha = settled(self.alpha)
-        return self.alpha if alpha is None else alpha
+        numbers = numbers_of(self, _NUMBERS, state.step)
+        gradients = gather_gradients(self, grads, params)
+        slow = Follower.gather(gradients, "state.slow_params", state.slow_params, _own)
+        return slow, numbers
 
     def _restarted(self, meets: bool | Tensor, inner: Tree, params: Tree) -> Tree:
         """Return the inner state, as it is at first if slow and fast met and it is to restart."""
@@ -235,36 +237,43 @@ class Lookahead:
             return inner
         olds, structure = _tree.flatten(inner)
         first = _tree.pair(self.inner.init(params), "state.inner", structure).leaves
-        return _tree.unflatten(structure, _chosen(meets, first, olds))
+        return _tree.unflatten(structure, choose(meets, first, olds))
 
-    def _meet_(self, meets: bool | Tensor, slow: Follower, inner: Tree, params: Tree) -> None:
+    def _meet_(
+        self, meets: bool | Tensor, alpha: Number, slow: Follower, inner: Tree, params: Tree
+    ) -> None:
         """Let slow and fast meet in place."""
-        fast = slow.gradients.params
+        fast, moving = slow.gradients.params, slow.gradients.moving
         if meets is True:
-            lerp_(slow.leaves, fast, self._alpha())
-            _write_all(fast, slow.leaves)
+            slow.toward_(fast, alpha)
+            _write_all(moving(fast), moving(slow.leaves))
         else:
-            met = lerp(slow.leaves, fast, self._alpha())
-            for leaves in (slow.leaves, fast):
-                _write_all(leaves, _chosen(meets, met, leaves))
+            met = slow.toward(fast, alpha)
+            _write_all(slow.leaves, choose(meets, met, slow.leaves))
+            _write_all(moving(fast), choose(meets, moving(met), moving(fast)))
         if self.reset_state:
             restarted = self._restarted(meets, inner, params)
             _write_all(_tree.flatten(inner)[0], _tree.flatten(restarted)[0])
 
 
+def _meets(count: Tensor, every: Number) -> bool | Tensor:
+    """Whether slow and fast meet in this update; a tensor where that is not read."""
+    taken = read(count)
+    known = read(every) if isinstance(every, Tensor) else every
+    if taken is None or known is None:
+        return count.detach() + 1 >= every
+    return taken + 1 >= known
+
+
+def _known(number: Number) -> Number:
+    """Return a number, as a Python number if it can be read."""
+    value = settled(number)
+    return number if value is None else value
+
+
 def _own(dtype: torch.dtype) -> torch.dtype:
     """The dtype of slow parameters: that of the fast ones, whose values they give them."""
     return dtype
-
-
-def _chosen(
-    condition: bool | Tensor, news: Sequence[Tensor], olds: Sequence[Tensor]
-) -> list[Tensor]:
-    if isinstance(condition, bool):
-        return list(news if condition else olds)
-    return [
-        torch.where(condition.to(old.device), new, old) for new, old in zip(news, olds, strict=True)
-    ]
 
 
 def _write_all(olds: Sequence[Tensor], news: Sequence[Tensor]) -> None:
@@ -277,9 +286,3 @@ def _next(meets: bool | Tensor, count: Tensor) -> Tensor:
     if isinstance(meets, bool):
         return torch.zeros_like(count) if meets else count + 1
     return (count + 1).masked_fill(meets.to(count.device), 0)
-
-
-def _keep_requiring(new_params: Tree, params: Tree) -> None:
-    """Let copies of parameters require a gradient where the old did, but for a transform's sake."""
-    if not _transforms.transformed() and not _transforms.tracing():
-        keep_requiring(_tree.flatten(new_params)[0], _tree.flatten(params)[0])

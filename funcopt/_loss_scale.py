@@ -10,20 +10,23 @@ from torch import Tensor
 
 from . import _transforms
 from ._checks import check_count, check_optimizer, check_state
+from ._counts import first_count, next_step
 from ._finite import all_finite_everywhere, decide, place_for, zeros_unless
-from ._hyperparameters import check_zero_dim, normalize
+from ._hyperparameters import normalize, normalize_fields
 from ._kernels import write
 from ._node import register_optimizer
-from ._types import Number, Optimizer, Tree
-from ._work import flatten_params
+from ._numbers import has_schedule, number_at, numbers_of
+from ._types import Number, Optimizer, Schedule, Tree
+from ._update_if import update_if, update_if_
 from ._wrapping import (
     Gradients,
     check_inplace,
     check_scalar,
     gather_gradients,
+    gather_params,
     records,
-    update_if,
-    update_if_,
+    with_step,
+    write_step,
 )
 
 __all__ = ["LossScale", "LossScaleState"]
@@ -41,11 +44,14 @@ class LossScaleState(NamedTuple):
         growth_tracker: How many updates were made since the scale last changed, or was about to: an
             int64 tensor of shape ().
         inner: The state of the inner optimizer.
+        step: How many updates were made, skipped ones not among them, if a hyperparameter is a
+            schedule: a float64 tensor of shape (); else `()`.
     """
 
     scale: Tensor
     growth_tracker: Tensor
     inner: Any
+    step: Tree = ()
 
 
 @register_optimizer
@@ -92,11 +98,13 @@ class LossScale:
     Args:
         inner: The optimizer that is given the unscaled gradients.
         init_scale: The first scale: from 2**-126 to 2**127; a number or 0-dim tensor.
-        growth_factor: What the scale is multiplied by to grow: above 1; a number or 0-dim tensor.
+        growth_factor: What the scale is multiplied by to grow: above 1; a number, a 0-dim tensor,
+            or a schedule, which is called with the count of updates made so far (skipped ones not
+            among them) and returns one of the others.
         backoff_factor: What it is multiplied by after gradients that were not finite: above 0 and
-            below 1; a number or 0-dim tensor.
-        growth_interval: How many updates in a row make it grow: a whole number of at least 1, or a
-            0-dim tensor of a floating-point dtype.
+            below 1; likewise.
+        growth_interval: How many updates in a row make it grow: a whole number of at least 1;
+            likewise, a tensor being of a floating-point dtype.
 
     Raises:
         TypeError: If `inner` is no optimizer, or a hyperparameter is of the wrong type.
@@ -119,17 +127,15 @@ class LossScale:
 
     inner: Optimizer[Any]
     init_scale: Number = 2.0**16
-    growth_factor: Number = 2.0
-    backoff_factor: Number = 0.5
-    growth_interval: Number = 2000
+    growth_factor: Number | Schedule = 2.0
+    backoff_factor: Number | Schedule = 0.5
+    growth_interval: Number | Schedule = 2000
 
     def __post_init__(self) -> None:
         """Check and normalize every hyperparameter."""
         check_optimizer("inner", self.inner)
-        for name in _NUMBERS:
-            object.__setattr__(self, name, normalize(name, getattr(self, name)))
-        if isinstance(self.growth_interval, float):
-            object.__setattr__(self, "growth_interval", int(self.growth_interval))
+        object.__setattr__(self, "init_scale", normalize("init_scale", self.init_scale))
+        normalize_fields(self, *_NUMBERS[1:])
 
     def init(self, params: Tree) -> LossScaleState:
         """Return the state before the first update: the first scale and the inner state.
@@ -146,15 +152,16 @@ class LossScale:
             >>> funcopt.LossScale(funcopt.AdamW()).init(torch.ones(2)).scale
             tensor(65536.)
         """
-        check_zero_dim("init_scale", self.init_scale)
-        place = place_for(flatten_params(params)[0])
+        init_scale = number_at("init_scale", self.init_scale, ())
+        place = place_for(gather_params(self, params).moving)
         scale = (
-            self.init_scale.detach().to(device=place, dtype=torch.float32, copy=True)
-            if isinstance(self.init_scale, Tensor)
-            else torch.full((), self.init_scale, dtype=torch.float32, device=place)
+            init_scale.detach().to(device=place, dtype=torch.float32, copy=True)
+            if isinstance(init_scale, Tensor)
+            else torch.full((), init_scale, dtype=torch.float32, device=place)
         )
         tracker = torch.zeros((), dtype=torch.int64, device=place)
-        return LossScaleState(scale, tracker, self.inner.init(params))
+        step = first_count(place) if has_schedule(self, _NUMBERS) else ()
+        return LossScaleState(scale, tracker, self.inner.init(params), step)
 
     def update(
         self, grads: Tree, state: LossScaleState, params: ParamsT
@@ -172,7 +179,8 @@ class LossScale:
 
         Raises:
             TypeError: As the inner optimizer, or if the state is of another type.
-            ValueError: As the inner optimizer, or if a hyperparameter is no single number.
+            ValueError: As the inner optimizer, or if a hyperparameter is no single number, or out
+                of range since it was given.
 
         Example:
             >>> import torch, funcopt
@@ -182,10 +190,10 @@ class LossScale:
             >>> params, state.scale
             (tensor([1.]), tensor(32768.))
         """
-        gradients = self._gather(grads, state, params)
+        gradients, numbers = self._gather(grads, state, params)
         finite = all_finite_everywhere(gradients, state.scale)
         moves = decide(finite)
-        recorded = moves is not True and records(self, gradients, state)
+        recorded = moves is not True and records(self, gradients, state, numbers)
         if recorded or _transforms.watched():
             gradients = gradients.replace(zeros_unless(moves, gradients.tensors))
         new_params, inner = update_if(
@@ -197,7 +205,8 @@ class LossScale:
             recorded,
             factor=_inverse(state.scale),
         )
-        return new_params, LossScaleState(*self._rescale(state, finite), inner)
+        scale, tracker = _rescale(state, finite, numbers)
+        return new_params, LossScaleState(scale, tracker, inner, next_step(state.step, moves))
 
     def update_(
         self, grads: Tree, state: LossScaleState, params: ParamsT
@@ -226,34 +235,38 @@ class LossScale:
             >>> w, state.scale
             (tensor([0.8990]), tensor(131072.))
         """
-        gradients = self._gather(grads, state, params)
-        own, names = state[:2], state._fields
-        numbers = {name: getattr(self, name) for name in _NUMBERS}
-        check_inplace(numbers, own, lambda index: f"state.{names[index]}", gradients)
+        gradients, numbers = self._gather(grads, state, params)
+        own = {"state.scale": state.scale, "state.growth_tracker": state.growth_tracker}
+        check_inplace(numbers, with_step(own, state), gradients)
         finite = all_finite_everywhere(gradients, state.scale)
         moves = decide(finite)
         inverse = _inverse(state.scale)
         update_if_(moves, self.inner, gradients.tree, state.inner, params, inverse)
-        for old, new in zip(own, self._rescale(state, finite), strict=True):
+        for old, new in zip(own.values(), _rescale(state, finite, numbers), strict=True):
             write(old, new)
+        write_step(state, moves)
         return params, state
 
-    def _gather(self, grads: Tree, state: LossScaleState, params: Tree) -> Gradients:
+    def _gather(
+        self, grads: Tree, state: LossScaleState, params: Tree
+    ) -> tuple[Gradients, dict[str, Number]]:
         check_state(state, LossScaleState)
         check_scalar("state.scale", state.scale)
         check_count(state.growth_tracker, lambda: "state.growth_tracker")
-        for name in _NUMBERS:
-            check_zero_dim(name, getattr(self, name))
-        return gather_gradients(grads, params)
+        numbers = numbers_of(self, _NUMBERS, state.step)
+        return gather_gradients(self, grads, params), numbers
 
-    def _rescale(self, state: LossScaleState, finite: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the scale for the next loss, and the updates made since it changed."""
-        scale, tracker = state.scale.detach(), state.growth_tracker.detach() + 1
-        full = tracker >= _detached(self.growth_interval)
-        grown = _product(scale, self.growth_factor)
-        grown = torch.where(full & grown.isfinite(), grown, scale)
-        shrunk = _product(scale, self.backoff_factor).clamp(min=torch.finfo(scale.dtype).tiny)
-        return torch.where(finite, grown, shrunk), tracker.masked_fill(~finite | full, 0)
+
+def _rescale(
+    state: LossScaleState, finite: Tensor, numbers: dict[str, Number]
+) -> tuple[Tensor, Tensor]:
+    """Return the scale for the next loss, and the updates made since it changed."""
+    scale, tracker = state.scale.detach(), state.growth_tracker.detach() + 1
+    full = tracker >= _detached(numbers["growth_interval"])
+    grown = _product(scale, numbers["growth_factor"])
+    grown = torch.where(full & grown.isfinite(), grown, scale)
+    shrunk = _product(scale, numbers["backoff_factor"]).clamp(min=torch.finfo(scale.dtype).tiny)
+    return torch.where(finite, grown, shrunk), tracker.masked_fill(~finite | full, 0)
 
 
 def _inverse(scale: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -10,9 +10,9 @@ from torch import Tensor
 
 from . import _tree
 from ._checks import check_optimizer, check_state
-from ._frozen import Frozen
 from ._labels import Labels, check_labels, label_leaves, name_leaves, patterns_in
 from ._node import register_optimizer
+from ._resting import at_rest, leaves_at_rest, may_rest
 from ._scaled import hands_on
 from ._sharded import whole_of
 from ._together import Update, update_together_
@@ -54,7 +54,9 @@ class Partition:
     state does not match then. A function must depend on names, shapes and dtypes alone.
 
     Args:
-        inner: The optimizers, by label. Each must come to have a leaf.
+        inner: The optimizers, by label. Each must come to have a leaf, so that a label that is
+            misspelt is noticed; but those that a function names in its attribute `possible_labels`
+            need not, as with `decay_label`, and it gives no others.
         labels: Which leaf has which label, said in one of three ways: a function
             `label(name, leaf) -> str`; a tree of labels with the keys of the parameters; or a dict
             from compiled regular expressions to labels, `{re.compile(r"bias$"): "no_decay", ...}`,
@@ -63,7 +65,8 @@ class Partition:
 
     Raises:
         TypeError: If `inner` is not a dict from strings to optimizers, or a label is no string.
-        ValueError: If `inner` is empty, or a label in `labels` is not in it.
+        ValueError: If `inner` is empty, or a label in `labels` is not in it, or one of it is not
+            among the `possible_labels` of a function.
 
     Example:
         >>> import re, torch, funcopt
@@ -212,6 +215,9 @@ class Partition:
     def _groups(self, params: Tree) -> _Groups:
         leaves, structure = _tree.flatten(params)
         check_untied(leaves, structure)
+        return self._grouped(leaves, structure)
+
+    def _grouped(self, leaves: Sequence[Any], structure: _tree.Structure) -> _Groups:
         names = name_leaves(structure)
         wholes = [whole_of(leaf) for leaf in leaves]
         patterns = getattr(self, "_patterns", None)  # a transform rebuilds the fields alone
@@ -233,27 +239,37 @@ class Partition:
                 f"state.inner has the labels {has}, this optimizer has {wanted}. Make the state "
                 f"with init() of this optimizer."
             )
-        frozen = [
-            index
-            for label, opt in self.inner.items()
-            if isinstance(opt, Frozen)
-            for index in groups.members[label]
-        ]
-        gradients = _tree.pair(grads, "grads", groups.structure, frozen).leaves
+        gradients = _tree.pair(grads, "grads", groups.structure, self._resting(groups)).leaves
         own_grads, own_params = groups.of(gradients), groups.of(groups.leaves)
         return {
             label: Update(opt, own_grads[label], state.inner[label], own_params[label], factor)
             for label, opt in self.inner.items()
         }
 
+    def _at_rest(self, leaves: Sequence[Any], structure: _tree.Structure) -> Collection[int]:
+        """Which of these leaves rest. To find out to which group each one belongs takes long."""
+        return self._resting(self._grouped(leaves, structure)) if may_rest(self) else ()
+
+    def _resting(self, groups: _Groups) -> Collection[int]:
+        resting: set[int] = set()
+        for label, opt in self.inner.items():
+            if may_rest(opt):
+                indices = {groups.names[index]: index for index in groups.members[label]}
+                # In the order in which this optimizer will find them.
+                order, structure = _tree.flatten(indices)
+                own = [groups.leaves[index] for index in order]
+                resting.update(order[position] for position in at_rest(opt, own, structure))
+        return resting
+
 
 hands_on(Partition, Partition._move, Partition._move_)
+leaves_at_rest(Partition, Partition._at_rest)
 
 
 class _Groups(NamedTuple):
     """The leaves of a tree, and which of them belong to which label."""
 
-    leaves: list[Any]
+    leaves: Sequence[Any]
     structure: _tree.Structure
     names: list[str]
     members: dict[str, list[int]]

@@ -11,25 +11,30 @@ from torch import Tensor
 
 from . import _transforms
 from ._checks import check_count, check_optimizer, check_state, kind_of
+from ._counts import first_count, next_step
 from ._finite import all_finite_everywhere, decide, place_for, zeros_unless
-from ._hyperparameters import check_zero_dim, normalize
+from ._hyperparameters import normalize_fields
 from ._kernels import write
 from ._node import register_optimizer
-from ._types import Number, Optimizer, Tree
-from ._work import flatten_params
+from ._numbers import has_schedule, numbers_of
+from ._types import Number, Optimizer, Schedule, Tree
+from ._update_if import update_if, update_if_
 from ._wrapping import (
     Gradients,
     check_inplace,
     check_overflow_is_seen,
     gather_gradients,
+    gather_params,
     records,
-    update_if,
-    update_if_,
+    with_step,
+    write_step,
 )
 
 __all__ = ["SkipNonfinite", "SkipNonfiniteState"]
 
 ParamsT = TypeVar("ParamsT")
+
+_NUMBERS = ("max_consecutive",)
 
 
 class SkipNonfiniteState(NamedTuple):
@@ -42,12 +47,15 @@ class SkipNonfiniteState(NamedTuple):
         last_finite: Whether the last gradients were finite: a bool tensor of shape (), True at
             first.
         inner: The state of the inner optimizer.
+        step: How many updates were made, skipped ones not among them, if `max_consecutive` is a
+            schedule: a float64 tensor of shape (); else `()`.
     """
 
     consecutive: Tensor
     total: Tensor
     last_finite: Tensor
     inner: Any
+    step: Tree = ()
 
 
 @register_optimizer
@@ -76,7 +84,8 @@ class SkipNonfinite:
     Args:
         inner: The optimizer that is given the finite gradients.
         max_consecutive: How many calls in a row are skipped at most: a whole number of at least 0,
-            or infinity; a number or a 0-dim tensor of a floating-point dtype.
+            or infinity; a number, a 0-dim tensor of a floating-point dtype, or a schedule, which is
+            called with the count of updates made so far (skipped ones not among them).
 
     Raises:
         TypeError: If `inner` is no optimizer, or `max_consecutive` is of the wrong type.
@@ -94,16 +103,14 @@ class SkipNonfinite:
     """
 
     inner: Optimizer[Any]
-    max_consecutive: Number = math.inf
+    max_consecutive: Number | Schedule = math.inf
 
     def __post_init__(self) -> None:
         """Check and normalize the number of calls."""
         check_optimizer("inner", self.inner)
-        most = normalize("max_consecutive", self.max_consecutive)
-        if isinstance(most, float) and most == math.inf:
+        normalize_fields(self, *_NUMBERS)
+        if isinstance(self.max_consecutive, float):  # which is infinite
             check_overflow_is_seen("SkipNonfinite", self.inner)
-        whole = isinstance(most, float) and most < math.inf
-        object.__setattr__(self, "max_consecutive", int(most) if whole else most)
 
     def init(self, params: Tree) -> SkipNonfiniteState:
         """Return the state before the first update: counts of 0 and the inner state.
@@ -121,12 +128,13 @@ class SkipNonfinite:
             >>> state.consecutive, state.total, state.last_finite
             (tensor(0), tensor(0), tensor(True))
         """
-        place = place_for(flatten_params(params)[0])
+        place = place_for(gather_params(self, params).moving)
         return SkipNonfiniteState(
             torch.zeros((), dtype=torch.int64, device=place),
             torch.zeros((), dtype=torch.int64, device=place),
             torch.ones((), dtype=torch.bool, device=place),
             self.inner.init(params),
+            first_count(place) if has_schedule(self, _NUMBERS) else (),
         )
 
     def update(
@@ -145,7 +153,8 @@ class SkipNonfinite:
 
         Raises:
             TypeError: As the inner optimizer, or if the state is of another type.
-            ValueError: As the inner optimizer, or if `max_consecutive` is no single number.
+            ValueError: As the inner optimizer, or if `max_consecutive` is no single number, or out
+                of range since it was given.
 
         Example:
             >>> import torch, funcopt
@@ -159,14 +168,14 @@ class SkipNonfinite:
             >>> params
             tensor([nan])
         """
-        gradients = self._gather(grads, state, params)
-        counts, moves = self._judge(gradients, state)
-        recorded = moves is not True and records(self, gradients, state)
+        gradients, numbers = self._gather(grads, state, params)
+        counts, moves = _judge(gradients, state, **numbers)
+        recorded = moves is not True and records(self, gradients, state, numbers)
         given = gradients.tree
         if recorded or _transforms.watched():
             given = gradients.replace(zeros_unless(moves, gradients.tensors)).tree
         new_params, inner = update_if(moves, self.inner, given, state.inner, params, recorded)
-        return new_params, SkipNonfiniteState(*counts, inner)
+        return new_params, SkipNonfiniteState(*counts, inner, next_step(state.step, moves))
 
     def update_(
         self, grads: Tree, state: SkipNonfiniteState, params: ParamsT
@@ -196,34 +205,37 @@ class SkipNonfinite:
             >>> w, state.consecutive
             (tensor([0.8990]), tensor(1))
         """
-        gradients = self._gather(grads, state, params)
-        own, names = state[:3], state._fields
-        numbers = {"max_consecutive": self.max_consecutive}
-        check_inplace(numbers, own, lambda index: f"state.{names[index]}", gradients)
-        counts, moves = self._judge(gradients, state)
+        gradients, numbers = self._gather(grads, state, params)
+        own = {f"state.{name}": getattr(state, name) for name in state._fields[:3]}
+        check_inplace(numbers, with_step(own, state), gradients)
+        counts, moves = _judge(gradients, state, **numbers)
         update_if_(moves, self.inner, gradients.tree, state.inner, params)
-        for old, new in zip(own, counts, strict=True):
+        for old, new in zip(own.values(), counts, strict=True):
             write(old, new)
+        write_step(state, moves)
         return params, state
 
-    def _gather(self, grads: Tree, state: SkipNonfiniteState, params: Tree) -> Gradients:
+    def _gather(
+        self, grads: Tree, state: SkipNonfiniteState, params: Tree
+    ) -> tuple[Gradients, dict[str, Number]]:
         check_state(state, SkipNonfiniteState)
         check_count(state.consecutive, lambda: "state.consecutive")
         check_count(state.total, lambda: "state.total")
         _check_last_finite(state.last_finite)
-        check_zero_dim("max_consecutive", self.max_consecutive)
-        return gather_gradients(grads, params)
+        numbers = numbers_of(self, _NUMBERS, state.step)
+        return gather_gradients(self, grads, params), numbers
 
-    def _judge(
-        self, gradients: Gradients, state: SkipNonfiniteState
-    ) -> tuple[tuple[Tensor, Tensor, Tensor], bool | Tensor]:
-        """Return the tensors of the new state, and whether the inner update is made."""
-        finite = all_finite_everywhere(gradients, state.last_finite)
-        consecutive = (state.consecutive.detach() + 1).masked_fill(finite, 0)
-        most = self.max_consecutive
-        enough = consecutive > (most.detach() if isinstance(most, Tensor) else most)
-        counts = consecutive, state.total.detach() + ~finite, finite
-        return counts, decide(finite | enough)
+
+def _judge(
+    gradients: Gradients, state: SkipNonfiniteState, max_consecutive: Number
+) -> tuple[tuple[Tensor, Tensor, Tensor], bool | Tensor]:
+    """Return the tensors of the new state, and whether the inner update is made."""
+    finite = all_finite_everywhere(gradients, state.last_finite)
+    consecutive = (state.consecutive.detach() + 1).masked_fill(finite, 0)
+    most = max_consecutive
+    enough = consecutive > (most.detach() if isinstance(most, Tensor) else most)
+    counts = consecutive, state.total.detach() + ~finite, finite
+    return counts, decide(finite | enough)
 
 
 def _check_last_finite(value: object) -> None:

@@ -11,9 +11,8 @@ from torch import Tensor
 from . import _transforms, _tree
 from ._adamw import AdamW
 from ._frozen import Frozen
-from ._hyperparameters import check_number
 from ._inplace import check_apart, check_inplace, check_unwatched, check_writable
-from ._kernels import PUBLIC_NAMES, Scalars, write
+from ._kernels import Scalars, write
 from ._scaled import update_scaled, update_scaled_
 from ._sharded import whole_of
 from ._types import Optimizer, Tree
@@ -109,22 +108,19 @@ def _is_sure(update: Update) -> bool:
         return False
     work = opt._gather(grads, state, params)
     counts = work.counts.after(work.active, work.watched)
-    numbers = opt._numbers(work.counts.tensors, counts)
-    check_inplace(work, numbers)
+    numbers = opt._numbers(*work.counts.around(work.active, counts))
+    check_inplace(work, counts, numbers)
     # A kernel that was asked for by name may yet refuse numbers that it cannot read.
-    return _transforms.tracing() or _are_read_and_in_range(numbers) or opt.kernel == "auto"
+    return _transforms.tracing() or opt.kernel == "auto" or _can_be_read(numbers)
 
 
-def _are_read_and_in_range(numbers: Iterable[Scalars]) -> bool:
-    """Whether all numbers can be read at no price. One that can and is out of range is refused."""
-    all_read = True
-    for own in numbers:
-        for name, number in zip(Scalars._fields[:6], own[:6], strict=True):
-            if isinstance(number, float) or (number.is_cpu and _transforms.all_plain([number])):
-                check_number(PUBLIC_NAMES.get(name, name), float(number))
-            else:
-                all_read = False
-    return all_read
+def _can_be_read(numbers: Iterable[Scalars]) -> bool:
+    """Whether all numbers can be read without waiting."""
+    return all(
+        isinstance(number, float) or (number.is_cpu and _transforms.all_plain([number]))
+        for own in numbers
+        for number in own
+    )
 
 
 def _moved(label: str, update: Update) -> tuple[list[Tensor], list[Tensor]]:

@@ -35,6 +35,7 @@ __all__ = [
     "tracing",
     "transformed",
     "uncompiled",
+    "values_at_hand",
     "watched",
     "watched_by_operator",
 ]
@@ -48,6 +49,9 @@ try:
         _add_batch_dim,
         _unwrap_batched,
         get_interpreter_stack,
+        get_unwrapped,
+        is_functionaltensor,
+        is_functorch_wrapped_tensor,
     )
     from torch._functorch.pyfunctorch import (
         VmapInterpreter,
@@ -211,6 +215,27 @@ def beneath_vmap() -> Iterator[Members | None]:
     members = Members(interpreter)
     with interpreter.lower():
         yield members
+
+
+def values_at_hand(tensor: Tensor) -> list[float] | None:
+    """Return all values of a tensor, if they can be read now and without waiting; else None.
+
+    Of a tensor that is mapped over by vmap these are the values of all members. What is read here
+    is for checks alone: no derivative and no member is told of it.
+    """
+    if tracing() or (transformed() and _RULED is None):
+        return None
+    while transformed() and is_functorch_wrapped_tensor(tensor):
+        if is_functionaltensor(tensor):  # its value may be another one by now
+            return None
+        tensor = get_unwrapped(tensor)
+    return _flat(tensor.tolist()) if tensor.is_cpu and all_plain([tensor]) else None
+
+
+def _flat(values: Any) -> list[float]:
+    if not isinstance(values, list):
+        return [values]
+    return [value for part in values for value in _flat(part)]
 
 
 def all_plain(tensors: Iterable[Tensor]) -> bool:

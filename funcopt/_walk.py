@@ -65,7 +65,10 @@ def children(node: Any) -> list[tuple[Step, Any]]:
     if isinstance(node, Tensor):
         return []
     if isinstance(node, tuple) and hasattr(node, "_fields"):
-        return [(Step(name, True), getattr(node, name)) for name in node._fields]
+        fields = zip(node._fields, node, strict=True)
+        return [
+            (Step(name, True), value) for name, value in fields if not _is_no_count(name, value)
+        ]
     if dataclasses.is_dataclass(node) and not isinstance(node, type):
         names = [field.name for field in dataclasses.fields(node) if field.init]
         return [(Step(name, True), getattr(node, name)) for name in names]
@@ -74,6 +77,11 @@ def children(node: Any) -> list[tuple[Step, Any]]:
     if isinstance(node, (list, tuple)):
         return [(Step(index, False), value) for index, value in enumerate(node)]
     return []
+
+
+def _is_no_count(name: str, value: Any) -> bool:
+    """Whether this is where a wrapper with a schedule would count, and this one has none."""
+    return name == "step" and isinstance(value, tuple) and value == ()
 
 
 def walk(node: Any, steps: tuple[Step, ...]) -> Iterator[Place]:

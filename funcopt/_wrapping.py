@@ -1,9 +1,9 @@
-"""What wrappers share: an inner update that is made if a condition holds, and what they check."""
+"""What wrappers share: gradients beside their parameters, and what they check."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,26 +12,28 @@ from torch import Tensor
 
 from . import _kernels, _transforms, _tree
 from ._checks import check_alike, check_leaves, kind_of
+from ._counts import first_count, next_step, place_for_count
 from ._inplace import check_unwatched
 from ._kernels import write
-from ._kernels._pages import copies_of
-from ._scaled import update_scaled, update_scaled_
-from ._types import Number, Optimizer, Tree
+from ._numbers import has_schedule
+from ._resting import at_rest
+from ._types import Number, Optimizer, Schedule, Tree
 from ._walk import walk
-from ._work import keep_requiring
+from ._work import check_untied
 
 __all__ = [
     "Gradients",
     "check_inplace",
     "check_overflow_is_seen",
     "check_scalar",
-    "copies",
+    "first_step",
     "gather_gradients",
+    "gather_params",
     "place_of_counts",
     "read",
     "records",
-    "update_if",
-    "update_if_",
+    "with_step",
+    "write_step",
 ]
 
 
@@ -41,6 +43,7 @@ class Gradients(NamedTuple):
     params: list[Tensor]
     structure: _tree.Structure  # of the parameters
     paired: _tree.Paired
+    resting: Collection[int] = ()  # leaves without a gradient, since the optimizer leaves them so
 
     @property
     def leaves(self) -> list[Tensor | None]:
@@ -54,8 +57,21 @@ class Gradients(NamedTuple):
 
     @property
     def tree(self) -> Tree:
-        """The gradients as they were given, in a tree."""
+        """The gradients in a tree: that in which they were given, if no leaf is at rest."""
         return self.paired.rebuild(self.paired.leaves)
+
+    def moving(self, leaves: Sequence[Tensor]) -> list[Tensor]:
+        """Return of leaves in the order of the parameters those that are not at rest."""
+        if not self.resting:
+            return list(leaves)
+        return [leaf for index, leaf in enumerate(leaves) if index not in self.resting]
+
+    def but_resting(self, moving: Sequence[Tensor], leaves: Sequence[Tensor]) -> list[Tensor]:
+        """Return these leaves in the order of the parameters, with others for those not at rest."""
+        if not self.resting:
+            return list(moving)
+        others = iter(moving)
+        return [leaf if i in self.resting else next(others) for i, leaf in enumerate(leaves)]
 
     def replace(self, tensors: Iterable[Tensor]) -> Gradients:
         """Return the gradients with others in place of those that there are."""
@@ -64,16 +80,24 @@ class Gradients(NamedTuple):
         return self._replace(paired=self.paired._replace(leaves=leaves))
 
 
-def gather_gradients(grads: Tree, params: Tree) -> Gradients:
-    """Pair gradients with their parameters.
+def gather_gradients(opt: Optimizer[Any], grads: Tree, params: Tree) -> Gradients:
+    """Pair gradients with their parameters. Those of leaves at rest are None, whatever was given.
+
+    Args:
+        opt: The wrapper, which says what is at rest.
+        grads: The gradients. Those of leaves at rest may be missing.
+        params: The parameters.
 
     Raises:
-        TypeError: If a leaf is not a dense floating-point or complex tensor.
+        TypeError: If a leaf is not a dense floating-point or complex tensor, unless it is at rest.
         ValueError: If the trees, or a gradient and its parameter, do not match.
     """
     leaves, structure = _tree.flatten(params)
-    check_leaves(leaves, partial(_tree.path, structure, "params"))
-    paired = _tree.pair(grads, "grads", structure)
+    resting = _check_moving(opt, leaves, structure)
+    paired = _tree.pair(grads, "grads", structure, resting)
+    if resting:
+        own = [None if index in resting else grad for index, grad in enumerate(paired.leaves)]
+        paired = _tree.Paired(own, structure, None)
     given = [index for index, grad in enumerate(paired.leaves) if grad is not None]
     check_alike(
         [paired.leaves[index] for index in given],
@@ -81,7 +105,49 @@ def gather_gradients(grads: Tree, params: Tree) -> Gradients:
         lambda position: _tree.path(structure, "grads", given[position]),
         "a gradient",
     )
-    return Gradients(leaves, structure, paired)
+    return Gradients(leaves, structure, paired, resting)
+
+
+def _check_moving(
+    opt: Optimizer[Any], leaves: list[Any], structure: _tree.Structure
+) -> Collection[int]:
+    """Refuse leaves that cannot be moved, if they are to be; return those that are at rest."""
+    resting = at_rest(opt, leaves, structure)
+    if not resting:
+        check_leaves(leaves, partial(_tree.path, structure, "params"))
+        return resting
+    moving = [index for index in range(len(leaves)) if index not in resting]
+    check_leaves(
+        [leaves[index] for index in moving],
+        lambda position: _tree.path(structure, "params", moving[position]),
+    )
+    return resting
+
+
+class Params(NamedTuple):
+    """Parameters laid out flat, checked."""
+
+    leaves: list[Any]
+    structure: _tree.Structure
+    resting: Collection[int]
+
+    @property
+    def moving(self) -> list[Tensor]:
+        """The leaves that are not at rest."""
+        return [leaf for index, leaf in enumerate(self.leaves) if index not in self.resting]
+
+
+def gather_params(opt: Optimizer[Any], params: Tree) -> Params:
+    """Lay out the parameters, of which a wrapper says what is at rest.
+
+    Raises:
+        TypeError: If a leaf is not a dense floating-point or complex tensor, unless it is at rest.
+        ValueError: If two leaves share their memory.
+    """
+    leaves, structure = _tree.flatten(params)
+    resting = _check_moving(opt, leaves, structure)
+    check_untied(leaves, structure)
+    return Params(leaves, structure, resting)
 
 
 def check_overflow_is_seen(wrapper: str, inner: Optimizer[Any]) -> None:
@@ -103,19 +169,38 @@ def check_scalar(name: str, value: object) -> None:
         )
 
 
+def first_step(opt: object, names: Iterable[str], params: Tree) -> Tree:
+    """Return a count of updates, if one of these hyperparameters is a schedule; else `()`."""
+    if not has_schedule(opt, names):
+        return ()
+    tensors = [leaf for leaf in _tree.flatten(params)[0] if isinstance(leaf, Tensor)]
+    return first_count(place_for_count(tensors))
+
+
+def with_step(own: dict[str, Tensor], state: Any) -> dict[str, Tensor]:
+    """Return these tensors of a wrapper's state by their paths, and its count if it has one."""
+    return {**own, "state.step": state.step} if isinstance(state.step, Tensor) else own
+
+
+def write_step(state: Any, moves: bool | Tensor = True) -> None:
+    """Write into a wrapper's state, if it counts updates, how many there are after one."""
+    if isinstance(state.step, Tensor):
+        write(state.step, next_step(state.step, moves))
+
+
 def check_inplace(
     numbers: Mapping[str, object],
-    own: Sequence[Tensor],
-    path: Callable[[int], str],
+    own: Mapping[str, Tensor],
     gradients: Gradients,
+    tree: tuple[str, Sequence[Tensor]] = ("", ()),
 ) -> None:
     """Refuse to write a wrapper's own tensors where that would lose a derivative or memory.
 
     Args:
         numbers: Its hyperparameters, by name.
-        own: The tensors that it writes itself.
-        path: Names tensor i of those.
+        own: The tensors that it writes itself, by their paths.
         gradients: What it reads.
+        tree: More of those: a tree like the parameters, by its name and leaves.
 
     Raises:
         RuntimeError: Under a transform of `torch.func` or forward mode, or if anything here has a
@@ -123,15 +208,23 @@ def check_inplace(
         ValueError: If two of its tensors, or one and a gradient, start at the same place.
     """
     check_unwatched()
-    for name, tensor in _historic(numbers, own, path, gradients):
+    root, leaves = tree
+    written, names = [*leaves, *own.values()], list(own)
+
+    def path(index: int) -> str:
+        if index < len(leaves):
+            return _tree.path(gradients.structure, root, index)
+        return names[index - len(leaves)]
+
+    for name, tensor in _historic(numbers, written, path, gradients):
         raise RuntimeError(
             f"{name} {'has a history' if tensor.grad_fn else 'requires a gradient'}, which writing "
             f"in place would lose. Use update(), or detach it if no derivative is wanted."
         )
-    if _transforms.tracing() or not _transforms.all_plain([*own, *gradients.tensors]):
+    if _transforms.tracing() or not _transforms.all_plain([*written, *gradients.tensors]):
         return  # there is no memory to share
     taken = {grad.data_ptr() for grad in gradients.tensors}
-    for index, tensor in enumerate(own):
+    for index, tensor in enumerate(written):
         if tensor.numel() > 0 and tensor.data_ptr() in taken and not tensor.is_meta:
             raise ValueError(
                 f"{path(index)} shares its memory with a gradient or with other state. Clone it, "
@@ -158,7 +251,7 @@ def _historic(
             yield _tree.path(gradients.structure, "grads", index), grad
 
 
-def place_of_counts(every: Number) -> torch.device:
+def place_of_counts(every: Number | Schedule) -> torch.device:
     """Return the device for a count of the calls up to a number: that of the number, if any."""
     return every.device if isinstance(every, Tensor) else torch.device("cpu")
 
@@ -172,13 +265,25 @@ def read(number: Tensor) -> float | None:
     return float(number.item())
 
 
-def records(opt: Optimizer[Any], gradients: Gradients, state: Tree) -> bool:
+def records(
+    opt: Optimizer[Any],
+    gradients: Gradients,
+    state: Tree,
+    numbers: Mapping[str, object] | None = None,
+) -> bool:
     """Whether plain autograd is to record what a wrapper does to its tensors: the rule of `AdamW`.
 
     It is asked of the tensors beneath a vmap, too, where parameters that merely require a gradient
     would otherwise leave a history in whatever is chosen from them.
+
+    Args:
+        opt: The wrapper.
+        gradients: The gradients, with the parameters.
+        state: Its state.
+        numbers: What its hyperparameters are at this update, where schedules may give them.
     """
-    others = [leaf for leaf in _tree.flatten(state)[0] if isinstance(leaf, Tensor)]
+    own = [*_tree.flatten(state)[0], *(numbers or {}).values()]
+    others = [leaf for leaf in own if isinstance(leaf, Tensor)]
     asked: set[object] = set()
     for name, value in _fields(opt):
         if isinstance(value, Tensor):
@@ -218,81 +323,3 @@ def _fields(opt: object) -> Iterator[tuple[str, object]]:
 
 def _is_one(value: object) -> bool:
     return isinstance(value, (str, Tensor))
-
-
-def update_if(
-    condition: bool | Tensor,
-    opt: Optimizer[Any],
-    grads: Tree,
-    state: Tree,
-    params: Tree,
-    recorded: bool,
-    factor: Tensor | None = None,
-) -> tuple[Tree, Tree]:
-    """Return what an update makes of parameters and state if a condition holds, else copies.
-
-    Args:
-        condition: True or False where that is known: then only one thing is done. Where it is not
-            (a tensor of shape (), for each member of a vmap its own, or on a device that is not to
-            be waited for), both are, and one is chosen.
-        opt: The optimizer.
-        grads: The gradients.
-        state: Its state.
-        params: The parameters.
-        recorded: Whether plain autograd records a copy and a choice, as `records` says.
-        factor: What the gradients are multiplied by, of shape (); None for 1.
-    """
-    if condition is True:
-        return update_scaled(opt, grads, factor, state, params)
-    olds, structure = _tree.flatten((params, state))
-    if condition is False:
-        with torch.set_grad_enabled(recorded):
-            chosen = copies(olds)
-    else:
-        moved = update_scaled(opt, grads, factor, state, params)
-        news, structure = _tree.flatten(moved)
-        with torch.set_grad_enabled(recorded):
-            chosen = _choose(condition, news, olds)
-    new_params, new_state = _tree.unflatten(structure, chosen)
-    _keep_requiring(new_params, params)
-    return new_params, new_state
-
-
-def update_if_(
-    condition: bool | Tensor,
-    opt: Optimizer[Any],
-    grads: Tree,
-    state: Tree,
-    params: Tree,
-    factor: Tensor | None = None,
-) -> None:
-    """Do the same in place. What is to be checked of the tensors, the optimizer checks."""
-    if condition is True:
-        update_scaled_(opt, grads, factor, state, params)
-    elif isinstance(condition, Tensor):
-        leaves = _tree.flatten((params, state))[0]
-        with torch.no_grad():
-            olds = copies(leaves)
-        update_scaled_(opt, grads, factor, state, params)
-        with torch.no_grad():
-            for leaf, chosen in zip(leaves, _choose(condition, leaves, olds), strict=True):
-                write(leaf, chosen)
-
-
-def _choose(condition: Tensor, news: Sequence[Tensor], olds: Sequence[Tensor]) -> list[Tensor]:
-    return [
-        torch.where(condition.to(old.device), new, old) for new, old in zip(news, olds, strict=True)
-    ]
-
-
-def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return copies of tensors, in the same layout."""
-    if _transforms.tracing() or _transforms.transformed() or not _transforms.all_plain(tensors):
-        return [tensor.clone() for tensor in tensors]
-    return copies_of(tensors)
-
-
-def _keep_requiring(new_params: Tree, params: Tree) -> None:
-    """Let copies of parameters require a gradient where the old did, but for a transform's sake."""
-    if not _transforms.transformed() and not _transforms.tracing():
-        keep_requiring(_tree.flatten(new_params)[0], _tree.flatten(params)[0])

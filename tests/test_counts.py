@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from torch.func import vmap
 
-from funcopt import AdamW
+from funcopt import AdamW, schedules
+
+from .cases import assert_close, tree_map
 
 DTYPES = (torch.float64, torch.float32, torch.int64, torch.int32)
 
@@ -69,3 +72,64 @@ def test_a_count_stays_where_it_is_whatever_the_default_device():
         _, after = opt.update(params, state, params)
     assert after.step.device.type == "cpu"
     assert after.step.item() == 1
+
+
+@pytest.mark.parametrize("update", ["update", "update_"])
+def test_a_leaf_at_rest_asks_no_schedule_for_a_number(update):
+    asked = []
+
+    def rate(count):
+        asked.append(count.item())
+        return 0.1
+
+    opt = AdamW(lr=rate, weight_decay=rate, step_per_leaf=True)
+    params = {"moving": torch.ones(2), "resting": torch.ones(3)}
+    state = opt.init(params)
+    state.step["moving"].fill_(4)
+    _, state = getattr(opt, update)({"moving": torch.ones(2), "resting": None}, state, params)
+    assert asked == [4, 4]
+    asked.clear()
+    getattr(opt, update)({"moving": None, "resting": None}, state, params)
+    assert asked == []
+    assert (state.step["moving"], state.step["resting"]) == (5, 0)
+
+
+@pytest.mark.parametrize("update", ["update", "update_"])
+def test_a_schedule_that_has_no_value_for_the_count_of_a_leaf_at_rest_is_fine(update):
+    opt = AdamW(lr=lambda count: 0.1 / count.item(), weight_decay=0.0, step_per_leaf=True)
+    params = {"moving": torch.ones(2), "resting": torch.ones(3)}
+    state = opt.init(params)
+    state.step["moving"].fill_(2)
+    moved, _ = getattr(opt, update)({"moving": torch.ones(2), "resting": None}, state, params)
+    # By 0.05 times m / sqrt(v) with m = 0.1 / (1 - 0.9**3) and v = 0.001 / (1 - 0.999**3).
+    by = 0.05 * (0.1 / (1 - 0.9**3)) / (0.001 / (1 - 0.999**3)) ** 0.5
+    torch.testing.assert_close(moved["moving"], torch.full((2,), 1 - by))
+
+
+def test_members_have_counts_of_each_leaf_of_which_some_rest():
+    opt = AdamW(lr=schedules.Linear(0.1, 0.0, steps=4), step_per_leaf=True)
+    params = {"moving": torch.randn(2, 3), "resting": torch.randn(2, 3)}
+    state = vmap(opt.init)(params)
+    step = {**state.step, "moving": torch.tensor([0.0, 2.0], dtype=torch.float64)}
+    state = state._replace(step=step)
+    for given in (torch.randn(2, 3), None):
+        grads = {"moving": given, "resting": None}
+        dims = {"moving": None if given is None else 0, "resting": None}
+        moved = vmap(opt.update, in_dims=(dims, 0, 0))(grads, state, params)
+        for i in range(2):
+            alone = tree_map(lambda leaf, i=i: leaf[i], (grads, state, params))
+            member = tree_map(lambda leaf, i=i: leaf[i], moved)
+            assert_close(member, opt.update(*alone), rtol=1e-6)
+
+
+def test_a_count_at_rest_that_is_written_over_is_refused():
+    opt = AdamW(step_per_leaf=True)
+    params = {"moving": torch.ones(2), "resting": torch.ones(3)}
+    state = opt.init(params)
+    shared = state._replace(step=dict.fromkeys(params, state.step["moving"]))
+    with pytest.raises(ValueError, match=r"state\.step\['resting'\] shares its memory"):
+        opt.update_({"moving": torch.ones(2), "resting": None}, shared, params)
+    asking = {**state.step, "resting": torch.zeros((), dtype=torch.float64, requires_grad=True)}
+    with pytest.raises(RuntimeError, match=r"state\.step\['resting'\] requires a gradient"):
+        opt.update_({"moving": torch.ones(2), "resting": None}, state._replace(step=asking), params)
+    assert torch.equal(params["moving"], torch.ones(2))

@@ -30,7 +30,7 @@ from funcopt import (
 from funcopt._node import register_optimizer
 from funcopt.schedules import Cosine, Linear
 
-from .cases import Point, assert_same_bits, clone, leaves
+from .cases import Point, assert_same_bits, clone, leaves, tree_map
 
 LABELS = ["decay", "no_decay", "rest"]
 
@@ -154,6 +154,18 @@ def test_counts_of_each_leaf_give_a_tree():
     params = {"a": torch.ones(2), "b": torch.ones(3)}
     _, state = opt.update({"a": params["a"], "b": None}, opt.init(params), params)
     assert find(state, "lr", opt) == {"lr": {"a": 2.0, "b": 1.0}}
+
+
+@pytest.mark.parametrize("per_leaf", [False, True])
+def test_a_pair_of_which_one_is_a_schedule_is_read_at_the_count(per_leaf):
+    opt = AdamW(betas=(Linear(0.9, 0.5, steps=4), 0.999), step_per_leaf=per_leaf)
+    params = {"a": torch.ones(2), "b": torch.ones(1)}
+    grads = {**params, "b": None}
+    _, state = opt.update(grads, opt.init(params), params)
+    (first, second) = find(state, "betas", opt)["betas"]
+    expected = {"a": 0.8, "b": 0.9} if per_leaf else 0.8
+    assert tree_map(float, first) == expected
+    assert second == 0.999
 
 
 def test_a_schedule_cannot_write_into_the_state():

@@ -4,13 +4,17 @@ import dataclasses
 import fractions
 import functools
 import math
+import re
 
 import numpy as np
 import pytest
 import torch
+from torch.func import grad, jvp, vmap
 
 from funcopt import AdamW, Clip
 from funcopt.schedules import Cosine
+
+from .cases import tree_map
 
 NUMBERS = ["lr", "eps", "weight_decay"]
 
@@ -50,7 +54,9 @@ def test_one_bad_member_of_a_stack_is_found():
         ({"lr": Cosine}, "lr is the class Cosine: give an instance of it"),
         ({"lr": lambda: 0.1}, "called with the count of updates.*and this has too many positional"),
         ({"lr": lambda step, last: 0.1}, "this has missing a required argument: 'last'"),
-        ({"eps": lambda step: 1e-8}, "must be a number or a 0-dim tensor, not function"),
+        ({"eps": Cosine}, "eps is the class Cosine: give an instance of it"),
+        ({"eps": lambda: 1e-8}, "eps=.*called with the count of updates.*has too many positional"),
+        ({"betas": (0.9, lambda: 0.9)}, r"betas\[1\]=.*called with the count of updates"),
         ({"lr": torch.tensor(1)}, "lr is a tensor of torch.int64: give it a floating-point dtype"),
         ({"betas": 0.9}, r"betas=0.9: must be a pair, such as \(0.9, 0.999\)"),
         ({"betas": (0.9,)}, "must be a pair"),
@@ -85,16 +91,69 @@ def test_a_stacked_hyperparameter_outside_vmap_is_refused_with_the_remedy():
         opt.update(params, opt.init(params), params)
 
 
-@pytest.mark.parametrize("bad", [math.nan, -1.0, torch.tensor(math.inf)])
-@pytest.mark.parametrize("method", ["update", "update_"])
-def test_what_a_schedule_returns_is_checked_before_anything_moves(bad, method):
-    opt = AdamW(weight_decay=lambda step: bad)
-    params = torch.ones(2)
-    state = opt.init(params)
-    with pytest.raises(ValueError, match=r"weight_decay=.*must be finite and at least 0"):
-        getattr(opt, method)(params.clone(), state, params)
+# The numbers of AdamW by name, and how to give it one.
+GIVING = {
+    "lr": lambda given: AdamW(lr=given),
+    "betas[0]": lambda given: AdamW(betas=(given, 0.999)),
+    "betas[1]": lambda given: AdamW(betas=(0.9, given)),
+    "eps": lambda given: AdamW(eps=given),
+    "weight_decay": lambda given: AdamW(weight_decay=given),
+}
+
+
+def refused(update, message):
+    """Say that an update of ones is refused, and that nothing has moved."""
+    params, grads = torch.ones(2), torch.ones(2)
+    state = AdamW().init(params)
+    with pytest.raises(ValueError, match=message):
+        update(grads, state, params)
     assert torch.equal(params, torch.ones(2))
     assert state.step == 0
+
+
+@pytest.mark.parametrize("bad", [math.nan, -0.5, torch.tensor(math.inf)])
+@pytest.mark.parametrize("method", ["update", "update_"])
+@pytest.mark.parametrize("name", GIVING)
+def test_what_a_schedule_returns_is_checked_before_anything_moves(name, method, bad):
+    opt = GIVING[name](lambda step: bad)
+    refused(getattr(opt, method), rf"{re.escape(name)}=.* from its schedule.*: {re.escape(name)} m")
+
+
+@pytest.mark.parametrize("bad", [math.nan, -0.5, math.inf])
+@pytest.mark.parametrize("name", GIVING)
+def test_a_tensor_that_was_filled_since_is_checked_at_each_update(name, bad):
+    number = torch.tensor(0.5)
+    opt = GIVING[name](number)
+    number.fill_(bad)
+    message = rf"^{re.escape(name)}={bad}: {re.escape(name)} must be"
+    refused(opt.update, message)
+    refused(opt.update_, message)
+    refused(
+        lambda g, s, p: vmap(opt.update, in_dims=(0, None, None))(g.expand(3, 2), s, p), message
+    )
+    refused(lambda g, s, p: grad(lambda g: opt.update(g, s, p)[0].sum())(g), message)
+    refused(lambda g, s, p: jvp(lambda g: opt.update(g, s, p)[0], (g,), (g,)), message)
+
+
+@pytest.mark.parametrize("name", GIVING)
+def test_one_bad_member_is_found_at_its_update(name):
+    numbers = torch.tensor([[0.5], [0.5], [0.25]])
+    opt = GIVING[name](numbers)
+    numbers[2].fill_(-0.5)
+    message = rf"^{re.escape(name)}=-0.5: {re.escape(name)} must be"
+    params = torch.ones(2)
+
+    def step(opt):
+        return opt.update(params, AdamW().init(params), params)[0]
+
+    for mapped in (vmap(vmap(step)), lambda opt: vmap(grad(lambda o: step(o).sum()))(first(opt))):
+        with pytest.raises(ValueError, match=message):
+            mapped(opt)
+
+
+def first(opt):
+    """The members of an inner vmap that has but one."""
+    return tree_map(lambda number: number[:, 0], opt)
 
 
 def test_a_schedule_that_returns_no_number_is_refused():
@@ -104,17 +163,6 @@ def test_a_schedule_that_returns_no_number_is_refused():
         TypeError, match="lr='fast' from its schedule: must be a number or a 0-dim tensor"
     ):
         opt.update(params, opt.init(params), params)
-
-
-def test_a_tensor_that_went_bad_since_is_found_when_it_is_read():
-    lr = torch.tensor(0.1)
-    opt = AdamW(lr=lr)
-    params = torch.ones(2)
-    state = opt.init(params)
-    lr.fill_(math.nan)
-    with pytest.raises(ValueError, match="lr=nan"):
-        opt.update_(params.clone(), state, params)
-    assert torch.equal(params, torch.ones(2))
 
 
 def test_replacing_one_hyperparameter_checks_it():

@@ -5,11 +5,26 @@ import re
 
 import pytest
 import torch
+from torch.func import vmap
 
 import funcopt
-from funcopt import AdamW, Partition, PartitionState
+from funcopt import (
+    Accumulate,
+    AdamW,
+    Clip,
+    ClipAdaptive,
+    Ema,
+    Frozen,
+    Lookahead,
+    LossScale,
+    Partition,
+    PartitionState,
+    SkipNonfinite,
+    interop,
+)
+from funcopt.distributed import LocalUpdates, Zero1
 
-from .cases import assert_same_bits, clone
+from .cases import assert_close, assert_same_bits, clone, random_like, run
 from .groups import all_one, two
 
 PARAMS = {"w": torch.ones(2, 2), "bias": torch.ones(2), "norm": {"bias": torch.ones(2)}}
@@ -179,6 +194,126 @@ def test_the_usual_rule_of_weight_decay():
         name: funcopt.decay_label(name, torch.ones(shapes.get(name, (3, 2)))) for name in DECAYING
     }
     assert found == DECAYING
+
+
+BIAS_FREE = {"embed": torch.ones(4, 2), "w": torch.ones(2, 2), "v": torch.ones(3, 2)}
+LABELED = {
+    "all leaves decay": {"w": BIAS_FREE["w"], "v": BIAS_FREE["v"]},
+    "none decays": {"embed": BIAS_FREE["embed"], "b": torch.ones(2)},
+    "some do": BIAS_FREE,
+}
+
+
+def decaying():
+    return Partition(
+        {"decay": AdamW(lr=0.1, weight_decay=0.1), "no_decay": AdamW(lr=0.1, weight_decay=0.0)},
+        funcopt.decay_label,
+    )
+
+
+@pytest.mark.parametrize("params", LABELED.values(), ids=LABELED.keys())
+def test_the_usual_rule_serves_a_model_of_which_all_leaves_have_one_label(params):
+    opt = decaying()
+    gradients = [random_like(params) for _ in range(4)]
+    moved, state = run(opt, params, gradients[:2])
+    for name, param in params.items():
+        bare = AdamW(lr=0.1, weight_decay=0.1 if name in ("w", "v") else 0.0)
+        expected, _ = run(bare, param, [grads[name] for grads in gradients[:2]])
+        assert_same_bits(moved[name], expected)
+    assert [own.step.item() for own in state.inner.values()] == [2, 2]
+    # It goes on from a checkpoint, in place as well, and is found.
+    resumed = interop.from_state_dict(opt.init(params), clone(interop.to_state_dict(state)))
+    again, own = clone(moved), clone(resumed)
+    for grads in gradients[2:]:
+        moved, state = opt.update(grads, state, moved)
+        opt.update_(grads, own, again)
+    assert_same_bits((again, own), (moved, state))
+    assert set(funcopt.find(state, "step")) == {"inner['decay'].step", "inner['no_decay'].step"}
+    assert set(funcopt.find(state, "lr", opt)) == {"inner['decay'].lr", "inner['no_decay'].lr"}
+
+
+@pytest.mark.parametrize("around", [lambda o: o, lambda o: Clip(o, 1.0), Ema])
+@pytest.mark.parametrize(
+    "within",
+    [
+        lambda o: o,
+        lambda o: Clip(o, 1.0),
+        ClipAdaptive,
+        lambda o: Accumulate(o, 2),
+        lambda o: SkipNonfinite(LossScale(Lookahead(o, 2), 1.0), 1),
+        lambda o: Zero1(o, None),
+        lambda o: LocalUpdates(o, 2, None),
+    ],
+    ids=["bare", "Clip", "ClipAdaptive", "Accumulate", "several", "Zero1", "LocalUpdates"],
+)
+def test_a_group_without_a_leaf_does_nothing_whatever_its_optimizer(within, around):
+    params = LABELED["all leaves decay"]
+    inner = {label: within(opt) for label, opt in decaying().inner.items()}
+    opt = around(Partition(inner, funcopt.decay_label))
+    alone = around(Partition({"decay": inner["decay"]}, funcopt.decay_label))
+    gradients = [random_like(params) for _ in range(3)]
+    expected, _ = run(alone, params, gradients)
+    assert_same_bits(run(opt, params, gradients)[0], expected)
+    in_place, state = clone(params), opt.init(params)
+    for grads in gradients:
+        opt.update_(grads, state, in_place)
+    assert_same_bits(in_place, expected)
+
+
+def test_a_group_without_a_leaf_is_none_in_torch():
+    opt, params = decaying(), {name: torch.nn.Parameter(p) for name, p in BIAS_FREE.items()}
+    del params["embed"]
+    moved, state = run(opt, params, [random_like(params)])
+    handed = interop.to_torch(opt, state, moved)
+    assert [group["name"] for group in handed["param_groups"]] == ["decay"]
+    theirs = torch.optim.AdamW([(name, moved[name]) for name in ("w", "v")])
+    theirs.load_state_dict(handed)
+    back, _ = interop.from_torch(theirs, moved)
+    assert back.weight_decay == 0.1
+
+
+def test_members_and_a_compiled_step_may_have_a_group_without_a_leaf():
+    opt, params = decaying(), {"w": torch.randn(3, 2, 2)}
+    state = vmap(opt.init)(params)
+    _, state = vmap(opt.update)(params, state, params)
+    assert state.inner["no_decay"].step.shape == (3,)
+    torch.compiler.reset()
+    step = torch.compile(opt.update, fullgraph=True, backend="aot_eager")
+    alone = {"w": torch.randn(2, 2)}
+    given = alone, opt.init(alone), alone
+    assert_close(step(*given), opt.update(*given), rtol=1e-6)
+
+
+def own_rule(name, leaf):
+    return "frozen" if name.startswith("v") else funcopt.decay_label(name, leaf)
+
+
+def test_a_function_of_ones_own_says_which_labels_may_be_without_a_leaf():
+    inner = {**decaying().inner, "frozen": Frozen()}
+    with pytest.raises(ValueError, match=r"no leaf has the label 'no_decay'.*possible_labels"):
+        Partition(inner, own_rule).init(LABELED["all leaves decay"])
+
+    def saying(name, leaf):
+        return own_rule(name, leaf)
+
+    saying.possible_labels = ("decay", "no_decay", "frozen")
+    opt = Partition(inner, saying)
+    assert opt.init(LABELED["all leaves decay"]).inner["no_decay"].exp_avg == {}
+    assert opt.init({"b": torch.ones(2)}).inner["frozen"] == ()
+
+
+def test_a_misspelt_label_is_noticed_all_the_same():
+    inner = {"decay": AdamW(), "nodecay": AdamW(weight_decay=0.0)}
+    message = r"inner has the label 'nodecay', .*possible_labels there are 'decay', 'no_decay'"
+    with pytest.raises(ValueError, match=message):
+        Partition(inner, funcopt.decay_label)
+
+    def wrong(name, leaf):
+        return "a"
+
+    wrong.possible_labels = "a"
+    with pytest.raises(TypeError, match=r"labels\.possible_labels='a': must be a tuple"):
+        Partition({"a": AdamW()}, wrong)
 
 
 def test_a_function_that_does_not_take_a_name_and_a_leaf_is_refused_when_it_is_given():

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 import funcopt
-from funcopt import AdamW, Frozen, PartitionState
+from funcopt import AdamW, Clip, Frozen, PartitionState
+from funcopt.distributed import LocalUpdates
 
 from .cases import assert_same_bits, clone, leaves, random_like, run
 from .groups import Halved, two
@@ -161,3 +162,31 @@ def test_update_in_place_writes_into_the_memory_it_was_given(inner):
     assert_same_bits((params, state), expected)
     assert [leaf.data_ptr() for leaf in leaves((params, state))] == pointers
     assert all(param.is_leaf and param.requires_grad for param in params.values())
+
+
+AROUND = {
+    "nothing": lambda opt: opt,
+    "Clip": lambda opt: Clip(opt, 1.0),
+    "LocalUpdates": lambda opt: LocalUpdates(opt, every=2, mesh=None),
+}
+
+
+@pytest.mark.parametrize("around", AROUND)
+@pytest.mark.parametrize("inner", INNERS)
+@pytest.mark.parametrize("moving", ["first", "second", "none"])
+def test_leaves_that_have_not_moved_yet_do_not_hold_up_the_others(moving, inner, around):
+    """Each leaf counts for itself, so that the count of one without a gradient stays 0."""
+    opt = AROUND[around](funcopt.replace(INNERS[inner](AdamW(lr=0.1)), "step_per_leaf", True))
+    params = {"first": torch.randn(3), "second": torch.randn(2)}
+    gradients = [
+        {name: leaf if name == moving else None for name, leaf in random_like(params).items()}
+        for _ in range(3)
+    ]
+    expected = run(opt, clone(params), gradients)
+    state = opt.init(params)
+    for grads in gradients:
+        opt.update_(grads, state, params)
+    assert_same_bits((params, state), expected)
+    steps = funcopt.find(state, funcopt.AdamWState)
+    counts = {name: step.item() for own in steps.values() for name, step in own.step.items()}
+    assert counts == {name: 3 if name == moving else 0 for name in params}

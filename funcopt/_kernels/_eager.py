@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from .. import _transforms
-from .._hyperparameters import check_number
 from .._types import Number
 from . import _memory, foreach, fused, plain, triton
 from ._layout import Batch, Layout, layout_of
-from ._operands import PUBLIC_NAMES, Leaves, Moved, Scalars, Variant, written
+from ._operands import Leaves, Moved, Scalars, Variant, written
 from ._threads import one_thread
 
 __all__ = ["KERNELS", "move", "move_", "unserved"]
@@ -176,24 +175,17 @@ def _by_numbers(
 
 def _read(scalars: Scalars) -> Scalars:
     """Replace tensors by their values, where reading them is free and the members agree."""
-    if not scalars.read:
-        scalars = Scalars(*map(_value, Scalars._fields, scalars))
-    if isinstance(scalars.step, float):
-        check_number("step", scalars.step)
-    return scalars
+    return scalars if scalars.read else Scalars(*map(_value, scalars))
 
 
-def _value(name: str, number: Number) -> Number:
+def _value(number: Number) -> Number:
     if not isinstance(number, Tensor):
         return number
     if not _transforms.on_host(number) or not _transforms.all_plain([number]):
         return number.detach()
     values: list[float] = (number if number.ndim == 1 else number.reshape(-1)).tolist()
-    name = PUBLIC_NAMES.get(name, name)
     if values and values.count(values[0]) == len(values):
-        return check_number(name, float(values[0]))
-    for value in dict.fromkeys(values):
-        check_number(name, value)
+        return float(values[0])
     return number.detach()
 
 

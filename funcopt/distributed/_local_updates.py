@@ -18,10 +18,11 @@ from .._kernels import write
 from .._kernels._operands import compute_dtype
 from .._node import register_optimizer
 from .._types import Optimizer, Tree
-from .._work import flatten_params, keep_requiring
+from .._work import keep_requiring
 from .._wrapping import (
     check_scalar,
     gather_gradients,
+    gather_params,
     read,
 )
 from ._meeting import Meeting, Outer
@@ -157,7 +158,7 @@ class LocalUpdates:
             >>> state.steps_since_sync, state.anchor, state.momentum_buffer
             (tensor(0., dtype=torch.float64), (), ())
         """
-        leaves, structure = flatten_params(params)
+        leaves, structure, _ = gather_params(self, params)
         anchor: Tree = ()
         buffer: Tree = ()
         anchored, moving = self._kept
@@ -263,7 +264,7 @@ class LocalUpdates:
         check_state(state, LocalUpdatesState)
         check_scalar("state.steps_since_sync", state.steps_since_sync)
         check_untransformed(self)
-        gradients = gather_gradients(grads, params)
+        gradients = gather_gradients(self, grads, params)
         check_unrecorded(self, gradients, state)
         anchored, moving = self._kept
         return Meeting.gather(gradients, state.anchor, state.momentum_buffer, anchored, moving)

@@ -14,7 +14,8 @@ from .. import _tree
 from .._averages import Follower
 from .._kernels._operands import compute_dtype
 from .._types import Tree
-from .._wrapping import Gradients, check_inplace, copies
+from .._update_if import copies
+from .._wrapping import Gradients, check_inplace
 from ._average import means
 from ._buckets import by_path
 
@@ -78,7 +79,7 @@ class Meeting(NamedTuple):
         """Refuse to write in place where that would lose a derivative or memory."""
         others = {"state.steps_since_sync": count}
         if self.anchored is None:
-            check_inplace({}, [count], lambda _: "state.steps_since_sync", self.gradients)
+            check_inplace({}, others, self.gradients)
             return
         if self.moving is not None:
             paths = _tree.paths(self.gradients.structure, self.moving.root)
@@ -88,9 +89,12 @@ class Meeting(NamedTuple):
     def hold_(self, params: Sequence[Tensor], mesh: DeviceMesh | None, outer: Outer) -> None:
         """Write where the processes go on from into these parameters, anchor and momentum.
 
+        What is at rest and has no mean, such as integers, stays what it is.
+
         The operators are those of `torch.optim.SGD`, so that the bits are its bits.
         """
-        order = by_path(self.gradients.structure)
+        unmeant = {i for i in self.gradients.resting if not _has_mean(params[i])}
+        order = [i for i in by_path(self.gradients.structure) if i not in unmeant]
         with torch.no_grad():
             for position, mean in means([params[index] for index in order], mesh):
                 index = order[position]
@@ -106,6 +110,10 @@ class Meeting(NamedTuple):
             velocity = self.moving.leaves[index].mul_(outer.momentum).add_(step)
             step = step.add(velocity, alpha=outer.momentum) if outer.nesterov else velocity
         return anchor.add_(step, alpha=-outer.lr)
+
+
+def _has_mean(leaf: Tensor) -> bool:
+    return leaf.is_floating_point() or leaf.is_complex()
 
 
 def _follower(gradients: Gradients, name: str, tree: Tree, wanted: bool) -> Follower | None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from .. import _tree
 from .._types import Tree
-from ._buckets import Bucket, part, whole
+from ._buckets import Bucket, cut, part, whole
 from ._collectives import one_ahead, start_all_gather, start_mean
 from ._shards import Sharding, separate
 
@@ -32,6 +32,7 @@ class Step(NamedTuple):
     local: Tree  # and this process's shares of it, in the same memory
     averaged: bool  # the gradients
     by_bucket: bool  # whether the inner optimizer may be given one bucket after another
+    resting: Collection[int] = ()  # the leaves that it leaves at rest
 
     def move(
         self, update: Callable[..., Any], states: list[Tree], *, writing: bool = False
@@ -55,6 +56,12 @@ class Step(NamedTuple):
             for bucket, share in zip(buckets, moved, strict=True)
         )
         return zip(buckets, wholes, strict=True)
+
+    def moved(self, bucket: Bucket, flat: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Yield the leaves in a bucket after the update, by their indices: those not at rest."""
+        for index, leaf in zip(bucket.indices, cut(bucket, flat, self.leaves), strict=True):
+            if index not in self.resting:
+                yield index, leaf
 
     def _by_bucket(
         self, update: Callable[..., Any], states: list[Tree], writing: bool

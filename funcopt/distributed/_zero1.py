@@ -23,7 +23,6 @@ from .._sharded import wholes_in, working_on
 from .._types import Optimizer, Tree
 from .._work import flatten_params, keep_requiring
 from .._wrapping import gather_gradients
-from ._buckets import cut
 from ._refusals import (
     check_blind_to_leaves,
     check_gradients,
@@ -189,7 +188,7 @@ class Zero1:
         with torch.no_grad(), working_on(None):
             states: list[Tree] = []
             for bucket, flat in step.move(self.inner.update, states):
-                for index, leaf in zip(bucket.indices, cut(bucket, flat, step.leaves), strict=True):
+                for index, leaf in step.moved(bucket, flat):
                     news[index] = leaf
             new_state = Zero1State(step.sharding.distributed(join(states)))
         keep_requiring(news, step.leaves)
@@ -229,7 +228,7 @@ class Zero1:
         check_targets(step.leaves, step.grads, step.structure)
         with torch.no_grad(), working_on(None):
             for bucket, flat in step.move(self.inner.update_, [], writing=True):
-                for index, leaf in zip(bucket.indices, cut(bucket, flat, step.leaves), strict=True):
+                for index, leaf in step.moved(bucket, flat):
                     write(step.leaves[index], leaf)
         return params, state
 
@@ -242,7 +241,10 @@ class Zero1:
         check_state(state, Zero1State)
         check_untransformed(self)
         leaves, structure = self._leaves(params)
-        gradients = gather_gradients(grads, params)
+        gradients = gather_gradients(self, grads, params)
+        if gradients.resting:  # all of them are: zeros fill the buckets, and nobody looks at them
+            zeros = _tree.Paired(list(map(torch.zeros_like, leaves)), structure, None)
+            gradients = gradients._replace(paired=zeros)
         check_gradients(gradients.leaves, structure)
         check_unrecorded(self, gradients, state)
         sharding = Sharding.of(leaves, structure, self.bucket_bytes, self.mesh)
@@ -259,6 +261,7 @@ class Zero1:
             local,
             averaged=self.gradients == "averaged",
             by_bucket=_moves_by_element(self.inner),
+            resting=gradients.resting,
         )
 
 

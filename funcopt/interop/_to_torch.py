@@ -29,7 +29,8 @@ def to_torch(
     """Hand a run over to torch: return a state dict that `torch.optim.AdamW` loads.
 
     An `AdamW` becomes one param group, a `Partition` one for each of its optimizers, in their
-    order, but none for `Frozen()`, whose leaves are then no parameters of torch's optimizer. The
+    order, but none for `Frozen()`, whose leaves are then no parameters of torch's optimizer, and
+    none where a label has no leaf, since torch takes no group of names without one. The
     label stands under `"name"`, unless it is the number that the group has in torch anyway.
 
     Going on there gives the bits that `update` would have, in float32 and float64, for the same
@@ -114,7 +115,7 @@ def _parts(
     order = [groups.names[index] for index in _tree.insertion_order(groups.structure)]
     parts = {}
     for label, own in opt._updates(groups, no_grads, state).items():
-        if not isinstance(own.opt, Frozen):
+        if not isinstance(own.opt, Frozen) and (own.params or not order):
             leaves = {name: own.params[name] for name in order if name in own.params}
             parts[label] = own.opt, own.state, leaves
     if not parts:
@@ -180,8 +181,8 @@ def _number(name: str, given: Number | Schedule) -> float:
     if not isinstance(given, float | Tensor):
         raise ValueError(
             f"{name} is a schedule, which a state dict cannot hold. Hand over "
-            f"dataclasses.replace(opt, {name}=...) with its value at this count, and go on with a "
-            f"torch.optim.lr_scheduler."
+            f"dataclasses.replace(opt, {name.partition('[')[0]}=...) with its value at this count, "
+            f"and go on with a torch.optim.lr_scheduler."
         )
     check_zero_dim(name, given)
     return float(given.detach().item()) if isinstance(given, Tensor) else given

@@ -11,7 +11,8 @@ Values lie at 0 or above, and lengths are counts of updates, or any numbers betw
 has ended its last value stays, however far the count goes. All is differentiable, in the numbers
 and in the step, and finite; at a boundary the derivative is that of what follows.
 
-`AdamW(lr=...)` and `AdamW(weight_decay=...)` take a schedule, and so would a function of one's own.
+Every number of an optimizer takes a schedule, such as `AdamW(lr=...)`, its `weight_decay`, and each
+of its `betas`. A function of one's own serves as well.
 
 **What weight decay multiplies.** `AdamW` multiplies `weight_decay` by the learning rate of the
 step, as `torch.optim.AdamW` does: $\theta_t = \theta_{t-1} - \eta_t\lambda\,\theta_{t-1} - \ldots$
@@ -35,7 +36,7 @@ Example:
 
 from ._compositions import Decoupled, Join, Piecewise
 from ._curves import Constant, Exponential, InverseSquareRoot, Linear, Polynomial
-from ._runs import Cosine, OneCycle, WarmupStableDecay
+from ._runs import Cosine, OneCycle, OneCycleMomentum, WarmupStableDecay
 
 __all__ = [
     "Constant",
@@ -46,6 +47,7 @@ __all__ = [
     "Join",
     "Linear",
     "OneCycle",
+    "OneCycleMomentum",
     "Piecewise",
     "Polynomial",
     "WarmupStableDecay",

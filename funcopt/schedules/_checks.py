@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -106,9 +107,21 @@ def _check_ascent(boundaries: tuple[Number, ...], index: int, name: str) -> None
     )
 
 
-def check_step(step: Number) -> None:
-    """Refuse a number that counts nothing. A tensor is not read."""
-    if not isinstance(step, Tensor) and not 0 <= step < math.inf:
+def check_step(step: Any) -> None:
+    """Refuse what is no number or counts nothing. A tensor is not read.
+
+    Raises:
+        TypeError: If it is neither a number nor a tensor.
+        ValueError: If it is a number below 0, NaN or infinite.
+    """
+    if not isinstance(step, numbers.Real | Tensor):
+        raise TypeError(
+            f"step is of type {type(step).__name__}: must be a number or a tensor. For the values "
+            f"at many steps give a tensor of them, such as torch.arange(10), or torch.as_tensor() "
+            f"of what there is."
+        )
+    number: Any = step
+    if not isinstance(number, Tensor) and not 0 <= number < math.inf:
         raise ValueError(
             f"step={step}: must be finite and at least 0. A schedule is asked for the value after "
             f"so many updates."

@@ -14,6 +14,9 @@ from ._phases import SHAPES, as_given, by_step, choose, known, phases, wide
 
 __all__ = ["Decoupled", "Join", "Piecewise"]
 
+# Half of what float64 can hold, so that rounding leads nowhere beyond that.
+_LARGEST = 2.0**1023
+
 
 @register_optimizer
 @dataclass(frozen=True)
@@ -103,7 +106,9 @@ class Decoupled:
     """A weight decay that does not depend on the learning rate it will be multiplied by.
 
     `weight_decay / lr` at each step, so that `AdamW` takes `weight_decay` of each parameter, to the
-    rounding. Where the learning rate is 0 it is 0: there, nothing moves and nothing decays.
+    rounding. Where the learning rate is 0 it is 0: there, nothing moves and nothing decays. Where
+    it is so small that the quotient would be infinite (below 1e-308 of the weight decay), it is
+    2**1023, and what is taken goes to 0 with the learning rate.
 
     Args:
         weight_decay: What is to be taken of a parameter in a step: at least 0; a number, a 0-dim
@@ -133,8 +138,10 @@ class Decoupled:
         """Return the quotient after so many updates."""
         check_step(step)
         decay, lr = wide(_at(self.weight_decay, step), _at(self.lr, step))
-        moving = lr > 0
-        return as_given(step, choose(moving, decay / choose(moving, lr, 1.0), 0.0))
+        # The least learning rate by which to divide: at 0 it would be none.
+        divides = (lr > 0) & (lr >= decay / _LARGEST)
+        quotient = decay / choose(divides, lr, 1.0)
+        return as_given(step, choose(divides, quotient, choose(lr > 0, _LARGEST, 0.0)))
 
 
 def _at(given: Number | Schedule, step: Any) -> Number:

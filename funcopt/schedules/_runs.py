@@ -8,9 +8,9 @@ from .._hyperparameters import check_choice, check_flag
 from .._node import register_optimizer
 from .._types import Number
 from ._checks import check_numbers, check_steps, check_together
-from ._phases import SHAPES, by_step, cosine, linear, phases, wide
+from ._phases import SHAPES, by_step, choose, cosine, linear, phases, wide
 
-__all__ = ["Cosine", "OneCycle", "WarmupStableDecay"]
+__all__ = ["Cosine", "OneCycle", "OneCycleMomentum", "WarmupStableDecay"]
 
 
 @register_optimizer
@@ -134,6 +134,11 @@ class OneCycle:
     and ends at step `steps - 1` at the first value divided by `final_div_factor`. Optax counts one
     more step in each phase: for its one-cycle schedules, see `Piecewise`.
 
+    That is the learning rate alone. Unless it is told `cycle_momentum=False`, `OneCycleLR` also
+    lets the momentum, which is the first beta of an AdamW, fall and rise the other way round. For
+    all of what it does, give `momentum()` of the same schedule as well:
+    `AdamW(lr=cycle, betas=(cycle.momentum(), 0.999))`.
+
     Args:
         peak: At least 0.
         steps: How long all of it takes: above 0.
@@ -142,12 +147,18 @@ class OneCycle:
         final_div_factor: Above 0.
         three_phase: Fall back to the first value in as long as it took to rise (`pct_start` is then
             about a half at most), and only then to the last.
-        shape: `"cosine"`, `"linear"`, `"sqrt"` or `"constant"`.
+        shape: `"cosine"`, `"linear"`, `"sqrt"` or `"constant"`. The first two are torch's `"cos"`
+            and `"linear"`.
 
     Example:
+        >>> import funcopt
         >>> from funcopt.schedules import OneCycle
-        >>> [round(OneCycle(peak=1.0, steps=10)(step), 3) for step in (0, 1, 2, 9)]
+        >>> cycle = OneCycle(peak=1.0, steps=10)
+        >>> [round(cycle(step), 3) for step in (0, 1, 2, 9)]
         [0.04, 0.52, 1.0, 0.0]
+        >>> opt = funcopt.AdamW(lr=cycle, betas=(cycle.momentum(), 0.999))
+        >>> [round(opt.betas[0](step), 3) for step in (0, 1, 2, 9)]
+        [0.95, 0.9, 0.85, 0.95]
     """
 
     peak: Number
@@ -160,26 +171,25 @@ class OneCycle:
 
     def __post_init__(self) -> None:
         """Check every number, and that no phase is of a negative length."""
-        check_numbers(self, "peak", "pct_start", "div_factor", "final_div_factor")
-        check_steps(self, "steps")
-        check_flag("three_phase", self.three_phase)
-        check_choice("shape", self.shape, SHAPES)
-        part = (self.pct_start, self.steps)
-        check_together(
-            part,
-            lambda: self.pct_start * self.steps >= 1,
-            lambda: (
-                f"pct_start={self.pct_start}, steps={self.steps}: their product must be at least "
-                f"1. Raise one of them."
-            ),
-        )
-        check_together(
-            part,
-            lambda: not self.three_phase or 2 * self.pct_start * self.steps - 1 <= self.steps,
-            lambda: (
-                f"pct_start={self.pct_start}, steps={self.steps}: rise and fall, which take as "
-                f"long, must end before the whole. Lower pct_start to a half."
-            ),
+        check_numbers(self, "peak", "div_factor", "final_div_factor")
+        _check_cycle(self)
+
+    def momentum(
+        self, base_momentum: Number = 0.85, max_momentum: Number = 0.95
+    ) -> OneCycleMomentum:
+        """Return the schedule of the momentum that goes with this one, as a first beta.
+
+        Args:
+            base_momentum: The least, at the peak of the learning rate: at least 0 and below 1.
+            max_momentum: The largest, at the first step and the last: at least 0 and below 1.
+
+        Example:
+            >>> from funcopt.schedules import OneCycle
+            >>> OneCycle(peak=1.0, steps=10).momentum(base_momentum=0.8)(2)
+            0.8
+        """
+        return OneCycleMomentum(
+            self.steps, self.pct_start, base_momentum, max_momentum, self.three_phase, self.shape
         )
 
     @by_step
@@ -189,8 +199,99 @@ class OneCycle:
             step, self.peak, self.steps, self.pct_start, self.div_factor, self.final_div_factor
         )
         start = peak / div_factor
-        end = start / final_div_factor
-        rise = pct_start * steps - 1
-        values = (start, peak, start, end) if self.three_phase else (start, peak, end)
-        boundaries = (rise, 2 * rise, steps - 1) if self.three_phase else (rise, steps - 1)
-        return phases(step, values, boundaries, [SHAPES[self.shape]] * len(boundaries))
+        values = (start, peak, start, start / final_div_factor)
+        return _cycle(step, values, steps, pct_start, self)
+
+
+@register_optimizer
+@dataclass(frozen=True)
+class OneCycleMomentum:
+    """The momentum of torch's `OneCycleLR`: down while the learning rate goes up, and up again.
+
+    `OneCycle.momentum` makes the one that goes with a learning rate. In the third phase, if there
+    is one, it stays at `max_momentum`.
+
+    Args:
+        steps: How long all of it takes: above 0.
+        pct_start: Which part of it falls: above 0 and at most 1, and one step at least.
+        base_momentum: The least: at least 0 and below 1.
+        max_momentum: The largest: at least 0 and below 1.
+        three_phase: Rise again in as long as it took to fall.
+        shape: `"cosine"`, `"linear"`, `"sqrt"` or `"constant"`.
+
+    Example:
+        >>> from funcopt.schedules import OneCycleMomentum
+        >>> [round(OneCycleMomentum(steps=10)(step), 3) for step in (0, 1, 2, 9)]
+        [0.95, 0.9, 0.85, 0.95]
+    """
+
+    steps: Number
+    pct_start: Number = 0.3
+    base_momentum: Number = 0.85
+    max_momentum: Number = 0.95
+    three_phase: bool = False
+    shape: str = "cosine"
+
+    def __post_init__(self) -> None:
+        """Check every number, and that no phase is of a negative length."""
+        check_numbers(self, "base_momentum", "max_momentum")
+        _check_cycle(self)
+
+    @by_step
+    def __call__(self, step: Number) -> Number:
+        """Return the value after so many updates."""
+        step, steps, pct_start, least, most = wide(
+            step, self.steps, self.pct_start, self.base_momentum, self.max_momentum
+        )
+        return _cycle(step, (most, least, most, most), steps, pct_start, self)
+
+
+def _check_cycle(cycle: OneCycle | OneCycleMomentum) -> None:
+    check_numbers(cycle, "pct_start")
+    check_steps(cycle, "steps")
+    check_flag("three_phase", cycle.three_phase)
+    check_choice("shape", cycle.shape, SHAPES)
+    part = (cycle.pct_start, cycle.steps)
+    check_together(
+        part,
+        lambda: cycle.pct_start * cycle.steps >= 1,
+        lambda: (
+            f"pct_start={cycle.pct_start}, steps={cycle.steps}: their product must be at least 1. "
+            f"Raise one of them."
+        ),
+    )
+    check_together(
+        part,
+        lambda: not cycle.three_phase or 2 * cycle.pct_start * cycle.steps - 1 <= cycle.steps,
+        lambda: (
+            f"pct_start={cycle.pct_start}, steps={cycle.steps}: rise and fall, which take as long, "
+            f"must end before the whole. Lower pct_start to a half."
+        ),
+    )
+
+
+def _cycle(
+    step: Number,
+    values: tuple[Number, ...],
+    steps: Number,
+    pct_start: Number,
+    cycle: OneCycle | OneCycleMomentum,
+) -> Number:
+    """Return the value at a step.
+
+    Args:
+        step: The step.
+        values: Those at the first step, after the first phase, after the second of three, and at
+            the last step.
+        steps: How long all of it takes.
+        pct_start: Which part of it is the first phase.
+        cycle: Says how many phases there are, and of which shape.
+    """
+    turn = pct_start * steps - 1
+    boundaries: tuple[Number, ...] = (turn, 2 * turn, steps - 1)
+    if not cycle.three_phase:
+        boundaries, values = (turn, steps - 1), (values[0], values[1], values[3])
+    # There may be no last phase, as at pct_start=1. Nothing falls then, as in torch.
+    *before, end = values
+    end = choose(boundaries[-2] < boundaries[-1], end, before[-1])
+    return phases(step, (*before, end), boundaries, [SHAPES[cycle.shape]] * len(boundaries))

@@ -74,9 +74,8 @@ def _one(opt: AdamW, row: list[Any]) -> list[Any]:
         ]
         *moved, t = _one(opt, [*pairs, t])
         return [*(None if x is None else torch.view_as_complex(x) for x in moved), t]
-    lr = opt.lr(t) if callable(opt.lr) else opt.lr
-    weight_decay = opt.weight_decay(t) if callable(opt.weight_decay) else opt.weight_decay
-    beta1, beta2 = opt.betas
+    given: tuple[Any, ...] = (opt.lr, *opt.betas, opt.eps, opt.weight_decay)
+    lr, beta1, beta2, eps, weight_decay = (own(t) if callable(own) else own for own in given)
     t = t + 1
     if opt.maximize:
         g = -g
@@ -86,7 +85,7 @@ def _one(opt: AdamW, row: list[Any]) -> list[Any]:
         largest = torch.maximum(largest, v)
     mean = m / (1 - beta1**t)
     spread = ((largest if opt.amsgrad else v) / (1 - beta2**t)).sqrt()
-    return [p - lr * weight_decay * p - lr * mean / (spread + opt.eps), m, v, largest, t]
+    return [p - lr * weight_decay * p - lr * mean / (spread + eps), m, v, largest, t]
 
 
 register(AdamW, adamw)

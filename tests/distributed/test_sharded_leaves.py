@@ -35,12 +35,15 @@ from funcopt import (
     decay_label,
 )
 from funcopt.interop import from_state_dict, to_state_dict
+from funcopt.schedules import Linear
 
 from ..cases import assert_same_bits
 from ..interop.formats import load_dcp
 from .harness import run_ranks
 
 STEPS = 20
+
+falling = Linear(0.5, 0.05, steps=STEPS)
 
 
 def partition():
@@ -66,6 +69,27 @@ OPTIMIZERS = {
     ),
     "LossScale of SkipNonfinite": lambda: LossScale(
         SkipNonfinite(AdamW(lr=0.02)), init_scale=1.0, growth_factor=1.5, growth_interval=50
+    ),
+    "schedules in all of them": lambda: Clip(
+        Accumulate(
+            Ema(
+                Lookahead(
+                    ClipValue(AdamW(lr=0.02, betas=(Linear(0.9, 0.5, 20), 0.99)), falling),
+                    every=lambda count: torch.where(count < 6, 2, 3),
+                    alpha=falling,
+                ),
+                decay=Linear(0.0, 0.9, steps=10),
+            ),
+            every=lambda count: torch.where(count < 6, 1, 2),
+        ),
+        max_norm=falling,
+        nonfinite="skip",
+    ),
+    "schedules of a scale": lambda: LossScale(
+        SkipNonfinite(AdamW(lr=0.02), max_consecutive=lambda count: 3),
+        1.0,
+        growth_factor=lambda count: 1 + 1 / (1 + count),
+        growth_interval=lambda count: torch.where(count < 6, 2, 3),
     ),
 }
 SOME = [
@@ -546,6 +570,39 @@ def leave_alone(rank):
 
 def test_a_frozen_leaf_is_the_very_tensor_and_one_without_a_gradient_is_left_alone():
     run_ranks(2, leave_alone)
+
+
+def leave_alone_beneath(rank):
+    mesh = init_device_mesh("cpu", (2,))
+    groups = Partition({"on": AdamW(lr=0.1), "off": Frozen()}, {"w": "on", "b": "off", "n": "off"})
+    given = {"w": torch.tensor([[3.0], [4.0], [0.0]]), "b": torch.full((3, 1), torch.inf)}
+    for opt in (
+        Clip(groups, 0.5),
+        Clip(groups, 0.5, nonfinite="skip"),
+        ClipAdaptive(groups),
+        SkipNonfinite(groups),
+        LossScale(groups, 1.0),
+        Accumulate(groups, 2),
+        Ema(groups, 0.5),
+        Lookahead(groups, 2),
+    ):
+        plain = {"w": torch.ones(3, 1), "b": torch.ones(3, 1), "n": torch.arange(3)}
+        params = {n: distribute_tensor(leaf, mesh, [Shard(0)]) for n, leaf in plain.items()}
+        grads = {n: distribute_tensor(leaf, mesh, [Shard(0)]) for n, leaf in given.items()}
+        expected, expected_state = opt.update(given, opt.init(plain), plain)
+        moved, state = opt.update(grads, opt.init(params), params)
+        assert moved["b"] is params["b"]
+        assert moved["n"] is params["n"]
+        assert_near(whole((moved, state)), whole((expected, expected_state)))
+        versions = [params[name]._version for name in ("b", "n")]
+        state = opt.init(params)
+        opt.update_(grads, state, params)
+        assert_near(whole((params, state)), whole((expected, expected_state)))
+        assert [params[name]._version for name in ("b", "n")] == versions
+
+
+def test_a_frozen_leaf_is_the_very_tensor_beneath_wrappers_too_and_counts_for_nothing():
+    run_ranks(2, leave_alone_beneath)
 
 
 def compile_around(rank):

@@ -91,11 +91,22 @@ def run(opt, gradients, inplace=False, steps=STEPS, names=None):
     return params, state
 
 
+FALLING = funcopt.schedules.Linear(0.9, 0.1, steps=STEPS)
+FALLING_COUNT = funcopt.schedules.Piecewise((3, 2), (2,))
+
+
 INNERS = {
     "AdamW": AdamW(lr=1e-2, weight_decay=0.1),
     "amsgrad": AdamW(lr=funcopt.schedules.Linear(1e-2, 1e-3, steps=STEPS), amsgrad=True),
     "Ema": Ema(ClipValue(AdamW(lr=1e-2), max_value=0.5), decay=0.9),
     "Lookahead": Lookahead(AdamW(lr=1e-2), every=3),
+    "schedules, by bucket": Ema(
+        Lookahead(ClipValue(AdamW(lr=1e-2), FALLING), every=FALLING_COUNT, alpha=FALLING),
+        decay=FALLING,
+    ),
+    "schedules": Clip(
+        SkipNonfinite(AdamW(lr=1e-2, betas=(FALLING, 0.99), eps=1e-3), lambda count: 2), FALLING
+    ),
     "Frozen": Frozen(),
     "Clip": Clip(AdamW(lr=1e-2, eps=1e-3), max_norm=3.0),
     "Clip, largest": Clip(AdamW(lr=1e-2, eps=1e-3), max_norm=0.1, norm_type=float("inf")),

@@ -16,6 +16,7 @@ from funcopt.schedules import (
     Join,
     Linear,
     OneCycle,
+    OneCycleMomentum,
     Piecewise,
     Polynomial,
     WarmupStableDecay,
@@ -128,6 +129,27 @@ CASES = {
             else 0.5 - 0.48 * (t - 3.4) / 3.4
             if t < 6.8
             else 0.02 + (2e-6 - 0.02) * min((t - 6.8) / 3.2, 1)
+        ),
+        (0, 3.4, 6.8, 10),
+    ),
+    "momentum of one cycle": Case(
+        OneCycle(peak=0.5, steps=11, pct_start=0.4).momentum(),
+        lambda t: (
+            0.85 + 0.1 * wave(t / 3.4) if t < 3.4 else 0.95 - 0.1 * wave(min((t - 3.4) / 6.6, 1))
+        ),
+        (0,),
+    ),
+    "momentum of one cycle in three phases": Case(
+        OneCycleMomentum(
+            steps=11,
+            pct_start=0.4,
+            base_momentum=0.2,
+            max_momentum=0.6,
+            three_phase=True,
+            shape="linear",
+        ),
+        lambda t: (
+            0.6 - 0.4 * t / 3.4 if t < 3.4 else 0.2 + 0.4 * (t - 3.4) / 3.4 if t < 6.8 else 0.6
         ),
         (0, 3.4, 6.8, 10),
     ),

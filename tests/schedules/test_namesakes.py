@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.optim import lr_scheduler
 
+from funcopt import AdamW
 from funcopt.schedules import (
     Constant,
     Cosine,
@@ -14,6 +15,8 @@ from funcopt.schedules import (
     Piecewise,
     Polynomial,
 )
+
+from ..cases import TORCH_FLAGS, assert_close, assert_same_bits, run
 
 LR = 0.4
 
@@ -128,6 +131,70 @@ def test_values_are_those_of_torchs_scheduler(name):
         assert ours(step) == pytest.approx(lr, rel=1e-12, abs=1e-15), step
         opt.step()
         theirs.step()
+
+
+# The same for the momentum that torch's OneCycleLR cycles along, which is the first beta here.
+CYCLES = {
+    "as it comes": ({}, {}, {}),
+    "linear": (
+        {"pct_start": 0.2, "shape": "linear"},
+        {"base_momentum": 0.7, "max_momentum": 0.8},
+        {"pct_start": 0.2, "anneal_strategy": "linear", "base_momentum": 0.7, "max_momentum": 0.8},
+    ),
+    "in three phases": (
+        {"pct_start": 0.4, "three_phase": True},
+        {},
+        {"pct_start": 0.4, "three_phase": True},
+    ),
+    "linear in three phases": (
+        {"pct_start": 0.3, "three_phase": True, "shape": "linear"},
+        {"max_momentum": 0.9},
+        {"three_phase": True, "anneal_strategy": "linear", "max_momentum": 0.9},
+    ),
+    "all of it rises": ({"pct_start": 1.0}, {}, {"pct_start": 1.0}),
+}
+
+
+@pytest.mark.parametrize("name", CYCLES)
+def test_the_momentum_of_one_cycle_is_that_of_torchs_scheduler(name):
+    options, momenta, theirs = CYCLES[name]
+    cycle = OneCycle(LR, steps=37, **options)
+    momentum = cycle.momentum(**momenta)
+    opt = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=LR)
+    scheduler = lr_scheduler.OneCycleLR(opt, LR, total_steps=37, **theirs)
+    for step in range(37):
+        (group,) = opt.param_groups
+        assert cycle(step) == pytest.approx(group["lr"], rel=1e-12, abs=1e-15), step
+        assert momentum(step) == pytest.approx(group["betas"][0], rel=1e-12), step
+        opt.step()
+        if step < 36:  # beyond its last step, torch's fails where all of it rises
+            scheduler.step()
+
+
+@pytest.mark.parametrize("kernel", ["plain", "foreach", "fused"])
+@pytest.mark.parametrize("name", CYCLES)
+def test_a_run_with_both_is_that_of_torch_with_its_scheduler(name, kernel):
+    options, momenta, theirs = CYCLES[name]
+    cycle = OneCycle(0.1, steps=37, **options)
+    opt = AdamW(lr=cycle, betas=(cycle.momentum(**momenta), 0.99), kernel=kernel)
+    start = torch.randn(5, dtype=torch.float64)
+    gradients = [torch.randn_like(start) for _ in range(37)]
+    param = torch.nn.Parameter(start.clone())
+    torchs = torch.optim.AdamW([param], betas=(0.9, 0.99), **TORCH_FLAGS[kernel])
+    scheduler = lr_scheduler.OneCycleLR(torchs, 0.1, total_steps=37, **theirs)
+    for step, grad in enumerate(gradients):
+        param.grad = grad
+        torchs.step()
+        if step < 36:
+            scheduler.step()
+    ours, state = run(opt, start, gradients)
+    expected = torchs.state[param]
+    assert_close(ours, param.detach(), rtol=1e-12)
+    assert_close([state.exp_avg, state.exp_avg_sq], [expected["exp_avg"], expected["exp_avg_sq"]])
+    in_place, own = start.clone(), opt.init(start)
+    for grad in gradients:
+        opt.update_(grad, own, in_place)
+    assert_same_bits(in_place, ours)
 
 
 def optax_cases(optax):

@@ -22,12 +22,22 @@ from funcopt.schedules import (
     Join,
     Linear,
     OneCycle,
+    OneCycleMomentum,
     Piecewise,
     Polynomial,
     WarmupStableDecay,
 )
 
-from ..cases import assert_close, assert_same_bits, clone, leaves, random_like, run, tree_map
+from ..cases import (
+    KERNELS,
+    assert_close,
+    assert_same_bits,
+    clone,
+    leaves,
+    random_like,
+    run,
+    tree_map,
+)
 from .cases import CASES, in_tensors
 
 
@@ -161,6 +171,9 @@ REFUSED = [
         lambda: OneCycle(1.0, steps=20, pct_start=0.6, three_phase=True),
         "pct_start=0.6, steps=20: rise and fall, .* must end before the whole. Lower",
     ),
+    (lambda: OneCycle(1.0, 9).momentum(1.0), "base_momentum=1.0: .* at least 0 and below 1"),
+    (lambda: OneCycle(1.0, 9).momentum(0.5, -0.1), "max_momentum=-0.1: .* at least 0 and below 1"),
+    (lambda: OneCycleMomentum(steps=2), "pct_start=0.3, steps=2: their product must be at least 1"),
     (lambda: Decoupled(-0.1, 0.1), "weight_decay=-0.1: weight_decay must be finite"),
 ]
 
@@ -251,22 +264,72 @@ def test_a_run_is_that_of_torch_with_its_scheduler():
     assert_close(ours, theirs, rtol=1e-13)
 
 
-@pytest.mark.parametrize("in_place", [False, True])
-def test_lr_and_weight_decay_follow_their_schedules(in_place):
-    opt = AdamW(
-        lr=Cosine(0.1, steps=12, warmup_steps=3),
-        weight_decay=Linear(0.2, 0.0, steps=6),
+SCHEDULED = AdamW(
+    lr=Cosine(0.1, steps=12, warmup_steps=3),
+    betas=(OneCycle(0.1, steps=10).momentum(), Linear(0.9, 0.999, steps=8)),
+    eps=Exponential(1e-2, rate=0.5),
+    weight_decay=Linear(0.2, 0.0, steps=6),
+)
+
+
+def at(opt, step):
+    """The optimizer whose numbers are what the schedules of this one are at a step."""
+    return AdamW(
+        lr=opt.lr(step),
+        betas=tuple(beta(step) for beta in opt.betas),
+        eps=opt.eps(step),
+        weight_decay=opt.weight_decay(step),
+        kernel=opt.kernel,
     )
+
+
+@pytest.mark.parametrize("kernel", ["auto", *KERNELS])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_every_number_follows_its_schedule(in_place, kernel):
+    opt = dataclasses.replace(SCHEDULED, kernel=kernel)
     params = {"w": torch.randn(3), "b": torch.randn(2, dtype=torch.float64)}
     gradients = [random_like(params) for _ in range(15)]
     expected, state = params, opt.init(params)
     ours, own = clone(params), opt.init(params)
     for step, grads in enumerate(gradients):
-        constant = AdamW(lr=opt.lr(step), weight_decay=opt.weight_decay(step))
-        expected, state = constant.update(grads, state, expected)
+        expected, state = at(opt, step).update(grads, state, expected)
         ours, own = (opt.update_ if in_place else opt.update)(grads, own, ours)
-    assert_close(ours, expected, rtol=1e-6)
+    assert_same_bits((ours, own), (expected, state))
     assert own.step == 15
+
+
+def test_every_number_follows_its_schedule_at_the_count_of_each_member_and_leaf():
+    for per_leaf in (False, True):
+        opt = dataclasses.replace(SCHEDULED, step_per_leaf=per_leaf)
+        params = {"w": torch.randn(2, 3), "b": torch.randn(2, 2)}
+        grads = random_like(params)
+        counts = [[1.0, 7.0], [3.0, 5.0]] if per_leaf else [[1.0, 7.0]] * 2
+        steps = dict(zip(params, map(f64, counts), strict=True))
+        state = vmap(opt.init)(params)._replace(step=steps if per_leaf else steps["w"])
+        moved, _ = vmap(opt.update)(grads, state, params)
+        for i in range(2):
+            for name, step in steps.items():
+                own = [tree[name][i] for tree in (grads, params)]
+                alone = AdamW().init(own[1])._replace(step=step[i])
+                expected, _ = at(opt, step[i].item()).update(own[0], alone, own[1])
+                assert_close(moved[name][i], expected, rtol=1e-6)
+
+
+def test_derivatives_with_respect_to_schedules_of_every_number_are_those_of_differences():
+    params = f64([1.0, -2.0])
+    gradients = [f64([0.5, -1.0]), f64([1.0, 0.25]), f64([-0.5, 2.0])]
+
+    def after(*numbers):
+        lr, beta1, beta2, eps, decay = (Linear(n, 0.9 * n, steps=4) for n in numbers)
+        opt = AdamW(lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=decay)
+        return run(opt, params, gradients)[0]
+
+    numbers = [f64(n).requires_grad_() for n in (0.1, 0.8, 0.9, 0.01, 0.2)]
+    assert torch.autograd.gradcheck(after, numbers, check_forward_ad=True)
+    values = tuple(number.detach() for number in numbers)
+    slopes = torch.func.jacrev(after, argnums=tuple(range(5)))(*values)
+    assert all(slope.all() for slope in slopes)
+    assert_close(slopes, torch.autograd.functional.jacobian(after, tuple(numbers)), rtol=1e-9)
 
 
 def decayed(opt, steps):
@@ -356,7 +419,8 @@ def test_the_derivative_of_training_with_respect_to_a_schedule_is_right():
 def test_one_compiled_graph_serves_a_run_with_it(name, in_tensor):
     torch._dynamo.reset()
     schedule = in_tensors(CASES[name].schedule) if in_tensor else CASES[name].schedule
-    opt = AdamW(lr=schedule, weight_decay=schedule)
+    beta = OneCycle(0.1, steps=8).momentum()
+    opt = AdamW(lr=schedule, betas=(beta, beta), eps=schedule, weight_decay=schedule)
     step = torch.compile(lambda o, *a: o.update(*a), fullgraph=True, backend="aot_eager")
     params = {"w": torch.randn(3)}
     state = opt.init(params)

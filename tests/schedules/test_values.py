@@ -1,14 +1,18 @@
 """What each schedule is worth at each step: as a number, as a tensor, compiled, mapped, derived."""
 
+import dataclasses
+import fractions
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from torch.func import grad, jvp, vmap
 
-from funcopt.schedules import Constant, Cosine, Decoupled, Join, Linear, Piecewise
+from funcopt import AdamW
+from funcopt.schedules import Constant, Cosine, Decoupled, Exponential, Join, Linear, Piecewise
 
-from ..cases import leaves, tree_map
+from ..cases import KERNELS, leaves, tree_map
 from .cases import CASES, in_tensors
 
 STEPS = [0, 1, 2, 2.5, 3, 4, 5, 7, 8, 9, 10, 11, 12, 13, 40, 2**25]
@@ -193,6 +197,50 @@ def test_a_joined_function_may_return_a_number_or_a_tensor_of_any_dtype():
     for step, expected in ((0.0, 0.1), (5.0, 0.5)):
         for value in (joined(f64(step)), joined(f64([step]))):
             assert (value.dtype, value.item()) == (torch.float64, expected)
+
+
+@pytest.mark.parametrize("in_tensor", [False, True])
+def test_decoupled_is_finite_and_falls_with_the_learning_rate_where_the_quotient_overflows(
+    in_tensor,
+):
+    lr = Exponential(1e-3, 0.5)
+    schedule = Decoupled(0.1, lr)
+    schedule = in_tensors(schedule) if in_tensor else schedule
+    steps = [1000, 1013, 1018, 1040, 1064, 1065]
+    values = [float(schedule(step)) for step in steps]
+    taken = [value * lr(step) for value, step in zip(values, steps, strict=True)]
+    # 1e-3 * 2**-1013 is 1.1e-308, of which 0.1 is 9e306 times as much, and float64 holds it.
+    assert taken[:2] == pytest.approx([0.1, 0.1], rel=1e-12)
+    assert values[2:] == [2.0**1023] * 4
+    assert taken[1] > taken[2] > taken[3] > taken[4] > 0
+    assert lr(1066) == 0
+    assert schedule(1066) == 0
+    curve = schedule(torch.tensor([*steps, 1066]))
+    torch.testing.assert_close(curve, f64([*values, 0.0]), rtol=1e-12, atol=0)
+    assert vmap(schedule)(f64([float(s) for s in steps])).isfinite().all()
+    slope = grad(lambda s: s(f64(1064.0)))(in_tensors(Decoupled(0.1, lr)))
+    assert all(leaf == 0 for leaf in leaves(slope))
+
+
+def test_decoupled_takes_nothing_beyond_the_largest_number_whatever_it_divides():
+    assert Decoupled(1e300, 1e-300)(0) == 2.0**1023
+    assert Decoupled(0.0, Exponential(1e-3, 0.5))(1064) == 0.0
+    opt = AdamW(lr=Exponential(1e-3, 0.5), weight_decay=Decoupled(0.1, Exponential(1e-3, 0.5)))
+    params = torch.ones(3)
+    state = opt.init(params)._replace(step=f64(1064.0))
+    for kernel in KERNELS:
+        moved, _ = dataclasses.replace(opt, kernel=kernel).update(params, state, params)
+        assert torch.equal(moved, params)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_no_number_is_refused_with_what_to_give_instead(name):
+    schedule = CASES[name].schedule
+    for steps in (np.arange(10), [0, 1, 2], range(3), "3", None):
+        with pytest.raises(TypeError, match=r"step is of type .* such as torch.arange\(10\)"):
+            schedule(steps)
+    for step in (np.int64(3), np.float32(3), fractions.Fraction(3)):
+        assert schedule(step) == pytest.approx(schedule(3), rel=1e-6)
 
 
 def test_decoupled_is_the_quotient_and_nothing_where_the_learning_rate_is_zero():

@@ -52,7 +52,8 @@ def matches_torch(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> None
     """Each kernel gives the bits of torch.optim on the CPU in float32 and float64."""
     if not isinstance(opt, AdamW):
         raise NotApplicable(f"torch.optim has no counterpart of {type(opt).__name__}")
-    if any(not isinstance(number, float) for number in (opt.lr, *opt.betas, opt.weight_decay)):
+    numbers = (opt.lr, *opt.betas, opt.eps, opt.weight_decay)
+    if any(not isinstance(number, float) for number in numbers):
         raise NotApplicable("torch.optim takes its bits from Python numbers")
     dtypes = (torch.float32, torch.float64)
     chosen = [i for i, leaf in enumerate(_tree.flatten(params)[0]) if leaf.dtype in dtypes]

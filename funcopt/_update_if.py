@@ -1,0 +1,112 @@
+"""An inner update that is made if a condition holds, and what stands for it if it does not."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _transforms, _tree
+from ._kernels import write
+from ._kernels._pages import copies_of
+from ._resting import at_rest
+from ._scaled import update_scaled, update_scaled_
+from ._types import Optimizer, Tree
+from ._work import keep_requiring
+
+__all__ = ["choose", "copies", "keep_leaves_requiring", "update_if", "update_if_"]
+
+
+def update_if(
+    condition: bool | Tensor,
+    opt: Optimizer[Any],
+    grads: Tree,
+    state: Tree,
+    params: Tree,
+    recorded: bool,
+    factor: Tensor | None = None,
+) -> tuple[Tree, Tree]:
+    """Return what an update makes of parameters and state if a condition holds, else copies.
+
+    Leaves that the optimizer leaves at rest are in either case the very tensors that were given.
+
+    Args:
+        condition: True or False where that is known: then only one thing is done. Where it is not
+            (a tensor of shape (), for each member of a vmap its own, or on a device that is not to
+            be waited for), both are, and one is chosen.
+        opt: The optimizer.
+        grads: The gradients.
+        state: Its state.
+        params: The parameters.
+        recorded: Whether plain autograd records a copy and a choice, as `records` says.
+        factor: What the gradients are multiplied by, of shape (); None for 1.
+    """
+    if condition is True:
+        return update_scaled(opt, grads, factor, state, params)
+    olds, structure = _tree.flatten((params, state))
+    if condition is False:
+        resting = _resting(opt, params)
+        with torch.set_grad_enabled(recorded):
+            others = iter(copies([old for i, old in enumerate(olds) if i not in resting]))
+        chosen = [old if i in resting else next(others) for i, old in enumerate(olds)]
+    else:
+        moved = update_scaled(opt, grads, factor, state, params)
+        news, structure = _tree.flatten(moved)
+        with torch.set_grad_enabled(recorded):
+            chosen = choose(condition, news, olds)
+    new_params, new_state = _tree.unflatten(structure, chosen)
+    keep_leaves_requiring(new_params, params)
+    return new_params, new_state
+
+
+def update_if_(
+    condition: bool | Tensor,
+    opt: Optimizer[Any],
+    grads: Tree,
+    state: Tree,
+    params: Tree,
+    factor: Tensor | None = None,
+) -> None:
+    """Do the same in place. What is to be checked of the tensors, the optimizer checks."""
+    if condition is True:
+        update_scaled_(opt, grads, factor, state, params)
+    elif isinstance(condition, Tensor):
+        leaves, resting = _tree.flatten((params, state))[0], _resting(opt, params)
+        leaves = [leaf for index, leaf in enumerate(leaves) if index not in resting]
+        with torch.no_grad():
+            olds = copies(leaves)
+        update_scaled_(opt, grads, factor, state, params)
+        with torch.no_grad():
+            for leaf, chosen in zip(leaves, choose(condition, leaves, olds), strict=True):
+                write(leaf, chosen)
+
+
+def _resting(opt: Optimizer[Any], params: Tree) -> Collection[int]:
+    return at_rest(opt, *_tree.flatten(params))
+
+
+def choose(
+    condition: bool | Tensor, news: Sequence[Tensor], olds: Sequence[Tensor]
+) -> list[Tensor]:
+    """Return the new tensors if a condition holds, else the old. What is both is left as it is."""
+    if isinstance(condition, bool):
+        return list(news if condition else olds)
+    return [
+        old if new is old else torch.where(condition.to(old.device), new, old)
+        for new, old in zip(news, olds, strict=True)
+    ]
+
+
+def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return copies of tensors, in the same layout."""
+    if _transforms.tracing() or _transforms.transformed() or not _transforms.all_plain(tensors):
+        return [tensor.clone() for tensor in tensors]
+    return copies_of(tensors)
+
+
+def keep_leaves_requiring(new_params: Tree, params: Tree) -> None:
+    """Let copies of parameters require a gradient where the old did, but for a transform's sake."""
+    if not _transforms.transformed() and not _transforms.tracing():
+        keep_requiring(_tree.flatten(new_params)[0], _tree.flatten(params)[0])
