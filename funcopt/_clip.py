@@ -25,6 +25,7 @@ from ._wrapping import (
     gather_gradients,
     read,
     records,
+    settled,
     update_if,
     update_if_,
 )
@@ -219,7 +220,7 @@ class Clip:
             norm = _norm(gradients, self.norm_type, like)
         max_norm = self.max_norm.to(norm) if isinstance(self.max_norm, Tensor) else self.max_norm
         scale = (max_norm * (norm + _EPS).reciprocal()).clamp(max=1.0)
-        return gradients.tree, None if read(scale) == 1.0 else scale, found, moves
+        return gradients.tree, None if settled(scale) == 1.0 else scale, found, moves
 
     def _moves(self, norm: Tensor) -> bool | Tensor:
         if self.nonfinite == "propagate":

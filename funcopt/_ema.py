@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _tree
-from ._averages import Follower, begin, lerp, lerp_, settled
+from ._averages import Follower, begin, lerp, lerp_
 from ._checks import check_optimizer, check_state
 from ._counts import fresh
 from ._hyperparameters import check_flag, check_zero_dim, normalize
@@ -17,7 +17,7 @@ from ._kernels import write
 from ._kernels._operands import compute_dtype
 from ._node import register_optimizer
 from ._types import Number, Optimizer, Schedule, Tree
-from ._wrapping import check_scalar, gather_gradients, records
+from ._wrapping import check_scalar, gather_gradients, records, settled
 
 __all__ = ["Ema", "EmaState", "averaged"]
 

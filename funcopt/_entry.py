@@ -104,7 +104,8 @@ def _take_apart(grads: Tree, state: Tree, params: Tree, *, followed: bool) -> _T
         RuntimeError: Under a transform.
         ValueError: If a DTensor is a sum still to be made.
     """
-    if _transforms.watched():
+    given = (leaf for tree in (grads, state, params) for leaf in _tree.flatten(tree)[0])
+    if _transforms.watched(given):
         raise RuntimeError(
             "params has DTensors, of which no transform (vmap, grad, jvp, ...) knows which process "
             "has which part. Update them outside of it."
@@ -153,7 +154,7 @@ def _wholes(parts: Parts, tree: Tree, olds: Tree, root: str) -> Tree:
                 wholes.append(new)
             elif parts.knows(new):  # left as it was
                 wholes.append(parts.whole_of(new))
-            elif new.grad_fn is None:
+            elif new.grad_fn is None and not _transforms.any_dual((new,)):
                 wholes.append(_whole(new, old, kind))
             else:
                 raise RuntimeError(

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from . import _transforms, _tree
-from ._averages import Follower, begin, lerp, lerp_, settled
+from ._averages import Follower, begin, lerp, lerp_
 from ._checks import check_optimizer, check_state
 from ._hyperparameters import check_flag, check_zero_dim, normalize
 from ._kernels import write
 from ._node import register_optimizer
 from ._types import Number, Optimizer, Tree
 from ._work import keep_requiring
-from ._wrapping import check_scalar, copies, gather_gradients, read, records
+from ._wrapping import check_scalar, copies, gather_gradients, read, records, settled
 
 __all__ = ["Lookahead", "LookaheadState"]
 

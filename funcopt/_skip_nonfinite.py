@@ -163,7 +163,7 @@ class SkipNonfinite:
         counts, moves = self._judge(gradients, state)
         recorded = moves is not True and records(self, gradients, state)
         given = gradients.tree
-        if recorded or _transforms.watched():
+        if recorded or _transforms.transformed():
             given = gradients.replace(zeros_unless(moves, gradients.tensors)).tree
         new_params, inner = update_if(moves, self.inner, given, state.inner, params, recorded)
         return new_params, SkipNonfiniteState(*counts, inner)

@@ -16,7 +16,7 @@ from ._inplace import check_unwatched
 from ._kernels import write
 from ._kernels._pages import copies_of
 from ._scaled import update_scaled, update_scaled_
-from ._types import Optimizer, Tree
+from ._types import Number, Optimizer, Tree
 from ._walk import walk
 from ._work import keep_requiring
 
@@ -29,6 +29,7 @@ __all__ = [
     "gather_gradients",
     "read",
     "records",
+    "settled",
     "update_if",
     "update_if_",
 ]
@@ -121,7 +122,7 @@ def check_inplace(
             history.
         ValueError: If two of its tensors, or one and a gradient, start at the same place.
     """
-    check_unwatched()
+    check_unwatched(numbers.values(), own, gradients.tensors, gradients.params)
     for name, tensor in _historic(numbers, own, path, gradients):
         raise RuntimeError(
             f"{name} {'has a history' if tensor.grad_fn else 'requires a gradient'}, which writing "
@@ -161,9 +162,16 @@ def read(number: Tensor) -> float | None:
     """Return the value of a 0-dim tensor, if it can be read at no price and nobody follows it."""
     if not _transforms.readable() or not _transforms.all_plain([number]):
         return None
-    if not number.is_cpu or number.requires_grad:
+    if not number.is_cpu or _transforms.has_derivative(number):
         return None
     return float(number.item())
+
+
+def settled(number: Number) -> float | None:
+    """Return the value of a number, if it can be read at no price and has no derivative to lose."""
+    if isinstance(number, float):
+        return number
+    return None if _transforms.transformed() else read(number)
 
 
 def records(opt: Optimizer[Any], gradients: Gradients, state: Tree) -> bool:

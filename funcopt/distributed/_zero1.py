@@ -146,7 +146,7 @@ class Zero1:
             >>> Zero1(funcopt.AdamW(), mesh=None).init([torch.ones(2)]).inner.exp_avg
             {'bucket 0': tensor([0., 0.])}
         """
-        check_untransformed(self)
+        check_untransformed(self, params)
         leaves, structure = self._leaves(params)
         sharding = Sharding.of(leaves, structure, self.bucket_bytes, self.mesh)
         with torch.no_grad():
@@ -240,7 +240,7 @@ class Zero1:
 
     def _gather(self, grads: Tree, state: Zero1State, params: Tree) -> Step:
         check_state(state, Zero1State)
-        check_untransformed(self)
+        check_untransformed(self, grads, state, params)
         leaves, structure = self._leaves(params)
         gradients = gather_gradients(grads, params)
         check_gradients(gradients.leaves, structure)
