@@ -79,11 +79,11 @@ def _too_many_to_compile(params: Tree) -> bool:
 
     Where it cannot, within a derivative or a vmap and in an export, it goes in at whatever length.
     """
-    return (
-        not _transforms.exporting()
-        and not _transforms.transformed()
-        and _tree.has_more_leaves(params, _MOST_TO_COMPILE)
-    )
+    if _transforms.exporting() or _transforms.transformed():
+        return False
+    if isinstance(params, (dict, list, tuple)) and len(params) > _MOST_TO_COMPILE:
+        return True  # without a look inside
+    return len(_tree.flatten(params)[0]) > _MOST_TO_COMPILE
 
 
 class _TakenApart(NamedTuple):

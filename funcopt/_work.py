@@ -172,7 +172,7 @@ def trees_of(grads: Tree, state: Any, params: Tree, *, amsgrad: bool) -> list[Tr
     Raises:
         ValueError: If the state has a maximum and the optimizer does not, or the other way round.
     """
-    _check_maximum(state, amsgrad)
+    _check_maximum(state, params, amsgrad)
     trees = [params, grads, state.exp_avg, state.exp_avg_sq]
     return [*trees, state.max_exp_avg_sq] if amsgrad else trees
 
@@ -225,6 +225,10 @@ def _take(values: list[T], indices: list[int]) -> list[T]:
     return values if len(indices) == len(values) else [values[index] for index in indices]
 
 
+def _is_empty(tree: Tree) -> bool:
+    return isinstance(tree, tuple) and tree == ()
+
+
 def _check(
     params: _tree.Paired, grads: _tree.Paired, moments: list[_tree.Paired], active: list[int]
 ) -> None:
@@ -242,9 +246,9 @@ def _check(
         check_alike(paired.leaves, params.leaves, path, "a moment")
 
 
-def _check_maximum(state: Any, amsgrad: bool) -> None:
-    kept = not (isinstance(state.max_exp_avg_sq, tuple) and state.max_exp_avg_sq == ())
-    if kept != amsgrad:
+def _check_maximum(state: Any, params: Tree, amsgrad: bool) -> None:
+    kept = not _is_empty(state.max_exp_avg_sq)
+    if kept != amsgrad and not (amsgrad and _is_empty(params)):  # whose maximum is () itself
         raise ValueError(
             f"state.max_exp_avg_sq {'holds a tree' if kept else 'is empty'}, but this optimizer "
             f"has amsgrad={amsgrad}. Make the state with init() of this optimizer."
