@@ -11,14 +11,16 @@ everywhere and only slower.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator
+import functools
+import operator
+from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
     "Members",
@@ -29,9 +31,14 @@ __all__ = [
     "exporting",
     "followed",
     "has_derivative",
+    "in_vmaps_alone",
     "looked_on",
     "observed",
+    "outside_inference_mode",
     "readable",
+    "restoring",
+    "seen_by",
+    "set_grad_enabled",
     "stand_in",
     "tracing",
     "transformed",
@@ -51,6 +58,8 @@ try:
         get_interpreter_stack,
         get_unwrapped,
         is_functorch_wrapped_tensor,
+        pop_dynamic_layer_stack,
+        push_dynamic_layer_stack,
     )
     from torch._functorch.pyfunctorch import (
         VmapInterpreter,
@@ -112,23 +121,57 @@ def _is_traced_without_a_mode() -> bool:
 _onlookers: ContextVar[int] = ContextVar("onlookers", default=0)
 
 
-@contextlib.contextmanager
-def looked_on() -> Iterator[None]:
-    """Let steps on the meta device be made as on the CPU, while one mode looks on.
+def looked_on(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """Call a function that makes steps on the meta device as on the CPU, while one mode looks on.
 
     The mode sees the operators of a real step, not those that a tracer is shown. That a device has
     no values to read is found out as anywhere: it is taken for one that is not to be waited for.
     """
-    token = _onlookers.set(1)
+    before = _onlookers.get()
     try:
-        yield
+        _onlookers.set(1)
+        return function(*args, **kwargs)
     finally:
-        _onlookers.reset(token)
+        _onlookers.set(before)
+
+
+def seen_by(
+    mode: TorchDispatchMode, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs
+) -> R:
+    """Call a function of which a mode sees the operators."""
+    try:
+        torch._C._push_on_torch_dispatch_stack(mode)
+        return function(*args, **kwargs)
+    finally:
+        torch._C._pop_torch_dispatch_stack(None)
 
 
 def stand_in(device: torch.device) -> torch.device:
     """Return the device whose kernels serve tensors on this one."""
     return torch.device("cpu") if device.type == "meta" and _onlookers.get() else device
+
+
+# Functions in C, so that an interrupt (Ctrl-C) comes before or after, and finds them done or not.
+# Torch's context managers are written in Python: one that is interrupted leaves what it changed.
+set_grad_enabled = torch._C._set_grad_enabled
+outside_inference_mode = functools.partial(torch._C._InferenceMode, False)
+
+
+def restoring(function: Callable[P, R]) -> Callable[P, R]:
+    """Let a function leave the thread's gradient mode as it was, also where it is interrupted."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if compiling():
+            return function(*args, **kwargs)
+        enabled = torch.is_grad_enabled()
+        try:
+            return function(*args, **kwargs)
+        except BaseException:
+            set_grad_enabled(enabled)
+            raise
+
+    return call
 
 
 def uncompiled(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
@@ -239,22 +282,29 @@ class Members:
         return _add_batch_dim(result, 0, self._level)
 
 
-@contextlib.contextmanager
-def beneath_vmap() -> Iterator[Members | None]:
-    """Step beneath the innermost vmap, if nothing but vmaps is under way; else give None.
+def in_vmaps_alone() -> bool:
+    """Whether vmaps are under way, and nothing but vmaps.
 
-    A vmap alone may be stepped beneath by hand: what follows sees the stacked tensors. Above or
-    beneath a grad, order matters, which the rules of an `autograd.Function` know; they take several
-    times longer.
+    Those may be stepped beneath by hand: what follows sees the stacked tensors. Above or beneath a
+    grad, order matters, which the rules of an `autograd.Function` know; they take several times
+    longer.
     """
     levels = get_interpreter_stack() if _RULED is not None else None
-    if not levels or any(level.key() != TransformType.Vmap for level in levels):
-        yield None
-        return
+    return levels is not None and all(level.key() == TransformType.Vmap for level in levels)
+
+
+def beneath_vmap(function: Callable[[Members], R]) -> R:
+    """Call a function beneath the innermost vmap, with its members, where `in_vmaps_alone`."""
     interpreter: Any = retrieve_current_functorch_interpreter()
     members = Members(interpreter)
-    with interpreter.lower():
-        yield members
+    layers: list[Any] = []
+    try:
+        # In one call of C: no interrupt comes between the layer and the list that remembers it.
+        layers.extend(map(operator.call, (pop_dynamic_layer_stack,)))
+        return function(members)
+    finally:
+        if layers:
+            push_dynamic_layer_stack(layers[0])
 
 
 def all_plain(tensors: Iterable[Tensor]) -> bool:

@@ -194,12 +194,15 @@ def records(opt: Optimizer[Any], gradients: Gradients, state: Tree) -> bool:
 def _records(
     params: list[Tensor], grads: list[Tensor], others: list[Tensor], said: bool | None
 ) -> bool:
-    if _transforms.transformed() and not _transforms.tracing():
-        with _transforms.beneath_vmap() as members:
-            if members is not None:
-                columns = params, grads, others
-                params, grads, others = ([members.unwrap(t)[0] for t in c] for c in columns)
-                return _records(params, grads, others, said)
+    if not _transforms.tracing() and _transforms.in_vmaps_alone():
+
+        def beneath(members: _transforms.Members) -> bool:
+            one, two, three = (
+                [members.unwrap(t)[0] for t in column] for column in (params, grads, others)
+            )
+            return _records(one, two, three, said)
+
+        return _transforms.beneath_vmap(beneath)
     with _kernels.recording(params, grads, others, said):
         return torch.is_grad_enabled()
 
