@@ -203,7 +203,8 @@ class AdamW:
         """Do the same as `update`, written into `params` and `state`, which are returned.
 
         Everything is checked before anything is written. No memory of the parameters' size is
-        allocated, and parameters that require a gradient stay leaves.
+        allocated, and parameters that require a gradient stay leaves. An interrupt (Ctrl-C) that
+        comes in the middle leaves parameters and state half-written: go on from a checkpoint.
 
         Args:
             grads: The gradients, as for `update`.

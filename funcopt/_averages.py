@@ -18,9 +18,9 @@ from ._kernels import write
 from ._kernels._operands import compute_dtype, real, unreal
 from ._sharded import check_placed
 from ._types import Number, Optimizer, Tree
-from ._wrapping import Gradients, check_inplace, gather_params, read, records
+from ._wrapping import Gradients, check_inplace, gather_params, records
 
-__all__ = ["Follower", "begin", "settled"]
+__all__ = ["Follower", "begin"]
 
 # Private in name only: torch's own averages of weights are made of it.
 _AT_ONCE = hasattr(torch, "_foreach_lerp") and hasattr(torch, "_foreach_lerp_")
@@ -136,13 +136,6 @@ class Follower(NamedTuple):
             check_apart([*own, *self.gradients.params], [], path, str)
 
 
-def settled(number: Number) -> float | None:
-    """Return the value of a number, if it can be read at no price and has no derivative to lose."""
-    if isinstance(number, float):
-        return number
-    return None if _transforms.watched() else read(number)
-
-
 def _lerp(starts: list[Tensor], ends: list[Tensor], weight: Number) -> list[Tensor]:
     """Return start + weight * (end - start) of each pair, in the dtypes of the starts.
 
@@ -184,8 +177,8 @@ def _at_once(starts: Sequence[Tensor], ends: Sequence[Tensor]) -> bool:
     return (
         _AT_ONCE
         and len(starts) > 0
-        and not _transforms.tracing()
-        and not _transforms.watched()
+        and not _transforms.observed()
+        and not _transforms.watched(tensors)
         and _transforms.all_plain(tensors)
         and not any(map(Tensor.is_complex, tensors))
         and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))

@@ -28,6 +28,7 @@ from ._wrapping import (
     gather_params,
     read,
     records,
+    settled,
     with_step,
     write_step,
 )
@@ -232,7 +233,7 @@ class Clip:
             norm = _norm(gradients, self.norm_type, like)
         max_norm = max_norm.to(norm) if isinstance(max_norm, Tensor) else max_norm
         scale = (max_norm * (norm + _EPS).reciprocal()).clamp(max=1.0)
-        return gradients.tree, None if read(scale) == 1.0 else scale, found, moves
+        return gradients.tree, None if settled(scale) == 1.0 else scale, found, moves
 
     def _moves(self, norm: Tensor) -> bool | Tensor:
         if self.nonfinite == "propagate":

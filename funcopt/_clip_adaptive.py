@@ -252,7 +252,7 @@ def _check_units_are_here(gradients: Gradients) -> None:
 
 def _norms(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return the norms of the units of each tensor, so that they broadcast against it."""
-    followed = _transforms.watched() or (
+    followed = _transforms.transformed() or (
         torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     )
     norms = []
@@ -278,7 +278,7 @@ def _followed_norm(tensor: Tensor, units: tuple[int, ...] | None) -> Tensor:
 def _touched(scale: Tensor, sizes: list[int]) -> set[int] | None:
     """Return which leaves have a unit that is scaled, if that can be read at no price."""
     plain = _transforms.readable() and _transforms.all_plain([scale]) and scale.is_cpu
-    if not plain or scale.requires_grad:
+    if not plain or _transforms.transformed() or _transforms.has_derivative(scale):
         return None
     ends = torch.tensor(sizes, device="cpu").cumsum(0)
     return set(torch.bucketize((scale != 1).nonzero().reshape(-1), ends, right=True).tolist())

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _tree
-from ._averages import Follower, begin, settled
+from ._averages import Follower, begin
 from ._checks import check_optimizer, check_state
 from ._counts import first_count, fresh, place_for_count
 from ._hyperparameters import check_flag, normalize_fields
@@ -18,7 +18,7 @@ from ._kernels._operands import compute_dtype
 from ._node import register_optimizer
 from ._numbers import number_at
 from ._types import Number, Optimizer, Schedule, Tree
-from ._wrapping import check_scalar, gather_gradients, records
+from ._wrapping import check_scalar, gather_gradients, records, settled
 
 __all__ = ["Ema", "EmaState", "averaged"]
 

@@ -15,20 +15,23 @@ from torch import Tensor
 
 from . import _kernels, _transforms, _tree
 from ._captured import check_replayed
-from ._sharded import Parts, dtensor, has_sharded, working_on
+from ._sharded import Parts, dtensor, has_sharded, work_on
 from ._types import Tree
 
 __all__ = ["wrap_updates"]
 
 
-def wrap_updates(cls: type) -> None:
+def wrap_updates(cls: Any) -> None:
     """Let `update` and `update_` of an optimizer serve DTensors, and know nothing of them.
 
     The outermost optimizer replaces each by its local part, and makes of the results DTensors that
     lie as the old ones do. Optimizers within it are given plain tensors, with which nothing is done
     here. (`init` needs no such thing: to make zeros and copies is what a DTensor can do by itself.)
     Where it is being compiled, such an update stays out of the graph, as does one of many leaves.
+    All three leave the thread's gradient mode as it was, whatever ends them.
     """
+    if "init" in vars(cls):
+        cls.init = _transforms.restoring(cls.init)
     for name, on_local_parts in (("update", _update), ("update_", _update_)):
         if name in vars(cls):
             setattr(cls, name, _serving(vars(cls)[name], on_local_parts))
@@ -37,23 +40,28 @@ def wrap_updates(cls: type) -> None:
 def _serving(method: Callable[..., Any], on_local_parts: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def serve(self: Any, grads: Tree, state: Tree, params: Tree) -> Any:
-        sharded = has_sharded(params)
         if _transforms.compiling():
-            if sharded or _too_many_to_compile(params):
+            if has_sharded(params) or _too_many_to_compile(params):
                 return _transforms.uncompiled(serve, self, grads, state, params)
-        elif _transforms.capturing():
-            check_replayed(self, state, params)
-        if not sharded:
             return method(self, grads, state, params)
-        return on_local_parts(method, self, grads, state, params)
+        if _transforms.capturing():
+            check_replayed(self, state, params)
+            return method(self, grads, state, params)
+        enabled = torch.is_grad_enabled()
+        try:
+            if has_sharded(params):
+                return on_local_parts(method, self, grads, state, params)
+            return method(self, grads, state, params)
+        except BaseException:  # an interrupt may have come before something else put it back
+            _transforms.set_grad_enabled(enabled)
+            raise
 
     return serve
 
 
 def _update(method: Callable[..., Any], opt: Any, grads: Tree, state: Tree, params: Tree) -> Any:
     work = _take_apart(grads, state, params, followed=_is_recorded(grads, state, params))
-    with working_on(work.parts):
-        new_params, new_state = method(opt, *work.trees)
+    new_params, new_state = work_on(work.parts, method, opt, *work.trees)
     return _wholes(work.parts, new_params, params, "params"), _wholes(
         work.parts, new_state, state, "state"
     )
@@ -63,8 +71,7 @@ def _update_(method: Callable[..., Any], opt: Any, grads: Tree, state: Tree, par
     work = _take_apart(grads, state, params, followed=True)
     pairs = work.parts.sharded()
     versions = [_version(part) for part, _ in pairs]
-    with working_on(work.parts):
-        method(opt, *work.trees)
+    work_on(work.parts, method, opt, *work.trees)
     # A DTensor counts for itself what is written into it, by which autograd finds out.
     written = [
         whole
@@ -84,11 +91,11 @@ def _too_many_to_compile(params: Tree) -> bool:
 
     Where it cannot, within a derivative or a vmap and in an export, it goes in at whatever length.
     """
-    return (
-        not _transforms.exporting()
-        and not _transforms.transformed()
-        and _has_more_leaves(params, _MOST_TO_COMPILE)
-    )
+    if _transforms.exporting() or _transforms.transformed():
+        return False
+    if isinstance(params, (dict, list, tuple)) and len(params) > _MOST_TO_COMPILE:
+        return True  # without a look inside
+    return len(_tree.flatten(params)[0]) > _MOST_TO_COMPILE
 
 
 def _has_more_leaves(tree: Tree, most: int) -> bool:
@@ -116,7 +123,8 @@ def _take_apart(grads: Tree, state: Tree, params: Tree, *, followed: bool) -> _T
         RuntimeError: Under a transform.
         ValueError: If a DTensor is a sum still to be made.
     """
-    if _transforms.watched():
+    given = (leaf for tree in (grads, state, params) for leaf in _tree.flatten(tree)[0])
+    if _transforms.watched(given):
         raise RuntimeError(
             "params has DTensors, of which no transform (vmap, grad, jvp, ...) knows which process "
             "has which part. Update them outside of it."
@@ -165,7 +173,7 @@ def _wholes(parts: Parts, tree: Tree, olds: Tree, root: str) -> Tree:
                 wholes.append(new)
             elif parts.knows(new):  # left as it was
                 wholes.append(parts.whole_of(new))
-            elif new.grad_fn is None:
+            elif new.grad_fn is None and not _transforms.any_dual((new,)):
                 wholes.append(_whole(new, old, kind))
             else:
                 raise RuntimeError(

@@ -64,7 +64,7 @@ def _suspects(parts: list[Tensor]) -> list[Tensor]:
 
 def _extremes(parts: list[Tensor]) -> list[Tensor]:
     """Return of each tensor numbers that are finite only if all its elements are."""
-    if _transforms.watched() or any(part.is_cpu for part in parts):
+    if _transforms.transformed() or any(part.is_cpu for part in parts):
         # On the CPU, the norm that takes the largest element is twenty times slower.
         return [torch.stack([part.amin(), part.amax()]) for part in parts]
     return _lists.norms(parts, math.inf)

@@ -34,8 +34,8 @@ def check_inplace(work: Work, counts: list[Number], numbers: Iterable[Scalars]) 
         ValueError: If a tensor to be written is expanded, or starts where another one or a gradient
             does.
     """
-    if work.watched:
-        check_unwatched()
+    numbers = list(numbers)
+    check_unwatched(*work.leaves, work.counts.tensors, *numbers)
     if work.layout is not None and _is_fine_at_a_glance(work, work.layout, counts, numbers):
         return
     for name, tensor in _history(work, numbers):
@@ -56,9 +56,9 @@ def check_inplace(work: Work, counts: list[Number], numbers: Iterable[Scalars]) 
         )
 
 
-def check_unwatched() -> None:
-    """Refuse to write in place under a transform of `torch.func` or in forward mode."""
-    if _transforms.watched():
+def check_unwatched(*columns: Iterable[object]) -> None:
+    """Refuse to write in place under a transform, or what is of tensors that have a tangent."""
+    if _transforms.watched(*columns):
         raise RuntimeError(
             "update_() writes in place, which a transform (vmap, grad, jvp, ...) cannot follow. "
             "Use update()."

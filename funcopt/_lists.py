@@ -31,7 +31,7 @@ def norms(tensors: Sequence[Tensor], order: float) -> list[Tensor]:
 
 
 def _followed_norm(tensor: Tensor, order: float) -> Tensor:
-    if not tensor.requires_grad and not _transforms.watched():
+    if not tensor.requires_grad and not _transforms.transformed():
         return vector_norm(tensor, order)
     # At zero the second derivative is NaN: the first of a norm is 0 / 0 there, which torch sets to
     # 0, but not its own derivative.
@@ -87,8 +87,8 @@ def _wide(tensor: Tensor) -> Tensor:
 def _at_once(tensors: Sequence[Tensor]) -> bool:
     return (
         _AT_ONCE
-        and not _transforms.tracing()
-        and not _transforms.watched()
+        and not _transforms.observed()
+        and not _transforms.watched(tensors)
         and _transforms.all_plain(tensors)
         and not any(tensor.requires_grad for tensor in tensors)
     )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _tree
-from ._averages import Follower, begin, settled
+from ._averages import Follower, begin
 from ._checks import check_optimizer, check_state
 from ._counts import first_count, next_step
 from ._hyperparameters import check_flag, normalize_fields
@@ -25,6 +25,7 @@ from ._wrapping import (
     place_of_counts,
     read,
     records,
+    settled,
     with_step,
     write_step,
 )

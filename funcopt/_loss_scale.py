@@ -194,7 +194,7 @@ class LossScale:
         finite = all_finite_everywhere(gradients, state.scale)
         moves = decide(finite)
         recorded = moves is not True and records(self, gradients, state, numbers)
-        if recorded or _transforms.watched():
+        if recorded or _transforms.transformed():
             gradients = gradients.replace(zeros_unless(moves, gradients.tensors))
         new_params, inner = update_if(
             moves,

@@ -117,8 +117,11 @@ def with_factor(numbers: list[Scalars], factor: Tensor | None) -> list[Scalars]:
 
 
 def _detached(count: Number) -> Number:
-    """Return a count without history: no derivative flows through how often was counted."""
-    return count.detach() if isinstance(count, Tensor) and count.requires_grad else count
+    """Return a count without a derivative: none flows through how often was counted.
+
+    It is asked of no count whether it has one: in forward mode it does not require a gradient.
+    """
+    return count.detach() if isinstance(count, Tensor) else count
 
 
 def _check_count(count: Number) -> None:

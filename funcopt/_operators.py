@@ -13,16 +13,19 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
+from . import _transforms
 from ._adamw import AdamW, AdamWState
 
 __all__: list[str] = []  # they are called as torch.ops.funcopt.adamw_step_ and so on
 
 T = TypeVar("T")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 State: TypeAlias = dict[str, Tensor]
 
@@ -116,7 +119,7 @@ def _zeros(param: Tensor, amsgrad: bool) -> State:
     the CPU, as in torch, where reading it is free. Tensors that are made in inference mode could
     not be written outside of it.
     """
-    with torch.inference_mode(False):
+    with _transforms.outside_inference_mode():
         step = torch.zeros((), dtype=torch.float64)
         return {"step": step, **{name: torch.zeros_like(param) for name in _names(amsgrad)[1:]}}
 
@@ -131,45 +134,39 @@ def _complete(state: State, names: tuple[str, ...], index: int) -> State:
     return state
 
 
-# One lock for all optimizers, as several may share parameters (each trainer has one of its own in
-# RPC training), and as TorchScript cannot keep one by optimizer. What TorchScript itself would need
-# it for is the Dict of states, in which an insertion moves what another thread is reading.
-class _Turn:
-    """Whose turn it is to make a step. No thread begins a step within a step of its own."""
-
-    lock: threading.Lock
-    thread: int | None  # that of the step that is being made
-
-    def __init__(self) -> None:
-        self.start_anew()
-
-    def start_anew(self) -> None:
-        self.lock = threading.Lock()
-        self.thread = None
-
-    def begin(self) -> None:
-        # A step that was interrupted just before its end (by Ctrl-C, or while it was traced) has
-        # left the turn with its thread.
-        if self.thread != threading.get_ident():
-            self.lock.acquire()
-            self.thread = threading.get_ident()
-
-    def end(self) -> None:
-        if self.thread == threading.get_ident():
-            self.thread = None
-            self.lock.release()
+# Whose turn it is to make a step. There is one lock for all optimizers, as several may share
+# parameters (each trainer has one of its own in RPC training), and as TorchScript cannot keep one
+# by optimizer. What TorchScript itself would need it for is the Dict of states, in which an
+# insertion moves what another thread is reading. No thread begins a step within one of its own.
+_turn: Any = threading.RLock()  # which knows whose it is from the moment that it is taken
 
 
-_turn = _Turn()
-if hasattr(os, "register_at_fork"):  # a step of another thread does not go on in a child
-    os.register_at_fork(after_in_child=_turn.start_anew)
+def _start_anew() -> None:
+    if not _turn._is_owned():  # a step of another thread does not go on in a child
+        _turn._at_fork_reinit()
 
 
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_start_anew)
+
+
+def exclusively(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """Call a function when no other thread makes a step."""
+    if not _turn._is_owned():
+        with _turn:
+            return function(*args, **kwargs)
+    try:  # a step that did not come to its end, while it was traced, left the turn with this thread
+        return function(*args, **kwargs)
+    finally:
+        _turn.release()
+
+
+# TorchScript has no `try`, only a `with` that begins and ends. It ends what did not come to its
+# beginning, too, and drops the error that there was nothing to end.
 @_operator("begin_step", "", "()")
 def _begin_step() -> None:
-    _turn.begin()
+    if not _turn._is_owned():
+        _turn.acquire()
 
 
-@_operator("end_step", "", "()")
-def _end_step() -> None:
-    _turn.end()
+_operator("end_step", "", "()")(_turn.release)

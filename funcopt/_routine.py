@@ -65,7 +65,7 @@ def find_routine(
         kernel: The kernel that the user named.
         writing: Whether parameters, moments and count are to be written.
     """
-    if _transforms.watched() or _transforms.tracing():
+    if _transforms.transformed() or _transforms.observed():
         return None
     if not isinstance(step, Tensor) or step.ndim > 0 or step.is_inference():
         return None
@@ -73,7 +73,9 @@ def find_routine(
     recalled = None if isinstance(count, Tensor) else recall(trees)
     if isinstance(count, Tensor) or recalled is None or not recalled.layout.calm:
         return None
-    if kernel != "auto" and any(_kernels.unserved(kernel, d) for d in recalled.layout.devices):
+    if _transforms.any_dual(*recalled.leaves, (step,)) or (
+        kernel != "auto" and any(_kernels.unserved(kernel, d) for d in recalled.layout.devices)
+    ):
         return None
     params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs = recalled.leaves
     tensors = params
@@ -86,4 +88,6 @@ def find_routine(
 
 def have_history(numbers: Scalars) -> bool:
     """Whether a derivative of the step may be asked for by way of its numbers."""
-    return not numbers.read and any(isinstance(n, Tensor) and n.requires_grad for n in numbers)
+    return not numbers.read and any(
+        isinstance(number, Tensor) and _transforms.has_derivative(number) for number in numbers
+    )

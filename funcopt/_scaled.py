@@ -69,6 +69,6 @@ def multiplied(grads: Tree, factor: Tensor) -> Tree:
 
 def outside_unless_plain(grads: Tree, factor: Tensor) -> tuple[Tree, Tensor | None]:
     """Return gradients and a number to multiply them by, done already if it has a history."""
-    if not factor.requires_grad and _transforms.all_plain([factor]):
+    if not _transforms.has_derivative(factor) and _transforms.all_plain([factor]):
         return grads, factor
     return multiplied(grads, factor), None

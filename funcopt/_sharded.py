@@ -10,10 +10,9 @@ DTensor it represents, and whether the parts of two leaves lie alike.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, ParamSpec, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,8 +30,11 @@ __all__ = [
     "local_part",
     "whole_of",
     "wholes_in",
-    "working_on",
+    "work_on",
 ]
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 DTensor: TypeAlias = Any  # whose module is imported by whoever makes one, never from here
 
@@ -162,14 +164,14 @@ def current_parts() -> Parts | None:
     return None if _transforms.compiling() else _current.get()
 
 
-@contextmanager
-def working_on(parts: Parts | None) -> Iterator[None]:
-    """Let what follows know what the tensors represent that it works on; None: just themselves."""
-    token = _current.set(parts)
+def work_on(parts: Parts | None, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """Call a function that knows what the tensors represent it works on; None: just themselves."""
+    before = _current.get()
     try:
-        yield
+        _current.set(parts)
+        return function(*args, **kwargs)
     finally:
-        _current.reset(token)
+        _current.set(before)
 
 
 def whole_of(leaf: Any) -> Any:

@@ -172,7 +172,7 @@ class SkipNonfinite:
         counts, moves = _judge(gradients, state, **numbers)
         recorded = moves is not True and records(self, gradients, state, numbers)
         given = gradients.tree
-        if recorded or _transforms.watched():
+        if recorded or _transforms.transformed():
             given = gradients.replace(zeros_unless(moves, gradients.tensors)).tree
         new_params, inner = update_if(moves, self.inner, given, state.inner, params, recorded)
         return new_params, SkipNonfiniteState(*counts, inner, next_step(state.step, moves))

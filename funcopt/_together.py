@@ -111,7 +111,7 @@ def _is_sure(update: Update) -> bool:
     numbers = opt._numbers(*work.counts.around(work.active, counts))
     check_inplace(work, counts, numbers)
     # A kernel that was asked for by name may yet refuse numbers that it cannot read.
-    return _transforms.tracing() or opt.kernel == "auto" or _can_be_read(numbers)
+    return _transforms.observed() or opt.kernel == "auto" or _can_be_read(numbers)
 
 
 def _can_be_read(numbers: Iterable[Scalars]) -> bool:
@@ -137,7 +137,8 @@ def _moved(label: str, update: Update) -> tuple[list[Tensor], list[Tensor]]:
 
     olds, news = [old[index] for index in changed], [new[index] for index in changed]
     for position, (own, moved) in enumerate(zip(olds, news, strict=True)):
-        if not own.is_leaf or not moved.is_leaf or (moved.requires_grad and not own.requires_grad):
+        asked = moved.requires_grad and not own.requires_grad
+        if asked or not (own.is_leaf and moved.is_leaf) or _transforms.any_dual((moved,)):
             raise RuntimeError(
                 f"{path(position)} has a history, its own or that of a gradient, a state tensor or "
                 f"a hyperparameter, which writing in place would lose. Use update(), or detach it "

@@ -1,36 +1,48 @@
 """Who is watching: the one place that knows torch's transforms, tracers and modes.
 
-Each question is asked of torch's dispatcher as a whole, never of a tensor, so the answers cost well
-under a microsecond and hold for every tensor of the step. The queries are private to torch, which
-has no public ones; all of them live here. Where torch no longer had those of functorch's levels,
-the answer falls on the safe side: plain operators, which are right everywhere and only slower.
+Each question is about this thread, since another one may be compiling, or inside a transform, at
+the same time. It is asked of torch's dispatcher, which keeps its state for each thread, so that an
+answer costs well under a microsecond and holds for every tensor of the step. Where torch keeps one
+state for all threads, as it does of plain forward mode, the tensors of the step are asked. The
+queries are private to torch, which has no public ones; all of them live here. Where torch no longer
+had those of functorch's levels, the answer falls on the safe side: plain operators, which are right
+everywhere and only slower.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator
+import functools
+import operator
+from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import _old_dynamo
 
 __all__ = [
     "Members",
     "all_plain",
+    "any_dual",
     "beneath_vmap",
     "capturing",
     "compiling",
     "exporting",
     "followed",
-    "forward_mode",
+    "has_derivative",
+    "in_vmaps_alone",
     "looked_on",
+    "observed",
     "on_host",
+    "outside_inference_mode",
     "readable",
+    "restoring",
+    "seen_by",
+    "set_grad_enabled",
     "stand_in",
     "tracing",
     "transformed",
@@ -52,6 +64,8 @@ try:
         get_unwrapped,
         is_functionaltensor,
         is_functorch_wrapped_tensor,
+        pop_dynamic_layer_stack,
+        push_dynamic_layer_stack,
     )
     from torch._functorch.pyfunctorch import (
         VmapInterpreter,
@@ -64,19 +78,36 @@ except ImportError:  # pragma: no cover
     _RULED = None
 
 
-# Whether this very Python code is being compiled or exported.
-compiling = torch.compiler.is_compiling
+# Whether this very Python code is being compiled. Dynamo, which reads the code, takes the answer to
+# be yes; where the code runs, it is no. `is_compiling` would be a flag of the process: true in each
+# thread while one of them compiles.
+compiling = torch.compiler.is_dynamo_compiling
 
-# Whether it is being compiled for an export.
+# Whether code that is being compiled is compiled for an export: a flag of the process, for want of
+# one of the thread. It decides how long compiling takes, and no number.
 exporting = _old_dynamo.exporting if _old_dynamo.OLD else torch.compiler.is_exporting
 
 
 def tracing() -> bool:
-    """Whether operators are being recorded, so that no tensor's value may be read."""
+    """Whether operators are being recorded: a tensor may have neither memory nor a value."""
+    if compiling():
+        return True
+    if torch._C._len_torch_dispatch_stack() > 0 and any(map(_mode_of, _TRACERS)):
+        return True
+    return _is_traced_without_a_mode()
+
+
+def observed() -> bool:
+    """Whether somebody sees the operators one by one, so that no value is to be read meanwhile.
+
+    That is a tracer, or a dispatch mode that looks on while real tensors are computed, as
+    `FlopCounterMode` does. What a mode does with what it sees cannot be known, so it is shown the
+    equations in plain operators.
+    """
     if compiling():
         return True
     modes = torch._C._len_torch_dispatch_stack()
-    return (modes > 0 and modes > _onlookers.get()) or torch._C._get_tracing_state() is not None
+    return (modes > 0 and modes > _onlookers.get()) or _is_traced_without_a_mode()
 
 
 _cuda_is_in_use: Any = torch.cuda.is_initialized  # which torch leaves untyped
@@ -91,27 +122,74 @@ def capturing() -> bool:
     return torch.cuda.is_current_stream_capturing() if _cuda_is_in_use() else False
 
 
-# How many of the modes on torch's stack only look on.
+# The modes that record, or work on stand-ins for tensors: torch has a place of its own for each.
+_TRACERS = tuple(torch._C._TorchDispatchModeKey.__members__.values())
+_mode_of = torch._C._get_dispatch_mode
+
+_is_included = torch._C._dispatch_tls_is_dispatch_key_included
+_PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
+
+
+def _is_traced_without_a_mode() -> bool:
+    """Whether `torch.jit.trace` records, or `make_fx` or export does above autograd."""
+    return torch._C._get_tracing_state() is not None or _is_included(_PRE_DISPATCH)
+
+
+# How many of the modes on torch's stack only look on, and are to see the operators of a real step.
 _onlookers: ContextVar[int] = ContextVar("onlookers", default=0)
 
 
-@contextlib.contextmanager
-def looked_on() -> Iterator[None]:
-    """Let steps on the meta device be made as on the CPU, while one mode looks on.
+def looked_on(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """Call a function that makes steps on the meta device as on the CPU, while one mode looks on.
 
     The mode sees the operators of a real step, not those that a tracer is shown. That a device has
     no values to read is found out as anywhere: it is taken for one that is not to be waited for.
     """
-    token = _onlookers.set(1)
+    before = _onlookers.get()
     try:
-        yield
+        _onlookers.set(1)
+        return function(*args, **kwargs)
     finally:
-        _onlookers.reset(token)
+        _onlookers.set(before)
+
+
+def seen_by(
+    mode: TorchDispatchMode, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs
+) -> R:
+    """Call a function of which a mode sees the operators."""
+    try:
+        torch._C._push_on_torch_dispatch_stack(mode)
+        return function(*args, **kwargs)
+    finally:
+        torch._C._pop_torch_dispatch_stack(None)
 
 
 def stand_in(device: torch.device) -> torch.device:
     """Return the device whose kernels serve tensors on this one."""
     return torch.device("cpu") if device.type == "meta" and _onlookers.get() else device
+
+
+# Functions in C, so that an interrupt (Ctrl-C) comes before or after, and finds them done or not.
+# Torch's context managers are written in Python: one that is interrupted leaves what it changed.
+set_grad_enabled = torch._C._set_grad_enabled
+outside_inference_mode = functools.partial(torch._C._InferenceMode, False)
+
+
+def restoring(function: Callable[P, R]) -> Callable[P, R]:
+    """Let a function leave the thread's gradient mode as it was, also where it is interrupted."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if compiling():
+            return function(*args, **kwargs)
+        enabled = torch.is_grad_enabled()
+        try:
+            return function(*args, **kwargs)
+        except BaseException:
+            set_grad_enabled(enabled)
+            raise
+
+    return call
 
 
 def uncompiled(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
@@ -133,24 +211,52 @@ _uncompiled = _disable(
 transformed = torch._C._are_functorch_transforms_active
 
 
-def forward_mode() -> bool:
-    """Whether a forward-mode derivative is under way, in `torch.func` or in plain autograd."""
-    return forward_ad._current_level >= 0
+def any_dual(*columns: Iterable[object]) -> bool:
+    """Whether a tensor among these is dual: it carries a tangent of plain forward-mode autograd.
+
+    The level of forward mode is the process's: another thread may have entered it, or this one for
+    what has nothing to do with the step. So the tensors are asked, but only while there is a level.
+    """
+    if compiling() or forward_ad._current_level < 0:
+        return False
+    tensors = (value for column in columns for value in column if isinstance(value, Tensor))
+    return any(map(_is_dual, tensors))
 
 
-def followed() -> bool:
-    """Whether what operators compute may be differentiated."""
-    return torch.is_grad_enabled() or transformed() or forward_mode()
+def _is_dual(tensor: Tensor) -> bool:
+    with torch._C._DisableFuncTorch():  # a tangent belongs to what is beneath every transform
+        try:
+            while _RULED is not None and is_functorch_wrapped_tensor(tensor):
+                tensor = get_unwrapped(tensor)
+            return _unpack_dual(tensor).tangent is not None
+        except Exception:  # a subclass may not let it be asked: to follow it is right in any case
+            return True
 
 
-def watched() -> bool:
-    """Whether a transform or forward mode follows the step, for its members or its derivative."""
-    return transformed() or forward_mode()
+_unpack_dual: Any = forward_ad.unpack_dual  # which torch leaves untyped
+
+
+def has_derivative(tensor: Tensor) -> bool:
+    """Whether a derivative may be lost with a tensor, in reverse or in forward mode."""
+    return tensor.requires_grad or any_dual((tensor,))
+
+
+def followed(*columns: Iterable[object]) -> bool:
+    """Whether what operators compute of these tensors may be differentiated."""
+    return torch.is_grad_enabled() or transformed() or any_dual(*columns)
+
+
+def watched(*columns: Iterable[object]) -> bool:
+    """Whether a transform, or forward mode by way of a tensor among these, follows the step.
+
+    It follows it for its members or its derivative.
+    """
+    return transformed() or any_dual(*columns)
 
 
 def readable() -> bool:
     """Whether a tensor has one value, which may be read: not recorded, nor one for each member."""
-    if tracing():
+    if observed():
         return False
     if not transformed():
         return True
@@ -164,14 +270,14 @@ def on_host(tensor: Tensor) -> bool:
     return tensor.is_cpu
 
 
-def watched_by_operator() -> bool:
-    """Whether the step must be spelt out in plain operators.
+def watched_by_operator(*columns: Iterable[object]) -> bool:
+    """Whether the step on these tensors must be spelt out in plain operators.
 
-    True for tracers, which would record a fused call or a constant in place of the equations, and
+    True for tracers and modes, which would see a fused call or a constant instead of equations, and
     for forward-mode derivatives and functionalize, which know no rule for a step as a whole. False
     in plain eager code and under vmap and reverse-mode grad, for which there is such a rule.
     """
-    if tracing() or forward_mode():
+    if observed() or any_dual(*columns):
         return True
     if not transformed():
         return False
@@ -199,22 +305,29 @@ class Members:
         return _add_batch_dim(result, 0, self._level)
 
 
-@contextlib.contextmanager
-def beneath_vmap() -> Iterator[Members | None]:
-    """Step beneath the innermost vmap, if nothing but vmaps is under way; else give None.
+def in_vmaps_alone() -> bool:
+    """Whether vmaps are under way, and nothing but vmaps.
 
-    A vmap alone may be stepped beneath by hand: what follows sees the stacked tensors. Above or
-    beneath a grad, order matters, which the rules of an `autograd.Function` know; they take several
-    times longer.
+    Those may be stepped beneath by hand: what follows sees the stacked tensors. Above or beneath a
+    grad, order matters, which the rules of an `autograd.Function` know; they take several times
+    longer.
     """
     levels = get_interpreter_stack() if _RULED is not None else None
-    if not levels or any(level.key() != TransformType.Vmap for level in levels):
-        yield None
-        return
+    return levels is not None and all(level.key() == TransformType.Vmap for level in levels)
+
+
+def beneath_vmap(function: Callable[[Members], R]) -> R:
+    """Call a function beneath the innermost vmap, with its members, where `in_vmaps_alone`."""
     interpreter: Any = retrieve_current_functorch_interpreter()
     members = Members(interpreter)
-    with interpreter.lower():
-        yield members
+    layers: list[Any] = []
+    try:
+        # In one call of C: no interrupt comes between the layer and the list that remembers it.
+        layers.extend(map(operator.call, (pop_dynamic_layer_stack,)))
+        return function(members)
+    finally:
+        if layers:
+            push_dynamic_layer_stack(layers[0])
 
 
 def values_at_hand(tensor: Tensor) -> list[float] | None:
@@ -223,7 +336,7 @@ def values_at_hand(tensor: Tensor) -> list[float] | None:
     Of a tensor that is mapped over by vmap these are the values of all members. What is read here
     is for checks alone: no derivative and no member is told of it.
     """
-    if tracing() or (transformed() and _RULED is None):
+    if observed() or (transformed() and _RULED is None):
         return None
     while transformed() and is_functorch_wrapped_tensor(tensor):
         if is_functionaltensor(tensor):  # its value may be another one by now

@@ -8,6 +8,8 @@ type that a user registered with either library is a node here.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import importlib
 import operator
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -33,7 +35,6 @@ __all__ = [
     "flatten",
     "flatten_above",
     "insertion_order",
-    "is_flat",
     "names",
     "pair",
     "path",
@@ -61,7 +62,7 @@ def flatten(tree: Tree) -> tuple[list[Any], Structure]:
     if type(tree) in _CERTAIN_LEAVES:
         return [tree], _LEAF
     leaves, structure = optree.tree_flatten(tree, none_is_leaf=True, namespace=_NAMESPACE)
-    if _mirror({type(leaf) for leaf in leaves}):
+    if _mirror(leaves):
         return flatten(tree)
     return leaves, structure
 
@@ -131,29 +132,28 @@ def columns_of_dicts(trees: Sequence[Tree]) -> tuple[list[list[Any]], Structure]
     return list(map(take, trees)), structure
 
 
-def _mirror(kinds: set[type]) -> bool:
+def _mirror(leaves: list[Any]) -> bool:
     """Tell optree of node types that only torch's Python registry knows, as it does of dataclasses.
 
-    Returns:
-        Whether there was one among these types of supposed leaves.
+    Return whether these supposed leaves were of any. That a type is no node is not remembered: it
+    may be registered at any time.
     """
-    unknown = kinds - _LEAF_KINDS
-    nodes = [kind for kind in unknown if kind in torch_pytree.SUPPORTED_NODES]
-    _LEAF_KINDS.update(unknown.difference(nodes))
+    nodes = [kind for kind in set(map(type, leaves)) if kind in torch_pytree.SUPPORTED_NODES]
     for kind in nodes:
         node = torch_pytree.SUPPORTED_NODES[kind]
         register: Any = optree.register_pytree_node
-        register(
-            kind,
-            node.flatten_fn,
-            lambda context, children, node=node: node.unflatten_fn(list(children), context),
-            namespace=_NAMESPACE,
-        )
+        try:
+            register(
+                kind,
+                node.flatten_fn,
+                lambda context, children, node=node: node.unflatten_fn(list(children), context),
+                namespace=_NAMESPACE,
+            )
+        except ValueError:  # another thread was faster
+            one = next(leaf for leaf in leaves if type(leaf) is kind)
+            if optree.tree_is_leaf(one, none_is_leaf=True, namespace=_NAMESPACE):
+                raise
     return bool(nodes)
-
-
-# Types that were found to be no node.
-_LEAF_KINDS: set[type] = {Tensor, torch.nn.Parameter}
 
 
 def flatten_above(tree: Tree, is_leaf: Callable[[Any], bool]) -> tuple[list[Any], Structure]:
@@ -198,11 +198,6 @@ def insertion_order(structure: Structure) -> list[int]:
     """Return the leaves in the order in which dicts were filled, whether or not that is ours."""
     walk = _walk(structure)
     return list(range(structure.num_leaves)) if walk is None else [index for index, _ in walk]
-
-
-def is_flat(structure: Structure) -> bool:
-    """Whether a tree is a leaf, or one node and its leaves."""
-    return bool(structure.num_nodes - structure.num_leaves <= 1)
 
 
 def _key(entry: Any) -> str:
@@ -264,6 +259,8 @@ def pair(tree: Tree, root: str, structure: Structure, optional: Collection[int] 
     Two dicts with the same keys in another order, or an OrderedDict and a dict, pair as one would
     wish; flattening both and zipping would pair their leaves wrongly, and silently.
 
+    None in a field of a dataclass, which torch makes no leaf of, is one here, as None elsewhere is.
+
     Args:
         tree: The tree to pair.
         root: Its name in messages, such as `"grads"`.
@@ -281,13 +278,26 @@ def pair(tree: Tree, root: str, structure: Structure, optional: Collection[int] 
         return Paired(leaves, own, None)
     positions = {path: position for position, path in enumerate(paths(own, ""))}
     wanted = paths(structure, "")
-    found = set(positions)
-    absent = {wanted[index] for index in optional} - found
-    paired = len(positions) == len(leaves) and found | absent == set(wanted)
+    missing = {index for index, path in enumerate(wanted) if path not in positions}
+    empty = _empty_fields(tree, structure, missing)
+    absent = {wanted[index] for index in missing.intersection((*optional, *empty))}
+    paired = len(positions) == len(leaves) and set(positions) | absent == set(wanted)
     if paired and not any("<flat index " in path for path in wanted):
         order = [positions.get(path, -1) for path in wanted]
-        return Paired([leaves[i] if i >= 0 else None for i in order], own, order)
+        found = [leaves[i] if i >= 0 else None for i in order]
+        return Paired(found, structure, None) if empty else Paired(found, own, order)
     raise ValueError(_mismatch(root, list(positions), [p for p in wanted if p not in absent]))
+
+
+def _empty_fields(tree: Tree, structure: Structure, missing: set[int]) -> list[int]:
+    """Return which of the missing leaves are None in a field of a dataclass."""
+    found = []
+    for index, keys in (_walk(structure) or ()) if missing else ():
+        with contextlib.suppress(AttributeError, LookupError, TypeError):  # no such field
+            node = functools.reduce(lambda node, key: key.get(node), keys[:-1], tree)
+            if index in missing and dataclasses.is_dataclass(node) and keys[-1].get(node) is None:
+                found.append(index)
+    return found
 
 
 _REMEDIES = {

@@ -47,5 +47,8 @@ class Optimizer(Protocol[StateT]):
         ...
 
     def update_(self, grads: Tree, state: StateT, params: ParamsT) -> tuple[ParamsT, StateT]:
-        """Do the same, written into `params` and `state`, which are returned."""
+        """Do the same, written into `params` and `state`, which are returned.
+
+        If an interrupt (Ctrl-C) comes in the middle, they are half-written.
+        """
         ...

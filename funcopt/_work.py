@@ -69,7 +69,7 @@ class Work(NamedTuple):
     leaves: Leaves  # those leaves, for a kernel
     all_active: bool  # every leaf has a gradient
     layout: Layout | None  # what is known of them; None while operators are traced
-    watched: bool  # by a tracer, or by a transform or mode that follows derivatives or members
+    watched: bool  # by a tracer or another mode, or by what follows derivatives or members
 
     def historic(self) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """Return the gradients and all moments, or nothing if none is known to have a history."""
@@ -143,8 +143,7 @@ def gather(grads: Tree, state: Any, params: Tree, *, amsgrad: bool, step_per_lea
     """
     trees = trees_of(grads, state, params, amsgrad=amsgrad)
     tracing = _transforms.tracing()
-    watched = tracing or _transforms.watched()
-    work = None if tracing else _gather_known(trees, state.step, step_per_leaf, watched)
+    work = None if tracing else _gather_known(trees, state.step, step_per_leaf)
     if work is not None:
         return work
     leaves, structure = _tree.flatten(params)
@@ -163,6 +162,7 @@ def gather(grads: Tree, state: Any, params: Tree, *, amsgrad: bool, step_per_lea
     if layout is None:
         _check(own, gradients, moments, active)
         layout = None if tracing else layout_of(moving)
+    watched = _is_watched(moving, counts)
     return Work(own, counts, moments, active, moving, all_active, layout, watched)
 
 
@@ -172,7 +172,7 @@ def trees_of(grads: Tree, state: Any, params: Tree, *, amsgrad: bool) -> list[Tr
     Raises:
         ValueError: If the state has a maximum and the optimizer does not, or the other way round.
     """
-    _check_maximum(state, amsgrad)
+    _check_maximum(state, params, amsgrad)
     trees = [params, grads, state.exp_avg, state.exp_avg_sq]
     return [*trees, state.max_exp_avg_sq] if amsgrad else trees
 
@@ -196,7 +196,7 @@ def recall(trees: list[Tree]) -> Recalled | None:
     return None if layout is None else Recalled(leaves, structure, layout)
 
 
-def _gather_known(trees: list[Tree], step: Tree, step_per_leaf: bool, watched: bool) -> Work | None:
+def _gather_known(trees: list[Tree], step: Tree, step_per_leaf: bool) -> Work | None:
     recalled = recall(trees)
     if recalled is None:
         return None
@@ -204,7 +204,12 @@ def _gather_known(trees: list[Tree], step: Tree, step_per_leaf: bool, watched: b
     params, _, *moments = [_tree.Paired(c, structure, None) for c in leaves[: len(trees)]]
     counts = gather_counts(step, structure if step_per_leaf else None)
     active = list(range(len(leaves.params)))
+    watched = _is_watched(leaves, counts)
     return Work(params, counts, moments, active, leaves, True, layout, watched)
+
+
+def _is_watched(leaves: Leaves, counts: Counts) -> bool:
+    return _transforms.observed() or _transforms.watched(*leaves, counts.tensors)
 
 
 def _leaves(columns: list[Any]) -> Leaves:
@@ -218,6 +223,10 @@ def _agree(leaves: Leaves) -> bool:
 def _take(values: list[T], indices: list[int]) -> list[T]:
     """Return the values at these indices, which are in order."""
     return values if len(indices) == len(values) else [values[index] for index in indices]
+
+
+def _is_empty(tree: Tree) -> bool:
+    return isinstance(tree, tuple) and tree == ()
 
 
 def _check(
@@ -237,9 +246,9 @@ def _check(
         check_alike(paired.leaves, params.leaves, path, "a moment")
 
 
-def _check_maximum(state: Any, amsgrad: bool) -> None:
-    kept = not (isinstance(state.max_exp_avg_sq, tuple) and state.max_exp_avg_sq == ())
-    if kept != amsgrad:
+def _check_maximum(state: Any, params: Tree, amsgrad: bool) -> None:
+    kept = not _is_empty(state.max_exp_avg_sq)
+    if kept != amsgrad and not (amsgrad and _is_empty(params)):  # whose maximum is () itself
         raise ValueError(
             f"state.max_exp_avg_sq {'holds a tree' if kept else 'is empty'}, but this optimizer "
             f"has amsgrad={amsgrad}. Make the state with init() of this optimizer."

@@ -32,6 +32,7 @@ __all__ = [
     "place_of_counts",
     "read",
     "records",
+    "settled",
     "with_step",
     "write_step",
 ]
@@ -207,9 +208,9 @@ def check_inplace(
             history.
         ValueError: If two of its tensors, or one and a gradient, start at the same place.
     """
-    check_unwatched()
     root, leaves = tree
     written, names = [*leaves, *own.values()], list(own)
+    check_unwatched(numbers.values(), written, gradients.tensors, gradients.params)
 
     def path(index: int) -> str:
         if index < len(leaves):
@@ -260,9 +261,16 @@ def read(number: Tensor) -> float | None:
     """Return the value of a 0-dim tensor, if it can be read at no price and nobody follows it."""
     if not _transforms.readable() or not _transforms.all_plain([number]):
         return None
-    if not _transforms.on_host(number) or number.requires_grad:
+    if not _transforms.on_host(number) or _transforms.has_derivative(number):
         return None
     return float(number.item())
+
+
+def settled(number: Number) -> float | None:
+    """Return the value of a number, if it can be read at no price and has no derivative to lose."""
+    if isinstance(number, float):
+        return number
+    return None if _transforms.transformed() else read(number)
 
 
 def records(
@@ -297,12 +305,15 @@ def records(
 def _records(
     params: list[Tensor], grads: list[Tensor], others: list[Tensor], said: bool | None
 ) -> bool:
-    if _transforms.transformed() and not _transforms.tracing():
-        with _transforms.beneath_vmap() as members:
-            if members is not None:
-                columns = params, grads, others
-                params, grads, others = ([members.unwrap(t)[0] for t in c] for c in columns)
-                return _records(params, grads, others, said)
+    if not _transforms.tracing() and _transforms.in_vmaps_alone():
+
+        def beneath(members: _transforms.Members) -> bool:
+            one, two, three = (
+                [members.unwrap(t)[0] for t in column] for column in (params, grads, others)
+            )
+            return _records(one, two, three, said)
+
+        return _transforms.beneath_vmap(beneath)
     with _kernels.recording(params, grads, others, said):
         return torch.is_grad_enabled()
 

@@ -22,13 +22,14 @@ Example:
 
 import importlib
 import warnings
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.jit import is_scripting  # type: ignore[attr-defined]  # which torch did not list
 
-from . import _operators  # noqa: F401  # which makes torch.ops.funcopt
+from . import _operators  # which makes torch.ops.funcopt
 
 __all__ = ["FunctionalAdamW", "register", "unregister"]
 
@@ -36,7 +37,7 @@ T = TypeVar("T")
 
 
 class _Turn:
-    """Keep other threads from making a step. TorchScript leaves a `with` on an error, too."""
+    """Keep other threads from making a step, in TorchScript, which leaves a `with` on an error."""
 
     def __init__(self) -> None:
         pass
@@ -67,7 +68,8 @@ class FunctionalAdamW:
     `funcopt.AdamW`: by default, on the CPU in float32 and float64, to the bit those of
     `torch.optim.AdamW(foreach=False)`. It differs from torch's class in that
 
-    - a step either moves all that has a gradient or raises and moves nothing;
+    - a step either moves all that has a gradient or raises and moves nothing, unless Ctrl-C comes
+      in its middle;
     - gradients that are sparse, or not of the shape, dtype and device of their parameter, are
       refused, as are hyperparameters that are NaN or infinite;
     - steps exclude each other: any number of threads may take them at once, with one optimizer or
@@ -179,27 +181,51 @@ class FunctionalAdamW:
         self._move([param], [grad])
 
     def _move(self, params: list[Tensor], gradients: list[Tensor | None]) -> None:
-        with _Turn():
-            states: list[dict[str, Tensor]] = []
-            for param in params:
-                states.append(self.state.get(param, {}))
-            started = torch.ops.funcopt.adamw_step_(
-                params,
-                gradients,
-                states,
-                self.defaults,
-                self.amsgrad,
-                self.maximize,
-                self.foreach,
-                self.fused,
-            )
-            for param, state in zip(params, started):  # noqa: B905  # TorchScript has no strict=
-                if len(state) > 0:
-                    self.state[param] = state
+        if is_scripting():
+            with _Turn():
+                self._step(params, gradients)
+        else:
+            _operators.exclusively(self._step, params, gradients)
+
+    def _step(self, params: list[Tensor], gradients: list[Tensor | None]) -> None:
+        states: list[dict[str, Tensor]] = []
+        for param in params:
+            states.append(self.state.get(param, {}))
+        started = torch.ops.funcopt.adamw_step_(
+            params,
+            gradients,
+            states,
+            self.defaults,
+            self.amsgrad,
+            self.maximize,
+            self.foreach,
+            self.fused,
+        )
+        for param, state in zip(params, started):  # noqa: B905  # TorchScript has no strict=
+            if len(state) > 0:
+                self.state[param] = state
 
 
-# While `FunctionalAdamW` stands in torch's table: a token, by which the context manager of one call
-# of `register` knows its own, and what stood there before.
+class _Undo:
+    """Undoes one call of `register` on exit."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self._undo()
+        except BaseException:  # an interrupt
+            self._undo()
+            raise
+
+    def _undo(self) -> None:
+        if self in _registration:
+            unregister()
+
+
+# While `FunctionalAdamW` stands in torch's table: the context manager of the call of `register`
+# that put it there, and what stood there before.
 _registration: list[Any] = []
 
 
@@ -215,7 +241,8 @@ def register() -> AbstractContextManager[object]:
 
     Returns:
         A context manager that undoes it on exit; it may be left unused. Where the class was in the
-        table already, nothing is done, and nothing undone on exit.
+        table already, nothing is done, and nothing undone on exit. If Ctrl-C comes just when it
+        begins to undo, call `unregister`.
 
     Example:
         >>> import torch
@@ -228,11 +255,10 @@ def register() -> AbstractContextManager[object]:
     table = _table()
     if table.get(torch.optim.AdamW) is FunctionalAdamW:
         return nullcontext()
-    own = object()
-    _registration[:] = [own, table.get(torch.optim.AdamW)]
+    undo = _Undo()
+    _registration[:] = [undo, table.get(torch.optim.AdamW)]
+    # Last, and no call: an interrupt comes before, or when the caller has the way back.
     table[torch.optim.AdamW] = FunctionalAdamW
-    undo = ExitStack()
-    undo.callback(lambda: unregister() if own in _registration else None)
     return undo
 
 
@@ -248,11 +274,11 @@ def unregister() -> None:
     if not _registration or table.get(torch.optim.AdamW) is not FunctionalAdamW:
         return
     _, found = _registration
-    _registration.clear()
     if found is None:
         del table[torch.optim.AdamW]
     else:
         table[torch.optim.AdamW] = found
+    _registration.clear()
 
 
 def _table() -> dict[type, Any]:

@@ -30,6 +30,28 @@ OPTIONS = [
 ]
 
 
+_INNER = funcopt.AdamW(lr=0.1)
+
+# Each optimizer, on leaves "w", "v" and "u".
+WRAPPED: dict[str, funcopt.Optimizer[Any]] = {
+    "AdamW": _INNER,
+    "AdamW of many kinds": funcopt.AdamW(lr=0.1, amsgrad=True, step_per_leaf=True, maximize=True),
+    "Clip": funcopt.Clip(_INNER, 0.5),
+    "Clip that skips": funcopt.Clip(_INNER, torch.tensor(0.5), nonfinite="skip"),
+    "ClipValue": funcopt.ClipValue(_INNER, 0.5),
+    "ClipAdaptive": funcopt.ClipAdaptive(_INNER, 0.01),
+    "Accumulate": funcopt.Accumulate(_INNER, 2),
+    "SkipNonfinite": funcopt.SkipNonfinite(_INNER, 3),
+    "LossScale": funcopt.LossScale(_INNER, 4.0),
+    "Ema": funcopt.Ema(_INNER, 0.9),
+    "Lookahead": funcopt.Lookahead(_INNER, 2, 0.5),
+    "Partition": funcopt.Partition(
+        {"a": _INNER, "b": funcopt.Frozen(), "c": funcopt.Clip(_INNER, 1.0)},
+        {"w": "a", "v": "b", "u": "c"},
+    ),
+}
+
+
 class Point(NamedTuple):
     x: Any
     y: Any

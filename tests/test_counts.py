@@ -2,9 +2,23 @@
 
 import pytest
 import torch
-from torch.func import vmap
+import torch.utils._pytree as torch_pytree
+from torch.autograd import forward_ad
+from torch.func import jacfwd, jacrev, vmap
 
-from funcopt import AdamW, schedules
+from funcopt import (
+    Accumulate,
+    AdamW,
+    Clip,
+    Ema,
+    Frozen,
+    Lookahead,
+    LossScale,
+    Partition,
+    SkipNonfinite,
+    schedules,
+)
+from funcopt.schedules import Cosine
 
 from .cases import assert_close, tree_map
 
@@ -133,3 +147,63 @@ def test_a_count_at_rest_that_is_written_over_is_refused():
     with pytest.raises(RuntimeError, match=r"state\.step\['resting'\] requires a gradient"):
         opt.update_({"moving": torch.ones(2), "resting": None}, state._replace(step=asking), params)
     assert torch.equal(params["moving"], torch.ones(2))
+
+
+INNER = AdamW(lr=0.1)
+# For each optimizer the counts in its state, and what else of it no derivative of a step knows.
+COUNTING = {
+    "AdamW": (INNER, {".step"}),
+    "a count of each leaf": (AdamW(lr=0.1, step_per_leaf=True), {".step['v']", ".step['w']"}),
+    "amsgrad": (AdamW(lr=0.1, amsgrad=True), {".step"}),
+    "a function of the count": (AdamW(lr=lambda step: 0.1 / (1 + step)), {".step"}),
+    "a schedule": (AdamW(lr=Cosine(peak=0.1, steps=100)), {".step"}),
+    "Clip": (Clip(INNER, 0.5), {".inner.step", ".norm"}),
+    "Accumulate": (Accumulate(INNER, 2), {".inner.step", ".mini_step"}),
+    "SkipNonfinite": (SkipNonfinite(INNER, 3), {".inner.step"}),
+    "LossScale": (LossScale(INNER, 1.0), {".inner.step", ".scale"}),
+    "Ema": (Ema(INNER, lambda step: 0.9 * step / (1 + step)), {".inner.step", ".n_averaged"}),
+    "Lookahead": (Lookahead(INNER, 2, 0.5), {".inner.step", ".steps_since_sync"}),
+    "Partition": (
+        Partition({"a": INNER, "b": Frozen()}, {"w": "a", "v": "b"}),
+        {".inner['a'].step"},
+    ),
+}
+
+
+def _after_three_updates(opt):
+    params = {"w": torch.tensor([1.0, 2.0]), "v": torch.tensor([3.0])}
+    grads = {"w": torch.tensor([0.5, -0.25]), "v": torch.tensor([0.125])}
+    state = opt.init(params)
+    for _ in range(3):
+        params, state = opt.update(grads, state, params)
+    return grads, state, params
+
+
+def _by_count(opt):
+    """For each count: its path, its value, and the new parameters as a function of it."""
+    grads, state, params = _after_three_updates(opt)
+    leaves, structure = torch_pytree.tree_flatten_with_path(state)
+    for index, (keys, leaf) in enumerate(leaves):
+
+        def moved(count, index=index):
+            own = [count if i == index else other for i, (_, other) in enumerate(leaves)]
+            return opt.update(grads, torch_pytree.tree_unflatten(own, structure), params)[0]
+
+        if leaf.ndim == 0 and leaf.is_floating_point():
+            yield torch_pytree.keystr(keys), leaf, moved
+
+
+@pytest.mark.parametrize("name", COUNTING)
+def test_no_derivative_flows_through_a_count_in_reverse_nor_in_forward_mode(name):
+    opt, counts = COUNTING[name]
+    differentiated = set()
+    for path, count, moved in _by_count(opt):
+        if path in counts:
+            differentiated.add(path)
+            for jacobian in (jacfwd(moved)(count), jacrev(moved)(count)):
+                assert not any(slope.any() for slope in jacobian.values()), path
+            with forward_ad.dual_level():
+                dual = moved(forward_ad.make_dual(count, torch.ones_like(count)))
+                tangents = [forward_ad.unpack_dual(leaf).tangent for leaf in dual.values()]
+            assert not any(t is not None and t.any() for t in tangents), path
+    assert differentiated == counts

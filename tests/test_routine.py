@@ -182,11 +182,16 @@ def test_empty_leaves_go_the_short_way_too(update, taken):
     assert len(taken) == 3
 
 
-@pytest.mark.parametrize("opt", [AdamW(), AdamW(step_per_leaf=True), AdamW(differentiable=True)])
-def test_a_tree_without_leaves_stays_one(opt):
-    params, state = train(opt, {}, [{}] * 4)
-    assert params == {}
-    assert state.exp_avg == {}
+@pytest.mark.parametrize("option", [{}, {"step_per_leaf": True}, {"differentiable": True}])
+@pytest.mark.parametrize("amsgrad", [False, True])
+@pytest.mark.parametrize("update", ["update", "update_"])
+@pytest.mark.parametrize("empty", [{}, (), []])
+def test_a_tree_without_leaves_stays_one(option, amsgrad, update, empty):
+    opt = AdamW(amsgrad=amsgrad, **option)
+    params, state = train(opt, empty, [empty] * 4, update)
+    assert params == empty
+    assert state.exp_avg == empty
+    assert state.max_exp_avg_sq == (empty if amsgrad else ())
 
 
 class Stored(torch.Tensor):

@@ -9,8 +9,18 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from funcopt import AdamW, AdamWState, _entry
+from funcopt.distributed import Zero1
 
-from .cases import Point, assert_close, assert_same_bits, clone, random_like, tree_map, trees
+from .cases import (
+    WRAPPED,
+    Point,
+    assert_close,
+    assert_same_bits,
+    clone,
+    random_like,
+    tree_map,
+    trees,
+)
 
 BACKENDS = ["eager", "aot_eager", "inductor"]
 
@@ -165,13 +175,35 @@ def test_it_exports_and_the_count_goes_on_in_the_program(strict):
 
 
 @pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
-def test_make_fx_records_the_equations_and_no_constant_count(mode):
+@pytest.mark.parametrize("above_autograd", [False, True])
+def test_make_fx_records_the_equations_and_no_constant_count(mode, above_autograd):
     opt, weights = AdamW(), params()
     state, grads = opt.init(weights), random_like(weights)
-    graph = make_fx(Step(opt), tracing_mode=mode)(grads, state, weights)
+    trace = make_fx(Step(opt), tracing_mode=mode, pre_dispatch=above_autograd)
+    graph = trace(grads, state, weights)
     later = opt.update(grads, state, weights)[1]
     assert_close(graph(grads, later, weights), opt.update(grads, later, weights))
     assert "fused" not in graph.code
+
+
+TRACERS = {
+    "export": lambda step, *args: torch.export.export(step, args, strict=False).module(),
+    "make_fx": lambda step, *args: make_fx(step)(*args),
+    "make_fx above autograd": lambda step, *args: make_fx(step, pre_dispatch=True)(*args),
+}
+
+
+@pytest.mark.parametrize("tracer", TRACERS)
+@pytest.mark.parametrize("name", [*WRAPPED, "Zero1"])
+def test_what_was_traced_goes_on_in_every_optimizer(name, tracer):
+    opt = Zero1(AdamW(lr=0.1), mesh=None) if name == "Zero1" else WRAPPED[name]
+    weights = {"w": torch.randn(4, 3), "v": torch.randn(3), "u": torch.randn(2)}
+    state, grads = opt.init(weights), random_like(weights)
+    program = TRACERS[tracer](Step(opt), grads, state, weights)
+    for _ in range(3):
+        expected = opt.update(grads, state, weights)
+        assert_close(program(grads, state, weights), expected, rtol=2e-6)
+        weights, state = expected
 
 
 def test_make_fx_of_a_gradient_through_the_update():

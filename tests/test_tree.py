@@ -1,7 +1,10 @@
 """Trees are paired by key, never by position."""
 
 import dataclasses
+import threading
 from collections import OrderedDict, defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import optree
 import pytest
@@ -9,7 +12,7 @@ import torch
 import torch.utils._pytree as torch_pytree
 from torch.fx.immutable_collections import immutable_dict
 
-from funcopt import AdamW, _tree
+from funcopt import AdamW, Clip, Ema, _tree
 
 from .cases import Point, assert_same_bits, leaves, random_like, run, trees
 
@@ -143,6 +146,95 @@ def test_a_registered_dataclass_is_a_node_with_names():
     assert isinstance(moved, Layer)
     with pytest.raises(ValueError, match=r"grads\.bias: shape \(2,\), the parameter has \(3,\)"):
         opt.update(Layer(torch.ones(2), torch.ones(2)), opt.init(params), params)
+
+
+@dataclasses.dataclass
+class Affine:
+    weight: Any
+    bias: Any
+
+
+torch_pytree.register_dataclass(Affine)
+
+
+@pytest.mark.parametrize("method", ["update", "update_"])
+@pytest.mark.parametrize("wrap", [lambda opt: opt, lambda opt: Clip(opt, 1.0), Ema])
+def test_none_in_a_field_of_a_dataclass_is_no_gradient(wrap, method):
+    opt = wrap(AdamW(lr=0.1, step_per_leaf=True))
+    params = {"in": Affine(torch.ones(2), torch.ones(3)), "out": [Affine(torch.ones(1), None)]}
+    plain = {"w": torch.ones(2), "b": torch.ones(3), "o": torch.ones(1)}
+    expected, _ = opt.update(
+        {"w": torch.ones(2), "b": None, "o": torch.ones(1)}, opt.init(plain), plain
+    )
+    grads = {"in": Affine(torch.ones(2), None), "out": [Affine(torch.ones(1), None)]}
+    moved, _ = getattr(opt, method)(grads, opt.init(params), params)
+    assert torch.equal(moved["in"].weight, expected["w"])
+    assert torch.equal(moved["in"].bias, torch.ones(3))
+    assert torch.equal(moved["out"][0].weight, expected["o"])
+    assert moved["out"][0].bias is None
+
+
+def test_what_is_not_none_in_a_field_of_a_dataclass_is_missed():
+    opt, params = AdamW(), {"in": Affine(torch.ones(2), torch.ones(3)), "out": torch.ones(1)}
+    state = opt.init(params)
+    for grads, missing in (
+        ({"in": Affine(torch.ones(2), None)}, r"no grads\['out'\] for params\['out'\]"),
+        ({"in": None, "out": None}, r"no grads\['in'\]\.weight, grads\['in'\]\.bias for"),
+        ({"in": Affine(None, [torch.ones(3)]), "out": None}, r"no grads\['in'\]\.bias for"),
+        ({"in": {"weight": torch.ones(2)}, "out": None}, r"no grads\['in'\]\.weight"),
+    ):
+        with pytest.raises(ValueError, match=missing):
+            opt.update(grads, state, params)
+    bad = state._replace(exp_avg={"in": Affine(torch.ones(2), None), "out": torch.ones(1)})
+    with pytest.raises(TypeError, match=r"state\.exp_avg\['in'\]\.bias is None: a moment must"):
+        opt.update(params, bad, params)
+
+
+def test_several_threads_may_be_the_first_to_give_a_registered_dataclass(monkeypatch):
+    @dataclasses.dataclass
+    class First:
+        weight: torch.Tensor
+
+    torch_pytree.register_dataclass(First)
+    register, together = optree.register_pytree_node, threading.Barrier(3, timeout=60)
+
+    def registering(*args, **kwargs):
+        together.wait()  # for the others, which found no such node either
+        return register(*args, **kwargs)
+
+    monkeypatch.setattr(optree, "register_pytree_node", registering)
+    with ThreadPoolExecutor(3) as pool:
+        states = pool.map(lambda _: AdamW().init(First(torch.ones(2))), range(3))
+        assert [state.exp_avg.weight.tolist() for state in states] == [[0.0, 0.0]] * 3
+
+
+@pytest.mark.parametrize("register", ["dataclass", "node", "optree"])
+def test_a_class_may_be_registered_after_it_was_refused(register):
+    @dataclasses.dataclass
+    class Late:
+        weight: torch.Tensor
+
+    params = {"layer": Late(torch.ones(2))}
+    opt = AdamW()
+    for _ in range(2):
+        with pytest.raises(TypeError, match="or register its type as a pytree node"):
+            opt.init(params)
+    if register == "dataclass":
+        torch_pytree.register_dataclass(Late)
+    elif register == "node":
+        torch_pytree.register_pytree_node(
+            Late, lambda node: ([node.weight], None), lambda leaves, _: Late(*leaves)
+        )
+    else:
+        optree.register_pytree_node(
+            Late,
+            lambda node: ([node.weight], None),
+            lambda _, leaves: Late(*leaves),
+            namespace=optree.registry.__GLOBAL_NAMESPACE,
+        )
+    moved, _ = opt.update(params, opt.init(params), params)
+    assert isinstance(moved["layer"], Late)
+    assert moved["layer"].weight.tolist() == pytest.approx([0.99899, 0.99899])
 
 
 def test_nodes_without_keys_pair_only_if_they_are_alike():

@@ -83,7 +83,7 @@ def run_(
     leaves: Leaves, scalars: Scalars | list[Scalars], variant: Variant, layout: Layout | None = None
 ) -> None:
     """Move the leaves in place, with the same numbers as `run`, while no gradient is recorded."""
-    if layout is None or _any_lazy(leaves, layout):
+    if layout is None or _transforms.observed() or _any_lazy(leaves, layout):
         write_all(leaves, run(leaves, scalars, variant, layout))
     elif layout.real:
         _eager.move_(leaves, scalars, variant, layout)
@@ -95,7 +95,8 @@ def run_(
 def _run(
     leaves: Leaves, scalars: Scalars | list[Scalars], variant: Variant, layout: Layout | None
 ) -> Moved:
-    if _transforms.watched_by_operator():
+    numbers = [scalars] if isinstance(scalars, Scalars) else scalars
+    if _transforms.watched_by_operator(*leaves, *numbers):
         return plain.step(leaves, scalars, variant)
     if _transforms.transformed() or torch.is_grad_enabled():
         return _by_rule(leaves, scalars, variant)

@@ -15,7 +15,7 @@ from .._types import Number
 from . import _memory, foreach, fused, plain, triton
 from ._layout import Batch, Layout, layout_of
 from ._operands import Leaves, Moved, Scalars, Variant, written
-from ._threads import one_thread
+from ._threads import on_one_thread
 
 __all__ = ["KERNELS", "move", "move_", "unserved"]
 
@@ -237,8 +237,7 @@ def _step_batch_(
     leaves: Leaves, batch: Batch, part: _Part, scalars: Scalars, variant: Variant
 ) -> None:
     if batch.small:
-        with one_thread():
-            _step_(leaves, part, scalars, variant)
+        on_one_thread(_step_, leaves, part, scalars, variant)
     else:
         _step_(leaves, part, scalars, variant)
 

@@ -32,11 +32,14 @@ def ruled_step(leaves: Leaves, scalars: Scalars, variant: Variant) -> Moved:
     """Return the leaves after one step with the same numbers, under whatever is watching."""
     count = len(leaves.params)
     operands = (*scalars[:6], *_chain(leaves))  # the factor is 1 here
-    with _transforms.beneath_vmap() as members:
-        if members is None:
-            return Moved(*_columns(_apply(variant, count, *operands), count, 4))
+    if not _transforms.in_vmaps_alone():
+        return Moved(*_columns(_apply(variant, count, *operands), count, 4))
+
+    def stepped(members: _transforms.Members) -> tuple[_transforms.Members, tuple[Tensor, ...]]:
         beneath, dims = zip(*map(members.unwrap, operands), strict=True)
-        flat = _step_stacked(members.size, dims, variant, count, beneath)
+        return members, _step_stacked(members.size, dims, variant, count, beneath)
+
+    members, flat = _transforms.beneath_vmap(stepped)
     return Moved(*_columns(list(map(members.wrap, flat)), count, 4))
 
 

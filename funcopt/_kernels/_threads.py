@@ -11,29 +11,30 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from functools import cache
+from typing import ParamSpec, TypeVar
 
 import torch
 
-__all__ = ["one_thread"]
+__all__ = ["on_one_thread"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
-class one_thread:  # noqa: N801  # a context manager, as torch.no_grad is one
-    """Let operators called within, from this very thread, start no other threads."""
+def on_one_thread(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """Call a function whose operators start no other threads.
 
-    __slots__ = ("_count",)
-
-    def __enter__(self) -> None:
-        """Take one thread, if there are more and they can be counted."""
-        self._count = torch.get_num_threads()
-        set_count = _setter()
-        if set_count is not None:
-            set_count(1)
-
-    def __exit__(self, *_: object) -> None:
-        """Take as many as before."""
-        set_count = _setter()
-        if set_count is not None:
-            set_count(self._count)
+    No context manager: in one that is written in Python, an interrupt (Ctrl-C) may come when it has
+    changed the number and nobody knows of it yet. Here it finds itself within the `try`.
+    """
+    set_count, count = _setter(), torch.get_num_threads()
+    if set_count is None:
+        return function(*args, **kwargs)
+    try:
+        set_count(1)
+        return function(*args, **kwargs)
+    finally:
+        set_count(count)
 
 
 @cache
@@ -44,7 +45,9 @@ def _setter() -> Callable[[int], object] | None:
     except (AttributeError, OSError, TypeError):  # pragma: no cover
         return None
     count = torch.get_num_threads()
-    set_count(count + 1)
-    heard = torch.get_num_threads() == count + 1
-    set_count(count)
+    try:
+        set_count(count + 1)
+        heard = torch.get_num_threads() == count + 1
+    finally:
+        set_count(count)
     return set_count if heard else None

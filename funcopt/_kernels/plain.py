@@ -41,7 +41,7 @@ def root(squares: Tensor) -> Tensor:
     second moment does not move the parameter to first order, so zero is also the true value. The
     first fill keeps the infinity out of the backward pass, the second sets the value.
     """
-    if not _transforms.followed():
+    if not _transforms.followed((squares,)):
         return squares.sqrt()
     zero = squares == 0
     return squares.masked_fill(zero, 1.0).sqrt().masked_fill(zero, 0.0)

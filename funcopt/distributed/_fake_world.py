@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch.distributed import destroy_process_group, init_process_group, is_initialized
@@ -13,21 +13,23 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ._collectives import planned_backend
 
-__all__ = ["fake_mesh"]
+__all__ = ["in_fake_world"]
+
+R = TypeVar("R")
 
 # Private to torch, which tests its own sharding with it. To import it registers a backend whose
 # collectives return at once, and leave their results as they are.
 _FAKE = "torch.testing._internal.distributed.fake_pg"
 
 
-@contextmanager
-def fake_mesh(size: int, rank: int, backend: str) -> Iterator[DeviceMesh]:
-    """Be one rank of a mesh of so many processes.
+def in_fake_world(size: int, rank: int, backend: str, function: Callable[[DeviceMesh], R]) -> R:
+    """Call a function with a mesh of so many processes, of which this one is one.
 
     Args:
         size: How many.
         rank: Which of them this one is.
         backend: What is called is what would be called with this one.
+        function: What is called.
 
     Raises:
         RuntimeError: If this process has a group already, beside which there can be no other world.
@@ -45,11 +47,20 @@ def fake_mesh(size: int, rank: int, backend: str) -> Iterator[DeviceMesh]:
             f"it: {_FAKE}."
         ) from error
     excepthook = sys.excepthook  # to which it puts another in front, for each world
-    init_process_group("fake", rank=rank, world_size=size, store=store)
-    token = planned_backend.set(backend)
+    before = planned_backend.get()
     try:
-        yield init_device_mesh("cpu", (size,))
-    finally:
-        planned_backend.reset(token)
+        init_process_group("fake", rank=rank, world_size=size, store=store)
+        planned_backend.set(backend)
+        result = function(init_device_mesh("cpu", (size,)))
+        _leave(before, excepthook)
+    except BaseException:  # also an interrupt in the middle of leaving
+        _leave(before, excepthook)
+        raise
+    return result
+
+
+def _leave(backend: str, excepthook: Any) -> None:
+    planned_backend.set(backend)
+    if is_initialized():
         destroy_process_group()
-        sys.excepthook = excepthook
+    sys.excepthook = excepthook

@@ -130,6 +130,8 @@ class InBackward:
             if id(param) not in names:
                 register: Any = param.register_post_accumulate_grad_hook  # untyped in torch
                 self._handles.append(register(partial(self._take, name)))
+        if self._hook is not None:
+            self._hook.closed = False
 
 
 def update_in_backward(
@@ -215,5 +217,9 @@ def update_in_backward(
     handle = InBackward(one_for_each(opt, params), params)
     if state is not None:
         handle.state = state
-    handle._attach(reduced)
-    return handle
+    try:
+        handle._attach(reduced)
+        return handle
+    except BaseException:  # also an interrupt: nobody would have the handle
+        handle.remove()
+        raise

@@ -263,7 +263,7 @@ class LocalUpdates:
     def _gather(self, grads: Tree, state: LocalUpdatesState, params: Tree) -> Meeting:
         check_state(state, LocalUpdatesState)
         check_scalar("state.steps_since_sync", state.steps_since_sync)
-        check_untransformed(self)
+        check_untransformed(self, grads, state, params)
         gradients = gather_gradients(self, grads, params)
         check_unrecorded(self, gradients, state)
         anchored, moving = self._kept

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from .._hyperparameters import check_choice
 from .._types import Optimizer, Tree
 from .._walk import Change, Place, edited
 from .._work import flatten_params
-from ._fake_world import fake_mesh
+from ._fake_world import in_fake_world
 from ._onlooker import Onlooker
 from ._planned import Plan, PlanRow
 from ._refusals import check_whole_number
@@ -27,6 +27,7 @@ __all__ = ["plan"]
 _BACKENDS = ("nccl", "gloo")
 
 
+@_transforms.restoring
 def plan(
     opt: Optimizer[Any],
     params: Tree,
@@ -123,8 +124,10 @@ def _row(
     """Play the first and the last of so many processes."""
 
     def play(rank: int, method: str) -> _Seen:
-        with fake_mesh(size, rank, backend) as mesh:
+        def alone(mesh: DeviceMesh) -> _Seen:
             return _play(_over(opt, mesh), method, leaves, structure, size, steps)
+
+        return in_fake_world(size, rank, backend, partial(_looked_on, alone))
 
     first, last = play(0, "update"), play(size - 1, "update")
     in_place = [play(rank, "update_") for rank in (0, size - 1)]
@@ -153,28 +156,32 @@ def _play(
         params, grads = (_tree.unflatten(structure, list(map(_on_meta, leaves))) for _ in range(2))
         return grads, opt.init(params), params
 
-    update = getattr(opt, method)
-    with _looked_on():
-        with Onlooker(size, []):
-            update(*start())  # the first, in which there is more to find out than in others
-        grads, state, params = start()
-        nbytes = sum(own.nbytes for own in _locals(state))
-        onlooker = Onlooker(size, [own for tree in (params, grads, state) for own in _locals(tree)])
-        with onlooker:
-            for _ in range(steps):
-                params, state = update(grads, state, params)
+    grads, state, params = start()
+
+    def train(count: int) -> None:
+        nonlocal params, state  # so that those before are let go
+        for _ in range(count):
+            params, state = getattr(opt, method)(grads, state, params)
+
+    # The first by itself, in which there is more to find out than in others.
+    _transforms.seen_by(Onlooker(size, []), train, 1)
+    grads, state, params = start()
+    nbytes = sum(own.nbytes for own in _locals(state))
+    onlooker = Onlooker(size, [own for tree in (params, grads, state) for own in _locals(tree)])
+    _transforms.seen_by(onlooker, train, steps)
     return _Seen(nbytes, onlooker)
 
 
-@contextmanager
-def _looked_on() -> Iterator[None]:
-    """Let steps be made as with an onlooker, by what was decided then alone."""
+def _looked_on(function: Callable[[DeviceMesh], _Seen], mesh: DeviceMesh) -> _Seen:
+    """Make steps as with an onlooker, by what was decided then alone."""
     _kernels.forget()
     try:
-        with _transforms.looked_on():
-            yield
-    finally:
+        seen = _transforms.looked_on(function, mesh)
         _kernels.forget()
+    except BaseException:
+        _kernels.forget()
+        raise
+    return seen
 
 
 def _on_meta(leaf: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ class BucketHook:
     """What a module calls with each bucket in place of its own reduction, whose bits it has.
 
     While a bucket is being reduced, the one before it is used. A module takes one such hook, for
-    life: `closed`, this one does what the module would.
+    life: `closed`, as it is at first, this one does what the module would.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class BucketHook:
             params: The parameters that are to be moved.
             move: Called with each parameter and its averaged gradient, which it may not keep.
         """
-        self.closed = False
+        self.closed = True
         self._params = params
         self._move = move
         self._group = module.process_group

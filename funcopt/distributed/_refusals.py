@@ -38,9 +38,9 @@ def check_whole_number(name: str, value: object, or_what: str = "") -> None:
         raise ValueError(f"{name}={value}: must be at least 1.")
 
 
-def check_untransformed(opt: Optimizer[Any]) -> None:
-    """Refuse to send anything under a transform."""
-    if _transforms.watched():
+def check_untransformed(opt: Optimizer[Any], *trees: Tree) -> None:
+    """Refuse to send anything under a transform, or what is of tensors that have a tangent."""
+    if _transforms.watched(leaf for tree in (opt, *trees) for leaf in _tree.flatten(tree)[0]):
         raise RuntimeError(
             f"{type(opt).__name__} sends tensors to other processes, which a transform (vmap, "
             f"grad, jvp, ...) cannot follow. Take it outside."

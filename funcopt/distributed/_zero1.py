@@ -19,7 +19,7 @@ from .._hyperparameters import check_choice
 from .._kernels import write
 from .._lookahead import Lookahead
 from .._node import register_optimizer
-from .._sharded import wholes_in, working_on
+from .._sharded import wholes_in, work_on
 from .._types import Optimizer, Tree
 from .._work import flatten_params, keep_requiring
 from .._wrapping import gather_gradients
@@ -145,7 +145,7 @@ class Zero1:
             >>> Zero1(funcopt.AdamW(), mesh=None).init([torch.ones(2)]).inner.exp_avg
             {'bucket 0': tensor([0., 0.])}
         """
-        check_untransformed(self)
+        check_untransformed(self, params)
         leaves, structure = self._leaves(params)
         sharding = Sharding.of(leaves, structure, self.bucket_bytes, self.mesh)
         with torch.no_grad():
@@ -184,15 +184,9 @@ class Zero1:
         if _transforms.compiling():
             return _transforms.uncompiled(self.update, grads, state, params)
         step = self._gather(grads, state, params)
-        news = list(step.leaves)
-        with torch.no_grad(), working_on(None):
-            states: list[Tree] = []
-            for bucket, flat in step.move(self.inner.update, states):
-                for index, leaf in step.moved(bucket, flat):
-                    news[index] = leaf
-            new_state = Zero1State(step.sharding.distributed(join(states)))
+        news, inner = work_on(None, self._move, step)
         keep_requiring(news, step.leaves)
-        return _tree.unflatten(step.structure, news), new_state
+        return _tree.unflatten(step.structure, news), Zero1State(inner)
 
     def update_(
         self, grads: Tree, state: Zero1State, params: ParamsT
@@ -226,11 +220,24 @@ class Zero1:
             return _transforms.uncompiled(self.update_, grads, state, params)
         step = self._gather(grads, state, params)
         check_targets(step.leaves, step.grads, step.structure)
-        with torch.no_grad(), working_on(None):
-            for bucket, flat in step.move(self.inner.update_, [], writing=True):
-                for index, leaf in step.moved(bucket, flat):
-                    write(step.leaves[index], leaf)
+        work_on(None, self._move_, step)
         return params, state
+
+    @torch.no_grad()
+    def _move(self, step: Step) -> tuple[list[Tensor], Tree]:
+        """Return the new parameters, and the new inner state."""
+        news, states = list(step.leaves), list[Tree]()
+        for bucket, flat in step.move(self.inner.update, states):
+            for index, leaf in step.moved(bucket, flat):
+                news[index] = leaf
+        return news, step.sharding.distributed(join(states))
+
+    @torch.no_grad()
+    def _move_(self, step: Step) -> None:
+        """Write them into the old ones."""
+        for bucket, flat in step.move(self.inner.update_, [], writing=True):
+            for index, leaf in step.moved(bucket, flat):
+                write(step.leaves[index], leaf)
 
     def _leaves(self, params: Tree) -> tuple[list[Tensor], _tree.Structure]:
         leaves, structure = flatten_params(params)
@@ -239,7 +246,7 @@ class Zero1:
 
     def _gather(self, grads: Tree, state: Zero1State, params: Tree) -> Step:
         check_state(state, Zero1State)
-        check_untransformed(self)
+        check_untransformed(self, grads, state, params)
         leaves, structure = self._leaves(params)
         gradients = gather_gradients(self, grads, params)
         if gradients.resting:  # all of them are: zeros fill the buckets, and nobody looks at them

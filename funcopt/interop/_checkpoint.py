@@ -72,6 +72,7 @@ def to_state_dict(state: Tree) -> dict[str, Tensor]:
     return entries
 
 
+@_transforms.restoring
 def from_state_dict(template: StateT, d: Mapping[str, Tensor], *, strict: bool = True) -> StateT:
     """Return the state that `to_state_dict` turned into a dict, in fresh memory.
 

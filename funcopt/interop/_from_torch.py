@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _tree
+from .. import _transforms, _tree
 from .._adamw import AdamW, AdamWState
 from .._checks import shown
 from .._frozen import Frozen
@@ -22,6 +22,7 @@ from ._source import MOMENTS, Source, places, read, within
 __all__ = ["from_torch"]
 
 
+@_transforms.restoring
 def from_torch(
     source: torch.optim.Optimizer | Mapping[str, Any],
     params: Tree,

@@ -243,7 +243,7 @@ def _check_complete(
 
 
 def _in_order(count: int, structure: _tree.Structure) -> list[int]:
-    if not _tree.is_flat(structure):
+    if structure.num_nodes - structure.num_leaves > 1:  # not one node and its leaves
         raise ValueError(
             "the source has no names for its parameters, and params is a nested tree, whose order "
             "is not certain to be theirs. Build the optimizer from model.named_parameters(), or "

@@ -145,7 +145,7 @@ def by_step(
 def known(step: Number) -> Number:
     """Return a step as a number, if it is one or can be read, and checked; or as a tensor."""
     if isinstance(step, Tensor) and not (
-        step.ndim or _transforms.tracing() or _transforms.watched()
+        step.ndim or _transforms.observed() or _transforms.watched((step,))
     ):
         step = value_of(step)
     check_step(step)

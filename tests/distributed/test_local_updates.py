@@ -11,6 +11,7 @@ from torch.distributed.algorithms.model_averaging.averagers import PeriodicModel
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.optim import PostLocalSGDOptimizer
 from torch.func import grad, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from funcopt import Accumulate, AdamW, Clip, Frozen, Partition, interop
 from funcopt.distributed import LocalUpdates, LocalUpdatesState, _average
@@ -362,6 +363,16 @@ def test_what_would_need_a_derivative_of_a_meeting_is_refused():
         vmap(opt.update, in_dims=(0, None, 0))(torch.ones(3, 2), state, torch.ones(3, 2))
     with pytest.raises(RuntimeError, match="which a transform"):
         grad(lambda p: opt.update(params, state, p)[0].sum())(params)
+
+
+@pytest.mark.parametrize("above_autograd", [False, True])
+def test_a_tracer_is_refused_since_it_must_know_whether_processes_meet(above_autograd):
+    opt = LocalUpdates(AdamW(), 2, None)
+    params = torch.ones(3)
+    state = opt.init(params)
+    trace = make_fx(lambda w: opt.update(w, state, w)[0], pre_dispatch=above_autograd)
+    with pytest.raises(RuntimeError, match="cannot be read, as it must to know whether"):
+        trace(params)
 
 
 def test_a_compiled_loop_breaks_its_graph_at_the_update():

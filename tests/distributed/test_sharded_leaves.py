@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.autograd import forward_ad
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
@@ -544,6 +545,14 @@ def refuse_derivatives(rank):
         opt.update_(grads, state, {"w": params["w"] * 1})
     with pytest.raises(RuntimeError, match=r"no transform .* knows which process"):
         torch.vmap(lambda lr: AdamW(lr=lr).update(grads, state, params))(torch.ones(2))
+    with forward_ad.dual_level():
+        opt.update_(grads, opt.init(params), params)  # nothing of it has a tangent
+        dual = forward_ad.make_dual(rate.detach(), torch.ones(()))
+        for given in (dual, lambda _: dual):
+            with pytest.raises(RuntimeError, match=r"has no derivative"):
+                AdamW(lr=given).update(grads, state, params)
+            with pytest.raises(RuntimeError, match=r"update_\(\) writes in place"):
+                AdamW(lr=given).update_(grads, state, params)
 
 
 def test_no_derivative_is_lost_without_a_word():

@@ -7,7 +7,7 @@ import torch
 
 from funcopt import AdamW
 from funcopt._kernels import _threads, fused
-from funcopt._kernels._threads import one_thread
+from funcopt._kernels._threads import on_one_thread
 
 
 @pytest.fixture
@@ -27,27 +27,24 @@ def in_another_thread(question):
 
 
 def test_operators_within_start_no_threads_and_afterwards_do_again(two_threads):
-    with one_thread():
-        assert torch.get_num_threads() == 1
+    assert on_one_thread(torch.get_num_threads) == 1
     assert torch.get_num_threads() == 2
 
 
 def test_it_ends_with_an_error_too(two_threads):
-    with pytest.raises(ValueError, match="within"), one_thread():
-        raise ValueError("within")
+    with pytest.raises(ValueError, match="within"):
+        on_one_thread(int, "within")
     assert torch.get_num_threads() == 2
 
 
 def test_no_other_thread_notices_be_it_new_or_old(two_threads):
-    with one_thread():
-        assert in_another_thread(torch.get_num_threads) == 2
+    assert on_one_thread(in_another_thread, torch.get_num_threads) == 2
     assert in_another_thread(torch.get_num_threads) == 2
 
 
 def test_where_the_runtime_is_not_found_nothing_is_done(two_threads, monkeypatch):
     monkeypatch.setattr(_threads, "_setter", lambda: None)
-    with one_thread():
-        assert torch.get_num_threads() == 2
+    assert on_one_thread(torch.get_num_threads) == 2
 
 
 def test_small_leaves_are_moved_by_one_thread_and_large_ones_by_all(two_threads, monkeypatch):
