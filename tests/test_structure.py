@@ -73,6 +73,7 @@ FLOORS = [
     "interop._source",
     "interop._from_torch",
     "interop._to_torch",
+    "interop._entries",
     "interop._checkpoint",
     "interop",
     "distributed._buckets",
