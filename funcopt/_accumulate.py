@@ -286,7 +286,8 @@ class _Work(NamedTuple):
         if len(self.gradients.tensors) == len(self.gradients.leaves):
             return torch.ones_like(self.given_before)
         now = [grad is not None for grad in self.gradients.leaves]
-        return self.given_before | torch.tensor(now, device=self.given_before.device)
+        before = self.given_before
+        return before | torch.tensor(now, dtype=torch.bool, device=before.device)
 
     def path(self, index: int) -> str:
         """Return the path of what a call writes: the sums, then the counts."""

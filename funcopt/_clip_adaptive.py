@@ -259,7 +259,7 @@ def _touched(scale: Tensor, sizes: list[int]) -> set[int] | None:
     plain = _transforms.readable() and _transforms.all_plain([scale]) and scale.is_cpu
     if not plain or scale.requires_grad:
         return None
-    ends = torch.tensor(sizes, device="cpu").cumsum(0)
+    ends = torch.tensor(sizes, dtype=torch.int64, device="cpu").cumsum(0)
     return set(torch.bucketize((scale != 1).nonzero().reshape(-1), ends, right=True).tolist())
 
 

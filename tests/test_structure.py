@@ -6,6 +6,8 @@ import re
 import subprocess
 import sys
 
+from torch.utils._device import _device_constructors
+
 import funcopt
 from funcopt import distributed, interop
 
@@ -156,6 +158,17 @@ def test_one_place_knows_the_transforms():
 def test_each_private_operator_is_called_in_one_place():
     assert places(r"torch\._fused_") == {"_kernels.fused"}
     assert places(r"torch\._foreach_") == {"_averages", "_kernels.foreach", "_lists"}
+
+
+def test_every_tensor_that_is_made_says_where():
+    """Else it is made wherever the process makes its own, as on the meta device without values."""
+    makers = {maker.__name__ for maker in _device_constructors()}
+    for path, text in FILES.items():
+        for call in ast.walk(ast.parse(text)):
+            if isinstance(call, ast.Call) and ast.unparse(call.func).startswith("torch."):
+                name = ast.unparse(call.func).removeprefix("torch.")
+                said = {keyword.arg for keyword in call.keywords}
+                assert name not in makers or "device" in said, (path.name, ast.unparse(call))
 
 
 def test_files_and_functions_can_be_taken_in_at_a_glance():
