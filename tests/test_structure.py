@@ -72,6 +72,8 @@ FLOORS = [
     "_loss_scale",
     "_find",
     "",
+    "interop._getter",
+    "interop._peers",
     "interop._source",
     "interop._from_torch",
     "interop._to_torch",
