@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _lists, _transforms, _tree
-from ._checks import check_optimizer, check_state, kind_of
+from ._checks import check_optimizer, check_state, kind_of, of_members
 from ._hyperparameters import check_zero_dim, normalize
 from ._kernels import write
 from ._kernels._operands import compute_dtype
@@ -312,6 +312,7 @@ def _gather(opt: Accumulate, grads: Tree, state: AccumulateState, params: Tree) 
                 f"{work.path(index)} is not the sum of gradients of a parameter of {param.dtype}, "
                 f"shape {tuple(param.shape)}, on {param.device}: that is a tensor of {wanted[1]}, "
                 f"of this shape, and there. Make the state with init() from these parameters."
+                f"{of_members()}"
             )
     given, count = state.given, len(acc_grads.leaves)
     if not isinstance(given, Tensor) or (given.dtype, given.shape) != (torch.bool, (count,)):

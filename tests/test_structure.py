@@ -66,6 +66,7 @@ FLOORS = [
     "_accumulate",
     "_averages",
     "_ema",
+    "_read_average",
     "_lookahead",
     "_finite",
     "_skip_nonfinite",
