@@ -94,6 +94,8 @@ class Accumulate:
         ({'w': tensor([0.8990, 0.8990])}, {'w': tensor([0.2000, 0.2000])})
     """
 
+    elementwise = True
+
     inner: Optimizer[Any]
     every: Number
 

@@ -112,6 +112,8 @@ class AdamW:
         {'w': tensor([0.8990, 2.0980])}
     """
 
+    elementwise = True
+
     lr: Number | Schedule = 1e-3
     betas: tuple[Number, Number] = (0.9, 0.999)
     eps: Number = 1e-8

@@ -85,6 +85,8 @@ class ClipAdaptive:
                 [0.0000, 0.1000]])
     """
 
+    leafwise = True  # by units
+
     inner: Optimizer[Any]
     clipping: Number = 0.01
     eps: Number = 1e-3

@@ -97,6 +97,8 @@ class Ema:
         ({'w': tensor([0.7981, 0.7981])}, {'w': tensor([0.8317, 0.8317])})
     """
 
+    elementwise = True
+
     inner: Optimizer[Any]
     decay: Number | Schedule = 0.999
     debias: bool = True

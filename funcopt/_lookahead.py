@@ -88,6 +88,8 @@ class Lookahead:
         {'w': tensor([0.9000, 0.9000])} {'w': tensor([0.9000, 0.9000])}
     """
 
+    elementwise = True
+
     inner: Optimizer[Any]
     every: Number = 5
     alpha: Number = 0.5

@@ -324,7 +324,8 @@ def test_it_is_an_optimizer_by_its_shape_alone():
     for opt in (two(), Frozen()):
         assert isinstance(opt, funcopt.Optimizer)
         public = {name for name in dir(opt) if not name.startswith("_")}
-        assert public == {f.name for f in dataclasses.fields(opt)} | {"init", "update", "update_"}
+        methods, said = {"init", "update", "update_"}, {"elementwise"}
+        assert public == {f.name for f in dataclasses.fields(opt)} | methods | said
 
 
 def test_equal_ones_are_equal_and_changing_the_dict_changes_nothing():
