@@ -111,6 +111,8 @@ FLOORS = [
     "testing.laws._agreement",
     "testing.laws._transforms",
     "testing.laws._algebra",
+    "testing.laws._leaves",
+    "testing.laws._descent",
     "testing.laws",
     "testing._check",
     "testing._machine",
