@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
@@ -49,13 +49,13 @@ def averaged(state: Any, params: ParamsT) -> ParamsT:
         >>> torch.func.functional_call(model, funcopt.averaged(state, params), x).dtype
         torch.bfloat16
     """
-    if not _outermost(state, EmaState):
+    found = _with_average(state)
+    if not found:
         raise ValueError(
             f"state is of type {type(state).__name__}, and holds no average: wrap the optimizer, "
             f"as in Ema(AdamW(), decay=0.999), and give the state that its init() or update() "
             f"returned. The order is averaged(state, params)."
         )
-    found = _outermost(state, EmaState, PartitionState)
     if len(found) > 1:
         raise ValueError(
             f"state, a {type(state).__name__}, holds the states of {len(found)} Emas beside each "
@@ -71,41 +71,60 @@ def averaged(state: Any, params: ParamsT) -> ParamsT:
     return result
 
 
+def _with_average(state: Any) -> list[EmaState | PartitionState]:
+    """Return the states of an `Ema`, or of a `Partition` with one in it, that are in no other."""
+    return [
+        node
+        for node in _outermost(state, EmaState, PartitionState)
+        if isinstance(node, EmaState) or _outermost(node, EmaState)
+    ]
+
+
 def _outermost(state: Any, *kinds: type) -> list[Any]:
     """Return the states of these kinds in a state that are in no other one."""
     nodes, _ = _tree.flatten_above(state, lambda node: isinstance(node, kinds))
     return [node for node in nodes if isinstance(node, kinds)]
 
 
+class _Groups(NamedTuple):
+    """What the groups of a `Partition` have of an average."""
+
+    averages: dict[str, Tensor]  # by the names of leaves
+    resting: list[str]  # labels of groups without a state, whose leaves stay what they are
+    others: list[str]  # labels of groups that have none, or several
+
+
 def _joined(state: PartitionState, leaves: list[Tensor], structure: _tree.Structure) -> Tree:
     """Return the averages of all groups as a tree like the parameters; by name if they differ."""
-    averages, rests = _by_name(state)
+    groups = _groups(state)
     names = name_leaves(structure)
-    if rests:
+    averages = groups.averages
+    if groups.others and not averages.keys() >= set(names):
+        raise ValueError(
+            f"the group {groups.others[0]!r} has not one average, as others have: wrap each group "
+            f"that moves in one Ema, or all of it, as in Ema(Partition(...)). For the average of a "
+            f"group alone, give its state and its own leaves."
+        )
+    if groups.resting:
         averages = {**dict(zip(names, leaves, strict=True)), **averages}
     if averages.keys() != set(names):
         return averages
     return _tree.unflatten(structure, [averages[name] for name in names])
 
 
-def _by_name(state: PartitionState) -> tuple[dict[str, Tensor], bool]:
-    """Return the averages of groups by the names of leaves, and whether another group rests."""
-    averages: dict[str, Tensor] = {}
-    rests = False
+def _groups(state: PartitionState) -> _Groups:
+    groups = _Groups({}, [], [])
     for label, own in state.inner.items():
-        found = _outermost(own, EmaState, PartitionState)
+        found = _with_average(own)
         if len(found) == 1 and isinstance(found[0], EmaState):
-            averages.update(found[0].average)
+            groups.averages.update(found[0].average)
         elif len(found) == 1 and isinstance(found[0], PartitionState):
-            inside, rest = _by_name(found[0])
-            averages.update(inside)
-            rests = rests or rest
+            inside = _groups(found[0])
+            groups.averages.update(inside.averages)
+            groups.resting.extend(inside.resting)
+            groups.others.extend(inside.others)
         elif len(_tree.flatten(own)[0]) == 0:
-            rests = True
+            groups.resting.append(label)
         else:
-            raise ValueError(
-                f"the group {label!r} has {len(found)} averages, and others have one: wrap each "
-                f"group that moves in one Ema, or all of it, as in Ema(Partition(...)). For the "
-                f"average of a group alone, give its state and its own leaves."
-            )
-    return averages, rests
+            groups.others.append(label)
+    return groups

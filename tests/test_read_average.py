@@ -53,13 +53,21 @@ def test_leaves_that_rest_are_their_own_average():
 
 def test_one_group_has_an_average_of_its_own_leaves():
     params, state = trained(Partition({"body": AdamW(), "head": EMA}, label))
-    found = averaged(state.inner["head"], {"head.0": params["head"][0]})
-    assert_same_bits(found, state.inner["head"].average)
+    own = {"head.0": params["head"][0]}
+    for holding in (state.inner["head"], state):
+        assert_same_bits(averaged(holding, own), state.inner["head"].average)
+
+
+def test_groups_without_an_average_do_not_hide_one_beside_them():
+    groups = Partition({"body": AdamW(), "head": AdamW()}, label)
+    params, state = trained(EMA)
+    both = {"groups": groups.init(params), "ema": state}
+    assert_same_bits(averaged(both, params), state.average)
 
 
 def test_a_group_that_moves_without_an_average_is_refused_by_its_label():
     params, state = trained(Partition({"body": AdamW(), "head": EMA}, label))
-    with pytest.raises(ValueError, match=r"group 'body' has 0 averages.*Ema\(Partition\("):
+    with pytest.raises(ValueError, match=r"group 'body' has not one average.*Ema\(Partition\("):
         averaged(state, params)
 
 
