@@ -1,9 +1,10 @@
-"""Test an optimizer of your own with funcopt's kit: Lion in 15 lines, and three ways to spoil it.
+"""Test an optimizer of your own with funcopt's kit: Lion in 15 lines, and four ways to spoil it.
 
 The kit needs an optimizer's `init` and `update`, and no more. A dataclass with the usual field
-names (`lr`, `maximize`, ...) is also held to what those names promise. The script prints a report
-for a Lion that is right, and for each of three with a planted bug the laws that it breaks, with the
-smallest example found.
+names (`lr`, `maximize`, ...) is also held to what those names promise, and one that says of itself
+that it is `elementwise` (or `leafwise`) to that. The script prints a report for a Lion that is
+right, and for each of four with a planted bug the laws that it breaks, with the smallest example
+found.
 
     pip install "funcopt[testing]"
     python examples/check_your_optimizer.py
@@ -28,6 +29,8 @@ Tree = Any
 @dataclasses.dataclass(frozen=True)
 class Lion:
     """Lion: the sign of a mean (Chen et al., Symbolic Discovery of Optimization Algorithms)."""
+
+    elementwise = True  # each element moves by its own gradient, mean and value
 
     lr: float | Tensor = 1e-2
     betas: tuple[float, float] = (0.9, 0.99)
@@ -67,6 +70,13 @@ class DividesByZero(Lion):
         return mixed / mixed.abs()
 
 
+class Ascends(Lion):
+    """The sign is that of the way up."""
+
+    def sign(self, mixed: Tensor) -> Tensor:
+        return -torch.sgn(mixed)
+
+
 class ForgetsTheRate(Lion):
     """The decay is applied whatever the learning rate."""
 
@@ -87,7 +97,7 @@ def main() -> None:
     report = check_optimizer(Lion(), max_examples=examples)
     print(report)
     caught = [report.ok]
-    for wrong in (WritesInPlace(), DividesByZero(), ForgetsTheRate()):
+    for wrong in (WritesInPlace(), DividesByZero(), Ascends(), ForgetsTheRate()):
         report = check_optimizer(wrong, max_examples=examples)
         caught.append(not report.ok)
         print(f"\n{report.optimizer} breaks {len(report.broken)} laws. {wrong.__doc__}")

@@ -9,13 +9,14 @@ from ._adamw import AdamW, AdamWState
 from ._clip import Clip, ClipState
 from ._clip_adaptive import ClipAdaptive, ClipAdaptiveState
 from ._clip_value import ClipValue, ClipValueState
-from ._ema import Ema, EmaState, averaged
+from ._ema import Ema, EmaState
 from ._find import find, replace
 from ._frozen import Frozen
 from ._labels import decay_label
 from ._lookahead import Lookahead, LookaheadState
 from ._loss_scale import LossScale, LossScaleState
 from ._partition import Partition, PartitionState
+from ._read_average import averaged
 from ._skip_nonfinite import SkipNonfinite, SkipNonfiniteState
 from ._types import Optimizer
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _lists, _transforms, _tree
-from ._checks import check_optimizer, check_state, kind_of
+from ._checks import check_optimizer, check_state, kind_of, of_members
 from ._counts import first_count, next_step
 from ._hyperparameters import normalize_fields
 from ._kernels import write
@@ -109,6 +109,8 @@ class Accumulate:
         >>> params, state.inner.exp_avg
         ({'w': tensor([0.8990, 0.8990])}, {'w': tensor([0.2000, 0.2000])})
     """
+
+    elementwise = True
 
     inner: Optimizer[Any]
     every: Number | Schedule
@@ -299,11 +301,12 @@ class _Work(NamedTuple):
         if len(self.gradients.tensors) == len(self.gradients.leaves):
             return torch.ones_like(self.given_before)
         now = [grad is not None for grad in self.gradients.leaves]
-        if _transforms.on_host(self.given_before):
-            return self.given_before | torch.tensor(now, device=self.given_before.device)
+        before = self.given_before
+        if _transforms.on_host(before):
+            return before | torch.tensor(now, dtype=torch.bool, device=before.device)
         # What is on a device is put together there: sending something would wait for it.
-        columns = zip(now, torch.ones_like(self.given_before), self.given_before, strict=True)
-        return torch.stack([one if given else before for given, one, before in columns])
+        columns = zip(now, torch.ones_like(before), before, strict=True)
+        return torch.stack([one if given else old for given, one, old in columns])
 
     def path(self, index: int) -> str:
         """Return the path of a sum."""
@@ -327,6 +330,7 @@ def _gather(
                 f"{work.path(index)} is not the sum of gradients of a parameter of {param.dtype}, "
                 f"shape {tuple(param.shape)}, on {param.device}: that is a tensor of {wanted[1]}, "
                 f"of this shape, and there. Make the state with init() from these parameters."
+                f"{of_members()}"
             )
     given, count = state.given, len(acc_grads.leaves)
     if not isinstance(given, Tensor) or (given.dtype, given.shape) != (torch.bool, (count,)):

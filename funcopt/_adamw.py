@@ -114,6 +114,8 @@ class AdamW:
         {'w': tensor([0.8990, 2.0980])}
     """
 
+    elementwise = True
+
     lr: Number | Schedule = 1e-3
     betas: tuple[Number | Schedule, Number | Schedule] = (0.9, 0.999)
     eps: Number | Schedule = 1e-8

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import _transforms, _tree
+from ._checks import of_members
 from ._inplace import check_apart, check_writable
 from ._kernels import write
 from ._kernels._operands import compute_dtype, real, unreal
@@ -80,7 +81,7 @@ class Follower(NamedTuple):
                     f"{path(index)} does not go with a parameter "
                     f"of {param.dtype}, shape {tuple(param.shape)}, on {param.device}: it must be "
                     f"a tensor of {wanted[1]}, of this shape, and there. Make the state with "
-                    f"init() from these parameters."
+                    f"init() from these parameters.{of_members()}"
                 )
         return cls(gradients, root, paired)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import numbers
+from collections.abc import Callable, Iterator, Sequence, Set, ValuesView
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ __all__ = [
     "check_optimizer",
     "check_state",
     "kind_of",
+    "of_members",
     "shown",
 ]
 
@@ -111,8 +113,11 @@ def _refuse_unlike(leaf: Any, param: Tensor, path: str, what: str) -> None:
     for name in ("shape", "dtype", "device"):
         own, wanted = getattr(leaf, name), getattr(param, name)
         if own != wanted:
+            remedy = _REMEDIES[name]
+            if what == "a moment" and name == "shape":
+                remedy += of_members()
             raise ValueError(
-                f"{path}: {name} {shown(own)}, the parameter has {shown(wanted)}. {_REMEDIES[name]}"
+                f"{path}: {name} {shown(own)}, the parameter has {shown(wanted)}. {remedy}"
             )
 
 
@@ -121,6 +126,13 @@ _REMEDIES = {
     "dtype": "Nothing is cast silently: convert one with .to().",
     "device": "Nothing is moved silently: put both on one device with .to().",
 }
+
+
+def of_members() -> str:
+    """Return how the state of members is made, to end a message with; nothing if there are none."""
+    if not _transforms.transformed():
+        return ""
+    return " Under vmap, the state is made by vmap, too: state = vmap(opt.init)(params)."
 
 
 def check_count(leaf: Any, path: Callable[[], str]) -> None:
@@ -184,6 +196,10 @@ def _instead_of(leaf: object) -> str:
         return "Leave its key out."
     if isinstance(leaf, torch.nn.Module):
         return "Pass dict(module.named_parameters())."
+    if isinstance(leaf, (Iterator, Set, ValuesView, str)):  # a string is that of a pair
+        return "Pass dict(module.named_parameters()), or a dict of other pairs of name and tensor."
+    if isinstance(leaf, numbers.Number) or hasattr(leaf, "__array__"):
+        return "Make it one, with torch.as_tensor()."
     return "Take it out of the tree, or register its type as a pytree node."
 
 

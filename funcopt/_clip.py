@@ -109,6 +109,8 @@ class Clip:
         {'w': tensor([ 0.0600, -0.0800])}
     """
 
+    leafwise = False  # by a norm over all of them
+
     inner: Optimizer[Any]
     max_norm: Number | Schedule
     norm_type: float = 2.0

@@ -102,6 +102,8 @@ class ClipAdaptive:
                 [0.0000, 0.1000]])
     """
 
+    leafwise = True  # by units
+
     inner: Optimizer[Any]
     clipping: Number | Schedule = 0.01
     eps: Number | Schedule = 1e-3
@@ -280,7 +282,7 @@ def _touched(scale: Tensor, sizes: list[int]) -> set[int] | None:
     plain = _transforms.readable() and _transforms.all_plain([scale]) and scale.is_cpu
     if not plain or _transforms.transformed() or _transforms.has_derivative(scale):
         return None
-    ends = torch.tensor(sizes, device="cpu").cumsum(0)
+    ends = torch.tensor(sizes, dtype=torch.int64, device="cpu").cumsum(0)
     return set(torch.bucketize((scale != 1).nonzero().reshape(-1), ends, right=True).tolist())
 
 

@@ -74,6 +74,8 @@ class ClipValue:
         tensor([ 0.0500, -0.0100])
     """
 
+    elementwise = True
+
     inner: Optimizer[Any]
     max_value: Number | Schedule
 

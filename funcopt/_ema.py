@@ -20,7 +20,7 @@ from ._numbers import number_at
 from ._types import Number, Optimizer, Schedule, Tree
 from ._wrapping import check_scalar, gather_gradients, records, settled
 
-__all__ = ["Ema", "EmaState", "averaged"]
+__all__ = ["Ema", "EmaState"]
 
 ParamsT = TypeVar("ParamsT")
 
@@ -98,6 +98,8 @@ class Ema:
         >>> params, state.average  # (0.5 * 0.8990 + 0.7981) / 1.5
         ({'w': tensor([0.7981, 0.7981])}, {'w': tensor([0.8317, 0.8317])})
     """
+
+    elementwise = True
 
     inner: Optimizer[Any]
     decay: Number | Schedule = 0.999
@@ -221,53 +223,3 @@ def _advanced(weight: Number, decay: Number) -> tuple[Number, Number]:
     new = 1 - decay
     after = weight + new * (1 - weight)  # so written that a weight of 1 stays just that
     return after, new / after
-
-
-def averaged(state: Any, params: ParamsT) -> ParamsT:
-    """Return the averaged parameters that a state holds, as a tree like the parameters.
-
-    It can be given to `torch.func.functional_call` in place of the parameters. Before the first
-    update it is the parameters at `init`.
-
-    Args:
-        state: An `EmaState`, or the state of a wrapper with one anywhere inside. Of an `Ema` of an
-            `Ema`, the outer one is read.
-        params: The parameters. Their values do not matter.
-
-    Returns:
-        The average in the dtypes of the parameters. Where it is kept in such a dtype, these are the
-        tensors of the state, not copies: they go on to change if `update_` writes into the state.
-
-    Raises:
-        ValueError: If the state holds no `EmaState` or several, or one that does not match the
-            parameters, as inside a `Partition`: give that of the group then, and its own leaves.
-
-    Example:
-        >>> import torch, funcopt
-        >>> opt = funcopt.Clip(funcopt.Ema(funcopt.AdamW(lr=0.1), decay=0.5), max_norm=1.0)
-        >>> model = torch.nn.Linear(2, 1, dtype=torch.bfloat16)
-        >>> params = dict(model.named_parameters())
-        >>> state = opt.init(params)
-        >>> x = torch.ones(2, dtype=torch.bfloat16)
-        >>> torch.func.functional_call(model, funcopt.averaged(state, params), x).dtype
-        torch.bfloat16
-    """
-    nodes, _ = _tree.flatten_above(state, lambda node: isinstance(node, EmaState))
-    found = [node for node in nodes if isinstance(node, EmaState)]
-    if not found:
-        raise ValueError(
-            f"state is of type {type(state).__name__}, and holds no average: wrap the optimizer, "
-            f"as in Ema(AdamW(), decay=0.999), and give the state that its init() or update() "
-            f"returned. The order is averaged(state, params)."
-        )
-    if len(found) > 1:
-        raise ValueError(
-            f"state, a {type(state).__name__}, holds the states of {len(found)} Emas, as of the "
-            f"groups of a Partition: give that of one, with its own leaves."
-        )
-    leaves, structure = _tree.flatten(params)
-    average = _tree.pair(found[0].average, "state.average", structure).leaves
-    result: ParamsT = _tree.unflatten(
-        structure, [own.to(leaf.dtype) for own, leaf in zip(average, leaves, strict=True)]
-    )
-    return result

@@ -40,6 +40,8 @@ class Frozen:
         (True, ())
     """
 
+    elementwise = True
+
     def init(self, params: Tree) -> tuple[()]:  # noqa: ARG002
         """Return the state, which is empty.
 

@@ -139,7 +139,7 @@ def normalize(name: str, value: Any, *, schedule: bool = False, source: str = ""
         _check_schedule(name, value)
         return value
     kinds = "a number, a 0-dim tensor or a schedule" if schedule else "a number or a 0-dim tensor"
-    hint = _hint(value) if schedule else ""
+    hint = _hint(name, value, parameters=schedule)
     raise TypeError(
         f"{name}={short(value)}{source}: must be {kinds}, not {type(value).__name__}.{hint}"
     )
@@ -180,13 +180,41 @@ def short(value: object) -> str:
     return " ".join(reprlib.repr(value).split())
 
 
-def _hint(value: object) -> str:
-    """Return what to do with parameters that were given as a hyperparameter, as torch has it."""
-    if isinstance(value, str) or not isinstance(
-        value, (Mapping, Sequence, Iterator, torch.nn.Module)
-    ):
+def _hint(name: str, value: object, *, parameters: bool) -> str:
+    """Return what to do with several numbers, or with parameters where torch takes them.
+
+    Args:
+        name: The hyperparameter.
+        value: What was given for it.
+        parameters: Whether parameters may have been meant.
+    """
+    if isinstance(value, str):
         return ""
-    return " Parameters are given to init(): opt = AdamW(lr=1e-3); state = opt.init(params)."
+    parts = list(value.values()) if isinstance(value, Mapping) else value
+    if isinstance(parts, Sequence) and len(parts) > 0:
+        if all(map(_is_one_number, parts)):
+            return _GROUPS.format(name) + ("" if isinstance(value, Mapping) else _MEMBERS)
+        if all(isinstance(part, Mapping) and "params" in part for part in parts):
+            return _GROUPS.format("options")
+    if parameters and isinstance(value, (Mapping, Sequence, Iterator, torch.nn.Module)):
+        return " Parameters are given to init(): opt = AdamW(lr=1e-3); state = opt.init(params)."
+    return ""
+
+
+_GROUPS = (
+    " Give each group of leaves {} of its own by an optimizer of its own: "
+    "Partition({{'body': AdamW(...), 'head': AdamW(...)}}, labels)."
+)
+_MEMBERS = " For the members of a vmap, give one tensor: torch.tensor([...])."
+
+
+def _is_one_number(value: object) -> bool:
+    """Whether a hyperparameter may be this; a parameter of shape () is none."""
+    if isinstance(value, Tensor):
+        return value.ndim == 0 and not isinstance(value, torch.nn.Parameter)
+    return isinstance(value, numbers.Real) or (
+        callable(value) and not isinstance(value, torch.nn.Module)
+    )
 
 
 def _as_float(value: numbers.Real) -> float:

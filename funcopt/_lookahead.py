@@ -110,6 +110,8 @@ class Lookahead:
         {'w': tensor([0.9000, 0.9000])} {'w': tensor([0.9000, 0.9000])}
     """
 
+    elementwise = True
+
     inner: Optimizer[Any]
     every: Number | Schedule = 5
     alpha: Number | Schedule = 0.5

@@ -120,7 +120,7 @@ def _zeros(param: Tensor, amsgrad: bool) -> State:
     not be written outside of it.
     """
     with _transforms.outside_inference_mode():
-        step = torch.zeros((), dtype=torch.float64)
+        step = torch.zeros((), dtype=torch.float64, device="cpu")
         return {"step": step, **{name: torch.zeros_like(param) for name in _names(amsgrad)[1:]}}
 
 

@@ -83,6 +83,8 @@ class Partition:
         {'head': tensor([0.1000, 0.1000])}
     """
 
+    elementwise = True
+
     inner: Mapping[str, Optimizer[Any]]
     labels: Labels
 

@@ -302,6 +302,8 @@ def _empty_fields(tree: Tree, structure: Structure, missing: set[int]) -> list[i
 
 _REMEDIES = {
     "grads": "Give each parameter one gradient under the same key, or None where it has none",
+    "state.average": "Make the state with init() from these parameters. Of a Zero1, whose state "
+    "lies in buckets, averaged() takes what gather_state() makes of it",
     "labels": "Give each parameter one label under the same key; patterns are compiled: re.compile",
 }
 

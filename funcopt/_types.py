@@ -32,6 +32,12 @@ class Optimizer(Protocol[StateT]):
     There is no base class to inherit from: whatever has these methods is an optimizer, and a
     wrapper around one (gradient clipping, say) is a value with the same three methods.
 
+    A class may say what decides how a leaf moves. `elementwise = True`: each element moves by its
+    own gradient, value and state, as with Adam. `leafwise = True`: each leaf moves by itself, as
+    with Muon. `leafwise = False`: leaves are looked at together, as for a norm over all gradients.
+    A wrapper says it of what it does itself. `update_in_backward` relies on it, and takes what says
+    nothing for `leafwise = False`; `funcopt.testing` holds an optimizer to what it says.
+
     Example:
         >>> import funcopt
         >>> isinstance(funcopt.AdamW(), funcopt.Optimizer)

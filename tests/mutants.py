@@ -350,6 +350,52 @@ def complex_gradients_are_conjugated(patch: Patch) -> None:
     wrap(patch, AdamW, "update", change)
 
 
+@caught_by(laws.agrees_with_itself_in_float64)
+def parameters_in_float32_are_rounded_to_bfloat16(patch: Patch) -> None:
+    def rounded(param: Tensor) -> Tensor:
+        return param.bfloat16().float() if param.dtype is torch.float32 else param
+
+    after_update(patch, lambda params, state, _: (tree_map(rounded, params), state))
+
+
+@caught_by(laws.goes_downhill)
+def ascends(patch: Patch) -> None:
+    def change(original: Any, opt: AdamW, grads: Any, state: Any, params: Any) -> Any:
+        return original(opt, tree_map(torch.neg, grads), state, params)
+
+    wrap(patch, AdamW, "update", change)
+
+
+@caught_by(laws.goes_downhill)
+def a_matrix_ascends_beside_others_that_descend(patch: Patch) -> None:
+    def change(original: Any, opt: AdamW, grads: Any, state: Any, params: Any) -> Any:
+        turned = tree_map(lambda g: -g if g.ndim == 2 else g, grads)
+        return original(opt, turned, state, params)
+
+    wrap(patch, AdamW, "update", change)
+
+
+@caught_by(laws.names_do_not_matter)
+def the_first_leaf_moves_twice_as_far(patch: Patch) -> None:
+    def change(params: Any, state: Any, given: Any) -> Any:
+        (new, *others), structure = _tree.flatten(params)
+        old = _tree.flatten(given[3])[0][0]
+        return _tree.unflatten(structure, [2 * new - old, *others]), state
+
+    after_update(patch, change)
+
+
+@caught_by(laws.elements_are_independent)
+def gradients_are_scaled_by_the_norm_of_their_leaf(patch: Patch) -> None:
+    def scaled(grad: Tensor) -> Tensor:
+        return (grad / (1 + grad.abs().double().square().sum())).to(grad.dtype)
+
+    def change(original: Any, opt: AdamW, grads: Any, state: Any, params: Any) -> Any:
+        return original(opt, tree_map(scaled, grads), state, params)
+
+    wrap(patch, AdamW, "update", change)
+
+
 @caught_by(laws.leaves_are_independent)
 def gradients_are_scaled_by_their_norm_over_the_tree(patch: Patch) -> None:
     def change(original: Any, opt: AdamW, grads: Any, state: Any, params: Any) -> Any:

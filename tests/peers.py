@@ -21,6 +21,8 @@ Tree = Any
 class TorchOptAdamW:
     """`torchopt.adamw`: its updates are applied to the parameters, in place unless told not to."""
 
+    elementwise = True
+
     lr: float = 1e-3
     weight_decay: float = 1e-2
     inplace: bool = True  # what torchopt does unless told not to
@@ -44,6 +46,8 @@ class TorchOptAdamW:
 @dataclasses.dataclass(frozen=True)
 class OptaxAdamW:
     """`optax.adamw`, with tensors turned into arrays and back."""
+
+    elementwise = True
 
     lr: float = 1e-3
     weight_decay: float = 1e-4
@@ -100,8 +104,11 @@ _OF_NUMBERS = (
     laws.deterministic,
     laws.bad_trees_raise,
     laws.survives_zero_gradients,
-    laws.matches_oracle,
+    laws.agrees_with_itself_in_float64,
+    laws.names_do_not_matter,
     laws.leaves_are_independent,
+    laws.elements_are_independent,
+    laws.goes_downhill,
     laws.zero_lr_moves_nothing,
 )
 

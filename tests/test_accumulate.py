@@ -182,11 +182,11 @@ def test_order_decides_whether_the_mean_or_each_gradient_is_clipped():
     assert_close(each_clipped, torch.tensor([0.25]))  # 1 / 4: the large two cancel out
 
 
-# Not `matches_oracle`, which knows nothing of a mean that is rounded to 16 bits before its norm is
-# taken, nor of two clipped gradients that cancel but for their rounding.
+# Not `agrees_with_itself_in_float64`, which knows nothing of a mean that is rounded to 16 bits
+# before its norm is taken, nor of two clipped gradients that cancel but for their rounding.
 @pytest.mark.parametrize(
     "law",
-    [law for law in laws.LAWS if law is not laws.matches_oracle],
+    [law for law in laws.LAWS if law is not laws.agrees_with_itself_in_float64],
     ids=lambda law: law.__name__,
 )
 @pytest.mark.parametrize(

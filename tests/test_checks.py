@@ -3,8 +3,9 @@
 import pytest
 import torch
 from torch import nn
+from torch.func import vmap
 
-from funcopt import AdamW, AdamWState, Clip
+from funcopt import Accumulate, AdamW, AdamWState, Clip, Ema, Lookahead
 
 from .cases import assert_same_bits, clone
 
@@ -78,9 +79,59 @@ BAD_GRADIENTS = {
 def test_what_is_given_in_place_of_a_tree_of_parameters_is_named(wrap, method):
     opt = wrap(AdamW())
     state = opt.init(params())
-    for wrong in (torch.nn.Linear(2, 3), torch.nn.Linear(2, 3).parameters()):
+    for wrong in (nn.Linear(2, 3), torch.nn.Linear(2, 3).parameters()):
         with pytest.raises(TypeError, match=r"^params is of type .*: every leaf must be a tensor"):
             getattr(opt, method)(params(), state, wrong)
+
+
+LAYER = nn.Linear(2, 3)
+NO_TREES = {
+    "a generator": LAYER.parameters(),
+    "named parameters": LAYER.named_parameters(),
+    "a list of pairs": list(LAYER.named_parameters()),
+    "a filter": filter(lambda param: param.requires_grad, LAYER.parameters()),
+    "the values of a dict": dict(LAYER.named_parameters()).values(),
+    "a set": set(LAYER.parameters()),
+    "a module": LAYER,
+}
+
+
+@pytest.mark.parametrize("name", NO_TREES)
+def test_what_gives_parameters_and_is_no_tree_of_them_leads_to_named_parameters(name):
+    with pytest.raises(TypeError, match=r"Pass dict\(module.named_parameters\(\)\)"):
+        AdamW().init(NO_TREES[name])
+
+
+@pytest.mark.parametrize("leaf", [1.0, 2, torch.ones(2).numpy()], ids=type)
+def test_a_leaf_of_numbers_leads_to_a_tensor(leaf):
+    with pytest.raises(TypeError, match=r"params\['w'\] is of type .*with torch.as_tensor\(\)"):
+        AdamW().init({"w": leaf})
+
+
+def test_a_leaf_of_another_kind_leads_to_a_registered_node():
+    with pytest.raises(TypeError, match="register its type as a pytree node"):
+        AdamW().init({"w": object()})
+
+
+# Their states have trees like the parameters: moments, sums, averages, slow parameters.
+STATEFUL = {
+    "AdamW": AdamW(),
+    "Accumulate": Accumulate(AdamW(), 2),
+    "Ema": Ema(AdamW()),
+    "Lookahead": Lookahead(AdamW(), 2),
+}
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_a_state_of_all_members_at_once_leads_to_vmap_of_init(name):
+    opt = STATEFUL[name]
+    stacked = {"w": torch.ones(2, 3)}
+    state = opt.init(stacked)
+    with pytest.raises(ValueError, match=r"Under vmap, .*: state = vmap\(opt.init\)\(params\)"):
+        vmap(opt.update, (0, None, 0))(stacked, state, stacked)
+    with pytest.raises(ValueError, match="parameter") as refused:
+        opt.update({"w": torch.ones(3)}, state, {"w": torch.ones(3)})
+    assert "vmap" not in str(refused.value)
 
 
 @pytest.mark.parametrize("name", BAD_GRADIENTS)

@@ -148,9 +148,8 @@ def test_an_average_of_the_dtype_is_not_copied():
 
 def test_a_state_without_an_average_or_with_several_is_refused():
     params = {"a": torch.ones(2), "b": torch.ones(2)}
-    groups = Partition({"a": Ema(AdamW()), "b": Ema(AdamW())}, lambda name, leaf: name)
     with pytest.raises(ValueError, match="holds the states of 2 Emas"):
-        averaged(groups.init(params), params)
+        averaged([Ema(AdamW()).init(params)] * 2, params)
     with pytest.raises(ValueError, match="holds no average: wrap"):
         averaged(AdamW().init(params), params)
     with pytest.raises(ValueError, match="order is averaged"):

@@ -179,12 +179,17 @@ def in_two_parts(draw):
     return {"second": draw(part), "first": draw(part)}
 
 
-# Which renames leaves, and so gives them other labels.
-RENAMES = laws.leaves_are_independent
+# Which rename leaves, and so give them other labels.
+RENAMING = (
+    laws.names_do_not_matter,
+    laws.leaves_are_independent,
+    laws.elements_are_independent,
+)
 
 # Which speak of an AdamW as such.
 OF_ADAMW = (
     laws.matches_torch,
+    laws.matches_oracle,
     laws.decay_is_decoupled,
     laws.scale_invariant,
     laws.first_step_is_sign,
@@ -192,7 +197,7 @@ OF_ADAMW = (
 
 
 @pytest.mark.parametrize(
-    "law", [law for law in laws.LAWS if law is not RENAMES], ids=lambda law: law.__name__
+    "law", [law for law in laws.LAWS if law not in RENAMING], ids=lambda law: law.__name__
 )
 @pytest.mark.parametrize("opt", [two(), two(second=Halved(AdamW(lr=0.5)))], ids=["AdamW", "any"])
 def test_every_law_holds_of_two_groups(opt, law, examples):
@@ -323,7 +328,8 @@ def test_it_is_an_optimizer_by_its_shape_alone():
     for opt in (two(), Frozen()):
         assert isinstance(opt, funcopt.Optimizer)
         public = {name for name in dir(opt) if not name.startswith("_")}
-        assert public == {f.name for f in dataclasses.fields(opt)} | {"init", "update", "update_"}
+        methods, said = {"init", "update", "update_"}, {"elementwise"}
+        assert public == {f.name for f in dataclasses.fields(opt)} | methods | said
 
 
 def test_equal_ones_are_equal_and_changing_the_dict_changes_nothing():

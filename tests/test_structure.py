@@ -6,6 +6,8 @@ import re
 import subprocess
 import sys
 
+from torch.utils._device import _device_constructors
+
 import funcopt
 from funcopt import distributed, interop
 
@@ -68,15 +70,19 @@ FLOORS = [
     "_accumulate",
     "_averages",
     "_ema",
+    "_read_average",
     "_lookahead",
     "_finite",
     "_skip_nonfinite",
     "_loss_scale",
     "_find",
     "",
+    "interop._getter",
+    "interop._peers",
     "interop._source",
     "interop._from_torch",
     "interop._to_torch",
+    "interop._entries",
     "interop._checkpoint",
     "interop",
     "distributed._buckets",
@@ -109,6 +115,8 @@ FLOORS = [
     "testing.laws._agreement",
     "testing.laws._transforms",
     "testing.laws._algebra",
+    "testing.laws._leaves",
+    "testing.laws._descent",
     "testing.laws",
     "testing._check",
     "testing._machine",
@@ -159,6 +167,17 @@ def test_one_place_knows_the_transforms():
 def test_each_private_operator_is_called_in_one_place():
     assert places(r"torch\._fused_") == {"_kernels.fused"}
     assert places(r"torch\._foreach_") == {"_averages", "_kernels.foreach", "_lists"}
+
+
+def test_every_tensor_that_is_made_says_where():
+    """Else it is made wherever the process makes its own, as on the meta device without values."""
+    makers = {maker.__name__ for maker in _device_constructors()}
+    for path, text in FILES.items():
+        for call in ast.walk(ast.parse(text)):
+            if isinstance(call, ast.Call) and ast.unparse(call.func).startswith("torch."):
+                name = ast.unparse(call.func).removeprefix("torch.")
+                said = {keyword.arg for keyword in call.keywords}
+                assert name not in makers or "device" in said, (path.name, ast.unparse(call))
 
 
 def test_files_and_functions_can_be_taken_in_at_a_glance():

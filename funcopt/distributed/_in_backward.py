@@ -147,8 +147,8 @@ def update_in_backward(
 
     An optimizer that looks at several leaves at once is refused. `AdamW`, `ClipValue`,
     `ClipAdaptive`, `Ema`, `Lookahead`, `Accumulate`, `Frozen`, and a `Partition` of such do not;
-    nor does one of yours whose class says `leafwise = True`. One backward pass is one update: to
-    have several for one, wrap in `Accumulate`.
+    nor does one of yours whose class says `leafwise = True` or `elementwise = True`. One backward
+    pass is one update: to have several for one, wrap in `Accumulate`.
 
     A `DistributedDataParallel` averages gradients by buckets, and parameters move a bucket at a
     time, once it is averaged and while the next one is; the numbers are those that the module

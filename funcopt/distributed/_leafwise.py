@@ -7,22 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
-from .._accumulate import Accumulate
-from .._adamw import AdamW
 from .._clip import Clip
-from .._clip_adaptive import ClipAdaptive
-from .._clip_value import ClipValue
-from .._ema import Ema
-from .._frozen import Frozen
-from .._lookahead import Lookahead
 from .._partition import Partition
 from .._types import Optimizer
 
 __all__ = ["one_for_each"]
-
-# By the very type, as a subclass may do otherwise. A wrapper has its optimizer in `inner`, which
-# must be of these, too.
-_LEAFWISE = frozenset((Accumulate, AdamW, ClipAdaptive, ClipValue, Ema, Frozen, Lookahead))
 
 
 def one_for_each(opt: Optimizer[Any], params: dict[str, Tensor]) -> dict[str, Optimizer[Any]]:
@@ -43,7 +32,9 @@ def one_for_each(opt: Optimizer[Any], params: dict[str, Tensor]) -> dict[str, Op
             own = {groups.names[index]: groups.leaves[index] for index in indices}
             found.update(one_for_each(opt.inner[label], own))
         return {name: found[name] for name in params}
-    if type(opt) not in _LEAFWISE and vars(type(opt)).get("leafwise") is not True:
+    # By its very class, as a subclass may do otherwise.
+    said = vars(type(opt))
+    if said.get("leafwise") is not True and said.get("elementwise") is not True:
         raise ValueError(f"opt has a {type(opt).__name__}, {_reason(opt)}")
     wrapped: Any = opt
     if not hasattr(opt, "inner"):

@@ -109,7 +109,8 @@ def _read(func: Any, args: Any, kwargs: dict[str, Any]) -> Tensor | None:
     if func is torch.ops.aten._to_copy.default and args[0].is_meta:
         device = torch.device(kwargs.get("device") or "meta")
         if device.type != "meta":
-            return torch.ones(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
+            dtype = kwargs.get("dtype") or args[0].dtype
+            return torch.ones(args[0].shape, dtype=dtype, device=device)
     if func is torch.ops.aten.copy_.default and args[1].is_meta and not args[0].is_meta:
         target: Tensor = args[0]
         return target.fill_(1)

@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import _transforms, _tree
 from .._sharded import dtensor, local_part
 from .._types import Tree
+from ._entries import key_of, recount
 
 __all__ = ["from_state_dict", "to_state_dict"]
 
@@ -65,7 +66,7 @@ def to_state_dict(state: Tree) -> dict[str, Tensor]:
         state.exp_avg[0] tensor([0., 0.])
         state.exp_avg_sq[0] tensor([0., 0.])
     """
-    entries = {_FORMAT: torch.tensor(_VERSION)}
+    entries = {_FORMAT: torch.tensor(_VERSION, dtype=torch.int64, device="cpu")}
     taken: set[int] = set()
     for key, leaf in _entries(state).items():
         entries[key] = _with_own_storage(leaf, taken)
@@ -88,12 +89,15 @@ def from_state_dict(template: StateT, d: Mapping[str, Tensor], *, strict: bool =
         d: The dict.
         strict: Whether every leaf of the template must have an entry, and every entry a leaf. If
             not, a leaf without one is copied from the template, and an entry without one is left
-            out. Whatever is there must fit nevertheless, and the version must be known.
+            out. Whatever is there must fit nevertheless, and the version must be known; moments
+            must have their counts. One count for all leaves is given to each of them in a template
+            made with `step_per_leaf`; counts of each become one count if they are equal.
 
     Raises:
         TypeError: If `d` is not a mapping, or a leaf of the template is not a dense tensor.
         ValueError: If the version is missing or unknown, or if entries are missing, extra, of
-            another shape or dtype, or hold no values: all are named at once.
+            another shape or dtype, or hold no values, or if moments have no count, or several
+            counts where the template has one: all are named at once.
 
     Example:
         >>> import torch, funcopt
@@ -110,7 +114,8 @@ def from_state_dict(template: StateT, d: Mapping[str, Tensor], *, strict: bool =
         )
     wanted = _entries(template)
     _check_version(d)
-    faults = list(_faults(wanted, d, strict))
+    d, faults = recount(template, d, strict=strict)
+    faults += _faults(wanted, d, strict)
     if faults:
         shown = faults if len(faults) <= _MOST else [*faults[:_MOST], f"... ({len(faults)} in all)"]
         raise ValueError(
@@ -138,7 +143,7 @@ def _entries(tree: Tree) -> dict[str, Tensor]:
             raise TypeError(
                 f"{path} has layout {leaf.layout}: make it dense, with .to_dense() say."
             )
-        key = f"torch.view_as_real({path})" if leaf.is_complex() else path
+        key = key_of(path, leaf)
         if key in entries:
             raise ValueError(
                 f"{path} is the path of two leaves: their keys print alike. Use strings as keys."

@@ -17,6 +17,7 @@ from .._labels import name_leaves
 from .._partition import Partition, PartitionState
 from .._types import Tree
 from .._work import check_untied, flatten_params
+from ._getter import warn_if_made_up
 from ._source import MOMENTS, Source, places, read, within
 
 __all__ = ["from_torch"]
@@ -61,9 +62,15 @@ def from_torch(
     what it is at the moment. A parameter without an entry in the source's state is one that never
     had a gradient: torch writes none for it.
 
+    State dicts that `torch.distributed.checkpoint.state_dict` gives are taken, too. Of an optimizer
+    that has made no step yet, its getters make up a state with a count of 1 and moments of zero,
+    from which the next update would have the wrong size: that is warned of. From one that was laid
+    out flat (`flatten_optimizer_state_dict=True`), param groups with the same options come as one.
+    State dicts of other libraries are refused: `funcopt.interop` says what of them can be used.
+
     Args:
-        source: The optimizer, or what its `state_dict()` gave. It is not changed, and nothing that
-            is returned shares its memory.
+        source: The optimizer, or what its `state_dict()` or `get_optimizer_state_dict` gave. It is
+            not changed, and nothing that is returned shares its memory.
         params: The parameters: `dict(model.named_parameters())`, or any tree of them.
         step_per_leaf: Whether each leaf is to have its own count, as in torch. None: if counts
             differ within its group, or only some parameters ever had a gradient. Where all counts
@@ -109,7 +116,10 @@ def from_torch(
     found = places(theirs, leaves, structure, partial=frozen is not None)
     if len(theirs.groups) == 1 and group_names is None and frozen is None:
         (label,) = theirs.groups
-        return _take_over(theirs, label, params, _tree.unflatten(structure, found), step_per_leaf)
+        own_places = _tree.unflatten(structure, found)
+        opt, state = _take_over(theirs, label, params, own_places, step_per_leaf)
+        warn_if_made_up([state])
+        return opt, state
     if frozen is not None and not isinstance(frozen, str):
         raise TypeError(f"frozen={frozen!r}: must be a label, a string such as 'frozen', or None.")
     if frozen in theirs.groups:
@@ -126,6 +136,7 @@ def from_torch(
         own_places = {name: place for owner, name, _, place in named if owner == label}
         with within(f"param group {label!r}"):
             inner[label], states[label] = _take_over(theirs, label, own, own_places, step_per_leaf)
+    warn_if_made_up(states.values())
     if frozen is not None and frozen in labels:
         inner[frozen], states[frozen] = Frozen(), ()
     return Partition(inner, _tree.unflatten(structure, labels)), PartitionState(states)

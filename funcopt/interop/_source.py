@@ -12,6 +12,8 @@ from torch import Tensor
 
 from .. import _tree
 from .._labels import name_leaves
+from ._getter import unflattened
+from ._peers import advice_on
 
 __all__ = ["MOMENTS", "Source", "places", "read", "within"]
 
@@ -47,6 +49,7 @@ def read(source: Any, group_names: Sequence[str] | None) -> Source:
             groups that are empty or named alike, or names for some of its parameters alone; or if
             there are more or fewer `group_names` than groups.
     """
+    source = unflattened(source) or source
     if isinstance(source, torch.optim.Optimizer):
         listed, state = source.param_groups, source.state
     elif _is_state_dict(source):
@@ -55,11 +58,12 @@ def read(source: Any, group_names: Sequence[str] | None) -> Source:
         raise TypeError(
             f"the source is of type {type(source).__name__}: it must be a torch.optim.AdamW or its "
             f"state_dict(), with a dict under 'state' and a list of dicts under 'param_groups'."
+            f"{_own_checkpoint(source)}"
         )
     groups = dict(zip(_label(listed, group_names), listed, strict=True))
     for label, group in groups.items():
         with within(f"param group {label!r}" if len(groups) > 1 else None):
-            _check_is_adamw(group)
+            _check_is_adamw(group, state)
             if len(groups) > 1 and not len(group["params"]):
                 raise ValueError("it has no parameters. Take it out of 'param_groups'.")
     if isinstance(source, torch.optim.Optimizer) and not isinstance(
@@ -131,8 +135,19 @@ def _label(groups: Sequence[Mapping[str, Any]], group_names: Sequence[str] | Non
     return labels
 
 
-def _check_is_adamw(group: Mapping[str, Any]) -> None:
+def _own_checkpoint(source: Any) -> str:
+    if not isinstance(source, Mapping) or "funcopt.format" not in source:
+        return ""
+    return " What to_state_dict() made is read by from_state_dict()."
+
+
+def _check_is_adamw(group: Mapping[str, Any], state: Mapping[Any, Any]) -> None:
     lacking = [name for name in _OPTIONS if name not in group]
+    entries = [entry for entry in state.values() if isinstance(entry, Mapping) and entry]
+    if lacking or not all(entry.keys() >= set(MOMENTS[:2]) for entry in entries):
+        advice = advice_on(group, entries)
+        if advice is not None:
+            raise ValueError(f"the source is not that of a torch.optim.AdamW, but of {advice}")
     if lacking:
         raise ValueError(
             f"the source has no {_some(lacking)} in its param group: it is not that of a "

@@ -195,4 +195,5 @@ def _laid_out_as(leaf: Tensor, moment: Tensor) -> Tensor:
 
 def _step(count: float) -> Tensor:
     """A count as torch keeps it; where float32 stops, in float64, in which it can go on."""
-    return torch.tensor(count, dtype=torch.float32 if count < _FLOAT32_STOPS else torch.float64)
+    dtype = torch.float32 if count < _FLOAT32_STOPS else torch.float64
+    return torch.tensor(count, dtype=dtype, device="cpu")

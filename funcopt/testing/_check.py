@@ -85,7 +85,7 @@ def problems(
 def check_optimizer(
     opt: Any,
     *,
-    laws: Sequence[Law] = LAWS,
+    laws: Sequence[Law | str] = LAWS,
     params: st.SearchStrategy[Tree] | None = None,
     max_examples: int = 25,
     seed: int = 0,
@@ -94,7 +94,8 @@ def check_optimizer(
 
     Args:
         opt: Anything with `init(params)` and `update(grads, state, params)`.
-        laws: The laws; a law named here applies by its own conditions still.
+        laws: The laws, themselves or by their names; one that is named here applies by its own
+            conditions still.
         params: A strategy for the parameters; `strategies.params()` if None.
         max_examples: How many problems to try for each law; a law that compiles takes a few.
         seed: The same seed tries the same problems.
@@ -103,8 +104,9 @@ def check_optimizer(
         A report, in the order of the laws. A law that fails comes with the smallest example found.
 
     Raises:
-        TypeError: If `opt` lacks `init` or `update`, or `params` is no strategy.
-        ValueError: If `max_examples` is less than 1.
+        TypeError: If `opt` lacks `init` or `update`, or is a class; if `laws` is no list of laws,
+            or `params` no strategy.
+        ValueError: If there is no law of a name, or `max_examples` is less than 1.
 
     Example:
         >>> import funcopt
@@ -112,6 +114,8 @@ def check_optimizer(
         >>> check_optimizer(funcopt.AdamW(), laws=[laws.deterministic], max_examples=5).ok
         True
     """
+    if isinstance(opt, type):
+        raise TypeError(f"{opt!r} is a class: give an instance, such as {opt.__name__}().")
     for method in ("init", "update"):
         if not callable(getattr(opt, method, None)):
             raise TypeError(f"{opt!r} has no {method}(): an optimizer has init() and update().")
@@ -123,9 +127,25 @@ def check_optimizer(
     if max_examples < 1:
         raise ValueError(f"max_examples={max_examples}: must be at least 1.")
     verdicts = tuple(
-        check_law(law, opt, params=params, max_examples=max_examples, seed=seed) for law in laws
+        check_law(law, opt, params=params, max_examples=max_examples, seed=seed)
+        for law in _found(laws)
     )
     return Report(type(opt).__name__, verdicts)
+
+
+def _found(laws: Any) -> list[Law]:
+    """Return laws that were given themselves or by name."""
+    if not isinstance(laws, list | tuple):
+        raise TypeError(
+            f"laws={laws!r}: must be a list of laws or their names, such as ['deterministic']."
+        )
+    by_name: dict[Any, Law] = {law.__name__: law for law in LAWS}
+    for law in laws:
+        if isinstance(law, str) and law not in by_name:
+            raise ValueError(f"laws has {law!r}, and no law has this name: {', '.join(by_name)}.")
+        if not isinstance(law, str) and not callable(law):
+            raise TypeError(f"laws has {law!r}: a law is a function, or the name of one.")
+    return [by_name[law] if isinstance(law, str) else law for law in laws]
 
 
 # Each compilation takes a second.
@@ -200,13 +220,13 @@ def _search(
 
 
 def parametrize_laws(
-    opt: Any, *, laws: Sequence[Law] = LAWS
+    opt: Any, *, laws: Sequence[Law | str] = LAWS
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Make a pytest test of one law into one test for each law.
 
     Args:
         opt: The optimizer, after which the tests are named.
-        laws: The laws.
+        laws: The laws, themselves or by their names.
 
     Returns:
         A decorator for a test that takes `law`, and calls it or `check_optimizer` with it.
@@ -220,5 +240,5 @@ def parametrize_laws(
     """
     import pytest  # noqa: PLC0415  # only who writes tests for pytest needs it
 
-    name = type(opt).__name__
-    return pytest.mark.parametrize("law", laws, ids=[f"{name}-{law.__name__}" for law in laws])
+    name, own = type(opt).__name__, _found(laws)
+    return pytest.mark.parametrize("law", own, ids=[f"{name}-{law.__name__}" for law in own])

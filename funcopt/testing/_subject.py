@@ -14,7 +14,19 @@ from .. import _tree
 from .._types import Tree
 from ._compare import NotApplicable
 
-__all__ = ["Step", "cast", "clone", "field", "last", "leaves_of", "replace", "run", "tree_map"]
+__all__ = [
+    "Step",
+    "cast",
+    "clone",
+    "field",
+    "fields",
+    "last",
+    "leaves_of",
+    "replace",
+    "run",
+    "says",
+    "tree_map",
+]
 
 
 class Step(NamedTuple):
@@ -55,6 +67,32 @@ def field(opt: Any, name: str) -> Any:
         with contextlib.suppress(NotApplicable):
             return field(inner, name)
     raise NotApplicable(f"it has no {name}")
+
+
+def fields(opt: Any, name: str) -> list[Any]:
+    """Return a hyperparameter of an optimizer and of each one it wraps, of those that have it."""
+    own = [getattr(opt, name)] if name in _fields(opt) else []
+    return own + [value for inner in _wrapped(opt).values() for value in fields(inner, name)]
+
+
+def says(opt: Any, trait: str) -> bool | None:
+    """Return whether an optimizer is `"leafwise"` or `"elementwise"`, as it says of itself.
+
+    That is what its class says, and the classes of all that it wraps. What is elementwise is
+    leafwise, and what is not leafwise is not elementwise.
+
+    Returns:
+        False if one of them says so, True if all say so, else None.
+    """
+    said = [getattr(type(opt), own, None) for own in ("leafwise", "elementwise")]
+    if trait == "leafwise":
+        own = True if said[1] is True else said[0]
+    else:
+        own = False if said[0] is False else said[1]
+    parts = [own, *(says(inner, trait) for inner in _wrapped(opt).values())]
+    if False in parts:
+        return False
+    return True if all(part is True for part in parts) else None
 
 
 def _wrapped(opt: Any) -> dict[Any, Any]:

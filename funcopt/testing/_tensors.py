@@ -11,13 +11,17 @@ __all__ = ["LAYOUTS", "VALUES", "build", "like"]
 
 
 def _sparse(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    keep = torch.randint(0, 2, shape, generator=generator)
-    return torch.randn(shape, generator=generator, dtype=torch.float64) * keep
+    keep = torch.randint(0, 2, shape, generator=generator, device="cpu")
+    return _normal(shape, generator) * keep
+
+
+def _normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
 
 
 def _tiny(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
     smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
-    return torch.randint(-3, 4, shape, generator=generator).double() * smallest
+    return torch.randint(-3, 4, shape, generator=generator, device="cpu").double() * smallest
 
 
 def _real(
@@ -25,14 +29,14 @@ def _real(
 ) -> Tensor:
     """Values in float64, each of which `dtype` can hold."""
     simple: dict[str, Callable[[], Tensor]] = {
-        "zeros": lambda: torch.zeros(shape, dtype=torch.float64),
-        "ones": lambda: torch.ones(shape, dtype=torch.float64),
-        "normal": lambda: torch.randn(shape, generator=generator, dtype=torch.float64),
+        "zeros": lambda: torch.zeros(shape, dtype=torch.float64, device="cpu"),
+        "ones": lambda: torch.ones(shape, dtype=torch.float64, device="cpu"),
+        "normal": lambda: _normal(shape, generator),
         "sparse": lambda: _sparse(shape, generator),
         "tiny": lambda: _tiny(shape, dtype, generator),
         # A quarter of the largest, so that sums of a few stay finite.
         "huge": lambda: (
-            (torch.randint(0, 2, shape, generator=generator).double() - 0.5)
+            (torch.randint(0, 2, shape, generator=generator, device="cpu").double() - 0.5)
             * (torch.finfo(dtype).max / 2)
         ),
     }
@@ -45,8 +49,8 @@ VALUES = ("zeros", "ones", "normal", "sparse", "tiny", "huge")
 def build(
     shape: tuple[int, ...], dtype: torch.dtype, values: str, layout: str, seed: int
 ) -> Tensor:
-    """Make a tensor from its recipe; the same recipe gives the same tensor."""
-    generator = torch.Generator().manual_seed(seed)
+    """Make a tensor from its recipe, on the CPU; the same recipe gives the same tensor."""
+    generator = torch.Generator("cpu").manual_seed(seed)
     content = _real(shape, dtype, values, generator)
     if dtype.is_complex:
         content = torch.complex(content, _real(shape, dtype, values, generator))

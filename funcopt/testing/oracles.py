@@ -1,8 +1,9 @@
 """Oracles: an optimizer written again from its paper, in float64, to hold the real one to.
 
 An oracle shares no line with what it judges. It is a function `oracle(opt, grads, state, params)`
-of trees in float64 that returns the parameters and the state after one update. An optimizer without
-one of its own is judged by itself, run in float64.
+of trees in float64 that returns the parameters and the state after one update. The law
+`matches_oracle` judges optimizers of registered classes. `OptimizerMachine` holds one without an
+oracle to its own update, run in float64 one tree after the other.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from .. import _tree
 from .._adamw import AdamW, AdamWState
 from .._types import Tree
 
-__all__ = ["adamw", "oracle_of", "register"]
+__all__ = ["Oracle", "adamw", "oracle_of", "own_update", "register", "registered"]
 
 Oracle = Callable[[Any, Tree, Any, Tree], tuple[Tree, Any]]
 
@@ -34,12 +35,21 @@ def register(kind: type, oracle: Oracle) -> None:
     _ORACLES[kind] = oracle
 
 
+def registered(opt: Any) -> Oracle | None:
+    """Return the oracle of an optimizer's class, or of one that it inherits from; None if none."""
+    found = (_ORACLES[kind] for kind in type(opt).__mro__ if kind in _ORACLES)
+    return next(found, None)
+
+
 def oracle_of(opt: Any) -> Oracle:
     """Return the oracle of an optimizer: the one of its class, or its own update."""
-    for kind in type(opt).__mro__:
-        if kind in _ORACLES:
-            return _ORACLES[kind]
-    return lambda opt, grads, state, params: opt.update(grads, state, params)
+    return registered(opt) or own_update
+
+
+def own_update(opt: Any, grads: Tree, state: Any, params: Tree) -> tuple[Tree, Any]:
+    """Take the optimizer's own step, in the dtype of the trees."""
+    moved: tuple[Tree, Any] = opt.update(grads, state, params)
+    return moved
 
 
 def adamw(opt: AdamW, grads: Tree, state: AdamWState, params: Tree) -> tuple[Tree, AdamWState]:

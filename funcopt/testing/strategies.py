@@ -301,7 +301,7 @@ def hyperparameters(*, tensor: bool = False) -> st.SearchStrategy[dict[str, Any]
 def _as_tensor(value: Any) -> Any:
     if isinstance(value, tuple):
         return tuple(map(_as_tensor, value))
-    return torch.tensor(value, dtype=torch.float64)
+    return torch.tensor(value, dtype=torch.float64, device="cpu")
 
 
 def adamws(**fixed: Any) -> st.SearchStrategy[AdamW]:

@@ -214,6 +214,10 @@ class Leafwise(Descent):
     leafwise = True
 
 
+class Elementwise(Descent):
+    elementwise = True
+
+
 class Heir(Leafwise):
     """Says nothing of itself."""
 
@@ -237,10 +241,11 @@ def test_what_looks_at_several_leaves_is_refused_with_the_reason(opt, reason):
     assert all(p.grad is not None for p in trained(model).values())
 
 
-def test_an_optimizer_of_ones_own_says_that_it_is_leafwise():
+@pytest.mark.parametrize("kind", [Leafwise, Elementwise])
+def test_an_optimizer_of_ones_own_says_that_it_is_leafwise(kind):
     model = torch.nn.Linear(2, 1, bias=False)
     before = model.weight.detach().clone()
-    handle = update_in_backward(model, Leafwise())
+    handle = update_in_backward(model, kind())
     model(torch.ones(2)).backward()
     assert torch.equal(model.weight, before - 1)
     assert handle.state == {"weight": ()}

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from funcopt import AdamW, AdamWState
+from funcopt import AdamW, AdamWState, Ema, Partition
 from funcopt.interop import from_state_dict, from_torch, to_state_dict
 from funcopt.testing import strategies
 
@@ -86,6 +86,12 @@ STATES = {
     "one tensor twice": [torch.ones(2)] * 2,
     "halves of one": dict(enumerate(torch.arange(4.0).split(2))),
     "conjugate": [torch.randn(3, dtype=torch.complex64).conj()],
+    "conjugate or negative, not yet computed": {
+        "negative": torch._neg_view(torch.ones(2)),
+        "negative complex": torch._neg_view(torch.randn(2, dtype=torch.complex64)),
+        "both": torch._neg_view(torch.randn(2, dtype=torch.complex64).conj()),
+        "of shape ()": torch.tensor(1 + 2j).conj().imag,
+    },
     "booleans": (torch.tensor([True, False]), torch.tensor(2**62)),
 }
 
@@ -218,6 +224,106 @@ def test_what_requires_a_gradient_is_stored_without_and_comes_back_as_the_templa
     assert [leaf.requires_grad for leaf in loaded] == [True, True, False]
     assert all(leaf.is_leaf for leaf in loaded)
     assert loaded[1] == 2
+
+
+def test_the_device_that_the_process_makes_tensors_on_makes_no_difference():
+    state = moved({"w": torch.ones(2)})
+    with torch.device("meta"):
+        d = to_state_dict(state)
+        loaded = from_state_dict(state, d)
+    assert_same_bits(d, to_state_dict(state))
+    assert_same_bits(loaded, state)
+
+
+# One count for all leaves, and one for each.
+
+
+def after(opt, gradients):
+    """A state after updates with these gradients, some of which may be None."""
+    params = {"b": torch.ones(3), "w": torch.ones(2, dtype=torch.complex64)}
+    state = opt.init(params)
+    template = clone(state)
+    for grads in gradients:
+        params, state = opt.update(grads, state, params)
+    return template, state, params
+
+
+GRADS = {"b": torch.full((3,), 0.5), "w": torch.full((2,), 1 - 2j)}
+SHARED, OWN = AdamW(lr=0.1), AdamW(lr=0.1, step_per_leaf=True)
+# The optimizers of one kind and of the other, bare and where their states lie deeper.
+PAIRS = {
+    "bare": (SHARED, OWN),
+    "wrapped": (Ema(SHARED, 0.5), Ema(OWN, 0.5)),
+    "of a group": tuple(
+        Partition({"one": opt, "other": SHARED}, {"b": "one", "w": "other"})
+        for opt in (SHARED, OWN)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize("direction", ["one for each", "each for one"])
+def test_a_run_goes_on_to_the_bit_where_counts_of_the_other_kind_say_the_same(name, direction):
+    before, beyond = PAIRS[name] if direction == "one for each" else reversed(PAIRS[name])
+    template = after(beyond, [])[0]
+    _, state, params = after(before, [GRADS, GRADS])
+    loaded = from_state_dict(template, to_state_dict(state), strict=False)
+    expected = before.update(GRADS, state, params)[0]
+    assert_same_bits(beyond.update(GRADS, loaded, params)[0], expected)
+
+
+def test_counts_of_the_other_kind_are_refused_by_strict_with_the_way_to_have_them_taken():
+    for opt, other, word in ((SHARED, OWN, "gives it to each"), (OWN, SHARED, "takes it from")):
+        d = to_state_dict(after(opt, [GRADS])[1])
+        with pytest.raises(
+            ValueError, match=f"state.step: one count .*strict=False {word}"
+        ) as error:
+            from_state_dict(after(other, [])[0], d)
+        assert str(error.value).count("\n  ") == 1
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_counts_that_differ_do_not_become_one(strict):
+    d = to_state_dict(after(OWN, [GRADS, {**GRADS, "w": None}])[1])
+    message = r"state.step\['b'\] is 2.0, state.step\['w'\] is 1.0, .* step_per_leaf=True"
+    with pytest.raises(ValueError, match=message):
+        from_state_dict(after(SHARED, [])[0], d, strict=strict)
+
+
+def test_a_leaf_that_the_dict_does_not_have_is_not_given_the_count_of_the_others():
+    d = to_state_dict(SHARED.update({"b": torch.ones(3)}, *_first({"b": torch.ones(3)}))[1])
+    loaded = from_state_dict(after(OWN, [])[0], d, strict=False)
+    assert {name: float(step) for name, step in loaded.step.items()} == {"b": 1.0, "w": 0.0}
+
+
+def _first(params):
+    return SHARED.init(params), params
+
+
+@pytest.mark.parametrize("opt", [SHARED, OWN], ids=["one", "each"])
+def test_moments_without_their_count_are_refused(opt):
+    template, state, _ = after(opt, [GRADS])
+    d = {key: entry for key, entry in to_state_dict(state).items() if "step" not in key}
+    with pytest.raises(ValueError, match=r"state.step.*: missing, and the moments whose updates"):
+        from_state_dict(template, d, strict=False)
+
+
+@pytest.mark.parametrize(
+    ("count", "message"),
+    {
+        "float32": (torch.ones(()), "dtype torch.float32, the template has torch.float64"),
+        "a number": (1.0, "of type float, not a tensor"),
+        "meta": (torch.ones((), device="meta").double(), "on the meta device"),
+        "a shape": (torch.ones(1).double(), r"shape \(1,\), the template has \(\)"),
+    }.values(),
+    ids=str,
+)
+def test_counts_of_the_other_kind_must_be_counts(count, message):
+    for opt, other in ((SHARED, OWN), (OWN, SHARED)):
+        d = to_state_dict(after(opt, [GRADS])[1])
+        d.update((key, count) for key in list(d) if key.startswith("state.step"))
+        with pytest.raises(ValueError, match=message):
+            from_state_dict(after(other, [])[0], d, strict=False)
 
 
 # What is refused.

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import rule, run_state_machine_as_test
 
@@ -48,5 +49,6 @@ class HandOverMachine(OptimizerMachine):
         self.params = _tree.unflatten(structure, moved)
 
 
+@pytest.mark.filterwarnings("ignore:the source counts")  # all gradients drawn may be 0
 def test_a_run_goes_to_torch_and_back_whatever_else_is_done(examples):
     run_state_machine_as_test(HandOverMachine, settings=settings(examples(by_night=400)))

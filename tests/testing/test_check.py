@@ -83,6 +83,34 @@ def test_the_report_counts():
     assert str(report).startswith("Writing: 1 hold, 1 broken, 1 not applicable")
 
 
+def test_laws_may_be_given_by_their_names():
+    report = check_optimizer(Descent(), laws=["deterministic", laws.never_mutates], max_examples=5)
+    assert [verdict.law for verdict in report.verdicts] == ["deterministic", "never_mutates"]
+    (mark,) = parametrize_laws(Descent(), laws=["deterministic"]).mark.args[1:]
+    assert mark == [laws.deterministic]
+
+
+WRONG_LAWS = {
+    "has 'determinism', and no law has this name: never_mutates, .*": ["determinism"],
+    "has 3: a law is a function, or the name of one": [3],
+    "must be a list of laws or their names": "deterministic",
+    "must be a list of laws": laws.deterministic,
+    "must be a list": laws,
+}
+
+
+@pytest.mark.parametrize("message", WRONG_LAWS)
+def test_what_are_no_laws_is_refused(message):
+    for check in (check_optimizer, parametrize_laws):
+        with pytest.raises((TypeError, ValueError), match=f"laws.*{message}"):
+            check(Descent(), laws=WRONG_LAWS[message])
+
+
+def test_a_class_is_refused_in_place_of_an_optimizer():
+    with pytest.raises(TypeError, match=r"is a class: give an instance, such as AdamW\(\)"):
+        check_optimizer(AdamW)
+
+
 def test_what_is_no_optimizer_is_refused():
     with pytest.raises(
         TypeError, match=r"has no init\(\): an optimizer has init\(\) and update\(\)"

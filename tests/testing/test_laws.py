@@ -19,6 +19,8 @@ from funcopt.schedules import Cosine
 from funcopt.testing import laws
 from funcopt.testing._check import check_law
 
+from ..cases import leaves, tree_map
+
 # A new optimizer or wrapper joins by one line.
 SUBJECTS = {
     "AdamW": AdamW(),
@@ -64,6 +66,85 @@ def test_every_law_holds_or_does_not_apply(name, law, examples):
 def test_every_law_applies_to_a_plain_adamw(law, examples):
     number = examples(law, by_night=100)
     assert check_law(law, AdamW(), max_examples=number).status == "holds"
+
+
+@pytest.mark.parametrize("law", [laws.leaves_are_independent, laws.elements_are_independent])
+@pytest.mark.parametrize("wrapper", [SkipNonfinite, LossScale])
+def test_what_acts_on_overflow_alone_couples_nothing_else(wrapper, law):
+    """They say nothing of themselves, since one leaf's overflow stops the others."""
+    said = type("Said", (wrapper,), {"elementwise": True})
+    assert check_law(law, said(AdamW(lr=0.1)), max_examples=15).status == "holds"
+
+
+class ByRows(AdamW):
+    """Takes from each row of a gradient its mean, and says nothing of it."""
+
+    elementwise = None
+
+    def update(self, grads, state, params):
+        centred = tree_map(lambda g: g - g.mean(0) if g.ndim == 2 and len(g) else g, grads)
+        return super().update(centred, state, params)
+
+
+class SaysTooMuch(ByRows):
+    elementwise = True
+
+
+class ByNorm(AdamW):
+    """Looks at all gradients together, and says so."""
+
+    elementwise = None
+    leafwise = False
+
+    def update(self, grads, state, params):
+        size = 1 + sum(g.abs().double().square().sum() for g in leaves(grads))
+        return super().update(tree_map(lambda g: (g / size).to(g.dtype), grads), state, params)
+
+
+class SaysTooMuchOfLeaves(ByNorm):
+    leafwise = True
+
+
+def test_an_optimizer_is_held_to_what_it_says_of_leaves_and_elements():
+    by_rows, by_norm = ByRows(lr=0.1), ByNorm(lr=0.1)
+    names, alone, stacked = (
+        laws.names_do_not_matter,
+        laws.leaves_are_independent,
+        laws.elements_are_independent,
+    )
+    assert check_law(names, by_rows).status == check_law(names, by_norm).status == "holds"
+    unsaid = check_law(stacked, by_rows)
+    assert (unsaid.status, unsaid.detail) == (
+        "not applicable",
+        "it does not say that each element moves by itself, by elementwise = True in its class",
+    )
+    assert check_law(alone, by_norm).detail == "it says leafwise = False"
+    assert check_law(stacked, SaysTooMuch(lr=0.1)).status == "fails"
+    assert check_law(alone, SaysTooMuchOfLeaves(lr=0.1)).status == "fails"
+
+
+def test_without_an_oracle_the_law_of_oracles_does_not_apply():
+    verdict = check_law(laws.matches_oracle, Clip(AdamW(), 1.0), max_examples=2)
+    assert (verdict.status, verdict.detail) == (
+        "not applicable",
+        "no oracle is registered for Clip",
+    )
+
+
+class Rounding(AdamW):
+    """Computes float32 in bfloat16."""
+
+    def update(self, grads, state, params):
+        moved, state = super().update(grads, state, params)
+        return tree_map(
+            lambda p: p.bfloat16().float() if p.dtype is torch.float32 else p, moved
+        ), state
+
+
+def test_what_loses_digits_does_not_agree_with_itself_in_float64():
+    law = laws.agrees_with_itself_in_float64
+    assert check_law(law, Rounding(lr=0.1)).status == "fails"
+    assert check_law(law, Clip(AdamW(lr=0.1), 1.0)).status == "holds"
 
 
 def test_a_broken_law_names_law_step_path_and_both_values():

@@ -14,9 +14,9 @@ from typing import Any
 from ..._types import Tree
 from .._compare import LawBroken, NotApplicable
 from ._agreement import (
+    agrees_with_itself_in_float64,
     compiles_once,
     kernels_agree,
-    leaves_are_independent,
     matches_oracle,
     matches_torch,
 )
@@ -27,6 +27,8 @@ from ._algebra import (
     scale_invariant,
     zero_lr_moves_nothing,
 )
+from ._descent import goes_downhill
+from ._leaves import elements_are_independent, leaves_are_independent, names_do_not_matter
 from ._purity import (
     bad_trees_raise,
     deterministic,
@@ -59,12 +61,16 @@ LAWS: tuple[Law, ...] = (
     kernels_agree,
     matches_torch,
     matches_oracle,
+    agrees_with_itself_in_float64,
+    names_do_not_matter,
     leaves_are_independent,
+    elements_are_independent,
     vmap_is_loop,
     nested_vmap_is_loop,
     per_member_hyperparameters,
     gradient_is_finite,
     gradient_matches_differences,
+    goes_downhill,
     zero_lr_moves_nothing,
     maximize_is_minimize_negated,
     decay_is_decoupled,
@@ -78,11 +84,14 @@ __all__ = [
     "Law",
     "LawBroken",
     "NotApplicable",
+    "agrees_with_itself_in_float64",
     "bad_trees_raise",
     "compiles_once",
     "decay_is_decoupled",
     "deterministic",
+    "elements_are_independent",
     "first_step_is_sign",
+    "goes_downhill",
     "gradient_is_finite",
     "gradient_matches_differences",
     "inplace_is_pure",
@@ -92,6 +101,7 @@ __all__ = [
     "matches_oracle",
     "matches_torch",
     "maximize_is_minimize_negated",
+    "names_do_not_matter",
     "nested_vmap_is_loop",
     "never_mutates",
     "outputs_share_no_memory",

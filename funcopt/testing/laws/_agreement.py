@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,13 +12,13 @@ from ..._adamw import AdamW
 from ..._kernels import KERNELS, unserved
 from ..._types import Tree
 from .._compare import EXACT, ROUNDING, NotApplicable, compare
-from .._subject import cast, field, leaves_of, replace, run, tree_map
-from ..oracles import oracle_of
+from .._subject import cast, field, leaves_of, replace, run, says, tree_map
+from ..oracles import Oracle, own_update, registered
 
 __all__ = [
+    "agrees_with_itself_in_float64",
     "compiles_once",
     "kernels_agree",
-    "leaves_are_independent",
     "matches_oracle",
     "matches_torch",
 ]
@@ -81,14 +80,32 @@ def matches_torch(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> None
 
 
 def matches_oracle(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> None:
-    """Each step is its oracle's, rounded to the dtype of the leaf.
+    """Each step is its oracle's, rounded to the dtype of the leaf, if one is registered for it.
 
     The oracle takes each step in float64 from what the optimizer stored, so that what is compared
     is one step's rounding, not what rounding grows into.
     """
-    oracle = oracle_of(opt)
+    oracle = registered(opt)
+    if oracle is None:
+        raise NotApplicable(f"no oracle is registered for {type(opt).__name__}")
+    _matches("matches_oracle", oracle, opt, params, gradient_sequence)
+
+
+def agrees_with_itself_in_float64(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> None:
+    """Each step is the one that the optimizer itself takes in float64, rounded.
+
+    It says nothing of where a step should lead, but that no more is lost on the way there than the
+    dtype of the leaf takes.
+    """
+    _matches("agrees_with_itself_in_float64", own_update, opt, params, gradient_sequence)
+
+
+def _matches(
+    law: str, oracle: Oracle, opt: Any, params: Tree, gradient_sequence: list[Tree]
+) -> None:
     # A norm over all leaves brings the rounding of the coarsest to each.
-    coupled = _has(opt, "max_norm") and any(leaf.dtype not in _DOUBLE for leaf in leaves_of(params))
+    coarse = any(leaf.dtype not in _DOUBLE for leaf in leaves_of(params))
+    coupled = coarse and says(opt, "leafwise") is not True
     if _averages_parameters(opt) and any(leaf.itemsize == 2 for leaf in leaves_of(params)):
         raise NotApplicable("its average is wider than the rounded parameters that are averaged")
     for step in run(opt, params, gradient_sequence):
@@ -101,7 +118,7 @@ def matches_oracle(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> Non
             trees = actual, _rounded(exact, actual)
             if coupled:
                 trees = tuple(tree_map(_narrowed, tree) for tree in trees)
-            compare("matches_oracle", step.number, root, *trees, ROUNDING, before)
+            compare(law, step.number, root, *trees, ROUNDING, before)
 
 
 _DOUBLE = torch.float64, torch.complex128
@@ -152,57 +169,3 @@ def compiles_once(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> None
 
 def _plain_layout(tensor: Tensor) -> Tensor:
     return tensor.detach().clone(memory_format=torch.contiguous_format)
-
-
-def leaves_are_independent(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> None:
-    """A leaf moves as it would under another name, elsewhere, alone, or stacked on itself.
-
-    An optimizer that clips by the norm of all gradients is held to the first two alone, one that
-    clips by units, which are other ones in a stack, to the first three.
-    """
-    leaves, structure = _tree.flatten(params)
-    rows = [_tree.pair(grads, "grads", structure).leaves for grads in gradient_sequence]
-    whole = [_tree.flatten(step.new_params)[0] for step in run(opt, params, gradient_sequence)]
-    paths = _tree.paths(structure, "params")
-
-    backward = [f"x{index}" for index in reversed(range(len(leaves)))]
-
-    def renamed(row: list[Any]) -> Tree:
-        return dict(zip(backward, reversed(row), strict=True))
-
-    for step in run(opt, renamed(leaves), [renamed(row) for row in rows]):
-        expected = renamed(whole[step.number - 1])
-        compare(
-            "leaves_are_independent (renamed)",
-            step.number,
-            "params",
-            step.new_params,
-            expected,
-            ROUNDING,
-        )
-
-    if _has(opt, "max_norm"):  # the norm of all gradients decides how each moves
-        return
-    settings: dict[str, Callable[[Any], Any]] = {"alone": lambda tensor: tensor}
-    if not _has(opt, "clipping"):
-        settings["stacked"] = _stacked
-    for index, leaf in enumerate(leaves):
-        for law, prepare in settings.items():
-            row = [prepare(r[index]) for r in rows]
-            for step in run(opt, [prepare(leaf)], [[g] for g in row]):
-                expected = prepare(whole[step.number - 1][index])
-                name = f"leaves_are_independent ({law})"
-                compare(name, step.number, paths[index], step.new_params[0], expected, ROUNDING)
-
-
-def _has(opt: Any, name: str) -> bool:
-    """Whether an optimizer has a hyperparameter of this name, or one that it wraps."""
-    try:
-        field(opt, name)
-    except NotApplicable:
-        return False
-    return True
-
-
-def _stacked(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else torch.stack([tensor, tensor])

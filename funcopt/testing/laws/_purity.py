@@ -173,16 +173,17 @@ def survives_zero_gradients(opt: Any, params: Tree, gradient_sequence: list[Tree
 def bad_trees_raise(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> None:  # noqa: ARG001
     """A gradient of a wrong structure or shape raises; keys in another order pair or raise."""
     leaves = [leaf for leaf in leaves_of(params) if leaf.ndim > 0 and leaf.numel() > 1]
-    given = {
-        "a": leaves[0] if leaves else torch.ones(2),
-        "b": torch.ones(2, 3),
-        "c": torch.ones(2, 3),
-    }
+    device = leaves[0].device if leaves else "cpu"
+
+    def ones(*shape: int) -> Tensor:
+        return torch.ones(shape, dtype=torch.float32, device=device)
+
+    given = {"a": leaves[0] if leaves else ones(2), "b": ones(2, 3), "c": ones(2, 3)}
     grads = {name: torch.full_like(leaf, i + 1.0) for i, (name, leaf) in enumerate(given.items())}
     state = opt.init(given)
     bad = {
         "a missing key": {name: grads[name] for name in ("a", "b")},
-        "an extra key": {**grads, "d": torch.ones(2)},
+        "an extra key": {**grads, "d": ones(2)},
         "a renamed key": {"a": grads["a"], "b": grads["b"], "d": grads["c"]},
         "a transposed gradient": {**grads, "b": grads["b"].mT},
         "a gradient to broadcast": {**grads, "b": grads["b"][:1]},

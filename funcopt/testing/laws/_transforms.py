@@ -59,7 +59,7 @@ def per_member_hyperparameters(opt: Any, params: Tree, gradient_sequence: list[T
     if callable(lr):
         raise NotApplicable("its lr is a schedule")
     sequence = _without_none(gradient_sequence)
-    lrs = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64) * float(lr)
+    lrs = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64, device="cpu") * float(lr)
     stacked = _stack(params)
     state = vmap(opt.init)(stacked)
     step = vmap(lambda lr, g, s, p: replace(opt, lr=lr).update(g, s, p))
@@ -128,7 +128,7 @@ def gradient_matches_differences(opt: Any, params: Tree, gradient_sequence: list
         scaled = [tree_map(lambda g, i=i: g * scale ** (i + 1), g) for i, g in enumerate(sequence)]
         return after(tree_map(lambda p: p * scale, wide), scaled)
 
-    one, h = torch.ones((), dtype=torch.float64), 1e-5
+    one, h = torch.ones((), dtype=torch.float64, device="cpu"), 1e-5
     difference = (along(one + h) - along(one - h)) / (2 * h)
     for mode, slope in (
         ("reverse", grad(along)(one)),

@@ -1,0 +1,104 @@
+"""The entries of a checkpoint: their keys, and counts of updates of one kind for those of another.
+
+An `AdamW` counts the updates of all leaves at once or, with `step_per_leaf`, those of each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from .. import _tree
+from .._adamw import AdamWState
+from .._types import Tree
+
+__all__ = ["key_of", "recount"]
+
+
+def key_of(path: str, leaf: Tensor) -> str:
+    """Return the key of the entry for a leaf: a complex one is stored as pairs of real numbers."""
+    return f"torch.view_as_real({path})" if leaf.is_complex() else path
+
+
+def recount(
+    template: Tree, d: Mapping[str, Any], *, strict: bool
+) -> tuple[dict[str, Any], list[str]]:
+    """Return a dict with its counts as the template has them, and what is wrong with them.
+
+    One count for all leaves becomes that of each leaf whose moments are in the dict. Counts of
+    each leaf become one if they are equal. Moments without a count are a fault: an update would
+    correct their bias as if they were new.
+
+    Args:
+        template: The tree to be filled.
+        d: The dict.
+        strict: Whether counts of the other kind are a fault as well. (Moments without a count are
+            none here: their count is an entry that is missing.)
+    """
+    entries, faults = dict(d), []
+    for keys in _keys_of(template):
+        there = [key for key in keys.each if key in d]
+        with_moments = [key for key, moment in keys.each.items() if moment in d]
+        if keys.per_leaf and keys.one in d and not there:
+            entries.update(dict.fromkeys(with_moments, entries.pop(keys.one)))
+            faults += [_ONE_FOR_EACH.format(keys.one)] * strict
+        elif not keys.per_leaf and there and keys.one not in d:
+            counts = {key: entries.pop(key) for key in there}
+            entries[keys.one] = counts[there[0]]
+            faults += list(_differing(counts)) or [_EACH_FOR_ONE.format(keys.one)] * strict
+        elif not strict:
+            needed = with_moments if keys.per_leaf else [keys.one][: len(with_moments)]
+            faults += [_NO_COUNT.format(key) for key in needed if key not in d]
+    return entries, faults
+
+
+_ONE_FOR_EACH = (
+    "{}: one count for all leaves, the template has one for each (step_per_leaf=True): "
+    "strict=False gives it to each"
+)
+_EACH_FOR_ONE = (
+    "{}: one count for each leaf, the template has one for all (step_per_leaf=False): "
+    "strict=False takes it from leaves that agree, as these do"
+)
+_NO_COUNT = "{}: missing, and the moments whose updates it counts are there"
+
+
+class _Keys(NamedTuple):
+    """The keys under which the counts of one `AdamWState` may stand in a dict."""
+
+    per_leaf: bool  # whether the template has one count for each leaf
+    one: str  # of one count for all leaves
+    each: dict[str, str]  # of the count of each leaf, and of its first moment
+
+
+def _keys_of(template: Tree) -> Iterator[_Keys]:
+    nodes, outside = _tree.flatten_above(template, lambda node: isinstance(node, AdamWState))
+    for path, node in zip(_tree.paths(outside, "state"), nodes, strict=True):
+        if not isinstance(node, AdamWState):
+            continue
+        moments, structure = _tree.flatten(node.exp_avg)
+        each = {
+            f"{path}.step{own}": key_of(f"{path}.exp_avg{own}", moment)
+            for own, moment in zip(_tree.paths(structure, ""), moments, strict=True)
+        }
+        yield _Keys(not isinstance(node.step, Tensor), f"{path}.step", each)
+
+
+def _differing(counts: Mapping[str, Any]) -> Iterator[str]:
+    """Say that counts differ, if they do, and name two."""
+    values = {key: _value(count) for key, count in counts.items()}
+    first = next(iter(values))
+    for key, value in values.items():
+        if value != values[first]:
+            yield (
+                f"{first} is {values[first]}, {key} is {value}, and the template has one count for "
+                f"all leaves: make it with step_per_leaf=True"
+            )
+            return
+
+
+def _value(count: Any) -> Any:
+    """Return what a count is; of what is none, that all alike are so: it is refused by itself."""
+    return count.tolist() if isinstance(count, Tensor) and not count.is_meta else None

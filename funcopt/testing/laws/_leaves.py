@@ -1,0 +1,81 @@
+"""What decides how a leaf moves: nothing beyond what the optimizer says of itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import _tree
+from ..._types import Tree
+from .._compare import ROUNDING, NotApplicable, compare
+from .._subject import run, says
+
+__all__ = ["elements_are_independent", "leaves_are_independent", "names_do_not_matter"]
+
+
+def names_do_not_matter(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> None:
+    """A leaf moves as it would under another name, elsewhere in the tree."""
+    structure = _tree.flatten(params)[1]
+    names = [f"x{index}" for index in reversed(range(structure.num_leaves))]
+
+    def renamed(tree: Tree) -> Tree:
+        leaves = _tree.pair(tree, "grads", structure).leaves
+        return dict(zip(names, reversed(leaves), strict=True))
+
+    others = run(opt, renamed(params), [renamed(grads) for grads in gradient_sequence])
+    for step, other in zip(run(opt, params, gradient_sequence), others, strict=True):
+        expected = renamed(step.new_params)
+        compare("names_do_not_matter", step.number, "params", other.new_params, expected, ROUNDING)
+
+
+def leaves_are_independent(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> None:
+    """A leaf moves as it would alone, if the optimizer says so: `leafwise = True` in its class.
+
+    One that takes a norm over all gradients is right, and says `leafwise = False`. `elementwise`
+    says it, too.
+    """
+    if says(opt, "leafwise") is not True:
+        raise NotApplicable(_unsaid(opt, "leafwise", "each leaf moves by itself"))
+    _alone(opt, params, gradient_sequence, lambda tensor: tensor, "leaves_are_independent")
+
+
+def elements_are_independent(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> None:
+    """A leaf moves as it would stacked on itself, if the optimizer says that it is `elementwise`.
+
+    One that looks at rows, columns or whole matrices is right, and says `elementwise = False`, or
+    nothing.
+    """
+    if says(opt, "elementwise") is not True:
+        raise NotApplicable(_unsaid(opt, "elementwise", "each element moves by itself"))
+    _alone(opt, params, gradient_sequence, _stacked, "elements_are_independent")
+
+
+def _unsaid(opt: Any, trait: str, what: str) -> str:
+    if says(opt, trait) is False:
+        return f"it says {trait} = False"
+    return f"it does not say that {what}, by {trait} = True in its class"
+
+
+def _alone(
+    opt: Any,
+    params: Tree,
+    gradient_sequence: list[Tree],
+    prepare: Callable[[Tensor], Tensor],
+    law: str,
+) -> None:
+    """Hold each leaf, prepared and updated alone, to what it became among the others."""
+    leaves, structure = _tree.flatten(params)
+    rows = [_tree.pair(grads, "grads", structure).leaves for grads in gradient_sequence]
+    whole = [_tree.flatten(step.new_params)[0] for step in run(opt, params, gradient_sequence)]
+    for index, path in enumerate(_tree.paths(structure, "params")):
+        grads = [None if row[index] is None else prepare(row[index]) for row in rows]
+        for step in run(opt, [prepare(leaves[index])], [[grad] for grad in grads]):
+            expected = prepare(whole[step.number - 1][index])
+            compare(law, step.number, path, step.new_params[0], expected, ROUNDING)
+
+
+def _stacked(tensor: Tensor) -> Tensor:
+    return torch.stack([tensor, tensor])
