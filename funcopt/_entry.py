@@ -1,6 +1,6 @@
-"""The way into every optimizer: past the compiler, if need be, and to the local parts of DTensors.
+"""The way into every optimizer: past the compiler and autocast, and to the local parts of DTensors.
 
-So the methods themselves know nothing of either.
+So the methods themselves know nothing of any of these.
 """
 
 from __future__ import annotations
@@ -16,20 +16,25 @@ from . import _kernels, _transforms, _tree
 from ._sharded import Parts, dtensor, has_sharded, working_on
 from ._types import Tree
 
-__all__ = ["wrap_updates"]
+__all__ = ["wrap_methods"]
 
 
-def wrap_updates(cls: type) -> None:
-    """Let `update` and `update_` of an optimizer serve DTensors, and know nothing of them.
+def wrap_methods(cls: type) -> None:
+    """Let an optimizer keep out of autocast, and its updates serve DTensors.
 
     The outermost optimizer replaces each by its local part, and makes of the results DTensors that
     lie as the old ones do. Optimizers within it are given plain tensors, with which nothing is done
     here. (`init` needs no such thing: to make zeros and copies is what a DTensor can do by itself.)
     Where it is being compiled, such an update stays out of the graph, as does one of many leaves.
     """
-    for name, on_local_parts in (("update", _update), ("update_", _update_)):
+    served: dict[str, Callable[[Any], Any]] = {
+        "init": _transforms.outside_autocast,
+        "update": lambda method: _serving(method, _update),
+        "update_": lambda method: _serving(method, _update_),
+    }
+    for name, serve in served.items():
         if name in vars(cls):
-            setattr(cls, name, _serving(vars(cls)[name], on_local_parts))
+            setattr(cls, name, serve(vars(cls)[name]))
 
 
 def _serving(method: Callable[..., Any], on_local_parts: Callable[..., Any]) -> Callable[..., Any]:
@@ -38,9 +43,10 @@ def _serving(method: Callable[..., Any], on_local_parts: Callable[..., Any]) -> 
         sharded = has_sharded(params)
         if _transforms.compiling() and (sharded or _too_many_to_compile(params)):
             return _transforms.uncompiled(serve, self, grads, state, params)
-        if not sharded:
-            return method(self, grads, state, params)
-        return on_local_parts(method, self, grads, state, params)
+        own = functools.partial(on_local_parts, method) if sharded else method
+        if _transforms.autocasting():
+            return _transforms.without_autocast(own, self, grads, state, params)
+        return own(self, grads, state, params)
 
     return serve
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 from torch import Tensor
 
 from . import _tree
-from ._entry import wrap_updates
+from ._entry import wrap_methods
 
 __all__ = ["register_optimizer"]
 
@@ -29,8 +29,9 @@ def register_optimizer(cls: type[OptimizerT]) -> type[OptimizerT]:
     """Make a frozen dataclass a pytree node for `torch.func` and for optree.
 
     Fields may be trees themselves: of a pair of betas, or of an inner optimizer, the tensors are
-    leaves. The methods that update are given the local parts of DTensors in place of these. A wrong
-    call of the class names the arguments there are, and says where parameters go.
+    leaves. Its methods run with autocast turned off, and those that update are given the local
+    parts of DTensors in place of these. A wrong call of the class names the arguments there are,
+    and says where parameters go.
 
     Returns:
         The class, so that this can stand above its definition.
@@ -72,7 +73,7 @@ def register_optimizer(cls: type[OptimizerT]) -> type[OptimizerT]:
         ]
 
     _tree.register_node(cls, flatten, unflatten, names)
-    wrap_updates(cls)
+    wrap_methods(cls)
     dataclass.__init__ = _explaining(dataclass.__init__, cls.__name__, fields)
     return cls
 
