@@ -43,10 +43,12 @@ def _serving(method: Callable[..., Any], on_local_parts: Callable[..., Any]) -> 
         sharded = has_sharded(params)
         if _transforms.compiling() and (sharded or _too_many_to_compile(params)):
             return _transforms.uncompiled(serve, self, grads, state, params)
-        own = functools.partial(on_local_parts, method) if sharded else method
         if _transforms.autocasting():
+            own = functools.partial(on_local_parts, method) if sharded else method
             return _transforms.without_autocast(own, self, grads, state, params)
-        return own(self, grads, state, params)
+        if not sharded:
+            return method(self, grads, state, params)
+        return on_local_parts(method, self, grads, state, params)
 
     return serve
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from .. import _transforms, _tree
-from .._checks import check_state
+from .._checks import check_state, is_dense, is_like, kind_of, shown_layout
 from .._types import Tree
 from .._work import flatten_params
 from ._buckets import cut, is_bucketed
@@ -117,6 +117,8 @@ def scatter_state(opt: Zero1, state: Tree, params: Tree) -> Zero1State:
 
 def _beside(tensor: Tensor, path: str) -> Tensor:
     """Return a copy of what is in a state beside the buckets, such as a count."""
+    if not is_dense(tensor):
+        raise TypeError(f"{path} has {shown_layout(tensor)}: make it dense.")
     if tensor.ndim > 0:
         raise ValueError(
             f"{path} has shape {tuple(tensor.shape)}, an element for each bucket or leaf, which "
@@ -140,12 +142,9 @@ def _check_shapes(
     own: list[Any], leaves: list[Tensor], structure: _tree.Structure, root: str
 ) -> None:
     for index, (tensor, leaf) in enumerate(zip(own, leaves, strict=True)):
-        if not isinstance(tensor, Tensor) or tensor.shape != leaf.shape:
-            found = (
-                f"shape {tuple(tensor.shape)}"
-                if isinstance(tensor, Tensor)
-                else f"of type {type(tensor).__name__}"
-            )
+        if not isinstance(tensor, Tensor) or not is_like(tensor, leaf.shape, tensor.dtype):
+            dense = isinstance(tensor, Tensor) and is_dense(tensor)
+            found = f"shape {tuple(tensor.shape)}" if dense else kind_of(tensor)
             raise ValueError(
                 f"{_tree.path(structure, root, index)}: {found}, the parameter has "
                 f"{tuple(leaf.shape)}. Give the state of the inner optimizer for these parameters."

@@ -25,6 +25,7 @@ from funcopt.distributed import LocalUpdates, Zero1, Zero1State, gather_state, s
 from funcopt.distributed._collectives import Started, one_ahead
 from funcopt.interop import from_state_dict, to_state_dict
 
+from ..cases import NOT_DENSE, not_dense
 from ..interop.formats import load_dcp
 from .harness import run_ranks
 
@@ -480,6 +481,20 @@ def test_a_state_of_the_inner_optimizer_is_refused():
         scatter_state(opt, opt.init(w), w)
     with pytest.raises(ValueError, match=r"state\.exp_avg\['w'\]: shape \(3,\), the parameter has"):
         scatter_state(opt, AdamW().init({"w": torch.ones(3)}), w)
+
+
+@pytest.mark.parametrize("kind", NOT_DENSE)
+def test_a_state_that_is_not_dense_is_neither_shared_out_nor_made_whole(kind):
+    opt, w = Zero1(AdamW(), None), {"w": torch.ones(2)}
+    wrong = not_dense(kind, torch.zeros(2))
+    state = AdamW().init(w)
+    with pytest.raises(ValueError, match=r"state\.exp_avg\['w'\]: .*(nested|sparse_coo)"):
+        scatter_state(opt, state._replace(exp_avg={"w": wrong}), w)
+    with pytest.raises(TypeError, match=r"state\.step has .*(nested|sparse_coo)"):
+        scatter_state(opt, state._replace(step=not_dense(kind, state.step)), w)
+    inner = opt.init(w).inner._replace(exp_avg={"bucket 0": wrong})
+    with pytest.raises(TypeError, match=r"state\.inner\.exp_avg\['bucket 0'\] has .*(nest|sparse)"):
+        gather_state(opt, Zero1State(inner), w)
 
 
 def test_groups_of_leaves_have_a_zero1_each():
