@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -88,7 +90,8 @@ def scatter_state(opt: Zero1, state: Tree, params: Tree) -> Zero1State:
         params: The parameters.
 
     Raises:
-        ValueError: If the state is not like that, or a leaf of it not like its parameter in shape.
+        ValueError: If the state is not like that, or a leaf of it not as the inner optimizer keeps
+            it for its parameter: of another shape, dtype or device.
 
     Example:
         >>> import torch, funcopt
@@ -110,7 +113,8 @@ def scatter_state(opt: Zero1, state: Tree, params: Tree) -> Zero1State:
                 shared.append(_beside(tree, path))
                 continue
             own = _tree.pair(tree, path, structure).leaves
-            _check_shapes(own, leaves, structure, path)
+            wanted = _dtypes(node, sharding, leaves)
+            _check_alike(own, leaves, wanted, partial(_tree.path, structure, path))
             shared.append(sharding.parts(own))
     return Zero1State(sharding.distributed(_tree.unflatten(above, shared)))
 
@@ -138,14 +142,28 @@ def _subtrees(above: _tree.Structure, state: Tree) -> list[Tree]:
         ) from error
 
 
-def _check_shapes(
-    own: list[Any], leaves: list[Tensor], structure: _tree.Structure, root: str
+def _dtypes(node: dict[str, Tensor], sharding: Sharding, leaves: list[Tensor]) -> list[torch.dtype]:
+    """Return the dtype in which a tree of the state keeps what belongs to each parameter."""
+    dtypes = [leaf.dtype for leaf in leaves]
+    for name, bucket in sharding.buckets.items():
+        for index in bucket.indices:
+            kept = node[name].dtype
+            dtypes[index] = kept.to_complex() if leaves[index].is_complex() else kept
+    return dtypes
+
+
+def _check_alike(
+    own: list[Any],
+    leaves: list[Tensor],
+    dtypes: list[torch.dtype],
+    path: Callable[[int], str],
 ) -> None:
-    for index, (tensor, leaf) in enumerate(zip(own, leaves, strict=True)):
-        if not isinstance(tensor, Tensor) or not is_like(tensor, leaf.shape, tensor.dtype):
-            dense = isinstance(tensor, Tensor) and is_dense(tensor)
-            found = f"shape {tuple(tensor.shape)}" if dense else kind_of(tensor)
+    """Refuse what is not like its parameter, or would be put beside another dtype in a bucket."""
+    for index, (tensor, leaf, dtype) in enumerate(zip(own, leaves, dtypes, strict=True)):
+        if not is_like(tensor, leaf.shape, dtype, leaf.device):
+            where = f", on {tensor.device}" if isinstance(tensor, Tensor) else ""
             raise ValueError(
-                f"{_tree.path(structure, root, index)}: {found}, the parameter has "
-                f"{tuple(leaf.shape)}. Give the state of the inner optimizer for these parameters."
+                f"{path(index)} is {kind_of(tensor)}{where}: for this parameter it must be a dense "
+                f"tensor of {dtype} and shape {tuple(leaf.shape)}, on {leaf.device}. Give the "
+                f"state of the inner optimizer for these parameters."
             )
