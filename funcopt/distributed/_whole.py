@@ -37,7 +37,7 @@ def gather_state(opt: Zero1, state: Zero1State, params: Tree) -> Tree:
 
     Returns:
         A state like `opt.inner.init(params)`, whose leaves are plain tensors. Those of one bucket
-        share a storage, each its own part.
+        share a storage, each its own part, as after `Zero1.update`.
 
     Raises:
         TypeError: If the state is not that of a `Zero1`.
