@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from funcopt.distributed import LocalUpdates, Zero1
@@ -69,7 +70,7 @@ def test_one_graph_serves_leaves_of_every_size_in_place(name):
 @pytest.mark.parametrize("marked", [False, True])
 def test_a_second_size_makes_one_more_graph_and_a_size_that_is_marked_none(marked):
     opt = TRACED["ClipValue"]
-    graphs = torch._dynamo.testing.CompileCounter()
+    graphs = CompileCounter()
     step = torch.compile(opt.update, backend=graphs, fullgraph=True)
     for size in SIZES:
         args = inputs(opt, size)
