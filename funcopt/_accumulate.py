@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _lists, _transforms, _tree
-from ._checks import check_optimizer, check_state, kind_of, of_members
+from ._checks import check_optimizer, check_state, is_like, kind_of, of_members
 from ._counts import first_count, next_step
 from ._hyperparameters import normalize_fields
 from ._kernels import write
@@ -325,15 +325,15 @@ def _gather(
     check_placed(acc_grads.leaves, gradients.params, work.path, "a sum of gradients")
     for index, (total, param) in enumerate(zip(acc_grads.leaves, gradients.params, strict=True)):
         wanted = param.shape, compute_dtype(param.dtype), param.device
-        if not isinstance(total, Tensor) or (total.shape, total.dtype, total.device) != wanted:
+        if not is_like(total, *wanted):
             raise ValueError(
                 f"{work.path(index)} is not the sum of gradients of a parameter of {param.dtype}, "
-                f"shape {tuple(param.shape)}, on {param.device}: that is a tensor of {wanted[1]}, "
-                f"of this shape, and there. Make the state with init() from these parameters."
-                f"{of_members()}"
+                f"shape {tuple(param.shape)}, on {param.device}: it is {kind_of(total)}, and must "
+                f"be a dense tensor of {wanted[1]}, of this shape, and there. Make the state with "
+                f"init() from these parameters.{of_members()}"
             )
     given, count = state.given, len(acc_grads.leaves)
-    if not isinstance(given, Tensor) or (given.dtype, given.shape) != (torch.bool, (count,)):
+    if not is_like(given, torch.Size([count]), torch.bool):
         raise ValueError(
             f"state.given is {kind_of(given)}: it must be a bool tensor of shape ({count},), one "
             f"element for each leaf. Make the state with init() from these parameters."

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import _transforms, _tree
-from ._checks import of_members
+from ._checks import is_like, kind_of, of_members
 from ._inplace import check_apart, check_writable
 from ._kernels import write
 from ._kernels._operands import compute_dtype, real, unreal
@@ -76,11 +76,11 @@ class Follower(NamedTuple):
         check_placed(paired.leaves, gradients.params, path, "what follows a parameter")
         for index, (leaf, param) in enumerate(zip(paired.leaves, gradients.params, strict=True)):
             wanted = param.shape, kept_in(param.dtype), param.device
-            if not isinstance(leaf, Tensor) or (leaf.shape, leaf.dtype, leaf.device) != wanted:
+            if not is_like(leaf, *wanted):
                 raise ValueError(
-                    f"{path(index)} does not go with a parameter "
-                    f"of {param.dtype}, shape {tuple(param.shape)}, on {param.device}: it must be "
-                    f"a tensor of {wanted[1]}, of this shape, and there. Make the state with "
+                    f"{path(index)} does not go with a parameter of {param.dtype}, shape "
+                    f"{tuple(param.shape)}, on {param.device}: it is {kind_of(leaf)}, and must be "
+                    f"a dense tensor of {wanted[1]}, of this shape, and there. Make the state with "
                     f"init() from these parameters.{of_members()}"
                 )
         return cls(gradients, root, paired)

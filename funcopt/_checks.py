@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Callable, Iterator, Sequence, Set, ValuesView
+from collections.abc import Callable, Collection, Iterator, Sequence, Set, ValuesView
 from typing import Any
 
 import torch
@@ -17,13 +17,18 @@ __all__ = [
     "are_apart",
     "check_alike",
     "check_count",
+    "check_dense",
     "check_distinct",
     "check_leaves",
     "check_optimizer",
     "check_state",
+    "is_dense",
+    "is_like",
     "kind_of",
     "of_members",
     "shown",
+    "shown_layout",
+    "starts",
 ]
 
 _DTYPES = frozenset(
@@ -59,13 +64,61 @@ def check_state(state: object, kind: type) -> None:
         )
 
 
+def is_dense(tensor: Tensor) -> bool:
+    """Whether a tensor is strided and not nested: some nested tensors have that layout, too.
+
+    What looks at every leaf of every step asks both questions itself, which takes half the time.
+    """
+    return tensor.layout is torch.strided and not tensor.is_nested
+
+
+def is_like(
+    value: object, shape: torch.Size, dtype: torch.dtype, device: torch.device | None = None
+) -> bool:
+    """Whether something is a dense tensor of a shape and dtype, and on a device if one is given."""
+    return (
+        isinstance(value, Tensor)
+        and value.layout is torch.strided
+        and not value.is_nested
+        and value.shape == shape
+        and value.dtype == dtype
+        and (device is None or value.device == device)
+    )
+
+
+def shown_layout(tensor: Tensor) -> str:
+    """Return the layout of a tensor that is not dense, as messages have it."""
+    return "a nested layout" if tensor.is_nested else f"layout {tensor.layout}"
+
+
+def check_dense(
+    leaves: Sequence[Any], path: Callable[[int], str], spared: Collection[int] = ()
+) -> None:
+    """Refuse a tensor that is not dense, unless it is to be spared.
+
+    What is no tensor is for others to judge.
+    """
+    for index, leaf in enumerate(leaves):
+        if not isinstance(leaf, Tensor) or index in spared:
+            continue
+        if leaf.is_nested or leaf.layout is not torch.strided:
+            raise TypeError(
+                f"{path(index)} has {shown_layout(leaf)}: only dense (strided) tensors are served. "
+                f"Make it dense, with .to_dense() say, or make leaves of the parts of a nested one."
+            )
+
+
 def check_leaves(leaves: Sequence[Any], path: Callable[[int], str]) -> None:
-    """Refuse whatever cannot be a parameter: no tensor, sparse, or of a dtype that cannot move."""
+    """Refuse whatever cannot be a parameter: no tensor, not dense, or of a dtype that cannot move.
+
+    Nothing else is asked of a tensor before: a nested one has no shape and no strides.
+    """
     for index, leaf in enumerate(leaves):
         if (
             not isinstance(leaf, Tensor)
             or leaf.dtype not in _DTYPES
             or leaf.layout is not torch.strided
+            or leaf.is_nested
         ):
             _refuse_leaf(leaf, path(index))
 
@@ -75,11 +128,7 @@ def _refuse_leaf(leaf: Any, path: str) -> None:
         raise TypeError(
             f"{path} is {kind_of(leaf)}: every leaf must be a tensor. {_instead_of(leaf)}"
         )
-    if leaf.layout is not torch.strided:
-        raise TypeError(
-            f"{path} has layout {leaf.layout}: only dense (strided) tensors are served. "
-            f"Make it dense, with .to_dense() say."
-        )
+    check_dense([leaf], lambda _: path)
     raise TypeError(
         f"{path} has dtype {leaf.dtype}: an optimizer moves float16, bfloat16, float32, float64, "
         f"complex64 and complex128 leaves. Keep others (counters, buffers) in a tree of their own."
@@ -94,10 +143,11 @@ def check_alike(
     for index, (leaf, param) in enumerate(zip(leaves, params, strict=True)):
         if not (
             isinstance(leaf, Tensor)
+            and leaf.layout is torch.strided
+            and not leaf.is_nested
             and leaf.shape == param.shape
             and leaf.dtype == param.dtype
             and leaf.device == param.device
-            and leaf.layout is torch.strided
         ):
             _refuse_unlike(leaf, param, path(index), what)
 
@@ -105,9 +155,9 @@ def check_alike(
 def _refuse_unlike(leaf: Any, param: Tensor, path: str, what: str) -> None:
     if not isinstance(leaf, Tensor):
         raise TypeError(f"{path} is {kind_of(leaf)}: {what} must be a tensor.")
-    if leaf.layout is not torch.strided:
+    if not is_dense(leaf):
         raise TypeError(
-            f"{path} has layout {leaf.layout}: {what} must be dense. Make it so with "
+            f"{path} has {shown_layout(leaf)}: {what} must be dense. Make it so with "
             f".to_dense(), or build an embedding with sparse=False."
         )
     for name in ("shape", "dtype", "device"):
@@ -137,7 +187,7 @@ def of_members() -> str:
 
 def check_count(leaf: Any, path: Callable[[], str]) -> None:
     """Refuse what cannot be a count of updates."""
-    if not isinstance(leaf, Tensor) or leaf.dtype not in _COUNTS:
+    if not isinstance(leaf, Tensor) or not is_dense(leaf) or leaf.dtype not in _COUNTS:
         raise TypeError(
             f"{path()} is {kind_of(leaf)}: the count must be a tensor of shape () that can count "
             f"far, in float64 as init() makes it, or in float32, int32 or int64."
@@ -147,6 +197,16 @@ def check_count(leaf: Any, path: Callable[[], str]) -> None:
             f"{path()} has shape {tuple(leaf.shape)}: the count must have shape (). A state that "
             f"vmap(init) made belongs to vmap(update)."
         )
+
+
+def starts(leaves: Sequence[Any]) -> list[int] | None:
+    """Return where leaves start in memory; None if one of them is no plain tensor, or sparse."""
+    if not _transforms.all_plain(leaves):
+        return None
+    try:
+        return list(map(Tensor.data_ptr, leaves))
+    except RuntimeError:  # which has no place of its own
+        return None
 
 
 def are_apart(tensors: Sequence[Tensor]) -> bool:
@@ -162,16 +222,16 @@ def check_distinct(leaves: Sequence[Tensor], path: Callable[[int], str], what: s
     """Refuse two leaves that start at the same place in memory, such as tied weights.
 
     Args:
-        leaves: The tensors. Those without memory of their own (fake, meta, empty) are passed over.
+        leaves: The tensors. Those without memory of their own (fake, meta, empty, sparse) are
+            passed over.
         path: Names leaf i.
         what: What goes wrong, for the message.
     """
-    if _transforms.all_plain(leaves):
-        pointers = list(map(Tensor.data_ptr, leaves))
-    else:
+    pointers = starts(leaves)
+    if pointers is None:
         with torch.no_grad():
             parts = [local_part(leaf) if _is_sharded(leaf) else leaf for leaf in leaves]
-        pointers = [part.data_ptr() if _transforms.all_plain([part]) else 0 for part in parts]
+        pointers = [(starts([part]) or [0])[0] for part in parts]
     if len(set(pointers)) == len(pointers):
         return
     first: dict[int, int] = {}
@@ -205,9 +265,12 @@ def _instead_of(leaf: object) -> str:
 
 def kind_of(value: object) -> str:
     """Return what something is, as messages have it."""
-    if isinstance(value, Tensor):
-        return f"of {value.dtype} and shape {tuple(value.shape)}"
-    return "None" if value is None else f"of type {type(value).__name__}"
+    if not isinstance(value, Tensor):
+        return "None" if value is None else f"of type {type(value).__name__}"
+    if value.is_nested:
+        return f"a nested tensor of {value.dtype}"
+    layout = "" if is_dense(value) else f" and layout {value.layout}"
+    return f"of {value.dtype} and shape {tuple(value.shape)}{layout}"
 
 
 def shown(value: object) -> str:

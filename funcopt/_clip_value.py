@@ -184,11 +184,11 @@ def _is_within(grad: Tensor, most: float) -> bool:
     """Whether a large gradient is known to have no element to hold.
 
     To look takes a fraction of the time of a copy in memory that is fresh from the system. In
-    other memory a copy takes as long.
+    other memory a copy takes as long. What is traced has no memory yet, and perhaps no size.
     """
-    if not is_mapped(grad) or not _transforms.readable() or not _transforms.all_plain([grad]):
+    if not _transforms.readable() or not _transforms.all_plain([grad]):
         return False
-    if grad.requires_grad:
+    if grad.requires_grad or not is_mapped(grad):
         return False
     low, high = grad.aminmax()
     return bool(-most <= low) and bool(high <= most)

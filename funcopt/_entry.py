@@ -1,4 +1,4 @@
-"""The way into every optimizer: past the compiler, if need be, and to the local parts of DTensors.
+"""The way into every optimizer: past the compiler and autocast, and to the local parts of DTensors.
 
 What the capture of a CUDA graph would get wrong is refused here, too. So the methods themselves
 know nothing of any of these.
@@ -18,11 +18,11 @@ from ._captured import check_replayed
 from ._sharded import Parts, dtensor, has_sharded, work_on
 from ._types import Tree
 
-__all__ = ["wrap_updates"]
+__all__ = ["wrap_methods"]
 
 
-def wrap_updates(cls: Any) -> None:
-    """Let `update` and `update_` of an optimizer serve DTensors, and know nothing of them.
+def wrap_methods(cls: Any) -> None:
+    """Let an optimizer keep out of autocast, and its updates serve DTensors.
 
     The outermost optimizer replaces each by its local part, and makes of the results DTensors that
     lie as the old ones do. Optimizers within it are given plain tensors, with which nothing is done
@@ -30,28 +30,32 @@ def wrap_updates(cls: Any) -> None:
     Where it is being compiled, such an update stays out of the graph, as does one of many leaves.
     All three leave the thread's gradient mode as it was, whatever ends them.
     """
-    if "init" in vars(cls):
-        cls.init = _transforms.restoring(cls.init)
-    for name, on_local_parts in (("update", _update), ("update_", _update_)):
+    served: dict[str, Callable[[Any], Any]] = {
+        "init": lambda method: _transforms.restoring(_transforms.outside_autocast(method)),
+        "update": lambda method: _serving(method, _update),
+        "update_": lambda method: _serving(method, _update_),
+    }
+    for name, serve in served.items():
         if name in vars(cls):
-            setattr(cls, name, _serving(vars(cls)[name], on_local_parts))
+            setattr(cls, name, serve(vars(cls)[name]))
 
 
 def _serving(method: Callable[..., Any], on_local_parts: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def serve(self: Any, grads: Tree, state: Tree, params: Tree) -> Any:
+        sharded = has_sharded(params)
+        own = functools.partial(on_local_parts, method) if sharded else method
+        if _transforms.autocasting():
+            own = functools.partial(_transforms.without_autocast, own)
         if _transforms.compiling():
-            if has_sharded(params) or _too_many_to_compile(params):
+            if sharded or _too_many_to_compile(params):
                 return _transforms.uncompiled(serve, self, grads, state, params)
-            return method(self, grads, state, params)
+            return own(self, grads, state, params)
         if _transforms.capturing():
             check_replayed(self, state, params)
-            return method(self, grads, state, params)
         enabled = torch.is_grad_enabled()
         try:
-            if has_sharded(params):
-                return on_local_parts(method, self, grads, state, params)
-            return method(self, grads, state, params)
+            return own(self, grads, state, params)
         except BaseException:  # an interrupt may have come before something else put it back
             _transforms.set_grad_enabled(enabled)
             raise

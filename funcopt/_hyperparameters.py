@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import _transforms
+from ._checks import is_dense, shown_layout
 from ._types import Number
 
 __all__ = [
@@ -227,8 +228,7 @@ def _as_float(value: numbers.Real) -> float:
 def _check_tensor(name: str, value: Tensor, source: str) -> None:
     if not value.is_floating_point():
         raise TypeError(f"{name} is a tensor of {value.dtype}: give it a floating-point dtype.")
-    if value.layout is not torch.strided:
-        raise TypeError(f"{name} is a tensor of layout {value.layout}: make it dense.")
+    _check_dense(name, value)
     check_values(name, value, f"{source} in a tensor of shape {tuple(value.shape)}")
 
 
@@ -236,6 +236,11 @@ def check_values(name: str, value: Tensor, source: str = "") -> None:
     """Refuse a tensor with an element out of range, if its elements can be read without waiting."""
     for element in dict.fromkeys(_transforms.values_at_hand(value) or ()):
         check_number(name, element, source)
+
+
+def _check_dense(name: str, value: Tensor) -> None:
+    if not is_dense(value):
+        raise TypeError(f"{name} is a tensor of {shown_layout(value)}: make it dense.")
 
 
 def elements_at_hand(value: Tensor) -> bool:
@@ -250,6 +255,8 @@ def elements_at_hand(value: Tensor) -> bool:
 
 def check_zero_dim(name: str, value: Number) -> None:
     """Refuse a stacked hyperparameter where one number is needed."""
+    if isinstance(value, Tensor):
+        _check_dense(name, value)
     if isinstance(value, Tensor) and value.ndim != 0:
         raise ValueError(
             f"{name} has shape {tuple(value.shape)}: one update takes one number. Map over the "

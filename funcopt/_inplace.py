@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _transforms
-from ._checks import are_apart, check_distinct
+from ._checks import are_apart, check_distinct, starts
 from ._kernels import PUBLIC_NAMES, Layout, Scalars
 from ._types import Number
 from ._work import Work
@@ -92,12 +92,11 @@ def check_apart(
     grad_path: Callable[[int], str],
 ) -> None:
     """Refuse tensors that would be written over another one, or over a gradient still read."""
-    tensors = [*targets, *grads]
-    plain = _transforms.all_plain(tensors)
-    if plain and are_apart(tensors):
+    pointers = starts([*targets, *grads])
+    if pointers is not None and len(set(pointers)) == len(pointers):
         return
     check_distinct(targets, path, "one would be written over the other")
-    if not plain:  # fake tensors have no memory to share
+    if pointers is None:  # fake tensors have no memory to share
         return
     taken = {tensor.data_ptr() for tensor in targets if tensor.numel() > 0}
     for index, grad in enumerate(grads):

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 from torch import Tensor
 
 from . import _tree
-from ._entry import wrap_updates
+from ._entry import wrap_methods
 from ._old_dynamo import let_it_hash
 from ._resting import as_inner, leaves_at_rest
 
@@ -31,9 +31,9 @@ def register_optimizer(cls: type[OptimizerT]) -> type[OptimizerT]:
     """Make a frozen dataclass a pytree node for `torch.func` and for optree.
 
     Fields may be trees themselves: of a pair of betas, or of an inner optimizer, the tensors are
-    leaves. The methods that update are given the local parts of DTensors in place of these. One
-    with a field `inner` leaves at rest what that one does. A wrong call of the class names the
-    arguments there are, and says where parameters go.
+    leaves. Its methods run with autocast turned off, and those that update are given the local
+    parts of DTensors in place of these. One with a field `inner` leaves at rest what that one does.
+    A wrong call of the class names the arguments there are, and says where parameters go.
 
     Returns:
         The class, so that this can stand above its definition.
@@ -75,7 +75,7 @@ def register_optimizer(cls: type[OptimizerT]) -> type[OptimizerT]:
         ]
 
     _tree.register_node(cls, flatten, unflatten, names)
-    wrap_updates(cls)
+    wrap_methods(cls)
     let_it_hash(cls)
     if "inner" in fields:
         leaves_at_rest(cls, as_inner)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from . import _transforms
 from ._adamw import AdamW, AdamWState
+from ._checks import check_leaves
 
 __all__: list[str] = []  # they are called as torch.ops.funcopt.adamw_step_ and so on
 
@@ -97,7 +98,7 @@ def _step_(
     grads = {i: grad.detach() for i, grad in enumerate(gradients) if grad is not None}
     leaves = {i: params[i].detach() for i in grads}
     started = [
-        {} if states[i] or i not in grads else _zeros(leaves[i], opt.amsgrad)
+        {} if states[i] or i not in grads else _zeros(leaves[i], opt.amsgrad, i)
         for i in range(len(params))
     ]
     names = _names(opt.amsgrad)
@@ -112,13 +113,14 @@ def _names(amsgrad: bool) -> tuple[str, ...]:
     return AdamWState._fields if amsgrad else AdamWState._fields[:-1]
 
 
-def _zeros(param: Tensor, amsgrad: bool) -> State:
+def _zeros(param: Tensor, amsgrad: bool, index: int) -> State:
     """Make the state of a parameter that never moved.
 
     The count is float64, as in `funcopt.AdamWState`: in float32 it would stop at 2**24. It is on
     the CPU, as in torch, where reading it is free. Tensors that are made in inference mode could
     not be written outside of it.
     """
+    check_leaves([param], lambda _: f"params[{index}]")
     with _transforms.outside_inference_mode():
         step = torch.zeros((), dtype=torch.float64, device="cpu")
         return {"step": step, **{name: torch.zeros_like(param) for name in _names(amsgrad)[1:]}}

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
 from . import _tree
-from ._checks import check_optimizer, check_state
+from ._checks import check_dense, check_optimizer, check_state
 from ._labels import Labels, check_labels, label_leaves, name_leaves, patterns_in
 from ._node import register_optimizer
 from ._resting import at_rest, leaves_at_rest, may_rest
@@ -241,7 +242,12 @@ class Partition:
                 f"state.inner has the labels {has}, this optimizer has {wanted}. Make the state "
                 f"with init() of this optimizer."
             )
-        gradients = _tree.pair(grads, "grads", groups.structure, self._resting(groups)).leaves
+        resting = self._resting(groups)
+        gradients = _tree.pair(grads, "grads", groups.structure, resting).leaves
+        both = (*groups.leaves, *gradients)
+        if [leaf for leaf in both if isinstance(leaf, Tensor) and leaf.is_nested]:
+            check_dense(groups.leaves, partial(groups.path, "params"), resting)
+            check_dense(gradients, partial(groups.path, "grads"), resting)
         own_grads, own_params = groups.of(gradients), groups.of(groups.leaves)
         return {
             label: Update(opt, own_grads[label], state.inner[label], own_params[label], factor)
@@ -282,6 +288,10 @@ class _Groups(NamedTuple):
             label: {self.names[index]: values[index] for index in indices}
             for label, indices in self.members.items()
         }
+
+    def path(self, root: str, index: int) -> str:
+        """Return the path of a leaf in the dict of its label, for a message."""
+        return f"{root}[{self.names[index]!r}]"
 
     def rebuild(self, parts: Sequence[Mapping[str, Any]]) -> Any:
         """Return the tree whose leaves are in these dicts, by name."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _transforms
-from ._checks import check_count, check_optimizer, check_state, kind_of
+from ._checks import check_count, check_optimizer, check_state, is_dense, kind_of
 from ._counts import first_count, next_step
 from ._finite import all_finite_everywhere, decide, place_for, zeros_unless
 from ._hyperparameters import normalize_fields
@@ -239,7 +239,12 @@ def _judge(
 
 
 def _check_last_finite(value: object) -> None:
-    if not isinstance(value, Tensor) or value.dtype is not torch.bool or value.ndim != 0:
+    if (
+        not isinstance(value, Tensor)
+        or not is_dense(value)
+        or value.dtype is not torch.bool
+        or value.ndim != 0
+    ):
         raise ValueError(
             f"state.last_finite is {kind_of(value)}: it must be a bool tensor of shape (), as "
             f"init() makes it. A state that vmap(init) made belongs to vmap(update)."

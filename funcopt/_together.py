@@ -73,9 +73,11 @@ def _weight(update: Update) -> tuple[int, int]:
     """What it would take to make sure of an update."""
     if isinstance(update.opt, Frozen):
         return 0, 0
+    kind = 1 if type(update.opt) is AdamW else 2
+    if _transforms.tracing():  # when sizes may not be known, and nothing is written yet
+        return kind, 0
     # Of wholes, so that the order is the same on every process: in it they may wait for each other.
-    elements = sum(whole_of(param).numel() for param in update.params.values())
-    return 1 if type(update.opt) is AdamW else 2, elements
+    return kind, sum(whole_of(param).numel() for param in update.params.values())
 
 
 def _check_groups_apart(updates: Mapping[str, Update], moving: Mapping[str, Update]) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import _transforms, _tree
+from ._checks import check_dense
 from ._kernels import write
 from ._kernels._pages import copies_of
 from ._resting import at_rest
@@ -47,6 +49,8 @@ def update_if(
         return update_scaled(opt, grads, factor, state, params)
     olds, structure = _tree.flatten((params, state))
     if condition is False:
+        leaves, inner = _tree.flatten(state)  # at which the inner optimizer does not look this time
+        check_dense(leaves, partial(_tree.path, inner, "state.inner"))
         resting = _resting(opt, params)
         with torch.set_grad_enabled(recorded):
             others = iter(copies([old for i, old in enumerate(olds) if i not in resting]))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import _kernels, _transforms, _tree
-from ._checks import check_alike, check_leaves, kind_of
+from ._checks import check_alike, check_leaves, is_dense, kind_of
 from ._counts import first_count, next_step, place_for_count
 from ._inplace import check_unwatched
 from ._kernels import write
@@ -163,7 +163,12 @@ def check_overflow_is_seen(wrapper: str, inner: Optimizer[Any]) -> None:
 
 def check_scalar(name: str, value: object) -> None:
     """Refuse what is no single floating-point number in a state."""
-    if not isinstance(value, Tensor) or not value.is_floating_point() or value.ndim != 0:
+    if (
+        not isinstance(value, Tensor)
+        or not is_dense(value)
+        or not value.is_floating_point()
+        or value.ndim != 0
+    ):
         raise ValueError(
             f"{name} is {kind_of(value)}: it must be a floating-point tensor of shape (), as "
             f"init() makes it. A state that vmap(init) made belongs to vmap(update)."

@@ -90,6 +90,20 @@ def layouts(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     }
 
 
+NOT_DENSE = ("nested and strided", "nested and jagged", "sparse")
+
+
+def not_dense(kind: str, like: Tensor) -> Tensor:
+    """A tensor of a dtype that is not dense, in one of those ways."""
+    if kind == "sparse":
+        return like.to_sparse()
+    layout = torch.strided if kind == "nested and strided" else torch.jagged
+    parts = [torch.ones(2, dtype=like.dtype), torch.ones(3, dtype=like.dtype)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that nested tensors are a prototype
+        return torch.nested.nested_tensor(parts, layout=layout)
+
+
 def tree_map(function: Any, tree: Any, *rest: Any) -> Any:
     return optree.tree_map(function, tree, *rest, namespace="torch")
 

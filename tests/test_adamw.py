@@ -114,6 +114,47 @@ def test_16_bit_leaves_are_the_papers_rounded(dtype, kernel):
         assert_close(state.exp_avg_sq.double(), moments.exp_avg_sq, rtol=ulp, atol=2 * tiny)
 
 
+# Where the second moment of gradients of 1 stops in bfloat16, where it should be 1: in torch's
+# kernels, and here in all, which go the way of the fused one.
+PLATEAUS = {
+    0.999: {"fused": 0.25, "foreach": 0.5, "plain": 0.5},
+    0.99: {"fused": 0.8046875, "foreach": 0.8359375, "plain": 0.98046875},
+    0.95: {"fused": 0.9609375, "foreach": 0.96484375, "plain": 0.98046875},
+}
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("beta2", PLATEAUS)
+def test_in_bfloat16_the_second_moment_stops_below_its_limit(beta2, kernel):
+    ones = torch.ones(32, dtype=torch.bfloat16)
+    opt, params = AdamW(betas=(0.9, beta2), kernel=kernel), ones.clone()
+    theirs = torch.nn.Parameter(ones.clone())
+    reference = torch.optim.AdamW([theirs], betas=(0.9, beta2), **TORCH_FLAGS[kernel])
+    theirs.grad = ones
+    state = opt.init(params)
+    for _ in range(1500):
+        opt.update_(ones, state, params)
+        reference.step()
+    assert state.exp_avg_sq.unique().tolist() == [PLATEAUS[beta2]["fused"]]
+    assert reference.state[theirs]["exp_avg_sq"].unique().tolist() == [PLATEAUS[beta2][kernel]]
+    for _ in range(100):
+        opt.update_(torch.zeros_like(ones), state, params)
+    falls = state.exp_avg_sq < PLATEAUS[beta2]["fused"]
+    assert not falls.any() if beta2 == 0.999 else falls.all()
+
+
+def test_in_bfloat16_the_second_moment_of_normal_gradients_only_rises():
+    generator = torch.Generator().manual_seed(1)
+    opt, params = AdamW(), torch.zeros(4096, dtype=torch.bfloat16)
+    state, before = opt.init(params), torch.zeros(())
+    for _ in range(4000):
+        grads = torch.randn(4096, generator=generator).bfloat16()
+        opt.update_(grads, state, params)
+        assert (state.exp_avg_sq >= before).all()
+        before = state.exp_avg_sq.clone()
+    assert 1.39 < before.float().mean() < 1.44
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize(
     "dtype",

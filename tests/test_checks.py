@@ -1,13 +1,27 @@
 """Every bad input, tried as a new user would: path, value and remedy, and nothing half-written."""
 
+import optree
 import pytest
 import torch
 from torch import nn
 from torch.func import vmap
 
-from funcopt import Accumulate, AdamW, AdamWState, Clip, Ema, Lookahead
+from funcopt import (
+    Accumulate,
+    AdamW,
+    AdamWState,
+    Clip,
+    Ema,
+    Frozen,
+    Lookahead,
+    Partition,
+    SkipNonfinite,
+    _kernels,
+)
+from funcopt.schedules import Constant
 
-from .cases import assert_same_bits, clone
+from .cases import NOT_DENSE, assert_same_bits, clone, not_dense
+from .optimizers import OPTIMIZERS
 
 
 def params():
@@ -309,3 +323,105 @@ def test_a_leaf_without_a_gradient_needs_no_kernel(kernel):
     weights = {"skipped": torch.ones(2, device="meta"), "w": torch.ones(2)}
     moved, _ = opt.update({"skipped": None, "w": torch.ones(2)}, opt.init(weights), weights)
     assert not torch.equal(moved["w"], weights["w"])
+
+
+LOOKING = {name: opt for name, opt in OPTIMIZERS.items() if not isinstance(opt, Frozen)}
+
+
+def weights():
+    return {"w": torch.ones(3), "b": torch.ones(2, 2)}
+
+
+@pytest.fixture
+def unknown_leaves():
+    """Nothing is known of leaves from the steps of other tests, so that each of them is checked."""
+    _kernels.forget()
+
+
+@pytest.mark.usefixtures("unknown_leaves")
+@pytest.mark.parametrize("kind", NOT_DENSE)
+@pytest.mark.parametrize("name", LOOKING)
+def test_parameters_and_gradients_that_are_not_dense_are_refused(name, kind):
+    opt, params = LOOKING[name], weights()
+    wrong = params | {"w": not_dense(kind, params["w"])}
+    state, grads = opt.init(params), clone(params)
+    message = r"\['w'\] has (a nested layout|layout torch.sparse_coo): "
+    with pytest.raises(TypeError, match="params" + message):
+        opt.init(wrong)
+    for update in (opt.update, opt.update_):
+        with pytest.raises(TypeError, match="params" + message):
+            update(grads, state, wrong)
+        with pytest.raises(TypeError, match="grads" + message):
+            update(grads | {"w": wrong["w"]}, state, params)
+
+
+@pytest.mark.usefixtures("unknown_leaves")
+@pytest.mark.parametrize("kind", NOT_DENSE)
+@pytest.mark.parametrize("name", LOOKING)
+def test_a_state_that_is_not_dense_is_refused_with_its_path(name, kind):
+    opt, params = LOOKING[name], weights()
+    # After the first of two steps, so that in the next everything in the state is of use.
+    _, state = opt.update(clone(params), opt.init(params), params)
+    tensors, structure = optree.tree_flatten(state, namespace="torch")
+    before, grads = clone((params, state)), clone(params)
+    for index, tensor in enumerate(tensors):
+        changed = list(tensors)
+        changed[index] = not_dense(kind, tensor)
+        wrong = optree.tree_unflatten(structure, changed)
+        for update in (opt.update, opt.update_):
+            _kernels.forget()
+            with pytest.raises((TypeError, ValueError), match=r"^\S*state\.\S+ .*(nested|sparse)"):
+                update(grads, wrong, params)
+    assert_same_bits((params, state), before)
+    assert len(tensors) > 0
+
+
+@pytest.mark.usefixtures("unknown_leaves")
+@pytest.mark.parametrize("kind", NOT_DENSE)
+def test_a_hyperparameter_that_is_not_dense_is_refused(kind):
+    number = not_dense(kind, torch.tensor(0.1))
+    params = weights()
+    made = (
+        lambda: AdamW(lr=number),
+        lambda: AdamW(betas=(0.9, number)),
+        lambda: Clip(AdamW(), number),
+        lambda: Constant(number),
+        lambda: AdamW(lr=lambda count: number).update(params, AdamW().init(params), params),
+        lambda: put(AdamW(lr=torch.tensor(0.1)), number).update(
+            params, AdamW().init(params), params
+        ),
+        lambda: put(Clip(AdamW(), torch.tensor(1.0)), number).update(
+            params, Clip(AdamW(), 1.0).init(params), params
+        ),
+    )
+    for make in made:
+        with pytest.raises(TypeError, match=r"is a tensor of .*(nested layout|sparse_coo): make"):
+            make()
+
+
+def put(opt, number):
+    """The optimizer with another tensor in place of the one that it holds."""
+    return optree.tree_map(lambda _: number, opt, namespace="torch")
+
+
+@pytest.mark.usefixtures("unknown_leaves")
+@pytest.mark.parametrize("kind", NOT_DENSE)
+def test_an_inner_state_that_is_not_dense_is_refused_where_it_would_only_be_copied(kind):
+    params = weights()
+    for opt in (Accumulate(AdamW(), every=2), SkipNonfinite(AdamW())):
+        state = opt.init(params)
+        wrong = state.inner._replace(exp_avg=params | {"w": not_dense(kind, params["w"])})
+        grads = {"w": torch.full((3,), torch.inf), "b": torch.ones(2, 2)}
+        with pytest.raises(TypeError, match=r"^state\.inner\.exp_avg\['w'\] has .*layout"):
+            opt.update(grads, state._replace(inner=wrong), params)
+
+
+@pytest.mark.parametrize("kind", NOT_DENSE)
+def test_what_is_frozen_need_not_be_dense(kind):
+    opt = Partition({"frozen": Frozen(), "moving": AdamW(lr=0.1)}, {"f": "frozen", "w": "moving"})
+    params = {"f": not_dense(kind, torch.ones(3)), "w": torch.ones(2)}
+    state = opt.init(params)
+    new_params, _ = opt.update({"w": torch.ones(2)}, state, params)
+    assert new_params["f"] is params["f"]
+    opt.update_({"w": torch.ones(2)}, state, params)
+    assert torch.equal(params["w"], new_params["w"])

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.func import functional_call, grad, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -60,6 +61,20 @@ def test_one_graph_serves_six_steps_with_a_changing_tensor_lr(backend):
         assert_close(ours, theirs, rtol=2e-6)
         if i == 0:
             ours = theirs
+
+
+@pytest.mark.parametrize("field", ["lr", "weight_decay", "eps"])
+def test_a_number_compiles_once_more_when_it_first_changes_and_then_never(field):
+    graphs = CompileCounter()
+    step = torch.compile(lambda opt, g, s, p: opt.update(g, s, p), backend=graphs, fullgraph=True)
+    start = params()
+    grads, counts = random_like(start), []
+    for value in (0.1, 0.2, 0.0, 1.0, 0.3):
+        opt = AdamW(**{field: value})
+        state = opt.init(start)
+        assert_close(step(opt, grads, state, start), opt.update(grads, state, start), rtol=2e-6)
+        counts.append(graphs.frame_count)
+    assert counts == [1, 2, 2, 2, 2]
 
 
 VARIANTS = {

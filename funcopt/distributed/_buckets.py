@@ -19,11 +19,12 @@ _PREFIX = "bucket "
 
 
 class Bucket(NamedTuple):
-    """Where leaves lie in a flat tensor. A complex leaf is laid down as pairs of real numbers."""
+    """Where leaves lie in a flat tensor. A complex leaf is laid down as pairs of real numbers.
+
+    The leaves are parameters, or what a state holds for each of them, perhaps in another dtype.
+    """
 
     name: str
-    dtype: torch.dtype  # a real one
-    device: torch.device
     indices: list[int]  # of its leaves, in order
     offsets: list[int]  # where each of them starts, and where the last one ends
 
@@ -76,8 +77,6 @@ def lay_out(leaves: Sequence[Tensor], order: Sequence[int], bucket_bytes: int) -
     return [
         Bucket(
             f"{_PREFIX}{position}",
-            leaves[indices[0]].dtype.to_real(),
-            leaves[indices[0]].device,
             indices,
             list(accumulate((_count(leaves[index]) for index in indices), initial=0)),
         )
@@ -94,10 +93,14 @@ def whole(bucket: Bucket, leaves: Sequence[Tensor], length: int) -> Tensor:
 
 
 def part(bucket: Bucket, leaves: Sequence[Tensor], start: int, stop: int) -> Tensor:
-    """Return what `whole` has from `start` to `stop`, in fresh memory, without making the rest."""
+    """Return what `whole` has from `start` to `stop`, in fresh memory, without making the rest.
+
+    It has the dtype of these leaves, also if it is empty.
+    """
     pieces = list(_pieces(bucket, leaves, start, stop))
     if not pieces:
-        return torch.empty(0, dtype=bucket.dtype, device=bucket.device)
+        like = leaves[bucket.indices[0]]
+        return torch.empty(0, dtype=like.dtype.to_real(), device=like.device)
     return torch.cat(pieces)
 
 
@@ -114,7 +117,7 @@ def cut(bucket: Bucket, flat: Tensor, likes: Sequence[Tensor]) -> list[Tensor]:
 
     Args:
         bucket: Where they lie.
-        flat: The tensor. It may be longer, and of another dtype than the bucket's.
+        flat: The tensor. It may be longer, and of another dtype than these leaves.
         likes: All leaves of the tree. Those of the bucket give the shapes, and say which are
             complex; one that is not contiguous is given memory of its own in the same layout.
     """

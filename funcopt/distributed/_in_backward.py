@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import _tree
-from .._checks import check_optimizer
+from .._checks import check_optimizer, is_like, kind_of
 from .._types import Optimizer
 from ._leafwise import one_for_each
 from ._reducer import BucketHook, check_reducer
@@ -67,19 +67,12 @@ class InBackward:
         for index, (leaf, own) in enumerate(
             zip(leaves, _tree.flatten(self._state)[0], strict=True)
         ):
-            fits = isinstance(leaf, Tensor) and (
-                (leaf.shape, leaf.dtype, leaf.device) == (own.shape, own.dtype, own.device)
-            )
-            if not fits:
-                found = (
-                    f"of {leaf.dtype}, shape {tuple(leaf.shape)}, on {leaf.device}"
-                    if isinstance(leaf, Tensor)
-                    else f"of type {type(leaf).__name__}"
-                )
+            if not is_like(leaf, own.shape, own.dtype, own.device):
+                where = f", on {leaf.device}" if isinstance(leaf, Tensor) else ""
                 raise ValueError(
-                    f"{_tree.path(wanted, 'state', index)} is {found}: it must be a tensor of "
-                    f"{own.dtype}, shape {tuple(own.shape)}, on {own.device}. Give the state of "
-                    f"the same optimizer and parameters."
+                    f"{_tree.path(wanted, 'state', index)} is {kind_of(leaf)}{where}: it must be a "
+                    f"dense tensor of {own.dtype}, shape {tuple(own.shape)}, on {own.device}. "
+                    f"Give the state of the same optimizer and parameters."
                 )
         self._state = _tree.unflatten(wanted, leaves)
 

@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from .. import _tree
+from .._checks import is_dense, shown_layout
 from .._types import Tree
 from ._buckets import Bucket, by_path, is_bucketed, lay_out, part
 from ._collectives import Ranks
@@ -95,6 +96,10 @@ class Sharding(NamedTuple):
             raise TypeError(
                 f"{path} is of type {type(leaf).__name__}: {where} it must be a "
                 f"{wanted.__name__}. Make the state with init() of this optimizer."
+            )
+        if not is_dense(leaf):
+            raise TypeError(
+                f"{path} has {shown_layout(leaf)}: a bucket is a dense tensor. {_REMEDY}"
             )
         if tuple(leaf.shape) != (numel,):
             raise ValueError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,7 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from .. import _transforms, _tree
-from .._checks import check_state
+from .._checks import check_state, is_dense, is_like, kind_of, shown_layout
 from .._types import Tree
 from .._work import flatten_params
 from ._buckets import cut, is_bucketed
@@ -20,6 +22,7 @@ __all__ = ["gather_state", "scatter_state"]
 
 
 @_transforms.restoring
+@_transforms.outside_autocast
 def gather_state(opt: Zero1, state: Zero1State, params: Tree) -> Tree:
     """Return the state of the inner optimizer as if there were no `Zero1`, whole on every process.
 
@@ -35,7 +38,7 @@ def gather_state(opt: Zero1, state: Zero1State, params: Tree) -> Tree:
 
     Returns:
         A state like `opt.inner.init(params)`, whose leaves are plain tensors. Those of one bucket
-        share a storage, each its own part.
+        share a storage, each its own part, as after `Zero1.update`.
 
     Raises:
         TypeError: If the state is not that of a `Zero1`.
@@ -76,6 +79,7 @@ def _leaves_of(node: dict[str, Tensor], sharding: Sharding, likes: list[Tensor])
 
 
 @_transforms.restoring
+@_transforms.outside_autocast
 def scatter_state(opt: Zero1, state: Tree, params: Tree) -> Zero1State:
     """Return the state of a `Zero1` from that of its inner optimizer: undo `gather_state`.
 
@@ -88,7 +92,8 @@ def scatter_state(opt: Zero1, state: Tree, params: Tree) -> Zero1State:
         params: The parameters.
 
     Raises:
-        ValueError: If the state is not like that, or a leaf of it not like its parameter in shape.
+        ValueError: If the state is not like that, or a leaf of it not as the inner optimizer keeps
+            it for its parameter: of another shape, dtype or device.
 
     Example:
         >>> import torch, funcopt
@@ -110,13 +115,16 @@ def scatter_state(opt: Zero1, state: Tree, params: Tree) -> Zero1State:
                 shared.append(_beside(tree, path))
                 continue
             own = _tree.pair(tree, path, structure).leaves
-            _check_shapes(own, leaves, structure, path)
+            wanted = _dtypes(node, sharding, leaves)
+            _check_alike(own, leaves, wanted, partial(_tree.path, structure, path))
             shared.append(sharding.parts(own))
     return Zero1State(sharding.distributed(_tree.unflatten(above, shared)))
 
 
 def _beside(tensor: Tensor, path: str) -> Tensor:
     """Return a copy of what is in a state beside the buckets, such as a count."""
+    if not is_dense(tensor):
+        raise TypeError(f"{path} has {shown_layout(tensor)}: make it dense.")
     if tensor.ndim > 0:
         raise ValueError(
             f"{path} has shape {tuple(tensor.shape)}, an element for each bucket or leaf, which "
@@ -136,17 +144,28 @@ def _subtrees(above: _tree.Structure, state: Tree) -> list[Tree]:
         ) from error
 
 
-def _check_shapes(
-    own: list[Any], leaves: list[Tensor], structure: _tree.Structure, root: str
+def _dtypes(node: dict[str, Tensor], sharding: Sharding, leaves: list[Tensor]) -> list[torch.dtype]:
+    """Return the dtype in which a tree of the state keeps what belongs to each parameter."""
+    dtypes = [leaf.dtype for leaf in leaves]
+    for name, bucket in sharding.buckets.items():
+        for index in bucket.indices:
+            kept = node[name].dtype
+            dtypes[index] = kept.to_complex() if leaves[index].is_complex() else kept
+    return dtypes
+
+
+def _check_alike(
+    own: list[Any],
+    leaves: list[Tensor],
+    dtypes: list[torch.dtype],
+    path: Callable[[int], str],
 ) -> None:
-    for index, (tensor, leaf) in enumerate(zip(own, leaves, strict=True)):
-        if not isinstance(tensor, Tensor) or tensor.shape != leaf.shape:
-            found = (
-                f"shape {tuple(tensor.shape)}"
-                if isinstance(tensor, Tensor)
-                else f"of type {type(tensor).__name__}"
-            )
+    """Refuse what is not like its parameter, or would be put beside another dtype in a bucket."""
+    for index, (tensor, leaf, dtype) in enumerate(zip(own, leaves, dtypes, strict=True)):
+        if not is_like(tensor, leaf.shape, dtype, leaf.device):
+            where = f", on {tensor.device}" if isinstance(tensor, Tensor) else ""
             raise ValueError(
-                f"{_tree.path(structure, root, index)}: {found}, the parameter has "
-                f"{tuple(leaf.shape)}. Give the state of the inner optimizer for these parameters."
+                f"{path(index)} is {kind_of(tensor)}{where}: for this parameter it must be a dense "
+                f"tensor of {dtype} and shape {tuple(leaf.shape)}, on {leaf.device}. Give the "
+                f"state of the inner optimizer for these parameters."
             )

@@ -73,7 +73,7 @@ class Zero1:
     $2(W-1)/W$ of the parameters' bytes in all, half of it where gradients are averaged already.
     While one bucket is under way the next is being packed or the last one moved; the whole tree is
     at no time in memory twice, but for the new parameters of `update`. Those share the storages of
-    their buckets, each its own part: clone one to keep it alone.
+    their buckets, each its own part: clone one to keep it alone, or before it grows by `resize_`.
 
     The inner optimizer sees a dict of buckets in place of the tree. `AdamW`, `Frozen`, and
     `ClipValue`, `Ema` and `Lookahead` around one are given bucket after bucket; any other is given

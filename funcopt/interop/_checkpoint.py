@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _transforms, _tree
+from .._checks import is_dense, shown_layout
 from .._sharded import dtensor, local_part
 from .._types import Tree
 from ._entries import key_of, recount
@@ -139,9 +140,9 @@ def _entries(tree: Tree) -> dict[str, Tensor]:
                 f"{path} is of type {type(leaf).__name__}: a checkpoint holds tensors alone. Make "
                 f"a number a 0-dim tensor."
             )
-        if leaf.layout is not torch.strided:
+        if not is_dense(leaf):
             raise TypeError(
-                f"{path} has layout {leaf.layout}: make it dense, with .to_dense() say."
+                f"{path} has {shown_layout(leaf)}: make it dense, with .to_dense() say."
             )
         key = key_of(path, leaf)
         if key in entries:
@@ -206,13 +207,14 @@ def _differences(key: str, entry: Any, leaf: Tensor) -> Iterator[str]:
     if not isinstance(entry, Tensor):
         yield f"{key}: of type {type(entry).__name__}, not a tensor"
         return
+    if not is_dense(entry):
+        yield f"{key}: {shown_layout(entry)}, which is not dense"
+        return
     expected = _real(leaf)
     if entry.shape != expected.shape:
         yield f"{key}: shape {tuple(entry.shape)}, the template has {tuple(expected.shape)}"
     if entry.dtype != expected.dtype:
         yield f"{key}: dtype {entry.dtype}, the template has {expected.dtype}"
-    if entry.layout is not torch.strided:
-        yield f"{key}: layout {entry.layout}, which is not dense"
     if entry.is_meta:
         yield f"{key}: on the meta device, where it holds no values"
 

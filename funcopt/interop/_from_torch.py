@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import _transforms, _tree
 from .._adamw import AdamW, AdamWState
-from .._checks import shown
+from .._checks import is_dense, shown, shown_layout
 from .._frozen import Frozen
 from .._labels import name_leaves
 from .._partition import Partition, PartitionState
@@ -205,7 +205,12 @@ def _check_entry(
             raise TypeError(
                 f"{name} for {path(index)} is of type {type(moment).__name__}, not a tensor."
             )
-        for what in ("shape", "dtype", "layout"):
+        if not is_dense(moment):
+            raise ValueError(
+                f"{name} for {path(index)}: {shown_layout(moment)}, the parameter is dense. Make "
+                f"it dense, with .to_dense() say."
+            )
+        for what in ("shape", "dtype"):
             has, needed = getattr(moment, what), getattr(leaf, what)
             if has != needed:
                 raise ValueError(
@@ -216,7 +221,8 @@ def _check_entry(
 
 def _count(entry: Mapping[str, Any], path: Callable[[int], str], index: int) -> float:
     step = entry.get("step", 0.0)
-    count = float(step.item()) if isinstance(step, Tensor) and step.numel() == 1 else step
+    single = isinstance(step, Tensor) and is_dense(step) and step.numel() == 1
+    count = float(step.item()) if single else step
     if not isinstance(count, float | int) or not (count >= 0 and count == count // 1):
         raise ValueError(
             f"step for {path(index)} is {step!r}: a count of updates is a whole number, at least 0."
@@ -241,7 +247,7 @@ def _optimizer(options: Mapping[str, Any], leaves: list[Tensor], step_per_leaf: 
 
 def _own(number: Any) -> Any:
     """Return a copy of a tensor, which in torch may have one dimension; and a number as it is."""
-    if not isinstance(number, Tensor):
+    if not isinstance(number, Tensor) or not is_dense(number):
         return number
     return number.detach().clone().reshape(() if number.numel() == 1 else number.shape)
 

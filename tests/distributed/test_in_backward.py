@@ -17,7 +17,7 @@ from funcopt import Accumulate, AdamW, Clip, ClipValue, Ema, Frozen, Lookahead, 
 from funcopt.distributed import LocalUpdates, update_in_backward
 from funcopt.schedules import Linear
 
-from ..cases import assert_same_bits, clone, tree_map
+from ..cases import assert_same_bits, clone, not_dense, tree_map
 from .harness import run_ranks
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -283,6 +283,11 @@ def test_a_state_can_be_given_in_any_order_and_is_checked():
     kept = handle.state
     bad = {**state, "bias": state["bias"]._replace(exp_avg={"bias": torch.ones(3)})}
     with pytest.raises(ValueError, match=r"state\['bias'\]\.exp_avg\['bias'\] is of torch.float32"):
+        handle.state = bad
+    bad["bias"] = state["bias"]._replace(
+        exp_avg={"bias": not_dense("nested and strided", torch.ones(1))}
+    )
+    with pytest.raises(ValueError, match=r"state\['bias'\]\.exp_avg\['bias'\] is a nested tensor"):
         handle.state = bad
     with pytest.raises(ValueError, match="state does not have the structure"):
         handle.state = {"weight": state["weight"]}

@@ -25,12 +25,14 @@ from funcopt.distributed import LocalUpdates, Zero1, Zero1State, gather_state, s
 from funcopt.distributed._collectives import Started, one_ahead
 from funcopt.interop import from_state_dict, to_state_dict
 
+from ..cases import NOT_DENSE, not_dense, tree_map
 from ..interop.formats import load_dcp
 from .harness import run_ranks
 
 STEPS = 20
 SIZES = (1, 2, 4)
 TINY, SMALL, HUGE = 1, 64, 2**30
+HALVES = (torch.float16, torch.bfloat16)
 
 # Uneven over two and four, of one element, of none, of shape (); one is transposed below.
 SHAPES = {"z": (3, 5), "b": (1,), "empty": (0, 4), "scalar": (), "t": (6, 7), "big": (17, 9)}
@@ -349,6 +351,7 @@ def on_ranks(rank, directory):
     check_traffic(mesh)
     check_errors(mesh)
     check_rest(mesh)
+    check_scattered(mesh)
     if size == 1:
         return None
     check_skip(mesh)
@@ -357,6 +360,59 @@ def on_ranks(rank, directory):
     if size == 4:
         check_one_dimension_of_a_mesh()
     return checkpoint(mesh, directory)
+
+
+SCATTERED = {
+    "amsgrad": AdamW(lr=1e-2, amsgrad=True),
+    "Ema": Ema(AdamW(lr=1e-2), decay=0.9),
+    "Ema of Lookahead": Clip(Ema(Lookahead(AdamW(lr=1e-2), every=2), decay=0.9), max_norm=3.0),
+}
+
+
+def few(scale=1.0, seed=0):
+    """Leaves with fewer elements than there are processes, in every dtype, among others."""
+    g = torch.Generator().manual_seed(seed)
+
+    def leaf(*shape, dtype):
+        return (torch.randn(shape, generator=g, dtype=torch.float64) * scale).to(dtype)
+
+    return {
+        **{f"half {dtype}": leaf(1, dtype=dtype) for dtype in HALVES},
+        "one": leaf(1, dtype=torch.float32),
+        "complex": leaf(1, dtype=torch.complex64),
+        "none": leaf(0, 3, dtype=torch.bfloat16),
+        "half": leaf(7, dtype=torch.bfloat16),
+        "half, transposed": leaf(3, 2, dtype=torch.float16).mT,
+    }
+
+
+def check_scattered(mesh):
+    """A state that is shared out has the dtypes of one that was made so, also where it is empty."""
+    for name, inner in SCATTERED.items():
+        params = few()
+        state = inner.init(params)
+        for step in range(3):
+            params, state = inner.update(few(seed=step + 1), state, params)
+        for bucket_bytes in (TINY, SMALL, HUGE):
+            case = name, bucket_bytes
+            opt = Zero1(inner, mesh, bucket_bytes=bucket_bytes, gradients="averaged")
+            shared = scatter_state(opt, state, params)
+            for own, wanted in zip(tensors(shared), tensors(opt.init(params)), strict=True):
+                assert local(own).dtype is local(wanted).dtype, case
+                assert local(own).shape == local(wanted).shape, case
+            assert same(gather_state(opt, shared, params), state), case
+            grads = few(seed=9)
+            moved, _ = opt.update(grads, shared, params)
+            compare(moved, inner.update(grads, state, params)[0], case)
+            opt.update_(grads, shared, tree_map(torch.clone, params))
+
+
+def tensors(tree):
+    return torch.utils._pytree.tree_leaves(tree)
+
+
+def local(tensor):
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def checkpoint(mesh, directory):
@@ -489,8 +545,24 @@ def test_a_state_of_the_inner_optimizer_is_refused():
         opt.update(w, AdamW().init(w), w)
     with pytest.raises(ValueError, match="state is not like that of the inner optimizer"):
         scatter_state(opt, opt.init(w), w)
-    with pytest.raises(ValueError, match=r"state\.exp_avg\['w'\]: shape \(3,\), the parameter has"):
-        scatter_state(opt, AdamW().init({"w": torch.ones(3)}), w)
+    must = r"for this parameter it must be a dense tensor of torch.float32 and shape \(2,\), on cpu"
+    for wrong in (torch.ones(3), torch.ones(2).double(), torch.ones(2, device="meta")):
+        with pytest.raises(ValueError, match=rf"state\.exp_avg\['w'\] is of torch.*: {must}"):
+            scatter_state(opt, AdamW().init({"w": wrong}), w)
+
+
+@pytest.mark.parametrize("kind", NOT_DENSE)
+def test_a_state_that_is_not_dense_is_neither_shared_out_nor_made_whole(kind):
+    opt, w = Zero1(AdamW(), None), {"w": torch.ones(2)}
+    wrong = not_dense(kind, torch.zeros(2))
+    state = AdamW().init(w)
+    with pytest.raises(ValueError, match=r"state\.exp_avg\['w'\] is .*(nested|sparse_coo)"):
+        scatter_state(opt, state._replace(exp_avg={"w": wrong}), w)
+    with pytest.raises(TypeError, match=r"state\.step has .*(nested|sparse_coo)"):
+        scatter_state(opt, state._replace(step=not_dense(kind, state.step)), w)
+    inner = opt.init(w).inner._replace(exp_avg={"bucket 0": wrong})
+    with pytest.raises(TypeError, match=r"state\.inner\.exp_avg\['bucket 0'\] has .*(nest|sparse)"):
+        gather_state(opt, Zero1State(inner), w)
 
 
 def test_groups_of_leaves_have_a_zero1_each():

@@ -16,7 +16,18 @@ from funcopt import AdamW, AdamWState, Ema, Partition
 from funcopt.interop import from_state_dict, from_torch, to_state_dict
 from funcopt.testing import strategies
 
-from ..cases import Point, assert_same_bits, clone, layouts, leaves, random_like, tree_map, trees
+from ..cases import (
+    NOT_DENSE,
+    Point,
+    assert_same_bits,
+    clone,
+    layouts,
+    leaves,
+    not_dense,
+    random_like,
+    tree_map,
+    trees,
+)
 from .formats import FORMATS
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -350,6 +361,7 @@ REFUSED = {
     r"state.step: dtype torch.float32, the template has torch.float64": {"step": torch.ones(())},
     r"state.exp_avg\['b'\]: of type float, not a tensor": {"b": 1.0},
     r"state.exp_avg\['b'\]: layout torch.sparse_coo": {"b": torch.ones(3).to_sparse()},
+    r"state.exp_avg\['b'\]: a nested layout": {"b": not_dense("nested and strided", torch.ones(3))},
     r"state.exp_avg\['b'\]: on the meta device": {"b": torch.ones(3, device="meta")},
     r"no entry 'funcopt.format'": {"fmt": None},
     r"funcopt.format is 2: this version of funcopt reads 1": {"fmt": torch.tensor(2)},
@@ -361,6 +373,18 @@ REFUSED = {
 def test_a_dict_that_does_not_fit_is_refused(message):
     with pytest.raises(ValueError, match=message):
         from_state_dict(AdamW().init(PARAMS), changed(**REFUSED[message]))
+
+
+@pytest.mark.parametrize("kind", NOT_DENSE)
+def test_a_state_or_a_template_that_is_not_dense_is_refused(kind):
+    params = {"w": torch.ones(3)}
+    state = AdamW().init(params)
+    wrong = state._replace(exp_avg={"w": not_dense(kind, params["w"])})
+    message = r"state.exp_avg\['w'\] has (a nested layout|layout torch.sparse_coo): make it dense"
+    with pytest.raises(TypeError, match=message):
+        to_state_dict(wrong)
+    with pytest.raises(TypeError, match=message):
+        from_state_dict(wrong, to_state_dict(state))
 
 
 def test_all_faults_are_named_at_once_but_no_more_than_can_be_read():

@@ -8,7 +8,7 @@ import torch
 
 from funcopt.interop import from_torch, to_torch
 
-from ..cases import Point, assert_same_bits
+from ..cases import Point, assert_same_bits, not_dense
 from .runs import FIRST, SQUARES, UNLIKE, after_one_step, edit, torch_optimizer, torch_params
 
 
@@ -146,6 +146,20 @@ REFUSED = {
     "sparse": (
         edit(lambda s, g: s["state"][0].update(exp_avg=torch.ones(2, 2).to_sparse())),
         "layout torch.sparse_coo",
+    ),
+    "nested": (
+        edit(
+            lambda s, g: s["state"][0].update(
+                exp_avg=not_dense("nested and strided", torch.ones(2, 2))
+            )
+        ),
+        r"exp_avg for params\['first'\]: a nested layout, the parameter is dense",
+    ),
+    "nested step": (
+        edit(
+            lambda s, g: s["state"][0].update(step=not_dense("nested and strided", torch.ones(())))
+        ),
+        r"step for params\['first'\] is nested_tensor",
     ),
     "no tensor": (edit(lambda s, g: s["state"][0].update(exp_avg=1.0)), "of type float, not"),
     "half step": (edit(lambda s, g: s["state"][0].update(step=0.5)), "step for .* is 0.5"),

@@ -6,7 +6,10 @@ import weakref
 import pytest
 import torch
 
+from funcopt import AdamW
 from funcopt._kernels import Leaves, _layout, known, layout_of
+
+from ..cases import assert_same_bits, clone
 
 
 @pytest.fixture(autouse=True)
@@ -154,3 +157,15 @@ def test_a_guard_that_cannot_be_made_is_done_without(monkeypatch):
     monkeypatch.setattr(_layout, "_guard_of", changed)
     assert layout_of(leaves_of()).ready
     assert known(leaves_of()) is None
+
+
+def test_of_leaves_that_share_a_storage_one_may_shrink_and_a_clone_of_one_may_grow():
+    params = {f"w{index}": torch.full((32,), float(index)) for index in range(9)}
+    opt = AdamW()
+    moved, _ = opt.update(params, opt.init(params), params)
+    others = clone({name: leaf for name, leaf in moved.items() if name != "w0"})
+    storages = {leaf.untyped_storage().data_ptr() for leaf in moved.values()}
+    assert len(storages) == 1
+    moved["w0"].clone().resize_(64).fill_(7.0)
+    moved["w0"].resize_(16).fill_(7.0)
+    assert_same_bits({name: moved[name] for name in others}, others)

@@ -21,7 +21,7 @@ import funcopt
 from funcopt import AdamW, AdamWState
 
 from .. import oracle
-from ..cases import KERNELS, assert_close, tree_map
+from ..cases import KERNELS, assert_close, random_like, tree_map
 
 # What goes into a step, by position: param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, step, then
 # lr, beta1, beta2, eps, weight_decay. All but the count can be differentiated.
@@ -400,3 +400,19 @@ def test_reverse_and_forward_mode_agree_in_16_bits(dtype, size, amsgrad):
     slopes = grad(moved, tuple(range(5)))(*args)
     along = sum((s.float() * d.float()).sum() for s, d in zip(slopes, directions, strict=True))
     assert_close(along, jvp(moved, args, directions)[1], rtol=0.02)
+
+
+@pytest.mark.parametrize("lr", [0.05, torch.linspace(0.01, 0.1, 5)], ids=["shared", "each its own"])
+@pytest.mark.parametrize("chunk_size", [1, 2, 4])
+def test_a_member_alone_in_the_last_chunk_agrees_with_the_others_to_the_rounding(chunk_size, lr):
+    params = {"w": torch.randn(5, 4, 3), "b": torch.randn(5, 7)}
+    grads, opt = random_like(params), AdamW(lr=lr)
+    state = vmap(AdamW().init)(params)
+    dims = (0 if isinstance(lr, torch.Tensor) else None, 0, 0, 0)
+
+    def update(opt, grads, state, params):
+        return opt.update(grads, state, params)
+
+    whole = vmap(update, in_dims=dims)(opt, grads, state, params)
+    chunked = vmap(update, in_dims=dims, chunk_size=chunk_size)(opt, grads, state, params)
+    assert_close(chunked, whole, rtol=1e-6, atol=1e-7)

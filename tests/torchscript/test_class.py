@@ -12,7 +12,7 @@ from torch import nn
 import funcopt
 from funcopt.torchscript import FunctionalAdamW
 
-from ..cases import KERNELS, TORCH_FLAGS, assert_close, assert_same_bits
+from ..cases import KERNELS, NOT_DENSE, TORCH_FLAGS, assert_close, assert_same_bits, not_dense
 from .trainers import FORMS, gradients_of, parameters, step_torch, tensors_of, trainer
 
 FLAGS = {"plain": {}, "foreach": {"foreach": True}, "fused": {"fused": True}}
@@ -337,3 +337,10 @@ def test_a_construction_warns_of_nothing():
 )
 def test_an_import_is_quiet(code):
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=120)
+
+
+@pytest.mark.parametrize("kind", NOT_DENSE)
+def test_a_parameter_that_is_not_dense_is_refused(kind):
+    made = FunctionalAdamW([not_dense(kind, torch.ones(3))])
+    with pytest.raises(TypeError, match=r"params\[0\] has .*(nested layout|sparse_coo)"):
+        made.step([torch.ones(3)])

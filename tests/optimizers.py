@@ -1,0 +1,60 @@
+"""The table of every optimizer there is, for tests of what must be true of each."""
+
+import dataclasses
+import math
+
+import funcopt
+from funcopt import (
+    Accumulate,
+    AdamW,
+    Clip,
+    ClipAdaptive,
+    ClipValue,
+    Ema,
+    Frozen,
+    Lookahead,
+    LossScale,
+    Partition,
+    SkipNonfinite,
+    distributed,
+)
+from funcopt.distributed import LocalUpdates, Zero1
+
+
+def adamw(**options):
+    return AdamW(**{"lr": 0.1, "weight_decay": 0.1} | options)
+
+
+def label(name, leaf):
+    return "first" if name.startswith("w") else "second"
+
+
+# Each moves a tree with leaves whose names begin with a w, and others.
+OPTIMIZERS = {
+    "AdamW": adamw(),
+    "AdamW, amsgrad": adamw(amsgrad=True, maximize=True),
+    "AdamW, a count of each leaf": adamw(step_per_leaf=True),
+    "AdamW, foreach": adamw(kernel="foreach"),
+    "AdamW, plain": adamw(kernel="plain"),
+    "AdamW, a schedule": adamw(lr=funcopt.schedules.Cosine(0.1, 10, warmup_steps=2)),
+    "Frozen": Frozen(),
+    "Partition": Partition({"first": adamw(), "second": adamw(lr=0.01)}, label),
+    "Clip": Clip(adamw(), 1.0),
+    "Clip, infinity norm, skipping": Clip(adamw(), 1.0, norm_type=math.inf, nonfinite="skip"),
+    "ClipValue": ClipValue(adamw(), 0.5),
+    "ClipAdaptive": ClipAdaptive(adamw(), 0.1),
+    "Accumulate": Accumulate(adamw(), every=2),
+    "SkipNonfinite": SkipNonfinite(adamw()),
+    "LossScale": LossScale(adamw(), init_scale=4.0),
+    "Ema": Ema(adamw(), 0.9),
+    "Lookahead": Lookahead(adamw(), every=2),
+    "Zero1": Zero1(adamw(), mesh=None),
+    "Zero1, all at once": Zero1(Clip(adamw(), 1.0), mesh=None),
+    "LocalUpdates": LocalUpdates(adamw(), every=2, mesh=None, outer_lr=0.7, outer_momentum=0.9),
+}
+
+
+def public_optimizers():
+    """The classes of all optimizers that can be imported."""
+    named = [getattr(module, name) for module in (funcopt, distributed) for name in module.__all__]
+    return {cls for cls in named if dataclasses.is_dataclass(cls) and hasattr(cls, "update_")}
