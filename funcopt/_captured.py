@@ -38,7 +38,7 @@ def check_replayed(opt: Any, state: Tree, params: Tree) -> None:
         if reason is not None:
             raise RuntimeError(
                 f"{text(place.steps) or 'the optimizer'} is a {type(place.value).__name__}, "
-                f"{reason}: a CUDA graph that is being captured would do at each replay what it "
+                f"{reason}: each replay of the CUDA graph that is being captured would do what it "
                 f"does now. Leave this update out of the capture."
             )
     leaves, structure = _tree.flatten(state)
@@ -46,16 +46,16 @@ def check_replayed(opt: Any, state: Tree, params: Tree) -> None:
     found = [path for path, leaf in zip(paths, leaves, strict=True) if _is_on_host(leaf)]
     if found:
         raise RuntimeError(
-            f"{_some(found)} on the CPU: a CUDA graph that is being captured would go on from what "
-            f"is there now at each replay. Move what is there to the GPU before the capture"
-            f"{_example(found)}, and the graph counts and decides by it."
+            f"{_some(found)} on the CPU, where no replay of the CUDA graph that is being captured "
+            f"counts or decides anew. Move what is there to the GPU before the capture, with "
+            f"{_remedy(found)}: there each replay does."
         )
     found = [text(place.steps) for place in walk(opt, ()) if _is_on_host(place.value)]
     if found:
         raise RuntimeError(
-            f"{_some(found)} on the CPU: a CUDA graph that is being captured would replay with the "
-            f"value of now, whatever is written there. Give a number for one that stays, or a "
-            f"tensor on the GPU, whose value a replay takes as it is by then."
+            f"{_some(found)} on the CPU: each replay of the CUDA graph that is being captured "
+            f"would take the value of now, whatever is written there. Give a number for what "
+            f"stays, or a tensor on the GPU, of which a replay takes the value that it has by then."
         )
 
 
@@ -68,10 +68,9 @@ def _some(paths: Sequence[str], most: int = 3) -> str:
     return f"{shown} {'is' if len(paths) == 1 else 'are'}"
 
 
-def _example(paths: Sequence[str]) -> str:
-    """Return how to move the fields of a state, where they are just that."""
+def _remedy(paths: Sequence[str]) -> str:
+    """Return what moves tensors of a state, in full where they are fields of it."""
     names = [path.removeprefix("state.") for path in paths]
     if not all(map(str.isidentifier, names)):
-        return ", with .cuda()"
-    moved = ", ".join(f"{name}=state.{name}.cuda()" for name in names)
-    return f", with state._replace({moved})"
+        return ".cuda()"
+    return f"state._replace({', '.join(f'{name}=state.{name}.cuda()' for name in names)})"
