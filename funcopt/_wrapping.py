@@ -208,12 +208,12 @@ def check_inplace(
     """
     check_unwatched()
     root, leaves = tree
-    written, names = [*leaves, *own.values()], list(own)
+    written = [*leaves, *own.values()]
 
     def path(index: int) -> str:
         if index < len(leaves):
             return _tree.path(gradients.structure, root, index)
-        return names[index - len(leaves)]
+        return list(own)[index - len(leaves)]
 
     for name, tensor in _historic(numbers, written, path, gradients):
         raise RuntimeError(
