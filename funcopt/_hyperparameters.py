@@ -234,7 +234,8 @@ def _check_tensor(name: str, value: Tensor, source: str) -> None:
 
 def check_values(name: str, value: Tensor, source: str = "") -> None:
     """Refuse a tensor with an element out of range, if its elements can be read without waiting."""
-    for element in dict.fromkeys(_transforms.values_at_hand(value) or ()):
+    values = _transforms.values_at_hand(value) or ()
+    for element in dict.fromkeys(values) if len(values) > 1 else values:
         check_number(name, element, source)
 
 

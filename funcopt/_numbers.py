@@ -64,14 +64,19 @@ def numbers_of(opt: object, names: Iterable[str], step: Tree) -> dict[str, Numbe
     """
     if isinstance(step, Tensor):
         check_count(step, lambda: "state.step")
-    elif has_schedule(opt, names):
-        (name, *_) = (name for name in names if has_schedule(opt, [name]))
-        raise ValueError(
-            f"{name} is a schedule, and the state has no count to call it with: state.step is "
-            f"{step!r}. Make the state with init() of this optimizer, or let it count from here: "
-            f"state._replace(step=torch.zeros((), dtype=torch.float64))."
-        )
-    return {name: number_at(name, getattr(opt, name), step) for name in names}
+    numbers = {}
+    for name in names:
+        given = getattr(opt, name)
+        if not isinstance(given, (float, int)):
+            if not isinstance(given, Tensor) and not isinstance(step, Tensor):
+                raise ValueError(
+                    f"{name} is a schedule, and the state has no count to call it with: state.step "
+                    f"is {step!r}. Make the state with init() of this optimizer, or let it count "
+                    f"from here: state._replace(step=torch.zeros((), dtype=torch.float64))."
+                )
+            given = number_at(name, given, step)
+        numbers[name] = given
+    return numbers
 
 
 def numbers_at(
@@ -84,7 +89,7 @@ def numbers_at(
         olds: The counts before the update, by which schedules go.
         news: The counts after it. Leaves that share one share the numbers.
     """
-    for new in dict.fromkeys(news):
+    for new in dict.fromkeys(news) if len(news) > 1 else news:
         _check_count(new)
     if _FLOAT.issuperset(map(type, given)):
         if len(news) == 1 or not _FLOAT.issuperset(map(type, news)):

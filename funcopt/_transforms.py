@@ -383,18 +383,24 @@ def values_at_hand(tensor: Tensor) -> list[float] | None:
     Of a tensor that is mapped over by vmap these are the values of all members. What is read here
     is for checks alone: no derivative and no member is told of it.
     """
-    if observed() or (transformed() and _RULED is None):
+    if observed():
         return None
-    while transformed() and is_functorch_wrapped_tensor(tensor):
-        if is_functionaltensor(tensor):  # its value may be another one by now
+    if transformed():
+        if _RULED is None:  # pragma: no cover
             return None
-        tensor = get_unwrapped(tensor)
-    return _flat(tensor.tolist()) if tensor.is_cpu and all_plain([tensor]) else None
+        while is_functorch_wrapped_tensor(tensor):
+            if is_functionaltensor(tensor):  # its value may be another one by now
+                return None
+            tensor = get_unwrapped(tensor)
+    if not tensor.is_cpu or type(tensor) not in _PLAIN:
+        return None
+    values = tensor.tolist()
+    return _flat(values) if isinstance(values, list) else [values]
 
 
-def _flat(values: Any) -> list[float]:
-    if not isinstance(values, list):
-        return [values]
+def _flat(values: list[Any]) -> list[float]:
+    if not values or not isinstance(values[0], list):
+        return values
     return [value for part in values for value in _flat(part)]
 
 

@@ -214,13 +214,13 @@ def check_inplace(
         ValueError: If two of its tensors, or one and a gradient, start at the same place.
     """
     root, leaves = tree
-    written, names = [*leaves, *own.values()], list(own)
+    written = [*leaves, *own.values()]
     check_unwatched(numbers.values(), written, gradients.tensors, gradients.params)
 
     def path(index: int) -> str:
         if index < len(leaves):
             return _tree.path(gradients.structure, root, index)
-        return names[index - len(leaves)]
+        return list(own)[index - len(leaves)]
 
     for name, tensor in _historic(numbers, written, path, gradients):
         raise RuntimeError(

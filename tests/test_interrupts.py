@@ -40,6 +40,7 @@ def around():
     return {
         "threads": torch.get_num_threads(),
         "gradients": torch.is_grad_enabled(),
+        "autocast": torch.is_autocast_enabled("cpu"),
         "inference": torch.is_inference_mode_enabled(),
         "transforms": torch._C._are_functorch_transforms_active(),
         "modes": torch._C._len_torch_dispatch_stack(),
@@ -102,6 +103,13 @@ STEPS = {
 @pytest.mark.parametrize("name", STEPS)
 def test_a_step_changes_nothing_around_it(name):
     check_everywhere(STEPS[name])
+
+
+@pytest.mark.parametrize("name", ["AdamW", "AdamW in place"])
+def test_a_step_within_autocast_leaves_it_on(name):
+    with torch.autocast("cpu"):
+        check_everywhere(STEPS[name])
+        assert torch.is_autocast_enabled("cpu")
 
 
 def mapped():
