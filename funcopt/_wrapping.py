@@ -122,7 +122,7 @@ def check_inplace(
             history.
         ValueError: If two of its tensors, or one and a gradient, start at the same place.
     """
-    check_unwatched(numbers.values(), own, gradients.tensors, gradients.params)
+    check_unwatched(numbers.values(), own, gradients.leaves, gradients.params)
     for name, tensor in _historic(numbers, own, path, gradients):
         raise RuntimeError(
             f"{name} {'has a history' if tensor.grad_fn else 'requires a gradient'}, which writing "
