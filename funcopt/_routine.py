@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from . import _kernels, _transforms, _tree
@@ -37,8 +36,9 @@ class Routine(NamedTuple):
         if not self.layout.params_require_grad:
             moved = _kernels.move(self.leaves, numbers, variant, self.layout)
         else:
-            with torch.no_grad():
-                moved = _kernels.move(self.leaves, numbers, variant, self.layout)
+            moved = _transforms.without_gradients(
+                _kernels.move, self.leaves, numbers, variant, self.layout
+            )
             keep_requiring(moved.params, self.leaves.params)
         new_params, *moments = (_tree.unflatten(self.structure, column) for column in moved[:3])
         maxima = _tree.unflatten(self.structure, moved[3]) if variant.amsgrad else ()
@@ -46,11 +46,11 @@ class Routine(NamedTuple):
 
     def move_(self, numbers: Scalars, variant: Variant) -> None:
         """Move the leaves and the count in place."""
-        if not self.layout.params_require_grad:  # to enter no_grad takes longer than a small leaf
+        if not self.layout.params_require_grad:
             _kernels.move_(self.leaves, numbers, variant, self.layout)
         else:
-            with torch.no_grad():
-                _kernels.move_(self.leaves, numbers, variant, self.layout)
+            move_ = _kernels.move_
+            _transforms.without_gradients(move_, self.leaves, numbers, variant, self.layout)
         self.step.fill_(self.new_step)
 
 
@@ -65,17 +65,16 @@ def find_routine(
         kernel: The kernel that the user named.
         writing: Whether parameters, moments and count are to be written.
     """
-    if _transforms.transformed() or _transforms.observed():
-        return None
-    if not isinstance(step, Tensor) or step.ndim > 0 or step.is_inference():
+    watched = _transforms.transformed() or _transforms.observed()
+    if watched or not isinstance(step, Tensor) or step.ndim > 0 or step.is_inference():
         return None
     count = value_of(step)
     recalled = None if isinstance(count, Tensor) else recall(trees)
     if isinstance(count, Tensor) or recalled is None or not recalled.layout.calm:
         return None
-    if _transforms.any_dual(*recalled.leaves, (step,)) or (
-        kernel != "auto" and any(_kernels.unserved(kernel, d) for d in recalled.layout.devices)
-    ):
+    if _transforms.may_be_dual() and _transforms.any_dual(*recalled.leaves, (step,)):
+        return None
+    if kernel != "auto" and any(_kernels.unserved(kernel, d) for d in recalled.layout.devices):
         return None
     params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs = recalled.leaves
     tensors = params

@@ -38,6 +38,7 @@ R = TypeVar("R")
 
 DTensor: TypeAlias = Any  # whose module is imported by whoever makes one, never from here
 
+
 _BUILT_FOR_PROCESSES = torch.distributed.is_available()
 
 

@@ -39,6 +39,7 @@ __all__ = [
     "has_derivative",
     "in_vmaps_alone",
     "looked_on",
+    "may_be_dual",
     "observed",
     "on_host",
     "outside_autocast",
@@ -55,6 +56,7 @@ __all__ = [
     "watched",
     "watched_by_operator",
     "without_autocast",
+    "without_gradients",
 ]
 
 P = ParamSpec("P")
@@ -95,11 +97,9 @@ exporting = _old_dynamo.exporting if _old_dynamo.OLD else torch.compiler.is_expo
 
 def tracing() -> bool:
     """Whether operators are being recorded: a tensor may have neither memory nor a value."""
-    if compiling():
+    if compiling() or (_count_modes() > 0 and any(map(_mode_of, _TRACERS))):
         return True
-    if torch._C._len_torch_dispatch_stack() > 0 and any(map(_mode_of, _TRACERS)):
-        return True
-    return _is_traced_without_a_mode()
+    return _is_jit_tracing() or _is_included(_PRE_DISPATCH)
 
 
 def observed() -> bool:
@@ -111,10 +111,13 @@ def observed() -> bool:
     """
     if compiling():
         return True
-    modes = torch._C._len_torch_dispatch_stack()
-    return (modes > 0 and modes > _onlookers.get()) or _is_traced_without_a_mode()
+    modes = _count_modes()
+    if modes > 0 and modes > _onlookers.get():
+        return True
+    return _is_jit_tracing() or _is_included(_PRE_DISPATCH)
 
 
+_count_modes = torch._C._len_torch_dispatch_stack
 _cuda_is_in_use: Any = torch.cuda.is_initialized  # which torch leaves untyped
 
 
@@ -130,14 +133,10 @@ def capturing() -> bool:
 # The modes that record, or work on stand-ins for tensors: torch has a place of its own for each.
 _TRACERS = tuple(torch._C._TorchDispatchModeKey.__members__.values())
 _mode_of = torch._C._get_dispatch_mode
-
+_is_jit_tracing = torch._C._is_tracing
+# Where `make_fx` or export records above autograd, which takes another stack of modes.
 _is_included = torch._C._dispatch_tls_is_dispatch_key_included
 _PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
-
-
-def _is_traced_without_a_mode() -> bool:
-    """Whether `torch.jit.trace` records, or `make_fx` or export does above autograd."""
-    return torch._C._get_tracing_state() is not None or _is_included(_PRE_DISPATCH)
 
 
 # How many of the modes on torch's stack only look on, and are to see the operators of a real step.
@@ -178,6 +177,16 @@ def stand_in(device: torch.device) -> torch.device:
 # Torch's context managers are written in Python: one that is interrupted leaves what it changed.
 set_grad_enabled = torch._C._set_grad_enabled
 outside_inference_mode = functools.partial(torch._C._InferenceMode, False)
+
+
+def without_gradients(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """Call a function under `no_grad`, to enter which takes longer than to move a small leaf."""
+    enabled = torch.is_grad_enabled()
+    try:
+        set_grad_enabled(False)
+        return function(*args, **kwargs)
+    finally:
+        set_grad_enabled(enabled)
 
 
 def restoring(function: Callable[P, R]) -> Callable[P, R]:
@@ -258,13 +267,18 @@ def outside_autocast(function: Callable[P, R]) -> Callable[P, R]:
 transformed = torch._C._are_functorch_transforms_active
 
 
-def any_dual(*columns: Iterable[object]) -> bool:
-    """Whether a tensor among these is dual: it carries a tangent of plain forward-mode autograd.
+def may_be_dual() -> bool:
+    """Whether any tensor can be dual: somebody is inside `forward_ad.dual_level()`.
 
-    The level of forward mode is the process's: another thread may have entered it, or this one for
-    what has nothing to do with the step. So the tensors are asked, but only while there is a level.
+    The level is the process's: that may be another thread, or this one for what has nothing to do
+    with the step. So while there is one, the tensors are asked.
     """
-    if compiling() or forward_ad._current_level < 0:
+    return not compiling() and forward_ad._current_level >= 0
+
+
+def any_dual(*columns: Iterable[object]) -> bool:
+    """Whether a tensor among these is dual: it carries a tangent of plain forward-mode autograd."""
+    if not may_be_dual():
         return False
     tensors = (value for column in columns for value in column if isinstance(value, Tensor))
     return any(map(_is_dual, tensors))
@@ -285,7 +299,7 @@ _unpack_dual: Any = forward_ad.unpack_dual  # which torch leaves untyped
 
 def has_derivative(tensor: Tensor) -> bool:
     """Whether a derivative may be lost with a tensor, in reverse or in forward mode."""
-    return tensor.requires_grad or any_dual((tensor,))
+    return tensor.requires_grad or (may_be_dual() and any_dual((tensor,)))
 
 
 def followed(*columns: Iterable[object]) -> bool:
@@ -298,7 +312,7 @@ def watched(*columns: Iterable[object]) -> bool:
 
     It follows it for its members or its derivative.
     """
-    return transformed() or any_dual(*columns)
+    return transformed() or (may_be_dual() and any_dual(*columns))
 
 
 def readable() -> bool:

@@ -225,10 +225,6 @@ def _take(values: list[T], indices: list[int]) -> list[T]:
     return values if len(indices) == len(values) else [values[index] for index in indices]
 
 
-def _is_empty(tree: Tree) -> bool:
-    return isinstance(tree, tuple) and tree == ()
-
-
 def _check(
     params: _tree.Paired, grads: _tree.Paired, moments: list[_tree.Paired], active: list[int]
 ) -> None:
@@ -247,8 +243,8 @@ def _check(
 
 
 def _check_maximum(state: Any, params: Tree, amsgrad: bool) -> None:
-    kept = not _is_empty(state.max_exp_avg_sq)
-    if kept != amsgrad and not (amsgrad and _is_empty(params)):  # whose maximum is () itself
+    kept = not (isinstance(state.max_exp_avg_sq, tuple) and state.max_exp_avg_sq == ())
+    if kept != amsgrad and (kept or not isinstance(params, tuple) or params):  # () is that of ()
         raise ValueError(
             f"state.max_exp_avg_sq {'holds a tree' if kept else 'is empty'}, but this optimizer "
             f"has amsgrad={amsgrad}. Make the state with init() of this optimizer."

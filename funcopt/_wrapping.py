@@ -215,7 +215,7 @@ def check_inplace(
     """
     root, leaves = tree
     written = [*leaves, *own.values()]
-    check_unwatched(numbers.values(), written, gradients.tensors, gradients.params)
+    check_unwatched(numbers.values(), written, gradients.leaves, gradients.params)
 
     def path(index: int) -> str:
         if index < len(leaves):

@@ -191,6 +191,11 @@ def _check_entry(
 ) -> None:
     """Refuse the state of a parameter that is not all there, or not of this parameter."""
     wanted = {"step", *MOMENTS[: 3 if amsgrad else 2]}
+    if not isinstance(entry, Mapping):
+        raise TypeError(
+            f"the state for {path(index)} is of type {type(entry).__name__}: it must be a dict of "
+            f"{', '.join(sorted(wanted))}."
+        )
     if entry and entry.keys() != wanted:
         lacks, extra = sorted(wanted - entry.keys()), sorted(entry.keys() - wanted)
         found = [f"lacks {', '.join(lacks)}"] * bool(lacks)
@@ -217,10 +222,12 @@ def _check_entry(
                     f"{name} for {path(index)}: {what} {shown(has)}, the parameter has "
                     f"{shown(needed)}. Is it that of another parameter, or another model?"
                 )
+        _check_has_value(f"{name} for {path(index)}", moment)
 
 
 def _count(entry: Mapping[str, Any], path: Callable[[int], str], index: int) -> float:
     step = entry.get("step", 0.0)
+    _check_has_value(f"step for {path(index)}", step)
     single = isinstance(step, Tensor) and is_dense(step) and step.numel() == 1
     count = float(step.item()) if single else step
     if not isinstance(count, float | int) or not (count >= 0 and count == count // 1):
@@ -232,11 +239,12 @@ def _count(entry: Mapping[str, Any], path: Callable[[int], str], index: int) -> 
 
 def _optimizer(options: Mapping[str, Any], leaves: list[Tensor], step_per_leaf: bool) -> AdamW:
     betas = options["betas"]
+    pair = isinstance(betas, tuple | list)
     return AdamW(
-        lr=_own(options["lr"]),
-        betas=tuple(map(_own, betas)) if isinstance(betas, tuple | list) else betas,
-        eps=_own(options["eps"]),
-        weight_decay=_own(options["weight_decay"]),
+        lr=_own("lr", options["lr"]),
+        betas=tuple(_own(f"betas[{i}]", beta) for i, beta in enumerate(betas)) if pair else betas,
+        eps=_own("eps", options["eps"]),
+        weight_decay=_own("weight_decay", options["weight_decay"]),
         amsgrad=options["amsgrad"],
         maximize=options["maximize"],
         step_per_leaf=step_per_leaf,
@@ -245,10 +253,19 @@ def _optimizer(options: Mapping[str, Any], leaves: list[Tensor], step_per_leaf: 
     )
 
 
-def _own(number: Any) -> Any:
+def _check_has_value(name: str, value: object) -> None:
+    if isinstance(value, Tensor) and value.is_meta:
+        raise ValueError(
+            f"{name} is on the meta device, where it has no value. Give a source that was saved or "
+            f"loaded with its values."
+        )
+
+
+def _own(name: str, number: Any) -> Any:
     """Return a copy of a tensor, which in torch may have one dimension; and a number as it is."""
-    if not isinstance(number, Tensor) or not is_dense(number):
+    if not isinstance(number, Tensor) or not is_dense(number):  # which is refused
         return number
+    _check_has_value(name, number)
     return number.detach().clone().reshape(() if number.numel() == 1 else number.shape)
 
 

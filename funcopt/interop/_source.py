@@ -64,6 +64,7 @@ def read(source: Any, group_names: Sequence[str] | None) -> Source:
     for label, group in groups.items():
         with within(f"param group {label!r}" if len(groups) > 1 else None):
             _check_is_adamw(group, state)
+            _check_lists_params(group)
             if len(groups) > 1 and not len(group["params"]):
                 raise ValueError("it has no parameters. Take it out of 'param_groups'.")
     if isinstance(source, torch.optim.Optimizer) and not isinstance(
@@ -161,6 +162,19 @@ def _check_is_adamw(group: Mapping[str, Any], state: Mapping[Any, Any]) -> None:
             f"whether its weight decay is decoupled, the source {has}: only AdamW's is served. If "
             f"it is an AdamW, or its weight decay is 0, where the two are the same, set "
             f"['decoupled_weight_decay'] = True in its param group."
+        )
+
+
+def _check_lists_params(group: Mapping[str, Any]) -> None:
+    if "params" not in group:
+        raise ValueError(
+            "the source has no 'params' in its param group, which says whose state is whose. Give "
+            "the whole state_dict() of a torch.optim.AdamW."
+        )
+    if not isinstance(group["params"], list | tuple):
+        raise TypeError(
+            f"'params' in the param group is of type {type(group['params']).__name__}: it must be "
+            f"a list of the parameters' numbers or names, as state_dict() makes it."
         )
 
 

@@ -162,6 +162,42 @@ REFUSED = {
         r"step for params\['first'\] is nested_tensor",
     ),
     "no tensor": (edit(lambda s, g: s["state"][0].update(exp_avg=1.0)), "of type float, not"),
+    "no params": (
+        edit(lambda s, g: [g.pop("params"), g.pop("param_names")]),
+        "the source has no 'params' in its param group",
+    ),
+    "params that are no list": (
+        edit(lambda s, g: g.update(params=2)),
+        "'params' in the param group is of type int: it must be a list",
+    ),
+    "an entry that is no dict": (
+        edit(lambda s, g: s["state"].update({1: torch.ones(2, 2)})),
+        r"the state for params\['second'\] is of type Tensor: it must be a dict of exp_avg",
+    ),
+    "an entry that is None": (
+        edit(lambda s, g: s["state"].update({0: None})),
+        r"the state for params\['first'\] is of type NoneType: it must be a dict",
+    ),
+    "a moment without values": (
+        edit(lambda s, g: s["state"][0].update(exp_avg=torch.ones(2, 2, device="meta"))),
+        r"exp_avg for params\['first'\] is on the meta device",
+    ),
+    "a step without a value": (
+        edit(lambda s, g: s["state"][0].update(step=torch.ones((), device="meta"))),
+        r"step for params\['first'\] is on the meta device",
+    ),
+    "a number without a value": (
+        edit(lambda s, g: g.update(lr=torch.ones((), device="meta"))),
+        "lr is on the meta device, where it has no value",
+    ),
+    "a beta without a value": (
+        edit(lambda s, g: g.update(betas=(0.9, torch.ones((), device="meta")))),
+        r"betas\[1\] is on the meta device",
+    ),
+    "a sparse number": (
+        edit(lambda s, g: g.update(eps=torch.ones(1).to_sparse())),
+        "eps is a tensor of layout torch.sparse_coo: make it dense",
+    ),
     "half step": (edit(lambda s, g: s["state"][0].update(step=0.5)), "step for .* is 0.5"),
     "step below 0": (edit(lambda s, g: s["state"][0].update(step=-1)), "is -1: a count"),
     "no number": (
