@@ -239,7 +239,7 @@ def without_autocast(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs
     that is not its own, where an update has to keep the dtypes of its leaves.
     """
     devices = [device for device in _AUTOCAST_DEVICES if torch.is_autocast_enabled(device)]
-    if compiling() and devices:  # which knows the context manager
+    if devices and tracing():  # by who knows the context manager
         with torch.autocast(devices[0], enabled=False):
             return without_autocast(function, *args, **kwargs)
     put_back = map(torch.set_autocast_enabled, devices, repeat(True))
