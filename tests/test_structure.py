@@ -162,6 +162,7 @@ def test_one_place_knows_pytrees():
 def test_one_place_knows_the_transforms():
     assert places(r"torch\._C(?!\._dynamo)|_functorch|is_compiling|forward_ad") == {"_transforms"}
     assert places(r"torch\._C\._dynamo") == {"_kernels._layout"}
+    assert places(r"stream_capturing") == {"_transforms"}
 
 
 def test_each_private_operator_is_called_in_one_place():
