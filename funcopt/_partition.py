@@ -99,9 +99,6 @@ class Partition:
         object.__setattr__(self, "inner", dict(self.inner))
         check_labels(self.labels, self.inner)
 
-    def __hash__(self) -> int:
-        return hash(frozenset(self.inner.items()))  # neither dicts nor trees of labels have one
-
     def init(self, params: Tree) -> PartitionState:
         """Return the state before the first update: that of each optimizer for its own leaves.
 
