@@ -25,6 +25,8 @@ from funcopt import (
     LossScale,
     Partition,
     _entry,
+    _sharded,
+    _transforms,
 )
 from funcopt.distributed import LocalUpdates, Zero1
 from funcopt.schedules import Cosine
@@ -82,6 +84,19 @@ def inferring(pause):
         pause()
 
 
+def planning(pause):
+    _transforms.looked_on(pause)
+
+
+def working_on_parts(pause):
+    _sharded.work_on(_sharded.Parts(), pause)
+
+
+def counting_flops(pause):
+    with FlopCounterMode(display=False):
+        pause()
+
+
 # What another thread is in the middle of.
 ELSEWHERE = {
     function.__name__: function
@@ -94,6 +109,9 @@ ELSEWHERE = {
         faking,
         mapping,
         inferring,
+        planning,
+        working_on_parts,
+        counting_flops,
     )
 }
 
