@@ -68,6 +68,7 @@ class AdamW:
 
     An `AdamW` is a frozen value and a pytree whose leaves are those hyperparameters that are
     tensors: map over it with vmap to sweep them, differentiate with respect to it to learn them.
+    Two are equal if all they hold is, tensors by dtype, shape, device and values.
     Make such tensors in float64, to get the bits of the Python number, and on the CPU, also beside
     parameters on a GPU, where their value can be read without waiting. A learning rate on a GPU, as
     a schedule gives one there, is never read; the fused kernel takes it rounded to float32.

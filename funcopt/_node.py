@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor
 
 from . import _tree
@@ -31,9 +32,11 @@ def register_optimizer(cls: type[OptimizerT]) -> type[OptimizerT]:
     """Make a frozen dataclass a pytree node for `torch.func` and for optree.
 
     Fields may be trees themselves: of a pair of betas, or of an inner optimizer, the tensors are
-    leaves. Its methods run with autocast turned off, and those that update are given the local
-    parts of DTensors in place of these. One with a field `inner` leaves at rest what that one does.
-    A wrong call of the class names the arguments there are, and says where parameters go.
+    leaves. Two values are equal if their tensors are, in value, dtype, shape and device, and all
+    else is; a hash knows nothing of the values of tensors, which may be filled with others. Its
+    methods run with autocast turned off, and those that update are given the local parts of
+    DTensors in place of these. One with a field `inner` leaves at rest what that one does. A wrong
+    call of the class names the arguments there are, and says where parameters go.
 
     Returns:
         The class, so that this can stand above its definition.
@@ -76,11 +79,61 @@ def register_optimizer(cls: type[OptimizerT]) -> type[OptimizerT]:
 
     _tree.register_node(cls, flatten, unflatten, names)
     wrap_methods(cls)
+    dataclass.__eq__, dataclass.__hash__ = _comparing(fields)
     let_it_hash(cls)
     if "inner" in fields:
         leaves_at_rest(cls, as_inner)
     dataclass.__init__ = _explaining(dataclass.__init__, cls.__name__, fields)
     return cls
+
+
+def _comparing(
+    fields: list[str],
+) -> tuple[Callable[[Any, object], Any], Callable[[Any], int]]:
+    """Return what says whether two values with these fields are equal, and what hashes one."""
+
+    def equal(opt: Any, other: object) -> Any:
+        if type(other) is not type(opt):
+            return NotImplemented
+        return all(_are_equal(getattr(opt, name), getattr(other, name)) for name in fields)
+
+    def hashed(opt: Any) -> int:
+        return hash((type(opt), *(_hashable(getattr(opt, name)) for name in fields)))
+
+    return equal, hashed
+
+
+def _are_equal(one: Any, other: Any) -> bool:
+    """Whether two fields are equal, or two parts of them."""
+    for kind in (tuple, list):
+        if isinstance(one, kind) and isinstance(other, kind):
+            return len(one) == len(other) and all(map(_are_equal, one, other))
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_are_equal(one[key], other[key]) for key in one)
+    if one is other:
+        return True
+    if not isinstance(one, Tensor) and not isinstance(other, Tensor):
+        return bool(one == other)
+    if _hashable(one) != _hashable(other):
+        return False
+    try:
+        return torch.equal(one, other)
+    except (NotImplementedError, RuntimeError) as error:
+        raise RuntimeError(
+            "whether two optimizers are equal depends on tensors whose values cannot be read here: "
+            "they are mapped over, traced, or on the meta device. Compare them outside."
+        ) from error
+
+
+def _hashable(value: Any) -> Any:
+    """Return what of a field goes into a hash: of a tensor not the values, which may change."""
+    if isinstance(value, Tensor):
+        return value.dtype, value.shape, value.device
+    if isinstance(value, list | tuple):
+        return tuple(map(_hashable, value))
+    if isinstance(value, dict):
+        return frozenset((key, _hashable(part)) for key, part in value.items())
+    return value if isinstance(value, Hashable) else type(value)
 
 
 def _explaining(init: Callable[..., None], name: str, fields: list[str]) -> Callable[..., None]:

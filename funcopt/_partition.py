@@ -106,9 +106,6 @@ class Partition:
         check_labels(self.labels, self.inner)
         object.__setattr__(self, "_patterns", patterns_in(self.labels))
 
-    def __hash__(self) -> int:
-        return hash(frozenset(self.inner.items()))  # neither dicts nor trees of labels have one
-
     def init(self, params: Tree) -> PartitionState:
         """Return the state before the first update: that of each optimizer for its own leaves.
 

@@ -25,6 +25,8 @@ from funcopt import (
     LossScale,
     Partition,
     _entry,
+    _sharded,
+    _transforms,
 )
 from funcopt.distributed import LocalUpdates, Zero1
 from funcopt.schedules import Cosine
@@ -37,7 +39,8 @@ def compiling(pause):
         pause()
         return graph
 
-    torch.compile(lambda x: x + 1, backend=backend)(torch.ones(2))
+    function = eval("lambda x: x + 1")  # of new code, so that it is compiled each time
+    torch.compile(function, backend=backend)(torch.ones(2))
 
 
 class Pausing(nn.Module):
@@ -81,6 +84,19 @@ def inferring(pause):
         pause()
 
 
+def planning(pause):
+    _transforms.looked_on(pause)
+
+
+def working_on_parts(pause):
+    _sharded.work_on(_sharded.Parts(), pause)
+
+
+def counting_flops(pause):
+    with FlopCounterMode(display=False):
+        pause()
+
+
 # What another thread is in the middle of.
 ELSEWHERE = {
     function.__name__: function
@@ -93,8 +109,18 @@ ELSEWHERE = {
         faking,
         mapping,
         inferring,
+        planning,
+        working_on_parts,
+        counting_flops,
     )
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _fake_tensors_here_first():
+    """Enter the mode in this thread, which lives on: torch 2.11 crashes once the first is gone."""
+    with FakeTensorMode():
+        pass
 
 
 @contextlib.contextmanager
@@ -121,7 +147,6 @@ def elsewhere(function):
     finally:
         over.set()
         thread.join(60)
-        torch._dynamo.reset()
     assert not thread.is_alive()
     assert not errors
 
@@ -306,14 +331,17 @@ def test_a_bound_that_a_gradient_just_reaches_has_a_tangent_as_under_jvp(kind):
     grads = torch.tensor([norm, 0.0], dtype=torch.float64)
 
     def moved(bound):
-        opt = kind(INNER, bound)
+        # The largest element is a norm without a rounding.
+        opt = Clip(INNER, bound, norm_type=math.inf) if kind is Clip else kind(INNER, bound)
         return opt.update(grads, opt.init(params), params)[1].inner.exp_avg
 
     _, expected = jvp(moved, (bound,), (torch.ones_like(bound),))
     with forward_ad.dual_level():
         tangent = forward_ad.unpack_dual(moved(_dual(bound))).tangent
-    torch.testing.assert_close(tangent, expected)
-    assert expected.any()
+    torch.testing.assert_close(torch.zeros(2).double() if tangent is None else tangent, expected)
+    one = torch.ones(())  # the slope of a clamp at its bound is 1 in torch 2.13, and 0 in 2.15
+    slope = jvp(lambda scale: scale.clamp(max=1.0), (one,), (one,))[1]
+    assert bool(expected.any()) == (kind is ClipAdaptive or bool(slope))
 
 
 def test_a_tangent_goes_through_a_step_beneath_a_derivative_in_reverse():
