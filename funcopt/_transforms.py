@@ -374,7 +374,7 @@ def in_vmaps_alone() -> bool:
     longer.
     """
     levels = get_interpreter_stack() if _RULED is not None else None
-    return levels is not None and all(level.key() == TransformType.Vmap for level in levels)
+    return bool(levels) and all(level.key() == TransformType.Vmap for level in levels or ())
 
 
 def beneath_vmap(function: Callable[[Members], R]) -> R:
