@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _kernels, _transforms, _tree
+from . import _kernels, _modes, _transforms, _tree
 from ._captured import check_replayed
 from ._sharded import Parts, dtensor, has_sharded, work_on
 from ._types import Tree
@@ -31,7 +31,7 @@ def wrap_methods(cls: Any) -> None:
     All three leave the thread's gradient mode as it was, whatever ends them.
     """
     served: dict[str, Callable[[Any], Any]] = {
-        "init": lambda method: _transforms.restoring(_transforms.outside_autocast(method)),
+        "init": lambda method: _modes.restoring(_modes.outside_autocast(method)),
         "update": lambda method: _serving(method, _update),
         "update_": lambda method: _serving(method, _update_),
     }
@@ -45,11 +45,11 @@ def _serving(method: Callable[..., Any], on_local_parts: Callable[..., Any]) -> 
     def serve(self: Any, grads: Tree, state: Tree, params: Tree) -> Any:
         sharded = has_sharded(params)
         own = functools.partial(on_local_parts, method) if sharded else method
-        if _transforms.autocasting():
-            own = functools.partial(_transforms.without_autocast, own)
+        if _modes.autocasting():
+            own = functools.partial(_modes.without_autocast, own)
         if _transforms.compiling():
             if sharded or _too_many_to_compile(params):
-                return _transforms.uncompiled(serve, self, grads, state, params)
+                return _modes.uncompiled(serve, self, grads, state, params)
             return own(self, grads, state, params)
         if _transforms.capturing():
             check_replayed(self, state, params)
@@ -57,7 +57,7 @@ def _serving(method: Callable[..., Any], on_local_parts: Callable[..., Any]) -> 
         try:
             return own(self, grads, state, params)
         except BaseException:  # an interrupt may have come before something else put it back
-            _transforms.set_grad_enabled(enabled)
+            _modes.set_grad_enabled(enabled)
             raise
 
     return serve

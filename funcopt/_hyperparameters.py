@@ -140,7 +140,7 @@ def normalize(name: str, value: Any, *, schedule: bool = False, source: str = ""
         _check_schedule(name, value)
         return value
     kinds = "a number, a 0-dim tensor or a schedule" if schedule else "a number or a 0-dim tensor"
-    hint = _hint(name, value, parameters=schedule)
+    hint = _hint(name, value, parameters=schedule and name == "lr")
     raise TypeError(
         f"{name}={short(value)}{source}: must be {kinds}, not {type(value).__name__}.{hint}"
     )
@@ -197,7 +197,11 @@ def _hint(name: str, value: object, *, parameters: bool) -> str:
             return _GROUPS.format(name) + ("" if isinstance(value, Mapping) else _MEMBERS)
         if all(isinstance(part, Mapping) and "params" in part for part in parts):
             return _GROUPS.format("options")
-    if parameters and isinstance(value, (Mapping, Sequence, Iterator, torch.nn.Module)):
+    if (
+        parameters
+        and name == "lr"
+        and isinstance(value, (Mapping, Sequence, Iterator, torch.nn.Module))
+    ):
         return " Parameters are given to init(): opt = AdamW(lr=1e-3); state = opt.init(params)."
     return ""
 

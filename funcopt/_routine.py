@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from . import _kernels, _transforms, _tree
+from . import _kernels, _modes, _transforms, _tree
 from ._checks import are_apart
 from ._counts import fresh, value_of
 from ._kernels import Layout, Leaves, Scalars, Variant
@@ -36,7 +36,7 @@ class Routine(NamedTuple):
         if not self.layout.params_require_grad:
             moved = _kernels.move(self.leaves, numbers, variant, self.layout)
         else:
-            moved = _transforms.without_gradients(
+            moved = _modes.without_gradients(
                 _kernels.move, self.leaves, numbers, variant, self.layout
             )
             keep_requiring(moved.params, self.leaves.params)
@@ -50,7 +50,7 @@ class Routine(NamedTuple):
             _kernels.move_(self.leaves, numbers, variant, self.layout)
         else:
             move_ = _kernels.move_
-            _transforms.without_gradients(move_, self.leaves, numbers, variant, self.layout)
+            _modes.without_gradients(move_, self.leaves, numbers, variant, self.layout)
         self.step.fill_(self.new_step)
 
 

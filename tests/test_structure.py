@@ -183,7 +183,7 @@ def test_every_tensor_that_is_made_says_where():
 
 def test_files_and_functions_can_be_taken_in_at_a_glance():
     for path, text in FILES.items():
-        assert text.count("\n") <= 350, path
+        assert text.count("\n") <= 400, path
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef):
                 docstring = ast.get_docstring(node) or ""

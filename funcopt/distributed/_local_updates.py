@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from .. import _transforms, _tree
+from .. import _modes, _transforms, _tree
 from .._checks import check_optimizer, check_state
 from .._hyperparameters import check_flag, normalize
 from .._kernels import write
@@ -199,7 +199,7 @@ class LocalUpdates:
             tensor([0.9500])
         """
         if _transforms.compiling():
-            return _transforms.uncompiled(self.update, grads, state, params)
+            return _modes.uncompiled(self.update, grads, state, params)
         meeting = self._gather(grads, state, params)
         meets = self._meets(state.steps_since_sync)
         new_params, inner = self.inner.update(grads, state.inner, params)
@@ -241,7 +241,7 @@ class LocalUpdates:
             (tensor([0.9000]), tensor(1., dtype=torch.float64))
         """
         if _transforms.compiling():
-            return _transforms.uncompiled(self.update_, grads, state, params)
+            return _modes.uncompiled(self.update_, grads, state, params)
         meeting = self._gather(grads, state, params)
         meeting.check_inplace(state.steps_since_sync)
         meets = self._meets(state.steps_since_sync)

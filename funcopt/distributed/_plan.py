@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from .. import _kernels, _transforms, _tree
+from .. import _kernels, _modes, _transforms, _tree
 from .._checks import check_optimizer
 from .._hyperparameters import check_choice
 from .._types import Optimizer, Tree
@@ -27,7 +27,7 @@ __all__ = ["plan"]
 _BACKENDS = ("nccl", "gloo")
 
 
-@_transforms.restoring
+@_modes.restoring
 def plan(
     opt: Optimizer[Any],
     params: Tree,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from .. import _transforms, _tree
+from .. import _modes, _tree
 from .._checks import check_state, is_dense, is_like, kind_of, shown_layout
 from .._types import Tree
 from .._work import flatten_params
@@ -21,8 +21,8 @@ from ._zero1 import Zero1, Zero1State
 __all__ = ["gather_state", "scatter_state"]
 
 
-@_transforms.restoring
-@_transforms.outside_autocast
+@_modes.restoring
+@_modes.outside_autocast
 def gather_state(opt: Zero1, state: Zero1State, params: Tree) -> Tree:
     """Return the state of the inner optimizer as if there were no `Zero1`, whole on every process.
 
@@ -78,8 +78,8 @@ def _leaves_of(node: dict[str, Tensor], sharding: Sharding, likes: list[Tensor])
     return leaves
 
 
-@_transforms.restoring
-@_transforms.outside_autocast
+@_modes.restoring
+@_modes.outside_autocast
 def scatter_state(opt: Zero1, state: Tree, params: Tree) -> Zero1State:
     """Return the state of a `Zero1` from that of its inner optimizer: undo `gather_state`.
 

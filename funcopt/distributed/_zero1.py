@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from .. import _transforms, _tree
+from .. import _modes, _transforms, _tree
 from .._adamw import AdamW
 from .._checks import check_optimizer, check_state
 from .._clip_value import ClipValue
@@ -182,7 +182,7 @@ class Zero1:
             tensor([0.8990, 1.0990])
         """
         if _transforms.compiling():
-            return _transforms.uncompiled(self.update, grads, state, params)
+            return _modes.uncompiled(self.update, grads, state, params)
         step = self._gather(grads, state, params)
         news, inner = work_on(None, self._move, step)
         keep_requiring(news, step.leaves)
@@ -217,7 +217,7 @@ class Zero1:
             tensor([0.8990, 1.0990])
         """
         if _transforms.compiling():
-            return _transforms.uncompiled(self.update_, grads, state, params)
+            return _modes.uncompiled(self.update_, grads, state, params)
         step = self._gather(grads, state, params)
         check_targets(step.leaves, step.grads, step.structure)
         work_on(None, self._move_, step)

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .. import _transforms, _tree
+from .. import _modes, _transforms, _tree
 from .._checks import is_dense, shown_layout
 from .._sharded import dtensor, local_part
 from .._types import Tree
@@ -74,7 +74,7 @@ def to_state_dict(state: Tree) -> dict[str, Tensor]:
     return entries
 
 
-@_transforms.restoring
+@_modes.restoring
 def from_state_dict(template: StateT, d: Mapping[str, Tensor], *, strict: bool = True) -> StateT:
     """Return the state that `to_state_dict` turned into a dict, in fresh memory.
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _transforms, _tree
+from .. import _modes, _tree
 from .._adamw import AdamW, AdamWState
 from .._checks import is_dense, shown, shown_layout
 from .._frozen import Frozen
@@ -23,7 +23,7 @@ from ._source import MOMENTS, Source, places, read, within
 __all__ = ["from_torch"]
 
 
-@_transforms.restoring
+@_modes.restoring
 def from_torch(
     source: torch.optim.Optimizer | Mapping[str, Any],
     params: Tree,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterable, Mapping
+from types import FrameType
 from typing import Any
 
 import torch
@@ -91,5 +93,18 @@ def warn_if_made_up(states: Iterable[Any]) -> None:
         f"that has made no step. The next update would then not have the size of a first one (with "
         f"the default betas 0.744 of it, after a count of 1): if so, begin with opt.init(params) "
         f"in place of this state. If all gradients were 0, it is as it should be.",
-        stacklevel=3,
+        stacklevel=_levels_to_caller(),
     )
+
+
+def _levels_to_caller() -> int:
+    """Return how many frames lie between a warning of `warn_if_made_up` and who called funcopt."""
+    frame: FrameType | None = sys._getframe(1)
+    levels = 1
+    while frame is not None and _is_ours(frame.f_globals.get("__name__")):
+        frame, levels = frame.f_back, levels + 1
+    return levels
+
+
+def _is_ours(module: object) -> bool:
+    return str(module).partition(".")[0] == __name__.partition(".")[0]
