@@ -1,5 +1,6 @@
 """What every test shares."""
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -44,3 +45,31 @@ def examples(pytestconfig: pytest.Config) -> Callable[..., int]:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--nightly", action="store_true", help="try many more examples of each law")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave to the night what takes seconds to compile, but for the first few cases of each test.
+
+    How many those are is said by the mark `by_day`. A law that compiles is tried by day on the
+    first optimizer that a test has for it.
+    """
+    if config.getoption("--nightly"):
+        return
+    seen: Counter[str] = Counter()
+    later: list[pytest.Item] = []
+    for item in items:
+        mark = item.get_closest_marker("by_day")
+        most = mark.args[0] if mark else 1 if _law_of(item) is laws.compiles_once else None
+        if most is not None:
+            test = item.nodeid.partition("[")[0]
+            seen[test] += 1
+            if seen[test] > most:
+                later.append(item)
+    config.hook.pytest_deselected(items=later)
+    left_out = set(map(id, later))
+    items[:] = [item for item in items if id(item) not in left_out]
+
+
+def _law_of(item: pytest.Item) -> object:
+    spec = getattr(item, "callspec", None)
+    return None if spec is None else spec.params.get("law")

@@ -181,6 +181,7 @@ def test_training_is_differentiated_in_both_modes():
     assert_close(vmap(grad(after))(alphas), torch.stack([grad(after)(a) for a in alphas]))
 
 
+@pytest.mark.by_day(1)
 @pytest.mark.parametrize("reset", [False, True])
 @pytest.mark.parametrize("in_place", [False, True])
 def test_one_compiled_graph_takes_every_step(in_place, reset):

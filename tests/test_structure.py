@@ -20,6 +20,7 @@ FLOORS = [
     "_walk",
     "_old_dynamo",
     "_transforms",
+    "_modes",
     "_tree",
     "_sharded",
     "_over_shards",
@@ -160,7 +161,10 @@ def test_one_place_knows_pytrees():
 
 
 def test_one_place_knows_the_transforms():
-    assert places(r"torch\._C(?!\._dynamo)|_functorch|is_compiling|forward_ad") == {"_transforms"}
+    assert places(r"torch\._C(?!\._dynamo)|_functorch|is_compiling|forward_ad") == {
+        "_modes",
+        "_transforms",
+    }
     assert places(r"torch\._C\._dynamo") == {"_kernels._layout"}
     assert places(r"stream_capturing") == {"_transforms"}
 
