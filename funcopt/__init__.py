@@ -4,21 +4,21 @@ import importlib
 from types import ModuleType
 
 from . import schedules
-from ._accumulate import Accumulate, AccumulateState
-from ._adamw import AdamW, AdamWState
-from ._clip import Clip, ClipState
-from ._clip_adaptive import ClipAdaptive, ClipAdaptiveState
-from ._clip_value import ClipValue, ClipValueState
-from ._ema import Ema, EmaState
-from ._find import find, replace
-from ._frozen import Frozen
-from ._labels import decay_label
-from ._lookahead import Lookahead, LookaheadState
-from ._loss_scale import LossScale, LossScaleState
-from ._partition import Partition, PartitionState
-from ._read_average import averaged
-from ._skip_nonfinite import SkipNonfinite, SkipNonfiniteState
-from ._types import Optimizer
+from ._core.nested import find, replace
+from ._core.types import Optimizer
+from .optimizers.adamw import AdamW, AdamWState
+from .optimizers.frozen import Frozen
+from .wrappers.accumulate import Accumulate, AccumulateState
+from .wrappers.averaged import averaged
+from .wrappers.clip_adaptive import ClipAdaptive, ClipAdaptiveState
+from .wrappers.clip_norm import Clip, ClipState
+from .wrappers.clip_value import ClipValue, ClipValueState
+from .wrappers.ema import Ema, EmaState
+from .wrappers.labels import decay_label
+from .wrappers.lookahead import Lookahead, LookaheadState
+from .wrappers.loss_scale import LossScale, LossScaleState
+from .wrappers.partition import Partition, PartitionState
+from .wrappers.skip_nonfinite import SkipNonfinite, SkipNonfiniteState
 
 __all__ = [
     "Accumulate",

@@ -12,8 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from funcopt import AdamW, _checks, _counts, _tree, _work
-from funcopt._kernels import Scalars, _adjoint, _layout, _memory, _rules, foreach, fused, plain
+from funcopt import AdamW
+from funcopt._core import checks, pytree
+from funcopt._engine import Scalars, autograd, counts, layout, memory, prepare
+from funcopt.optimizers._adam import adjoint, equations, foreach, fused
 from funcopt.testing import laws
 from funcopt.testing._check import check_law
 from funcopt.testing._subject import leaves_of, tree_map
@@ -46,7 +48,7 @@ def caught_by(law: Callable[..., None]) -> Callable[..., Any]:
 @contextlib.contextmanager
 def planted(mutant: Mutant) -> Iterator[None]:
     with Patch.context() as patch:
-        patch.setattr(_layout, "_recent", ())  # a defect neither finds nor leaves what is known
+        patch.setattr(layout, "_recent", ())  # a defect neither finds nor leaves what is known
         mutant.plant(patch)
         yield
 
@@ -112,17 +114,17 @@ def negates_the_gradients_in_place(patch: Patch) -> None:
 
 @caught_by(laws.never_mutates)
 def counts_in_place(patch: Patch) -> None:
-    patch.setattr(_counts.Counts, "after", lambda own, *_: [count.add_(1) for count in own.tensors])
+    patch.setattr(counts.Counts, "after", lambda own, *_: [count.add_(1) for count in own.tensors])
 
 
 @caught_by(laws.outputs_share_no_memory)
 def returns_the_moments_in_the_memory_of_the_parameters(patch: Patch) -> None:
     def change(params: Any, state: Any, given: Any) -> Any:
         pairs = [torch.stack([p, p.clone()]) for p in leaves_of(params)]
-        structure = _tree.flatten(params)[1]
-        return _tree.unflatten(structure, [pair[0] for pair in pairs]), state._replace(
-            exp_avg=_tree.unflatten(
-                _tree.flatten(state.exp_avg)[1],
+        structure = pytree.flatten(params)[1]
+        return pytree.unflatten(structure, [pair[0] for pair in pairs]), state._replace(
+            exp_avg=pytree.unflatten(
+                pytree.flatten(state.exp_avg)[1],
                 [pair[1].copy_(m) for pair, m in zip(pairs, leaves_of(state.exp_avg), strict=True)],
             )
         )
@@ -213,9 +215,9 @@ def remembers_which_tensor_it_made(patch: Patch) -> None:
 @caught_by(laws.bad_trees_raise)
 def pairs_trees_by_position(patch: Patch) -> None:
     def pair(tree: Any, root: str, structure: Any) -> Any:
-        return _tree.Paired(*_tree.flatten(tree), None)
+        return pytree.Paired(*pytree.flatten(tree), None)
 
-    patch.setattr(_work._tree, "pair", pair)
+    patch.setattr(prepare._tree, "pair", pair)
 
 
 @caught_by(laws.bad_trees_raise)
@@ -224,10 +226,10 @@ def broadcasts_gradients(patch: Patch) -> None:
         if leaf.shape == param.shape:
             original(leaf, param, path, what)
 
-    wrap(patch, _checks, "_refuse_unlike", change)
-    patch.setattr(_layout, "_is_ready", lambda tensor: False)
+    wrap(patch, checks, "_refuse_unlike", change)
+    patch.setattr(layout, "_is_ready", lambda tensor: False)
     patch.setattr(
-        _memory,
+        memory,
         "_aligned",
         lambda tensor, param: torch.empty_like(param).copy_(tensor.expand_as(param)),
     )
@@ -262,11 +264,11 @@ def the_bias_correction_is_one_step_ahead(patch: Patch) -> None:
 @caught_by(laws.decay_is_decoupled)
 def decay_goes_through_the_moments(patch: Patch) -> None:
     def change(original: Any, opt: AdamW, grads: Any, state: Any, params: Any) -> Any:
-        structure = _tree.flatten(params)[1]
-        pairs = zip(_tree.pair(grads, "grads", structure).leaves, leaves_of(params), strict=True)
+        structure = pytree.flatten(params)[1]
+        pairs = zip(pytree.pair(grads, "grads", structure).leaves, leaves_of(params), strict=True)
         decayed = [None if g is None else g + opt.weight_decay * p for g, p in pairs]
         patch.setattr(AdamW, "weight_decay", 0.0, raising=False)
-        return original(opt, _tree.unflatten(structure, decayed), state, params)
+        return original(opt, pytree.unflatten(structure, decayed), state, params)
 
     wrap(patch, AdamW, "update", change)
     number(patch, "weight_decay", lambda decay, _: 0.0)
@@ -289,7 +291,7 @@ def decay_comes_after_the_step(patch: Patch) -> None:
 
 @caught_by(laws.kernels_agree)
 def eps_is_inside_the_square_root_of_one_kernel(patch: Patch) -> None:
-    patch.setattr(plain, "root", lambda squares: (squares + 1e-4).sqrt())
+    patch.setattr(equations, "root", lambda squares: (squares + 1e-4).sqrt())
 
 
 @caught_by(laws.scale_invariant)
@@ -331,7 +333,7 @@ def amsgrads_maximum_is_dropped_by_the_foreach_kernel(patch: Patch) -> None:
 
 @caught_by(laws.survives_zero_gradients)
 def sixteen_bits_are_computed_in_sixteen_bits(patch: Patch) -> None:
-    for kernel in (plain, foreach):
+    for kernel in (equations, foreach):
         patch.setattr(kernel, "compute_dtype", lambda dtype: dtype)
     patch.setattr(fused, "refusal", lambda device, scalars: "it is not there")
     number(patch, "eps", lambda eps, _: 1e-8)
@@ -339,7 +341,7 @@ def sixteen_bits_are_computed_in_sixteen_bits(patch: Patch) -> None:
 
 @caught_by(laws.matches_oracle)
 def strides_are_ignored(patch: Patch) -> None:
-    patch.setattr(_layout, "_is_ready", lambda tensor: True)
+    patch.setattr(layout, "_is_ready", lambda tensor: True)
 
 
 @caught_by(laws.matches_oracle)
@@ -378,9 +380,9 @@ def a_matrix_ascends_beside_others_that_descend(patch: Patch) -> None:
 @caught_by(laws.names_do_not_matter)
 def the_first_leaf_moves_twice_as_far(patch: Patch) -> None:
     def change(params: Any, state: Any, given: Any) -> Any:
-        (new, *others), structure = _tree.flatten(params)
-        old = _tree.flatten(given[3])[0][0]
-        return _tree.unflatten(structure, [2 * new - old, *others]), state
+        (new, *others), structure = pytree.flatten(params)
+        old = pytree.flatten(given[3])[0][0]
+        return pytree.unflatten(structure, [2 * new - old, *others]), state
 
     after_update(patch, change)
 
@@ -422,7 +424,7 @@ def members_are_stacked_in_reverse(patch: Patch) -> None:
     def change(original: Any, leaf: Tensor, dim: int | None, size: int) -> Tensor:
         return original(leaf, dim, size).flip(0)
 
-    wrap(patch, _rules, "_leaf_to_front", change)
+    wrap(patch, autograd, "_leaf_to_front", change)
 
 
 @caught_by(laws.vmap_is_loop)
@@ -431,16 +433,16 @@ def only_the_first_dimension_can_be_mapped(patch: Patch) -> None:
         front = original(leaf, dim, size)
         return front if dim in (None, 0) else leaf.reshape(front.shape)
 
-    wrap(patch, _rules, "_leaf_to_front", change)
+    wrap(patch, autograd, "_leaf_to_front", change)
 
 
 @caught_by(laws.nested_vmap_is_loop)
 def the_outer_of_two_maps_reverses_its_members(patch: Patch) -> None:
     def change(original: Any, leaf: Tensor, dim: int | None, size: int) -> Tensor:
         front = original(leaf, dim, size)
-        return front if _rules._transforms.transformed() else front.roll(1, 0)
+        return front if autograd._transforms.transformed() else front.roll(1, 0)
 
-    wrap(patch, _rules, "_leaf_to_front", change)
+    wrap(patch, autograd, "_leaf_to_front", change)
 
 
 @caught_by(laws.per_member_hyperparameters)
@@ -449,19 +451,19 @@ def every_member_has_the_learning_rate_of_the_first(patch: Patch) -> None:
         first = isinstance(value, Tensor) and dim is not None and value.ndim == 1
         return value[0] if first else original(value, dim)
 
-    wrap(patch, _rules, "_number_to_front", change)
+    wrap(patch, autograd, "_number_to_front", change)
 
 
 @caught_by(laws.gradient_is_finite)
 def the_derivative_of_the_root_is_infinite_at_zero(patch: Patch) -> None:
     patch.setattr(
-        _adjoint, "_of_square", lambda of_root, safe, zero: of_root / safe.masked_fill(zero, 0.0)
+        adjoint, "_of_square", lambda of_root, safe, zero: of_root / safe.masked_fill(zero, 0.0)
     )
 
 
 @caught_by(laws.gradient_matches_differences)
 def the_adjoint_forgets_the_second_moment(patch: Patch) -> None:
-    patch.setattr(_adjoint, "_of_square", lambda of_root, *_: torch.zeros_like(of_root))
+    patch.setattr(adjoint, "_of_square", lambda of_root, *_: torch.zeros_like(of_root))
 
 
 @caught_by(laws.gradient_matches_differences)
@@ -469,15 +471,15 @@ def the_adjoint_forgets_weight_decay(patch: Patch) -> None:
     def change(original: Any, leaf: Any, pulled: Any, scalars: Any, variant: Any) -> Any:
         return (pulled.param, *original(leaf, pulled, scalars, variant)[1:])
 
-    wrap(patch, _adjoint, "_before", change)
+    wrap(patch, adjoint, "_before", change)
 
 
 @caught_by(laws.compiles_once)
 def the_count_is_read_in_python(patch: Patch) -> None:
-    def after(own: _counts.Counts, *_: Any) -> list[Tensor]:
+    def after(own: counts.Counts, *_: Any) -> list[Tensor]:
         return [torch.full_like(count, float(count) + 1) for count in own.tensors]
 
-    patch.setattr(_counts.Counts, "after", after)
+    patch.setattr(counts.Counts, "after", after)
 
 
 TABLE = pathlib.Path(__file__).with_name("MUTANTS.md")

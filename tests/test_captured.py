@@ -22,8 +22,8 @@ from funcopt import (
     LossScale,
     Partition,
     SkipNonfinite,
-    _transforms,
 )
+from funcopt._core import transforms
 from funcopt.distributed import LocalUpdates, Zero1
 from funcopt.schedules import Cosine
 
@@ -86,7 +86,7 @@ def params_on(device, **options):
 
 @pytest.fixture
 def capturing(monkeypatch):
-    monkeypatch.setattr(_transforms, "capturing", lambda: True)
+    monkeypatch.setattr(transforms, "capturing", lambda: True)
 
 
 @pytest.mark.parametrize("method", ["update", "update_"])
@@ -159,7 +159,7 @@ def test_on_the_cpu_nothing_is_captured_and_nothing_refused(method, capturing):
 
 def test_where_cuda_is_not_in_use_no_graph_is_captured():
     """Its own question raises without a driver, as a build for CUDA has none on such a machine."""
-    assert torch.cuda.is_initialized() or not _transforms.capturing()
+    assert torch.cuda.is_initialized() or not transforms.capturing()
 
 
 class Compared:
@@ -217,7 +217,7 @@ class Compared:
 def test_what_is_on_a_device_decides_the_same_without_being_read(name, method, monkeypatch):
     compared = Compared(name, "cpu")
     expected = compared.eager()
-    monkeypatch.setattr(_transforms, "on_host", lambda tensor: False)
+    monkeypatch.setattr(transforms, "on_host", lambda tensor: False)
     assert_close(compared.eager(method), expected, rtol=1e-6, atol=1e-7)
 
 

@@ -27,7 +27,7 @@ from funcopt import (
     interop,
     replace,
 )
-from funcopt._node import register_optimizer
+from funcopt._engine.registration import register_optimizer
 from funcopt.schedules import Cosine, Linear
 
 from .cases import Point, assert_same_bits, clone, leaves, tree_map

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.func import grad, vmap
 
-from funcopt._finite import all_finite, decide, place_for, zeros_unless
+from funcopt.wrappers.finite import all_finite, decide, place_for, zeros_unless
 
 DTYPES = [
     torch.float16,

@@ -13,9 +13,9 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.func import grad, vmap
 
 import funcopt
-from funcopt import AdamW, Clip, Ema, Partition, _kernels, torchscript
-from funcopt._kernels import _threads
-from funcopt._sharded import current_parts
+from funcopt import AdamW, Clip, Ema, Partition, _engine, torchscript
+from funcopt._core import threads
+from funcopt._dtensor.shards import current_parts
 from funcopt.distributed import (
     Zero1,
     _fake_world,
@@ -45,7 +45,7 @@ def around():
         "transforms": torch._C._are_functorch_transforms_active(),
         "modes": torch._C._len_torch_dispatch_stack(),
         "parts": current_parts(),
-        "meta steps": funcopt._transforms.stand_in(torch.device("meta")).type,
+        "meta steps": funcopt._core.transforms.stand_in(torch.device("meta")).type,
         "groups": torch.distributed.is_initialized(),
         "excepthook": sys.excepthook,
         "trainers": utils.functional_optim_map.get(torch.optim.AdamW),
@@ -84,7 +84,7 @@ def a_step(opt, update, count=9, known=True):
         params, grads = params_of(count), params_of(count, requires_grad=False)
         state = opt.init(params)
         if not known:
-            _kernels.forget()
+            _engine.forget()
         return lambda: getattr(opt, update)(grads, state, params)
 
     return make
@@ -174,8 +174,8 @@ def regathering():
 
 
 def counting_threads():
-    _threads._setter.cache_clear()
-    return lambda: [torch.tensor(_threads._setter() is not None)]
+    threads._setter.cache_clear()
+    return lambda: [torch.tensor(threads._setter() is not None)]
 
 
 def registering():

@@ -26,7 +26,7 @@ from funcopt import (
     decay_label,
     schedules,
 )
-from funcopt._node import register_optimizer
+from funcopt._engine.registration import register_optimizer
 from funcopt.distributed import LocalUpdates, Zero1
 
 

@@ -8,7 +8,8 @@ import optree
 import pytest
 import torch
 
-from funcopt import AdamW, AdamWState, _old_dynamo
+from funcopt import AdamW, AdamWState
+from funcopt._core import old_dynamo
 
 from .cases import Point, trees
 
@@ -23,8 +24,8 @@ KINDS = [
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_node_is_flattened_as_optree_flattens_it(kind, namespace, monkeypatch):
     ordered = {kind: registered(kind, namespace="torch") for kind in (dict, defaultdict)}
-    monkeypatch.setattr(_old_dynamo, "_ordered", ordered)
-    traced = _old_dynamo._registered(kind, namespace=namespace)
+    monkeypatch.setattr(old_dynamo, "_ordered", ordered)
+    traced = old_dynamo._registered(kind, namespace=namespace)
     assert traced is registered(kind, namespace=namespace)
 
 
@@ -36,21 +37,21 @@ def test_structures_are_the_same_if_their_nodes_and_keys_are():
     ]
     for one in structures:
         for other in structures:
-            assert _old_dynamo.same(one, other) == (one == other)
+            assert old_dynamo.same(one, other) == (one == other)
 
 
 def test_nothing_is_being_exported():
-    assert not _old_dynamo.exporting()
+    assert not old_dynamo.exporting()
 
 
 def test_what_is_half_built_has_a_hash_and_the_rest_has_its_own(monkeypatch):
-    monkeypatch.setattr(_old_dynamo, "OLD", True)
+    monkeypatch.setattr(old_dynamo, "OLD", True)
 
     @dataclass(frozen=True)
     class Rate:
         value: float
 
     own = hash(Rate(0.5))
-    _old_dynamo.let_it_hash(Rate)
+    old_dynamo.let_it_hash(Rate)
     assert hash(Rate(0.5)) == own
     assert hash(object.__new__(Rate)) == 0

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch.func import grad, vmap
 
-from funcopt import AdamW, _adamw
-from funcopt._kernels import _layout
-from funcopt._routine import Routine
+from funcopt import AdamW
+from funcopt._engine import layout
+from funcopt._engine.routine import Routine
+from funcopt.optimizers import adamw
 
 from .cases import KERNELS, OPTIONS, assert_same_bits, random_like
 
@@ -16,7 +17,7 @@ SHAPES = {"weight": (40, 30), "bias": (40,), "scale": ()}
 
 @pytest.fixture(autouse=True)
 def nothing_known(monkeypatch):
-    monkeypatch.setattr(_layout, "_recent", ())
+    monkeypatch.setattr(layout, "_recent", ())
 
 
 @pytest.fixture
@@ -72,7 +73,7 @@ def test_it_gives_the_bits_of_the_long_way(
     gradients = gradients_of()
     short = train(opt, params_of(requires_grad), gradients, update)
     assert taken == [MOVES[update]] * 3  # all but the first, in which the layout is learned
-    monkeypatch.setattr(_adamw, "find_routine", lambda *_, **__: None)
+    monkeypatch.setattr(adamw, "find_routine", lambda *_, **__: None)
     long = train(opt, params_of(requires_grad), gradients, update)
     assert len(taken) == 3
     assert_same_bits(short, long)

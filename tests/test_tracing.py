@@ -9,7 +9,8 @@ from torch.func import functional_call, grad, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from funcopt import AdamW, AdamWState, _entry
+from funcopt import AdamW, AdamWState
+from funcopt._engine import entry
 from funcopt.distributed import Zero1
 
 from .cases import (
@@ -283,7 +284,7 @@ def test_an_optimizer_passed_to_a_compiled_function_may_be_built_in_it():
 
 
 def test_many_leaves_stay_out_of_the_graph_instead_of_compiling_for_hours(monkeypatch):
-    monkeypatch.setattr(_entry, "_MOST_TO_COMPILE", 3)
+    monkeypatch.setattr(entry, "_MOST_TO_COMPILE", 3)
     opt = AdamW()
     params = {f"{i}": torch.randn(2) for i in range(4)}
     grads = random_like(params)
@@ -303,7 +304,7 @@ def test_many_leaves_stay_out_of_the_graph_instead_of_compiling_for_hours(monkey
 
 
 def test_many_leaves_go_into_the_graph_where_it_cannot_break(monkeypatch):
-    monkeypatch.setattr(_entry, "_MOST_TO_COMPILE", 3)
+    monkeypatch.setattr(entry, "_MOST_TO_COMPILE", 3)
     opt = AdamW(lr=0.1)
     params = {f"{i}": torch.randn(2) for i in range(4)}
     state = opt.init(params)

@@ -15,19 +15,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from funcopt import (
-    Accumulate,
-    AdamW,
-    Clip,
-    ClipAdaptive,
-    Ema,
-    Lookahead,
-    LossScale,
-    Partition,
-    _entry,
-    _sharded,
-    _transforms,
-)
+from funcopt import Accumulate, AdamW, Clip, ClipAdaptive, Ema, Lookahead, LossScale, Partition
+from funcopt._core import transforms
+from funcopt._dtensor import shards
+from funcopt._engine import entry
 from funcopt.distributed import LocalUpdates, Zero1
 from funcopt.schedules import Cosine
 
@@ -85,11 +76,11 @@ def inferring(pause):
 
 
 def planning(pause):
-    _transforms.looked_on(pause)
+    transforms.looked_on(pause)
 
 
 def working_on_parts(pause):
-    _sharded.work_on(_sharded.Parts(), pause)
+    shards.work_on(shards.Parts(), pause)
 
 
 def counting_flops(pause):
@@ -204,7 +195,7 @@ def undisturbed():
 
 
 def test_a_step_is_as_ever_while_another_thread_is_watched(undisturbed, other_thread, monkeypatch):
-    monkeypatch.setattr(_entry, "_MOST_TO_COMPILE", 2)  # of three leaves
+    monkeypatch.setattr(entry, "_MOST_TO_COMPILE", 2)  # of three leaves
     for (name, update), (params, state) in undisturbed.items():
         moved, after = train(OPTIMIZERS[name], update, params_of())
         assert_same_bits((moved, after), (params, state))

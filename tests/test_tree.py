@@ -12,7 +12,8 @@ import torch
 import torch.utils._pytree as torch_pytree
 from torch.fx.immutable_collections import immutable_dict
 
-from funcopt import AdamW, Clip, Ema, _tree
+from funcopt import AdamW, Clip, Ema
+from funcopt._core import pytree
 
 from .cases import Point, assert_same_bits, leaves, random_like, run, trees
 
@@ -20,14 +21,14 @@ from .cases import Point, assert_same_bits, leaves, random_like, run, trees
 @pytest.mark.parametrize("name", trees())
 def test_a_tree_survives_flattening(name):
     tree = trees()[name]
-    flat, structure = _tree.flatten(tree)
-    assert_same_bits(_tree.unflatten(structure, flat), tree)
+    flat, structure = pytree.flatten(tree)
+    assert_same_bits(pytree.unflatten(structure, flat), tree)
 
 
 def test_paths_are_the_expressions_that_reach_the_leaves():
     tree = {"layer": [torch.ones(1), (torch.ones(2),)], "out": Point(torch.ones(3), {0: None})}
-    flat, structure = _tree.flatten(tree)
-    for path, leaf in zip(_tree.paths(structure, "tree"), flat, strict=True):
+    flat, structure = pytree.flatten(tree)
+    for path, leaf in zip(pytree.paths(structure, "tree"), flat, strict=True):
         assert eval(path, {"tree": tree}) is leaf
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from .._kernels._operands import compute_dtype, real, unreal
+from .._engine.rule import compute_dtype, real, unreal
 from ._collectives import Started, one_ahead, start_sum
 
 __all__ = ["means"]

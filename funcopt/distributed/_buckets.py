@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _tree
-from .._kernels._operands import real
+from .._core import pytree
+from .._engine.rule import real
 
 __all__ = ["Bucket", "by_path", "cut", "is_bucketed", "lay_out", "part", "whole"]
 
@@ -35,13 +35,13 @@ class Bucket(NamedTuple):
 
 
 @lru_cache(maxsize=64)
-def by_path(structure: _tree.Structure) -> list[int]:
+def by_path(structure: pytree.Structure) -> list[int]:
     """Return the leaves of a tree in the order of their paths, which is the same everywhere.
 
     That in which dicts happen to have been filled may be another one on another process, or where
     a checkpoint is loaded.
     """
-    paths = _tree.paths(structure, "")
+    paths = pytree.paths(structure, "")
     return sorted(range(len(paths)), key=paths.__getitem__)
 
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from .. import _tree
-from .._checks import check_optimizer, is_like, kind_of
-from .._types import Optimizer
+from .._core import pytree
+from .._core.checks import check_optimizer, is_like, kind_of
+from .._core.types import Optimizer
 from ._leafwise import one_for_each
 from ._reducer import BucketHook, check_reducer
 
@@ -62,19 +62,19 @@ class InBackward:
                 f"state is of type {type(state).__name__}: it must be a dict of a state for each "
                 f"parameter, {{name: opt.init({{name: parameter}})}}, as a handle has."
             )
-        wanted = _tree.flatten(self._state)[1]
-        leaves = _tree.pair(dict(state), "state", wanted).leaves
+        wanted = pytree.flatten(self._state)[1]
+        leaves = pytree.pair(dict(state), "state", wanted).leaves
         for index, (leaf, own) in enumerate(
-            zip(leaves, _tree.flatten(self._state)[0], strict=True)
+            zip(leaves, pytree.flatten(self._state)[0], strict=True)
         ):
             if not is_like(leaf, own.shape, own.dtype, own.device):
                 where = f", on {leaf.device}" if isinstance(leaf, Tensor) else ""
                 raise ValueError(
-                    f"{_tree.path(wanted, 'state', index)} is {kind_of(leaf)}{where}: it must be a "
+                    f"{pytree.path(wanted, 'state', index)} is {kind_of(leaf)}{where}: it must be a "
                     f"dense tensor of {own.dtype}, shape {tuple(own.shape)}, on {own.device}. "
                     f"Give the state of the same optimizer and parameters."
                 )
-        self._state = _tree.unflatten(wanted, leaves)
+        self._state = pytree.unflatten(wanted, leaves)
 
     def remove(self) -> None:
         """Let backward passes leave gradients again, and parameters where they are."""

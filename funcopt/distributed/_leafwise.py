@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from .._clip import Clip
-from .._partition import Partition
-from .._types import Optimizer
+from .._core.types import Optimizer
+from ..wrappers.clip_norm import Clip
+from ..wrappers.partition import Partition
 
 __all__ = ["one_for_each"]
 

@@ -11,20 +11,15 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from .. import _modes, _transforms, _tree
-from .._checks import check_optimizer, check_state
-from .._hyperparameters import check_flag, normalize
-from .._kernels import write
-from .._kernels._operands import compute_dtype
-from .._node import register_optimizer
-from .._types import Optimizer, Tree
-from .._work import keep_requiring
-from .._wrapping import (
-    check_scalar,
-    gather_gradients,
-    gather_params,
-    read,
-)
+from .._core import modes, pytree, transforms
+from .._core.checks import check_optimizer, check_state
+from .._core.hyperparameters import check_flag, normalize
+from .._core.types import Optimizer, Tree
+from .._engine import write
+from .._engine.prepare import keep_requiring
+from .._engine.registration import register_optimizer
+from .._engine.rule import compute_dtype
+from ..wrappers.base import check_scalar, gather_gradients, gather_params, read
 from ._meeting import Meeting, Outer
 from ._refusals import check_mesh, check_unrecorded, check_untransformed
 
@@ -163,10 +158,10 @@ class LocalUpdates:
         buffer: Tree = ()
         anchored, moving = self._kept
         if anchored:
-            anchor = _tree.unflatten(structure, [_origin(leaf) for leaf in leaves])
+            anchor = pytree.unflatten(structure, [_origin(leaf) for leaf in leaves])
         if moving:
             zeros = [torch.zeros_like(leaf, dtype=compute_dtype(leaf.dtype)) for leaf in leaves]
-            buffer = _tree.unflatten(structure, zeros)
+            buffer = pytree.unflatten(structure, zeros)
         count = torch.zeros((), dtype=torch.float64, device="cpu")
         return LocalUpdatesState(count, anchor, buffer, self.inner.init(params))
 
@@ -198,17 +193,17 @@ class LocalUpdates:
             >>> opt.update(torch.ones(1), opt.init(torch.ones(1)), torch.ones(1))[0]
             tensor([0.9500])
         """
-        if _transforms.compiling():
-            return _modes.uncompiled(self.update, grads, state, params)
+        if transforms.compiling():
+            return modes.uncompiled(self.update, grads, state, params)
         meeting = self._gather(grads, state, params)
         meets = self._meets(state.steps_since_sync)
         new_params, inner = self.inner.update(grads, state.inner, params)
         meeting = meeting.copied()
         if meets:
-            leaves, structure = _tree.flatten(new_params)
+            leaves, structure = pytree.flatten(new_params)
             own = _fresh(leaves, meeting.gradients.params)
             meeting.hold_(own, self.mesh, self._outer)
-            new_params = _tree.unflatten(structure, own)
+            new_params = pytree.unflatten(structure, own)
         count = _next(meets, state.steps_since_sync)
         return new_params, LocalUpdatesState(count, *meeting.trees, inner)
 
@@ -240,8 +235,8 @@ class LocalUpdates:
             >>> w, state.steps_since_sync
             (tensor([0.9000]), tensor(1., dtype=torch.float64))
         """
-        if _transforms.compiling():
-            return _modes.uncompiled(self.update_, grads, state, params)
+        if transforms.compiling():
+            return modes.uncompiled(self.update_, grads, state, params)
         meeting = self._gather(grads, state, params)
         meeting.check_inplace(state.steps_since_sync)
         meets = self._meets(state.steps_since_sync)

@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from .. import _tree
-from .._averages import Follower
-from .._kernels._operands import compute_dtype
-from .._types import Tree
-from .._update_if import copies
-from .._wrapping import Gradients, check_inplace
+from .._core import pytree
+from .._core.types import Tree
+from .._engine.rule import compute_dtype
+from ..wrappers.base import Gradients, check_inplace
+from ..wrappers.shadow_params import Follower
+from ..wrappers.update_if import copies
 from ._average import means
 from ._buckets import by_path
 
@@ -57,7 +57,7 @@ class Meeting(NamedTuple):
         for index, leaf in enumerate(gradients.params):
             if isinstance(leaf, DTensor):
                 raise TypeError(
-                    f"{_tree.path(gradients.structure, 'params', index)} is a DTensor: processes "
+                    f"{pytree.path(gradients.structure, 'params', index)} is a DTensor: processes "
                     f"that meet have whole parameters each. Give it as a plain tensor."
                 )
         return cls(
@@ -82,7 +82,7 @@ class Meeting(NamedTuple):
             check_inplace({}, others, self.gradients)
             return
         if self.moving is not None:
-            paths = _tree.paths(self.gradients.structure, self.moving.root)
+            paths = pytree.paths(self.gradients.structure, self.moving.root)
             others.update(zip(paths, self.moving.leaves, strict=True))
         self.anchored.check_inplace({}, others)
 

@@ -11,12 +11,13 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from .. import _kernels, _modes, _transforms, _tree
-from .._checks import check_optimizer
-from .._hyperparameters import check_choice
-from .._types import Optimizer, Tree
-from .._walk import Change, Place, edited
-from .._work import flatten_params
+from .. import _engine
+from .._core import modes, pytree, transforms
+from .._core.checks import check_optimizer
+from .._core.hyperparameters import check_choice
+from .._core.types import Optimizer, Tree
+from .._core.walk import Change, Place, edited
+from .._engine.prepare import flatten_params
 from ._fake_world import in_fake_world
 from ._onlooker import Onlooker
 from ._planned import Plan, PlanRow
@@ -27,7 +28,7 @@ __all__ = ["plan"]
 _BACKENDS = ("nccl", "gloo")
 
 
-@_modes.restoring
+@modes.restoring
 def plan(
     opt: Optimizer[Any],
     params: Tree,
@@ -99,7 +100,7 @@ def plan(
     for index, leaf in enumerate(leaves):
         if isinstance(leaf, DTensor):
             raise TypeError(
-                f"{_tree.path(structure, 'params', index)} is a DTensor: plan() shares out what is "
+                f"{pytree.path(structure, 'params', index)} is a DTensor: plan() shares out what is "
                 f"whole. Give plain tensors, such as torch.empty(shape, device='meta')."
             )
     rows = tuple(_row(opt, leaves, structure, size, backend, steps) for size in sizes)
@@ -116,7 +117,7 @@ class _Seen(NamedTuple):
 def _row(
     opt: Optimizer[Any],
     leaves: Sequence[Tensor],
-    structure: _tree.Structure,
+    structure: pytree.Structure,
     size: int,
     backend: str,
     steps: int,
@@ -146,14 +147,14 @@ def _play(
     opt: Optimizer[Any],
     method: str,
     leaves: Sequence[Tensor],
-    structure: _tree.Structure,
+    structure: pytree.Structure,
     size: int,
     steps: int,
 ) -> _Seen:
     """Make the steps of one process."""
 
     def start() -> tuple[Tree, Tree, Tree]:
-        params, grads = (_tree.unflatten(structure, list(map(_on_meta, leaves))) for _ in range(2))
+        params, grads = (pytree.unflatten(structure, list(map(_on_meta, leaves))) for _ in range(2))
         return grads, opt.init(params), params
 
     grads, state, params = start()
@@ -164,22 +165,22 @@ def _play(
             params, state = getattr(opt, method)(grads, state, params)
 
     # The first by itself, in which there is more to find out than in others.
-    _transforms.seen_by(Onlooker(size, []), train, 1)
+    transforms.seen_by(Onlooker(size, []), train, 1)
     grads, state, params = start()
     nbytes = sum(own.nbytes for own in _locals(state))
     onlooker = Onlooker(size, [own for tree in (params, grads, state) for own in _locals(tree)])
-    _transforms.seen_by(onlooker, train, steps)
+    transforms.seen_by(onlooker, train, steps)
     return _Seen(nbytes, onlooker)
 
 
 def _looked_on(function: Callable[[DeviceMesh], _Seen], mesh: DeviceMesh) -> _Seen:
     """Make steps as with an onlooker, by what was decided then alone."""
-    _kernels.forget()
+    _engine.forget()
     try:
-        seen = _transforms.looked_on(function, mesh)
-        _kernels.forget()
+        seen = transforms.looked_on(function, mesh)
+        _engine.forget()
     except BaseException:
-        _kernels.forget()
+        _engine.forget()
         raise
     return seen
 
@@ -190,7 +191,7 @@ def _on_meta(leaf: Tensor) -> Tensor:
 
 def _locals(tree: Tree) -> list[Tensor]:
     """Return what of a tree's tensors is here."""
-    tensors = [leaf for leaf in _tree.flatten(tree)[0] if isinstance(leaf, Tensor)]
+    tensors = [leaf for leaf in pytree.flatten(tree)[0] if isinstance(leaf, Tensor)]
     return [leaf.to_local() if isinstance(leaf, DTensor) else leaf for leaf in tensors]
 
 

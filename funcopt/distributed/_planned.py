@@ -8,7 +8,7 @@ import os
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from .._types import Optimizer
+from .._core.types import Optimizer
 
 __all__ = ["Plan", "PlanRow"]
 

@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from .. import _transforms, _tree
-from .._clip_adaptive import ClipAdaptive
-from .._inplace import check_apart, check_unwatched, check_writable
-from .._partition import Partition
-from .._types import Optimizer, Tree
-from .._walk import walk
-from .._wrapping import Gradients, records
+from .._core import pytree, transforms
+from .._core.types import Optimizer, Tree
+from .._core.walk import walk
+from .._engine.inplace import check_apart, check_unwatched, check_writable
+from ..wrappers.base import Gradients, records
+from ..wrappers.clip_adaptive import ClipAdaptive
+from ..wrappers.partition import Partition
 
 __all__ = [
     "check_blind_to_leaves",
@@ -40,7 +40,7 @@ def check_whole_number(name: str, value: object, or_what: str = "") -> None:
 
 def check_untransformed(opt: Optimizer[Any], *trees: Tree) -> None:
     """Refuse to send anything under a transform, or what is of tensors that have a tangent."""
-    if _transforms.watched(leaf for tree in (opt, *trees) for leaf in _tree.flatten(tree)[0]):
+    if transforms.watched(leaf for tree in (opt, *trees) for leaf in pytree.flatten(tree)[0]):
         raise RuntimeError(
             f"{type(opt).__name__} sends tensors to other processes, which a transform (vmap, "
             f"grad, jvp, ...) cannot follow. Take it outside."
@@ -115,7 +115,7 @@ def check_mesh(mesh: object) -> None:
 
 def check_whole(
     leaves: Sequence[Tensor],
-    structure: _tree.Structure,
+    structure: pytree.Structure,
     mesh: DeviceMesh | None,
     inner: Optimizer[Any],
 ) -> None:
@@ -123,47 +123,47 @@ def check_whole(
     for index, leaf in enumerate(leaves):
         if isinstance(leaf, DTensor):
             raise TypeError(
-                f"{_tree.path(structure, 'params', index)} is a DTensor: Zero1 shares out what is "
+                f"{pytree.path(structure, 'params', index)} is a DTensor: Zero1 shares out what is "
                 f"whole on every process. Use the inner optimizer itself, which serves DTensors."
             )
-        device = _transforms.stand_in(leaf.device)
+        device = transforms.stand_in(leaf.device)
         if mesh is not None and device.type != mesh.device_type:
             raise ValueError(
-                f"{_tree.path(structure, 'params', index)} is on {leaf.device}, the mesh on "
+                f"{pytree.path(structure, 'params', index)} is on {leaf.device}, the mesh on "
                 f"{mesh.device_type!r}. Nothing is moved silently: put both on one."
             )
         if leaf.is_complex() and any(
             getattr(opt, "norm_type", 2.0) != 2.0 for opt in _optimizers(inner)
         ):
             raise ValueError(
-                f"{_tree.path(structure, 'params', index)} is complex, and lies in its bucket as "
+                f"{pytree.path(structure, 'params', index)} is complex, and lies in its bucket as "
                 f"pairs of real numbers, which have the norm of the complex ones only at "
                 f"norm_type=2.0. Give its pairs as the parameter, or let Clip be around Zero1."
             )
 
 
-def check_gradients(grads: Sequence[Tensor | None], structure: _tree.Structure) -> None:
+def check_gradients(grads: Sequence[Tensor | None], structure: pytree.Structure) -> None:
     """Refuse a gradient that is missing or sharded."""
     for index, grad in enumerate(grads):
         if grad is None:
             raise ValueError(
-                f"{_tree.path(structure, 'grads', index)} is None, for which there is no place in "
+                f"{pytree.path(structure, 'grads', index)} is None, for which there is no place in "
                 f"a bucket. Give zeros, which leave it to its momentum and weight decay; or let a "
                 f"Partition around Zero1 keep it as it is, with Frozen."
             )
         if isinstance(grad, DTensor):
             raise TypeError(
-                f"{_tree.path(structure, 'grads', index)} is a DTensor, the parameter is not: give "
+                f"{pytree.path(structure, 'grads', index)} is a DTensor, the parameter is not: give "
                 f"what each process has of its own (.to_local()), or the whole (.full_tensor())."
             )
 
 
 def check_targets(
-    leaves: Sequence[Tensor], grads: Sequence[Tensor], structure: _tree.Structure
+    leaves: Sequence[Tensor], grads: Sequence[Tensor], structure: pytree.Structure
 ) -> None:
     """Refuse parameters that cannot be written, or not without losing something."""
     check_unwatched()
-    path, grad_path = (partial(_tree.path, structure, root) for root in ("params", "grads"))
+    path, grad_path = (partial(pytree.path, structure, root) for root in ("params", "grads"))
     histories = [
         *(path(index) for index, leaf in enumerate(leaves) if not leaf.is_leaf),
         *(grad_path(index) for index, grad in enumerate(grads) if grad.requires_grad),

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from .. import _tree
-from .._checks import is_dense, shown_layout
-from .._types import Tree
+from .._core import pytree
+from .._core.checks import is_dense, shown_layout
+from .._core.types import Tree
 from ._buckets import Bucket, by_path, is_bucketed, lay_out, part
 from ._collectives import Ranks
 
@@ -39,7 +39,7 @@ class Sharding(NamedTuple):
     def of(
         cls,
         leaves: Sequence[Tensor],
-        structure: _tree.Structure,
+        structure: pytree.Structure,
         bucket_bytes: int,
         mesh: DeviceMesh | None,
     ) -> Sharding:
@@ -127,21 +127,21 @@ def separate(state: Tree, names: Sequence[str], *, writing: bool) -> Iterator[Tr
         writing: Whether each of these optimizers writes into its state. What is beside the buckets,
             such as a count, is then a copy for all but the last, to be written once.
     """
-    nodes, structure = _tree.flatten_above(state, is_bucketed)
+    nodes, structure = pytree.flatten_above(state, is_bucketed)
     for name in names:
         copied = writing and name != names[-1]
         own = [
             {name: node[name]} if is_bucketed(node) else node.clone() if copied else node
             for node in nodes
         ]
-        yield _tree.unflatten(structure, own)
+        yield pytree.unflatten(structure, own)
 
 
 def join(states: Sequence[Tree]) -> Tree:
     """Put states of one bucket each together. What is beside the buckets is the same in all."""
-    flattened = [_tree.flatten_above(state, is_bucketed) for state in states]
+    flattened = [pytree.flatten_above(state, is_bucketed) for state in states]
     columns = zip(*(nodes for nodes, _ in flattened), strict=True)
-    return _tree.unflatten(flattened[-1][1], [_joined(column) for column in columns])
+    return pytree.unflatten(flattened[-1][1], [_joined(column) for column in columns])
 
 
 def _joined(column: Sequence[Any]) -> Any:
@@ -156,14 +156,14 @@ def _map_buckets(
     check: Callable[[str, Mapping[str, Any]], None] = lambda _, __: None,
 ) -> Tree:
     """Return a tree with others in place of its buckets: `function(path, name, bucket)`."""
-    nodes, structure = _tree.flatten_above(tree, is_bucketed)
+    nodes, structure = pytree.flatten_above(tree, is_bucketed)
     if not any(map(is_bucketed, nodes)):
         return tree
     mapped = []
-    for path, node in zip(_tree.paths(structure, ""), nodes, strict=True):
+    for path, node in zip(pytree.paths(structure, ""), nodes, strict=True):
         if is_bucketed(node):
             check(path, node)
             mapped.append({name: function(path, name, leaf) for name, leaf in node.items()})
         else:
             mapped.append(node)
-    return _tree.unflatten(structure, mapped)
+    return pytree.unflatten(structure, mapped)

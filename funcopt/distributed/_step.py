@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .. import _tree
-from .._types import Tree
+from .._core import pytree
+from .._core.types import Tree
 from ._buckets import Bucket, cut, part, whole
 from ._collectives import one_ahead, start_all_gather, start_mean
 from ._shards import Sharding, separate
@@ -26,7 +26,7 @@ class Step(NamedTuple):
 
     sharding: Sharding
     leaves: list[Tensor]  # the parameters
-    structure: _tree.Structure
+    structure: pytree.Structure
     grads: list[Tensor]
     state: Tree  # that of the inner optimizer
     local: Tree  # and this process's shares of it, in the same memory

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from .. import _modes, _tree
-from .._checks import check_state, is_dense, is_like, kind_of, shown_layout
-from .._types import Tree
-from .._work import flatten_params
+from .._core import modes, pytree
+from .._core.checks import check_state, is_dense, is_like, kind_of, shown_layout
+from .._core.types import Tree
+from .._engine.prepare import flatten_params
 from ._buckets import cut, is_bucketed
 from ._shards import Sharding
 from ._zero1 import Zero1, Zero1State
@@ -21,8 +21,8 @@ from ._zero1 import Zero1, Zero1State
 __all__ = ["gather_state", "scatter_state"]
 
 
-@_modes.restoring
-@_modes.outside_autocast
+@modes.restoring
+@modes.outside_autocast
 def gather_state(opt: Zero1, state: Zero1State, params: Tree) -> Tree:
     """Return the state of the inner optimizer as if there were no `Zero1`, whole on every process.
 
@@ -58,14 +58,14 @@ def gather_state(opt: Zero1, state: Zero1State, params: Tree) -> Tree:
     sharding = Sharding.of(leaves, structure, opt.bucket_bytes, opt.mesh)
     with torch.no_grad():
         sharding.local(state.inner, "state.inner")  # for its checks
-        nodes, above = _tree.flatten_above(state.inner, is_bucketed)
+        nodes, above = pytree.flatten_above(state.inner, is_bucketed)
         wholes: list[Tree] = []
-        for path, node in zip(_tree.paths(above, "state.inner"), nodes, strict=True):
+        for path, node in zip(pytree.paths(above, "state.inner"), nodes, strict=True):
             if is_bucketed(node):
-                wholes.append(_tree.unflatten(structure, _leaves_of(node, sharding, leaves)))
+                wholes.append(pytree.unflatten(structure, _leaves_of(node, sharding, leaves)))
             else:
                 wholes.append(_beside(node, path))
-        return _tree.unflatten(above, wholes)
+        return pytree.unflatten(above, wholes)
 
 
 def _leaves_of(node: dict[str, Tensor], sharding: Sharding, likes: list[Tensor]) -> list[Tensor]:
@@ -78,8 +78,8 @@ def _leaves_of(node: dict[str, Tensor], sharding: Sharding, likes: list[Tensor])
     return leaves
 
 
-@_modes.restoring
-@_modes.outside_autocast
+@modes.restoring
+@modes.outside_autocast
 def scatter_state(opt: Zero1, state: Tree, params: Tree) -> Zero1State:
     """Return the state of a `Zero1` from that of its inner optimizer: undo `gather_state`.
 
@@ -106,19 +106,19 @@ def scatter_state(opt: Zero1, state: Tree, params: Tree) -> Zero1State:
     template = opt.init(params)
     leaves, structure = flatten_params(params)
     sharding = Sharding.of(leaves, structure, opt.bucket_bytes, opt.mesh)
-    nodes, above = _tree.flatten_above(template.inner, is_bucketed)
-    paths = _tree.paths(above, "state")
+    nodes, above = pytree.flatten_above(template.inner, is_bucketed)
+    paths = pytree.paths(above, "state")
     shared: list[Tree] = []
     with torch.no_grad():
         for path, node, tree in zip(paths, nodes, _subtrees(above, state), strict=True):
             if not is_bucketed(node):
                 shared.append(_beside(tree, path))
                 continue
-            own = _tree.pair(tree, path, structure).leaves
+            own = pytree.pair(tree, path, structure).leaves
             wanted = _dtypes(node, sharding, leaves)
-            _check_alike(own, leaves, wanted, partial(_tree.path, structure, path))
+            _check_alike(own, leaves, wanted, partial(pytree.path, structure, path))
             shared.append(sharding.parts(own))
-    return Zero1State(sharding.distributed(_tree.unflatten(above, shared)))
+    return Zero1State(sharding.distributed(pytree.unflatten(above, shared)))
 
 
 def _beside(tensor: Tensor, path: str) -> Tensor:
@@ -133,7 +133,7 @@ def _beside(tensor: Tensor, path: str) -> Tensor:
     return tensor.clone()
 
 
-def _subtrees(above: _tree.Structure, state: Tree) -> list[Tree]:
+def _subtrees(above: pytree.Structure, state: Tree) -> list[Tree]:
     """Return what a state has in place of the buckets, and beside them."""
     try:
         return above.flatten_up_to(state)

@@ -9,20 +9,20 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from .. import _modes, _transforms, _tree
-from .._adamw import AdamW
-from .._checks import check_optimizer, check_state
-from .._clip_value import ClipValue
-from .._ema import Ema
-from .._frozen import Frozen
-from .._hyperparameters import check_choice
-from .._kernels import write
-from .._lookahead import Lookahead
-from .._node import register_optimizer
-from .._sharded import wholes_in, work_on
-from .._types import Optimizer, Tree
-from .._work import flatten_params, keep_requiring
-from .._wrapping import gather_gradients
+from .._core import modes, pytree, transforms
+from .._core.checks import check_optimizer, check_state
+from .._core.hyperparameters import check_choice
+from .._core.types import Optimizer, Tree
+from .._dtensor.shards import wholes_in, work_on
+from .._engine import write
+from .._engine.prepare import flatten_params, keep_requiring
+from .._engine.registration import register_optimizer
+from ..optimizers.adamw import AdamW
+from ..optimizers.frozen import Frozen
+from ..wrappers.base import gather_gradients
+from ..wrappers.clip_value import ClipValue
+from ..wrappers.ema import Ema
+from ..wrappers.lookahead import Lookahead
 from ._refusals import (
     check_blind_to_leaves,
     check_gradients,
@@ -181,12 +181,12 @@ class Zero1:
             >>> opt.update(torch.tensor([1.0, -1.0]), opt.init(w), w)[0]
             tensor([0.8990, 1.0990])
         """
-        if _transforms.compiling():
-            return _modes.uncompiled(self.update, grads, state, params)
+        if transforms.compiling():
+            return modes.uncompiled(self.update, grads, state, params)
         step = self._gather(grads, state, params)
         news, inner = work_on(None, self._move, step)
         keep_requiring(news, step.leaves)
-        return _tree.unflatten(step.structure, news), Zero1State(inner)
+        return pytree.unflatten(step.structure, news), Zero1State(inner)
 
     def update_(
         self, grads: Tree, state: Zero1State, params: ParamsT
@@ -216,8 +216,8 @@ class Zero1:
             >>> w
             tensor([0.8990, 1.0990])
         """
-        if _transforms.compiling():
-            return _modes.uncompiled(self.update_, grads, state, params)
+        if transforms.compiling():
+            return modes.uncompiled(self.update_, grads, state, params)
         step = self._gather(grads, state, params)
         check_targets(step.leaves, step.grads, step.structure)
         work_on(None, self._move_, step)
@@ -239,7 +239,7 @@ class Zero1:
             for index, leaf in step.moved(bucket, flat):
                 write(step.leaves[index], leaf)
 
-    def _leaves(self, params: Tree) -> tuple[list[Tensor], _tree.Structure]:
+    def _leaves(self, params: Tree) -> tuple[list[Tensor], pytree.Structure]:
         leaves, structure = flatten_params(params)
         check_whole(leaves, structure, self.mesh, self.inner)
         return leaves, structure
@@ -250,7 +250,7 @@ class Zero1:
         leaves, structure = self._leaves(params)
         gradients = gather_gradients(self, grads, params)
         if gradients.resting:  # all of them are: zeros fill the buckets, and nobody looks at them
-            zeros = _tree.Paired(list(map(torch.zeros_like, leaves)), structure, None)
+            zeros = pytree.Paired(list(map(torch.zeros_like, leaves)), structure, None)
             gradients = gradients._replace(paired=zeros)
         check_gradients(gradients.leaves, structure)
         check_unrecorded(self, gradients, state)

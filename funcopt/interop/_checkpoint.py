@@ -8,10 +8,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .. import _modes, _transforms, _tree
-from .._checks import is_dense, shown_layout
-from .._sharded import dtensor, local_part
-from .._types import Tree
+from .._core import modes, pytree, transforms
+from .._core.checks import is_dense, shown_layout
+from .._core.types import Tree
+from .._dtensor.shards import dtensor, local_part
 from ._entries import key_of, recount
 
 __all__ = ["from_state_dict", "to_state_dict"]
@@ -74,7 +74,7 @@ def to_state_dict(state: Tree) -> dict[str, Tensor]:
     return entries
 
 
-@_modes.restoring
+@modes.restoring
 def from_state_dict(template: StateT, d: Mapping[str, Tensor], *, strict: bool = True) -> StateT:
     """Return the state that `to_state_dict` turned into a dict, in fresh memory.
 
@@ -123,18 +123,18 @@ def from_state_dict(template: StateT, d: Mapping[str, Tensor], *, strict: bool =
             "\n  ".join(["the dict does not fit the template:", *shown])
             + "\nMake the template with init() of the same optimizer from the same parameters."
         )
-    _, structure = _tree.flatten(template)
+    _, structure = pytree.flatten(template)
     with torch.no_grad():
         leaves = [_filled(leaf, d.get(key)) for key, leaf in wanted.items()]
-    state: StateT = _tree.unflatten(structure, leaves)
+    state: StateT = pytree.unflatten(structure, leaves)
     return state
 
 
 def _entries(tree: Tree) -> dict[str, Tensor]:
     """Return the leaves by the keys of their entries, in order."""
-    leaves, structure = _tree.flatten(tree)
+    leaves, structure = pytree.flatten(tree)
     entries: dict[str, Tensor] = {}
-    for path, leaf in zip(_tree.paths(structure, "state"), leaves, strict=True):
+    for path, leaf in zip(pytree.paths(structure, "state"), leaves, strict=True):
         if not isinstance(leaf, Tensor):
             raise TypeError(
                 f"{path} is of type {type(leaf).__name__}: a checkpoint holds tensors alone. Make "
@@ -161,7 +161,7 @@ def _with_own_storage(leaf: Tensor, taken: set[int]) -> Tensor:
         taken: Where the storages start that earlier entries have to themselves, to be added to.
     """
     tensor = _real(leaf.detach()).resolve_neg()
-    if not _transforms.all_plain([tensor]):  # sharded or fake: what saves it knows its memory
+    if not transforms.all_plain([tensor]):  # sharded or fake: what saves it knows its memory
         return tensor
     storage = tensor.untyped_storage()
     fills = tensor.is_contiguous() and storage.nbytes() == tensor.numel() * tensor.element_size()

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .. import _tree
-from .._adamw import AdamWState
-from .._types import Tree
+from .._core import pytree
+from .._core.types import Tree
+from ..optimizers.adamw import AdamWState
 
 __all__ = ["key_of", "recount"]
 
@@ -74,14 +74,14 @@ class _Keys(NamedTuple):
 
 
 def _keys_of(template: Tree) -> Iterator[_Keys]:
-    nodes, outside = _tree.flatten_above(template, lambda node: isinstance(node, AdamWState))
-    for path, node in zip(_tree.paths(outside, "state"), nodes, strict=True):
+    nodes, outside = pytree.flatten_above(template, lambda node: isinstance(node, AdamWState))
+    for path, node in zip(pytree.paths(outside, "state"), nodes, strict=True):
         if not isinstance(node, AdamWState):
             continue
-        moments, structure = _tree.flatten(node.exp_avg)
+        moments, structure = pytree.flatten(node.exp_avg)
         each = {
             f"{path}.step{own}": key_of(f"{path}.exp_avg{own}", moment)
-            for own, moment in zip(_tree.paths(structure, ""), moments, strict=True)
+            for own, moment in zip(pytree.paths(structure, ""), moments, strict=True)
         }
         yield _Keys(not isinstance(node.step, Tensor), f"{path}.step", each)
 

@@ -9,21 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _modes, _tree
-from .._adamw import AdamW, AdamWState
-from .._checks import is_dense, shown, shown_layout
-from .._frozen import Frozen
-from .._labels import name_leaves
-from .._partition import Partition, PartitionState
-from .._types import Tree
-from .._work import check_untied, flatten_params
+from .._core import modes, pytree
+from .._core.checks import is_dense, shown, shown_layout
+from .._core.types import Tree
+from .._engine.prepare import check_untied, flatten_params
+from ..optimizers.adamw import AdamW, AdamWState
+from ..optimizers.frozen import Frozen
+from ..wrappers.labels import name_leaves
+from ..wrappers.partition import Partition, PartitionState
 from ._getter import warn_if_made_up
 from ._source import MOMENTS, Source, places, read, within
 
 __all__ = ["from_torch"]
 
 
-@_modes.restoring
+@modes.restoring
 def from_torch(
     source: torch.optim.Optimizer | Mapping[str, Any],
     params: Tree,
@@ -110,13 +110,13 @@ def from_torch(
         >>> opt.labels, state.inner["1"].exp_avg
         ({'weight': 'decay', 'bias': '1'}, {'bias': tensor([0.])})
     """
-    leaves, structure = _tree.flatten(params)
+    leaves, structure = pytree.flatten(params)
     check_untied(leaves, structure)
     theirs = read(source, group_names)
     found = places(theirs, leaves, structure, partial=frozen is not None)
     if len(theirs.groups) == 1 and group_names is None and frozen is None:
         (label,) = theirs.groups
-        own_places = _tree.unflatten(structure, found)
+        own_places = pytree.unflatten(structure, found)
         opt, state = _take_over(theirs, label, params, own_places, step_per_leaf)
         warn_if_made_up([state])
         return opt, state
@@ -139,7 +139,7 @@ def from_torch(
     warn_if_made_up(states.values())
     if frozen is not None and frozen in labels:
         inner[frozen], states[frozen] = Frozen(), ()
-    return Partition(inner, _tree.unflatten(structure, labels)), PartitionState(states)
+    return Partition(inner, pytree.unflatten(structure, labels)), PartitionState(states)
 
 
 def _take_over(
@@ -155,10 +155,10 @@ def _take_over(
         step_per_leaf: As for `from_torch`.
     """
     leaves, structure = flatten_params(params)
-    entries = [theirs.entries[place] for place in _tree.flatten(found)[0]]
+    entries = [theirs.entries[place] for place in pytree.flatten(found)[0]]
     options = theirs.groups[label]
     amsgrad = options["amsgrad"]
-    path = partial(_tree.path, structure, "params")
+    path = partial(pytree.path, structure, "params")
     for index, (leaf, entry) in enumerate(zip(leaves, entries, strict=True)):
         if leaf.is_meta:
             raise ValueError(
@@ -175,11 +175,11 @@ def _take_over(
         )
     opt = _optimizer(options, leaves, uneven if step_per_leaf is None else step_per_leaf)
     state = opt.init(params)
-    for step, count in zip(_tree.flatten(state.step)[0], counts, strict=False):
+    for step, count in zip(pytree.flatten(state.step)[0], counts, strict=False):
         step.fill_(count)
     with torch.no_grad():
         for name in MOMENTS[: 3 if amsgrad else 2]:
-            moments = _tree.flatten(getattr(state, name))[0]
+            moments = pytree.flatten(getattr(state, name))[0]
             for moment, entry in zip(moments, entries, strict=True):
                 if entry:
                     moment.copy_(entry[name])

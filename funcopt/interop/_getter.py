@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _tree
-from .._adamw import AdamWState
-from .._sharded import dtensor, local_part
+from .._core import pytree
+from .._dtensor.shards import dtensor, local_part
+from ..optimizers.adamw import AdamWState
 
 __all__ = ["unflattened", "warn_if_made_up"]
 
@@ -80,11 +80,11 @@ def warn_if_made_up(states: Iterable[Any]) -> None:
         states: What came of the source: that of an `AdamW` for each of its groups.
     """
     own = [state for state in states if isinstance(state, AdamWState)]
-    moments = [m for state in own for m in _tree.flatten((state.exp_avg, state.exp_avg_sq))[0]]
+    moments = [m for state in own for m in pytree.flatten((state.exp_avg, state.exp_avg_sq))[0]]
     parts = [part for part in map(_here, moments) if part.numel() > 0]
     if not parts or any(bool(part.any()) for part in parts):
         return
-    most = max(float(count.item()) for state in own for count in _tree.flatten(state.step)[0])
+    most = max(float(count.item()) for state in own for count in pytree.flatten(state.step)[0])
     if most < 1:
         return
     warnings.warn(

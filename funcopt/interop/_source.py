@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _tree
-from .._labels import name_leaves
+from .._core import pytree
+from ..wrappers.labels import name_leaves
 from ._getter import unflattened
 from ._peers import advice_on
 
@@ -220,7 +220,7 @@ def _names(groups: Mapping[str, Mapping[str, Any]]) -> list[str] | None:
 
 
 def places(
-    source: Source, leaves: list[Any], structure: _tree.Structure, *, partial: bool
+    source: Source, leaves: list[Any], structure: pytree.Structure, *, partial: bool
 ) -> list[int | None]:
     """Return for each leaf where its parameter stands in the source.
 
@@ -239,7 +239,7 @@ def places(
     own = {id(tensor): place for place, tensor in enumerate(source.tensors or [])}
     if any(id(leaf) in own for leaf in leaves):
         theirs = source.names or [f"parameter {place}" for place in range(len(source.entries))]
-        ours, found = _tree.paths(structure, "params"), [own.get(id(leaf)) for leaf in leaves]
+        ours, found = pytree.paths(structure, "params"), [own.get(id(leaf)) for leaf in leaves]
     elif source.names is not None:
         by_name = {name: place for place, name in enumerate(source.names)}
         if len(by_name) < len(source.names):
@@ -271,7 +271,7 @@ def _check_complete(
         )
 
 
-def _in_order(count: int, structure: _tree.Structure) -> list[int]:
+def _in_order(count: int, structure: pytree.Structure) -> list[int]:
     if structure.num_nodes - structure.num_leaves > 1:  # not one node and its leaves
         raise ValueError(
             "the source has no names for its parameters, and params is a nested tree, whose order "
@@ -285,7 +285,7 @@ def _in_order(count: int, structure: _tree.Structure) -> list[int]:
             f"dict(model.named_parameters())."
         )
     order = [0] * count
-    for place, index in enumerate(_tree.insertion_order(structure)):
+    for place, index in enumerate(pytree.insertion_order(structure)):
         order[index] = place
     return order
 

@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _tree
-from .._adamw import AdamW, AdamWState
-from .._frozen import Frozen
-from .._hyperparameters import check_zero_dim
-from .._labels import name_leaves
-from .._partition import Partition, PartitionState
-from .._types import Number, Schedule, Tree
-from .._work import flatten_params, gather
+from .._core import pytree
+from .._core.hyperparameters import check_zero_dim
+from .._core.types import Number, Schedule, Tree
+from .._engine.prepare import flatten_params, gather
+from ..optimizers.adamw import AdamW, AdamWState
+from ..optimizers.frozen import Frozen
+from ..wrappers.labels import name_leaves
+from ..wrappers.partition import Partition, PartitionState
 from ._source import MOMENTS, within
 
 __all__ = ["to_torch"]
@@ -111,8 +111,8 @@ def _parts(
 ) -> dict[str, tuple[Any, Any, dict[str, Tensor]]]:
     """Return what moves, by label: the optimizer, its state, and its leaves in torch's order."""
     groups = opt._groups(params)
-    no_grads = _tree.unflatten(groups.structure, [None] * len(groups.leaves))
-    order = [groups.names[index] for index in _tree.insertion_order(groups.structure)]
+    no_grads = pytree.unflatten(groups.structure, [None] * len(groups.leaves))
+    order = [groups.names[index] for index in pytree.insertion_order(groups.structure)]
     parts = {}
     for label, own in opt._updates(groups, no_grads, state).items():
         if not isinstance(own.opt, Frozen) and (own.params or not order):
@@ -134,11 +134,11 @@ def _hand_over(
             f"one, hand over opt.inner and state.inner. The order is to_torch(opt, state, params)."
         )
     leaves, structure = flatten_params(params)
-    none = _tree.unflatten(structure, [None] * len(leaves))
+    none = pytree.unflatten(structure, [None] * len(leaves))
     work = gather(none, state, params, amsgrad=opt.amsgrad, step_per_leaf=opt.step_per_leaf)
     counts = [float(count.item()) for count in work.counts.tensors]
     flags = _flags(opt, leaves, max(counts, default=0.0))
-    names, order = name_leaves(structure), _tree.insertion_order(structure)
+    names, order = name_leaves(structure), pytree.insertion_order(structure)
     entries: dict[int, dict[str, Tensor]] = {}
     for place, index in enumerate(order, first):
         count = counts[index if opt.step_per_leaf else 0]

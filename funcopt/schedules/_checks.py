@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .._hyperparameters import elements_at_hand, normalize
-from .._types import Number
+from .._core.hyperparameters import elements_at_hand, normalize
+from .._core.types import Number
 
 __all__ = [
     "check_numbers",

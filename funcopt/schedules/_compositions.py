@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from .._hyperparameters import check_choice, normalize
-from .._node import register_optimizer
-from .._types import Number, Schedule
+from .._core.hyperparameters import check_choice, normalize
+from .._core.types import Number, Schedule
+from .._engine.registration import register_optimizer
 from ._checks import check_numbers, check_pieces, check_step
 from ._phases import SHAPES, as_given, by_step, choose, known, phases, wide
 

@@ -15,9 +15,9 @@ from typing import TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from .. import _transforms
-from .._counts import value_of
-from .._types import Number
+from .._core import transforms
+from .._core.types import Number
+from .._engine.counts import value_of
 from ._checks import check_step
 
 __all__ = [
@@ -145,7 +145,7 @@ def by_step(
 def known(step: Number) -> Number:
     """Return a step as a number, if it is one or can be read, and checked; or as a tensor."""
     if isinstance(step, Tensor) and not (
-        step.ndim or _transforms.observed() or _transforms.watched((step,))
+        step.ndim or transforms.observed() or transforms.watched((step,))
     ):
         step = value_of(step)
     check_step(step)

@@ -11,7 +11,7 @@ import hypothesis
 from hypothesis import HealthCheck, Phase
 from hypothesis import strategies as st
 
-from .._types import Tree
+from .._core.types import Tree
 from . import strategies
 from ._compare import NotApplicable
 from .laws import LAWS, Law, compiles_once

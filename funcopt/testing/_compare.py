@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _tree
-from .._types import Tree
+from .._core import pytree
+from .._core.types import Tree
 
 __all__ = ["EXACT", "ROUNDING", "LawBroken", "NotApplicable", "compare", "wide"]
 
@@ -61,18 +61,18 @@ def compare(
         LawBroken: At the first leaf that differs in structure, shape, dtype, or by more than so
             many units in the last place of its dtype.
     """
-    wanted, structure = _tree.flatten(expected)
+    wanted, structure = pytree.flatten(expected)
     try:
-        leaves = _tree.pair(actual, root, structure).leaves
+        leaves = pytree.pair(actual, root, structure).leaves
     except ValueError as error:
         raise LawBroken(
             f"{law}: step {step}, {root}: got a tree of other leaves: {error}"
         ) from None
-    olds = wanted if before is None else _tree.pair(before, root, structure).leaves
+    olds = wanted if before is None else pytree.pair(before, root, structure).leaves
     for index, (one, other, old) in enumerate(zip(leaves, wanted, olds, strict=True)):
         reason = _difference(one, other, old, ulps)
         if reason is not None:
-            path = _tree.paths(structure, root)[index]
+            path = pytree.paths(structure, root)[index]
             raise LawBroken(f"{law}: step {step}, {path}: {reason}")
 
 

@@ -12,9 +12,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from torch import Tensor
 from torch.func import vmap
 
-from .. import _tree
-from .._kernels import KERNELS, unserved
-from .._types import Tree
+from .._core import pytree
+from .._core.types import Tree
+from .._engine import KERNELS, unserved
 from ..interop import from_state_dict, to_state_dict
 from . import strategies
 from ._compare import NotApplicable, compare
@@ -105,7 +105,7 @@ class OptimizerMachine(RuleBasedStateMachine):
     def update_in_two_halves(self, data: st.DataObject) -> None:
         """Split the tree, update each half as a tree of its own, and join them again."""
         grads = self.gradients(data, none=True)
-        structure = _tree.flatten(self.params)[1]
+        structure = pytree.flatten(self.params)[1]
         count = structure.num_leaves
         halves = [range(count // 2), range(count // 2, count)]
         if count < 2:
@@ -124,11 +124,11 @@ class OptimizerMachine(RuleBasedStateMachine):
     def save_and_load(self) -> None:
         """Write the run to a file, and go on from there."""
         trees = (self.params, self.state)
-        leaves, structure = _tree.flatten(trees)
+        leaves, structure = pytree.flatten(trees)
         file = io.BytesIO()
         torch.save(leaves, file)
         file.seek(0)
-        self.params, self.state = _tree.unflatten(structure, torch.load(file, weights_only=True))
+        self.params, self.state = pytree.unflatten(structure, torch.load(file, weights_only=True))
 
     @precondition(lambda self: self.only_tensors())
     @rule()
@@ -145,7 +145,7 @@ class OptimizerMachine(RuleBasedStateMachine):
     def only_tensors(self) -> bool:
         """Whether the state is tensors alone, as a checkpoint must be."""
         return hasattr(self, "state") and all(
-            isinstance(leaf, Tensor) for leaf in _tree.flatten(self.state)[0]
+            isinstance(leaf, Tensor) for leaf in pytree.flatten(self.state)[0]
         )
 
     @invariant()
@@ -164,31 +164,31 @@ def _another(tensor: Tensor) -> Tensor:
     return tensor * 2 if tensor.is_floating_point() or tensor.is_complex() else tensor
 
 
-def _like(structure: _tree.Structure) -> Callable[[Any], bool]:
+def _like(structure: pytree.Structure) -> Callable[[Any], bool]:
     """Whether a subtree is one of the parameters' structure: a tree of moments, say."""
-    return lambda tree: _tree.flatten(tree)[1] == structure
+    return lambda tree: pytree.flatten(tree)[1] == structure
 
 
-def _part(tree: Tree, structure: _tree.Structure, half: range) -> Tree:
+def _part(tree: Tree, structure: pytree.Structure, half: range) -> Tree:
     """Take some leaves of each subtree of the parameters' structure, as a list."""
-    subtrees, outside = _tree.flatten_above(tree, _like(structure))
-    return _tree.unflatten(
+    subtrees, outside = pytree.flatten_above(tree, _like(structure))
+    return pytree.unflatten(
         outside,
         [
-            [_tree.flatten(each)[0][i] for i in half] if _like(structure)(each) else each
+            [pytree.flatten(each)[0][i] for i in half] if _like(structure)(each) else each
             for each in subtrees
         ],
     )
 
 
-def _join(tree: Tree, structure: _tree.Structure, halves: list[Tree]) -> Tree:
+def _join(tree: Tree, structure: pytree.Structure, halves: list[Tree]) -> Tree:
     """Put the parts of each subtree together again; what is not split is that of the first."""
-    subtrees, outside = _tree.flatten_above(tree, _like(structure))
+    subtrees, outside = pytree.flatten_above(tree, _like(structure))
     parts = [outside.flatten_up_to(half) for half in halves]
     joined = [
-        _tree.unflatten(structure, [leaf for half in own for leaf in half])
+        pytree.unflatten(structure, [leaf for half in own for leaf in half])
         if _like(structure)(each)
         else own[0]
         for each, *own in zip(subtrees, *parts, strict=True)
     ]
-    return _tree.unflatten(outside, joined)
+    return pytree.unflatten(outside, joined)

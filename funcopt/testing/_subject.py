@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _tree
-from .._types import Tree
+from .._core import pytree
+from .._core.types import Tree
 from ._compare import NotApplicable
 
 __all__ = [
@@ -134,15 +134,15 @@ def replace(opt: Any, **values: Any) -> Any:
 
 def tree_map(function: Any, tree: Tree) -> Tree:
     """Map a function over the tensors of a tree; what is none, such as None, stays as it is."""
-    leaves, structure = _tree.flatten(tree)
-    return _tree.unflatten(
+    leaves, structure = pytree.flatten(tree)
+    return pytree.unflatten(
         structure, [function(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
     )
 
 
 def leaves_of(tree: Tree) -> list[Tensor]:
     """Return the tensors of a tree."""
-    return [leaf for leaf in _tree.flatten(tree)[0] if isinstance(leaf, Tensor)]
+    return [leaf for leaf in pytree.flatten(tree)[0] if isinstance(leaf, Tensor)]
 
 
 def clone(tree: Tree) -> Tree:

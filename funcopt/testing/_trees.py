@@ -6,8 +6,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-from .. import _tree
-from .._types import Tree
+from .._core import pytree
+from .._core.types import Tree
 
 __all__ = ["NODES", "Box", "Pair", "assemble"]
 
@@ -29,7 +29,7 @@ class Box:
         return f"Box({self.content!r})"
 
 
-_tree.register_node(
+pytree.register_node(
     Box,
     lambda box: (box.content, len(box.content)),
     lambda _, content: Box(content),

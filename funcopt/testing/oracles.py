@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from .. import _tree
-from .._adamw import AdamW, AdamWState
-from .._types import Tree
+from .._core import pytree
+from .._core.types import Tree
+from ..optimizers.adamw import AdamW, AdamWState
 
 __all__ = ["Oracle", "adamw", "oracle_of", "own_update", "register", "registered"]
 
@@ -54,16 +54,16 @@ def own_update(opt: Any, grads: Tree, state: Any, params: Tree) -> tuple[Tree, A
 
 def adamw(opt: AdamW, grads: Tree, state: AdamWState, params: Tree) -> tuple[Tree, AdamWState]:
     """AdamW from the papers' equations, leaf by leaf."""
-    leaves, structure = _tree.flatten(params)
+    leaves, structure = pytree.flatten(params)
 
     def column(tree: Tree, root: str) -> list[Any]:
-        return _tree.pair(tree, root, structure).leaves
+        return pytree.pair(tree, root, structure).leaves
 
     counts = column(state.step, "step") if opt.step_per_leaf else [state.step] * len(leaves)
     maxima = column(state.max_exp_avg_sq, "max") if opt.amsgrad else [None] * len(leaves)
     columns = (column(grads, "grads"), column(state.exp_avg, "m"), column(state.exp_avg_sq, "v"))
     rows = [_one(opt, list(row)) for row in zip(leaves, *columns, maxima, counts, strict=True)]
-    trees = [_tree.unflatten(structure, [row[i] for row in rows]) for i in range(5)]
+    trees = [pytree.unflatten(structure, [row[i] for row in rows]) for i in range(5)]
     new_params, exp_avg, exp_avg_sq, largest, count = trees
     return new_params, AdamWState(
         count if opt.step_per_leaf else state.step + 1,

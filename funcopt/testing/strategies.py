@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 from hypothesis.errors import InvalidArgument
 from torch import Tensor
 
-from .. import _tree
-from .._adamw import AdamW
-from .._clip_value import ClipValue
-from .._ema import Ema
-from .._lookahead import Lookahead
-from .._skip_nonfinite import SkipNonfinite
-from .._types import Optimizer, Tree
+from .._core import pytree
+from .._core.types import Optimizer, Tree
+from ..optimizers.adamw import AdamW
+from ..wrappers.clip_value import ClipValue
+from ..wrappers.ema import Ema
+from ..wrappers.lookahead import Lookahead
+from ..wrappers.skip_nonfinite import SkipNonfinite
 from ._tensors import LAYOUTS, VALUES, build, like
 from ._trees import NODES, assemble
 
@@ -223,7 +223,7 @@ def _gradients(
             drawn.append(None)
         else:
             drawn.append(like(leaf, draw(values), draw(layouts), draw(_SEEDS)))
-    return _tree.unflatten(structure, drawn)
+    return pytree.unflatten(structure, drawn)
 
 
 def gradients(
@@ -241,7 +241,7 @@ def gradients(
         layouts: Layouts, as for `tensors`; they need not be those of the parameters.
         none: Whether a leaf may have None instead.
     """
-    leaves, structure = _tree.flatten(params)
+    leaves, structure = pytree.flatten(params)
     return _gradients(
         structure,
         leaves,

@@ -4,16 +4,16 @@ import copy
 
 import torch
 
-from funcopt import _tree
+from funcopt._core import pytree
 
 from ..cases import assert_same_bits
 
 
 def named(params):
     """The leaves by the names of a module, in the order in which the tree was filled."""
-    flat, structure = _tree.flatten(params)
-    names = _tree.names(structure)
-    return {names[index]: flat[index] for index in _tree.insertion_order(structure)}
+    flat, structure = pytree.flatten(params)
+    names = pytree.names(structure)
+    return {names[index]: flat[index] for index in pytree.insertion_order(structure)}
 
 
 def torch_optimizer(params, **options):
@@ -38,16 +38,16 @@ def torch_step(theirs, grads):
 
 def assert_same_run(theirs, params, state):
     """Their parameters, moments and counts are ours."""
-    flat, structure = _tree.flatten(params)
-    counts = _tree.flatten(state.step)[0]
-    for index, name in enumerate(_tree.names(structure)):
+    flat, structure = pytree.flatten(params)
+    counts = pytree.flatten(state.step)[0]
+    for index, name in enumerate(pytree.names(structure)):
         param = torch_params(theirs)[name]
         own = theirs.state.get(param, {})
         assert_same_bits(param.detach(), flat[index].detach())
         count = counts[index] if len(counts) == len(flat) else counts[0]
         assert float(own.get("step", 0.0)) == float(count)
         for key in set(own) - {"step"}:
-            assert_same_bits(own[key], _tree.flatten(getattr(state, key))[0][index])
+            assert_same_bits(own[key], pytree.flatten(getattr(state, key))[0][index])
 
 
 SQUARES = {"first": torch.zeros(2, 2), "second": torch.zeros(2, 2)}

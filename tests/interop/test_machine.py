@@ -6,7 +6,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import rule, run_state_machine_as_test
 
-from funcopt import _tree
+from funcopt._core import pytree
 from funcopt.interop import from_torch, to_torch
 from funcopt.testing import OptimizerMachine, strategies
 
@@ -43,10 +43,10 @@ class HandOverMachine(OptimizerMachine):
     def step_in_torch(self, data):
         theirs = self.handed_over()
         torch_step(theirs, self.gradients(data, none=self.opt.step_per_leaf))
-        leaves_there, structure = torch_params(theirs), _tree.flatten(self.params)[1]
-        moved = [leaves_there[name].detach().clone() for name in _tree.names(structure)]
+        leaves_there, structure = torch_params(theirs), pytree.flatten(self.params)[1]
+        moved = [leaves_there[name].detach().clone() for name in pytree.names(structure)]
         self.opt, self.state = self.taken_over(theirs)
-        self.params = _tree.unflatten(structure, moved)
+        self.params = pytree.unflatten(structure, moved)
 
 
 @pytest.mark.filterwarnings("ignore:the source counts")  # all gradients drawn may be 0

@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from torch import nn
 
-from funcopt import AdamW, Clip, Frozen, Partition, PartitionState, _tree
+from funcopt import AdamW, Clip, Frozen, Partition, PartitionState
+from funcopt._core import pytree
 from funcopt.interop import from_state_dict, from_torch, to_state_dict, to_torch
 from funcopt.testing import strategies
 
@@ -230,13 +231,13 @@ def test_a_run_that_goes_to_torch_and_back_goes_on_as_if_it_had_not(run, moves_i
         for grads in after:
             steps(theirs, moving, [named(grads)])
             params, state = opt.update(grads, state, params)
-    structure = _tree.flatten(params)[1]
-    names = _tree.names(structure)
-    ours = _tree.unflatten(structure, [own[name] for name in names])
+    structure = pytree.flatten(params)[1]
+    names = pytree.names(structure)
+    ours = pytree.unflatten(structure, [own[name] for name in names])
     for source in (theirs, theirs.state_dict()):
         again, state_again = from_torch(source, ours, step_per_leaf=True, frozen="frozen")
         assert again.inner == opt.inner
-        assert _tree.flatten(again.labels) == ([found[name] for name in names], structure)
+        assert pytree.flatten(again.labels) == ([found[name] for name in names], structure)
         assert_same_bits(state_again, state)
         assert_same_bits(again.init(params), opt.init(params))
     assert_same_bits(detached(own), named(params))

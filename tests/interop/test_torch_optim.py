@@ -11,7 +11,8 @@ import torch
 from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
-from funcopt import AdamW, _tree
+from funcopt import AdamW
+from funcopt._core import pytree
 from funcopt.interop import from_torch, to_torch
 from funcopt.testing import strategies
 
@@ -64,9 +65,9 @@ def test_a_run_that_is_taken_over_goes_on_as_if_it_had_not_been(run, from_dict):
     for grads in before:
         torch_step(theirs, grads)
 
-    names = _tree.names(_tree.flatten(params)[1])
-    structure = _tree.flatten(params)[1]
-    ours = _tree.unflatten(structure, [torch_params(theirs)[n].detach().clone() for n in names])
+    names = pytree.names(pytree.flatten(params)[1])
+    structure = pytree.flatten(params)[1]
+    ours = pytree.unflatten(structure, [torch_params(theirs)[n].detach().clone() for n in names])
     source = copy.deepcopy(theirs.state_dict()) if from_dict else theirs
     opt, state = from_torch(source, ours, step_per_leaf=True)
     assert opt == AdamW(**options, kernel=kernel, step_per_leaf=True)

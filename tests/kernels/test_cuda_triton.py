@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from funcopt._kernels import fused, plain
-from funcopt._kernels import triton as kernel
-from funcopt._kernels._operands import Leaves, Moved, written
+from funcopt._engine.rule import Leaves, Moved, written
+from funcopt.optimizers._adam import equations, fused
+from funcopt.optimizers._adam import triton as kernel
 
 from ..cases import no_synchronization
 from . import test_triton
@@ -105,7 +105,7 @@ def test_a_graph_moves_in_place():
         kernel.step_(leaves, NUMBERS._replace(step=count), PLAIN)
     for step in range(1, 4):
         graph.replay()
-        plain.step_(expected, NUMBERS._replace(step=step), PLAIN)
+        equations.step_(expected, NUMBERS._replace(step=step), PLAIN)
     for one, other in zip(flat(written(leaves)), flat(written(expected)), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from funcopt import AdamW
-from funcopt._kernels import Leaves, Scalars, Variant, _eager, foreach
+from funcopt._engine import Leaves, Scalars, Variant, dispatch
+from funcopt.optimizers._adam import foreach
 
 from .. import oracle
 from ..cases import (
@@ -114,7 +115,7 @@ def test_auto_takes_the_fused_kernel_and_falls_back_where_it_cannot_serve(monkey
     for kernel in ("foreach", "plain"):
         gone = "fused" if kernel == "foreach" else "foreach"
         monkeypatch.setattr(
-            _eager._BY_NAME[gone], "refusal", lambda device, scalars: "it is not there"
+            dispatch._BY_NAME[gone], "refusal", lambda device, scalars: "it is not there"
         )
         assert_same_bits(run(opt, params, [params]), run(AdamW(kernel=kernel), params, [params]))
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from funcopt import AdamW, _transforms
-from funcopt._kernels import KERNELS
+from funcopt import AdamW
+from funcopt._core import transforms
+from funcopt._engine import KERNELS
 
 from .. import oracle
 from ..cases import no_synchronization, random_like
@@ -73,7 +74,7 @@ def place(request, monkeypatch) -> Place:
     if found.params == "cpu":
         monkeypatch.setattr(torch, "_fused_adamw_", as_strict_as_on_cuda(torch._fused_adamw_))
         if not found.read:
-            monkeypatch.setattr(_transforms, "on_host", lambda tensor: False)
+            monkeypatch.setattr(transforms, "on_host", lambda tensor: False)
     return found
 
 

@@ -23,9 +23,9 @@ import pytest
 import torch
 
 from funcopt import AdamW
-from funcopt._kernels import foreach, plain
-from funcopt._kernels import triton as kernel
-from funcopt._kernels._operands import Leaves, Scalars, Variant, written
+from funcopt._engine.rule import Leaves, Scalars, Variant, written
+from funcopt.optimizers._adam import equations, foreach
+from funcopt.optimizers._adam import triton as kernel
 
 from .. import oracle
 from ..cases import assert_same_bits
@@ -35,7 +35,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from funcopt._kernels import _triton_source as source  # noqa: E402
+from funcopt.optimizers._adam import triton_source as source
 
 INTERPRETED = triton.knobs.runtime.interpret
 
@@ -124,7 +124,7 @@ def copy(leaves: Leaves) -> Leaves:
 
 def assert_agrees(moved, leaves: Leaves, scalars: Scalars, variant: Variant) -> None:
     """Compare with the plain kernel."""
-    expected = plain.step(leaves, [scalars] * len(leaves.params), variant)
+    expected = equations.step(leaves, [scalars] * len(leaves.params), variant)
     for one, other in zip(flat(moved), flat(expected), strict=True):
         assert one.stride() == other.stride()
         bound = TOLERANCE[one.dtype]
@@ -181,7 +181,7 @@ def test_odd_numbers_are_served(where, name):
         moved = kernel.step(leaves, scalars, exact)
         if name == "nearly endless memory":
             # The plain kernel's own digits are lost there; those of the moments are not.
-            moved = moved._replace(params=plain.step(leaves, [scalars], exact).params)
+            moved = moved._replace(params=equations.step(leaves, [scalars], exact).params)
         assert_agrees(moved, leaves, scalars, exact)
 
 
@@ -214,7 +214,7 @@ def test_a_first_step_has_all_digits(where):
     leaves.exp_avgs[0].zero_()
     leaves.exp_avg_sqs[0].zero_()
     scalars = NUMBERS._replace(step=1, beta1=1 - 1e-6, beta2=1 - 1e-6)
-    moved, expected = kernel.step(leaves, scalars, PLAIN), plain.step(leaves, [scalars], PLAIN)
+    moved, expected = kernel.step(leaves, scalars, PLAIN), equations.step(leaves, [scalars], PLAIN)
     for one, other in zip(flat(moved[1:]), flat(expected[1:]), strict=True):
         torch.testing.assert_close(one, other, rtol=5e-7, atol=0)
 

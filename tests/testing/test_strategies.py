@@ -8,7 +8,8 @@ import torch
 from hypothesis import HealthCheck, find, given, settings
 from hypothesis.errors import InvalidArgument
 
-from funcopt import AdamW, Optimizer, _tree
+from funcopt import AdamW, Optimizer
+from funcopt._core import pytree
 from funcopt.testing import strategies
 from funcopt.testing._tensors import LAYOUTS, VALUES
 from funcopt.testing._trees import NODES, Box, Pair
@@ -91,16 +92,16 @@ def test_dicts_are_not_always_sorted():
 @pytest.mark.parametrize("node", NODES)
 def test_every_node_holds_the_leaves_it_is_given(node):
     for tree in seen(strategies.trees(nodes=[node], min_leaves=0), 30):
-        leaves, structure = _tree.flatten(tree)
-        assert structure == _tree.flatten(_tree.unflatten(structure, leaves))[1]
+        leaves, structure = pytree.flatten(tree)
+        assert structure == pytree.flatten(pytree.unflatten(structure, leaves))[1]
 
 
 @quickly
 @given(strategies.params().flatmap(lambda p: strategies.gradients(p).map(lambda g: (p, g))))
 def test_gradients_are_like_their_parameters(pair):
     params, grads = pair
-    leaves, structure = _tree.flatten(params)
-    own, own_structure = _tree.flatten(grads)
+    leaves, structure = pytree.flatten(params)
+    own, own_structure = pytree.flatten(grads)
     assert own_structure == structure
     for p, g in zip(leaves, own, strict=True):
         assert (p.shape, p.dtype, p.device) == (g.shape, g.dtype, g.device)
@@ -160,10 +161,10 @@ def test_a_bad_option_is_refused_with_its_value(message):
 
 def test_a_failing_tree_shrinks_to_the_smallest():
     def has_a_matrix(tree):
-        return any(leaf.ndim == 2 and leaf.numel() > 0 for leaf in _tree.flatten(tree)[0])
+        return any(leaf.ndim == 2 and leaf.numel() > 0 for leaf in pytree.flatten(tree)[0])
 
     smallest = find(strategies.params(), has_a_matrix, settings=settings(quickly, max_examples=500))
-    leaves = _tree.flatten(smallest)[0]
+    leaves = pytree.flatten(smallest)[0]
     assert [tuple(leaf.shape) for leaf in leaves] == [(1, 1)]
     assert leaves[0].item() == 0
     assert list(smallest) == ["p0"]

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ..._types import Tree
+from ..._core.types import Tree
 from .._compare import LawBroken, NotApplicable
 from ._agreement import (
     agrees_with_itself_in_float64,

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import _tree
-from ..._adamw import AdamW
-from ..._kernels import KERNELS, unserved
-from ..._types import Tree
+from ..._core import pytree
+from ..._core.types import Tree
+from ..._engine import KERNELS, unserved
+from ...optimizers.adamw import AdamW
 from .._compare import EXACT, ROUNDING, NotApplicable, compare
 from .._subject import cast, field, leaves_of, replace, run, says, tree_map
 from ..oracles import Oracle, own_update, registered
@@ -55,10 +55,10 @@ def matches_torch(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> None
     if any(not isinstance(number, float) for number in numbers):
         raise NotApplicable("torch.optim takes its bits from Python numbers")
     dtypes = (torch.float32, torch.float64)
-    chosen = [i for i, leaf in enumerate(_tree.flatten(params)[0]) if leaf.dtype in dtypes]
+    chosen = [i for i, leaf in enumerate(pytree.flatten(params)[0]) if leaf.dtype in dtypes]
 
     def pick(tree: Tree) -> list[Any]:
-        leaves = _tree.pair(tree, "grads", _tree.flatten(params)[1]).leaves
+        leaves = pytree.pair(tree, "grads", pytree.flatten(params)[1]).leaves
         # In one layout: torch's fused kernel goes wrong where gradient and parameter differ in it.
         return [None if leaves[i] is None else leaves[i].contiguous() for i in chosen]
 

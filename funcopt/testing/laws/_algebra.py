@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import _tree
-from ..._adamw import AdamW
-from ..._kernels import KERNELS
-from ..._types import Tree
+from ..._core import pytree
+from ..._core.types import Tree
+from ..._engine import KERNELS
+from ...optimizers.adamw import AdamW
 from .._compare import ROUNDING, NotApplicable, compare, wide
 from .._subject import field, last, replace, run, tree_map
 
@@ -103,15 +103,15 @@ def first_step_is_sign(opt: Any, params: Tree, gradient_sequence: list[Tree]) ->
     lr = field(opt, "lr")
     if callable(lr):
         raise NotApplicable("its lr is a schedule")
-    real = [leaf for leaf in _tree.flatten(params)[0] if not leaf.is_complex()]
+    real = [leaf for leaf in pytree.flatten(params)[0] if not leaf.is_complex()]
     first = [
         leaf
-        for leaf in _tree.flatten(gradient_sequence[0])[0]
+        for leaf in pytree.flatten(gradient_sequence[0])[0]
         if leaf is not None and not leaf.is_complex()
     ]
     if not real or len(first) != len(real):
         raise NotApplicable("a complex leaf has no sign, and None none either")
-    paired = _tree.pair(gradient_sequence[0], "grads", _tree.flatten(params)[1]).leaves
+    paired = pytree.pair(gradient_sequence[0], "grads", pytree.flatten(params)[1]).leaves
     grads = [_nonzero(g) for g in paired if not g.is_complex()]
     step = last(replace(opt, eps=0.0, weight_decay=0.0), real, [grads])
     sign = -1.0 if field(opt, "maximize") else 1.0
@@ -127,5 +127,5 @@ def _nonzero(grad: Tensor) -> Tensor:
 
 
 def _combine(function: Any, one: Tree, other: Tree) -> Tree:
-    leaves, structure = _tree.flatten(one)
-    return _tree.unflatten(structure, map(function, leaves, _tree.flatten(other)[0]))
+    leaves, structure = pytree.flatten(one)
+    return pytree.unflatten(structure, map(function, leaves, pytree.flatten(other)[0]))

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from ... import _tree
-from ..._types import Tree
+from ..._core import pytree
+from ..._core.types import Tree
 from .._compare import LawBroken, NotApplicable, wide
 from .._subject import Step, clone, fields, leaves_of, run, says, tree_map
 from .._tensors import build
@@ -51,7 +51,7 @@ def goes_downhill(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> None
 
 def _opposite_slopes(start: Tree) -> tuple[Tree, Tree]:
     """Return a gradient of which no element is near zero, and its opposite."""
-    leaves, structure = _tree.flatten(start)
+    leaves, structure = pytree.flatten(start)
     slopes = []
     for seed, leaf in enumerate(leaves):
         drawn = build(tuple(leaf.shape), leaf.dtype, "normal", "contiguous", seed)
@@ -59,7 +59,7 @@ def _opposite_slopes(start: Tree) -> tuple[Tree, Tree]:
         away = real + torch.ones_like(real).copysign(real)
         slope = torch.view_as_complex(away) if drawn.is_complex() else away
         slopes.append(slope.to(leaf.device))
-    return _tree.unflatten(structure, slopes), _tree.unflatten(structure, map(torch.neg, slopes))
+    return pytree.unflatten(structure, slopes), pytree.unflatten(structure, map(torch.neg, slopes))
 
 
 def _rises(step: Step, slope: Tree, *, by_leaf: bool) -> list[tuple[str, float, float]]:
@@ -67,11 +67,11 @@ def _rises(step: Step, slope: Tree, *, by_leaf: bool) -> list[tuple[str, float, 
 
     For each leaf, with its path, or for all.
     """
-    slopes, structure = _tree.flatten(slope)
+    slopes, structure = pytree.flatten(slope)
     rises = []
     for path, leaf, own in zip(
-        _tree.paths(structure, "params"),
-        _tree.pair(step.new_params, "params", structure).leaves,
+        pytree.paths(structure, "params"),
+        pytree.pair(step.new_params, "params", structure).leaves,
         slopes,
         strict=True,
     ):

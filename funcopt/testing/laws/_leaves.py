@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import _tree
-from ..._types import Tree
+from ..._core import pytree
+from ..._core.types import Tree
 from .._compare import ROUNDING, NotApplicable, compare
 from .._subject import run, says
 
@@ -18,11 +18,11 @@ __all__ = ["elements_are_independent", "leaves_are_independent", "names_do_not_m
 
 def names_do_not_matter(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> None:
     """A leaf moves as it would under another name, elsewhere in the tree."""
-    structure = _tree.flatten(params)[1]
+    structure = pytree.flatten(params)[1]
     names = [f"x{index}" for index in reversed(range(structure.num_leaves))]
 
     def renamed(tree: Tree) -> Tree:
-        leaves = _tree.pair(tree, "grads", structure).leaves
+        leaves = pytree.pair(tree, "grads", structure).leaves
         return dict(zip(names, reversed(leaves), strict=True))
 
     others = run(opt, renamed(params), [renamed(grads) for grads in gradient_sequence])
@@ -67,10 +67,10 @@ def _alone(
     law: str,
 ) -> None:
     """Hold each leaf, prepared and updated alone, to what it became among the others."""
-    leaves, structure = _tree.flatten(params)
-    rows = [_tree.pair(grads, "grads", structure).leaves for grads in gradient_sequence]
-    whole = [_tree.flatten(step.new_params)[0] for step in run(opt, params, gradient_sequence)]
-    for index, path in enumerate(_tree.paths(structure, "params")):
+    leaves, structure = pytree.flatten(params)
+    rows = [pytree.pair(grads, "grads", structure).leaves for grads in gradient_sequence]
+    whole = [pytree.flatten(step.new_params)[0] for step in run(opt, params, gradient_sequence)]
+    for index, path in enumerate(pytree.paths(structure, "params")):
         grads = [None if row[index] is None else prepare(row[index]) for row in rows]
         for step in run(opt, [prepare(leaves[index])], [[grad] for grad in grads]):
             expected = prepare(whole[step.number - 1][index])

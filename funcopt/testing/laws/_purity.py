@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import _tree
-from ..._types import Tree
+from ..._core import pytree
+from ..._core.types import Tree
 from .._compare import ROUNDING, LawBroken, NotApplicable, compare
 from .._subject import Step, cast, clone, leaves_of, run, tree_map
 
@@ -72,10 +72,10 @@ def _check_memory(
 
 
 def _memory(tree: Tree, root: str) -> list[tuple[str, int]]:
-    leaves, structure = _tree.flatten(tree)
+    leaves, structure = pytree.flatten(tree)
     return [
         (path, leaf.untyped_storage().data_ptr())
-        for path, leaf in zip(_tree.paths(structure, root), leaves, strict=True)
+        for path, leaf in zip(pytree.paths(structure, root), leaves, strict=True)
         if isinstance(leaf, Tensor) and leaf.numel() > 0
     ]
 
@@ -97,12 +97,12 @@ def keeps_structure(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> No
 
 
 def _keeps(step: Step, root: str, new: Tree, old: Tree) -> None:
-    news, structure = _tree.flatten(new)
-    olds, expected = _tree.flatten(old)
+    news, structure = pytree.flatten(new)
+    olds, expected = pytree.flatten(old)
     law = f"keeps_structure: step {step.number}"
     if structure != expected:
         raise LawBroken(f"{law}, {root}: got a tree {structure}, expected {expected}")
-    for path, one, other in zip(_tree.paths(structure, root), news, olds, strict=True):
+    for path, one, other in zip(pytree.paths(structure, root), news, olds, strict=True):
         if not (isinstance(one, Tensor) and isinstance(other, Tensor)):
             continue
         for name in ("shape", "dtype", "device"):
@@ -143,11 +143,11 @@ def round_trips(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> None:
     """A state that was saved and loaded goes on to the bit."""
     state = opt.init(params)
     for number, grads in enumerate(gradient_sequence, 1):
-        leaves, structure = _tree.flatten(state)
+        leaves, structure = pytree.flatten(state)
         file = io.BytesIO()
         torch.save(leaves, file)
         file.seek(0)
-        loaded = _tree.unflatten(structure, torch.load(file, weights_only=True))
+        loaded = pytree.unflatten(structure, torch.load(file, weights_only=True))
         compare("round_trips", number, "state", loaded, state)
         expected = opt.update(grads, state, params)
         compare("round_trips", number, "result", opt.update(grads, loaded, params), expected)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.func import grad, jvp, vmap
 
-from ... import _tree
-from ..._types import Tree
+from ..._core import pytree
+from ..._core.types import Tree
 from .._compare import ROUNDING, LawBroken, NotApplicable, compare
 from .._subject import cast, field, last, leaves_of, replace, tree_map
 
@@ -90,7 +90,7 @@ def _member(tree: Tree, i: int, dim: int = 0) -> Tree:
 
 def _without_none(gradient_sequence: list[Tree]) -> list[Tree]:
     """Drop None: what has no gradient is no input to map over."""
-    if any(leaf is None for grads in gradient_sequence for leaf in _tree.flatten(grads)[0]):
+    if any(leaf is None for grads in gradient_sequence for leaf in pytree.flatten(grads)[0]):
         raise NotApplicable("a leaf has no gradient")
     return gradient_sequence
 

@@ -1,0 +1,278 @@
+"""The checks before a step: what may be a leaf, and what must agree. Messages name the path."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Callable, Collection, Iterator, Sequence, Set, ValuesView
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._dtensor.shards import check_placed, dtensor, local_part
+from . import transforms
+from .types import Optimizer
+
+__all__ = [
+    "are_apart",
+    "check_alike",
+    "check_count",
+    "check_dense",
+    "check_distinct",
+    "check_leaves",
+    "check_optimizer",
+    "check_state",
+    "is_dense",
+    "is_like",
+    "kind_of",
+    "of_members",
+    "shown",
+    "shown_layout",
+    "starts",
+]
+
+_DTYPES = frozenset(
+    (
+        torch.float16,
+        torch.bfloat16,
+        torch.float32,
+        torch.float64,
+        torch.complex64,
+        torch.complex128,
+    )
+)
+
+
+_COUNTS = frozenset((torch.float64, torch.float32, torch.int64, torch.int32))
+
+
+def check_optimizer(name: str, value: object) -> None:
+    """Refuse what is no optimizer to wrap."""
+    if not isinstance(value, Optimizer) or isinstance(value, type):
+        raise TypeError(
+            f"{name}={value!r}: must be an optimizer, which has init, update and update_. Give an "
+            f"instance, such as AdamW()."
+        )
+
+
+def check_state(state: object, kind: type) -> None:
+    """Refuse what is not the state of this optimizer, as where arguments are in another order."""
+    if not isinstance(state, kind):
+        raise TypeError(
+            f"state is of type {type(state).__name__}: it must be the {kind.__name__} that init() "
+            f"or the last update returned. The order is update(grads, state, params)."
+        )
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether a tensor is strided and not nested: some nested tensors have that layout, too.
+
+    What looks at every leaf of every step asks both questions itself, which takes half the time.
+    """
+    return tensor.layout is torch.strided and not tensor.is_nested
+
+
+def is_like(
+    value: object, shape: torch.Size, dtype: torch.dtype, device: torch.device | None = None
+) -> bool:
+    """Whether something is a dense tensor of a shape and dtype, and on a device if one is given."""
+    return (
+        isinstance(value, Tensor)
+        and value.layout is torch.strided
+        and not value.is_nested
+        and value.shape == shape
+        and value.dtype == dtype
+        and (device is None or value.device == device)
+    )
+
+
+def shown_layout(tensor: Tensor) -> str:
+    """Return the layout of a tensor that is not dense, as messages have it."""
+    return "a nested layout" if tensor.is_nested else f"layout {tensor.layout}"
+
+
+def check_dense(
+    leaves: Sequence[Any], path: Callable[[int], str], spared: Collection[int] = ()
+) -> None:
+    """Refuse a tensor that is not dense, unless it is to be spared.
+
+    What is no tensor is for others to judge.
+    """
+    for index, leaf in enumerate(leaves):
+        if not isinstance(leaf, Tensor) or index in spared:
+            continue
+        if leaf.is_nested or leaf.layout is not torch.strided:
+            raise TypeError(
+                f"{path(index)} has {shown_layout(leaf)}: only dense (strided) tensors are served. "
+                f"Make it dense, with .to_dense() say, or make leaves of the parts of a nested one."
+            )
+
+
+def check_leaves(leaves: Sequence[Any], path: Callable[[int], str]) -> None:
+    """Refuse whatever cannot be a parameter: no tensor, not dense, or of a dtype that cannot move.
+
+    Nothing else is asked of a tensor before: a nested one has no shape and no strides.
+    """
+    for index, leaf in enumerate(leaves):
+        if (
+            not isinstance(leaf, Tensor)
+            or leaf.dtype not in _DTYPES
+            or leaf.layout is not torch.strided
+            or leaf.is_nested
+        ):
+            _refuse_leaf(leaf, path(index))
+
+
+def _refuse_leaf(leaf: Any, path: str) -> None:
+    if not isinstance(leaf, Tensor):
+        raise TypeError(
+            f"{path} is {kind_of(leaf)}: every leaf must be a tensor. {_instead_of(leaf)}"
+        )
+    check_dense([leaf], lambda _: path)
+    raise TypeError(
+        f"{path} has dtype {leaf.dtype}: an optimizer moves float16, bfloat16, float32, float64, "
+        f"complex64 and complex128 leaves. Keep others (counters, buffers) in a tree of their own."
+    )
+
+
+def check_alike(
+    leaves: Sequence[Any], params: Sequence[Tensor], path: Callable[[int], str], what: str
+) -> None:
+    """Refuse gradients or moments that are not like their parameters."""
+    check_placed(leaves, params, path, what)
+    for index, (leaf, param) in enumerate(zip(leaves, params, strict=True)):
+        if not (
+            isinstance(leaf, Tensor)
+            and leaf.layout is torch.strided
+            and not leaf.is_nested
+            and leaf.shape == param.shape
+            and leaf.dtype == param.dtype
+            and leaf.device == param.device
+        ):
+            _refuse_unlike(leaf, param, path(index), what)
+
+
+def _refuse_unlike(leaf: Any, param: Tensor, path: str, what: str) -> None:
+    if not isinstance(leaf, Tensor):
+        raise TypeError(f"{path} is {kind_of(leaf)}: {what} must be a tensor.")
+    if not is_dense(leaf):
+        raise TypeError(
+            f"{path} has {shown_layout(leaf)}: {what} must be dense. Make it so with "
+            f".to_dense(), or build an embedding with sparse=False."
+        )
+    for name in ("shape", "dtype", "device"):
+        own, wanted = getattr(leaf, name), getattr(param, name)
+        if own != wanted:
+            remedy = _REMEDIES[name]
+            if what == "a moment" and name == "shape":
+                remedy += of_members()
+            raise ValueError(
+                f"{path}: {name} {shown(own)}, the parameter has {shown(wanted)}. {remedy}"
+            )
+
+
+_REMEDIES = {
+    "shape": "Nothing is broadcast: give both the same shape.",
+    "dtype": "Nothing is cast silently: convert one with .to().",
+    "device": "Nothing is moved silently: put both on one device with .to().",
+}
+
+
+def of_members() -> str:
+    """Return how the state of members is made, to end a message with; nothing if there are none."""
+    if not transforms.transformed():
+        return ""
+    return " Under vmap, the state is made by vmap, too: state = vmap(opt.init)(params)."
+
+
+def check_count(leaf: Any, path: Callable[[], str]) -> None:
+    """Refuse what cannot be a count of updates."""
+    if not isinstance(leaf, Tensor) or not is_dense(leaf) or leaf.dtype not in _COUNTS:
+        raise TypeError(
+            f"{path()} is {kind_of(leaf)}: the count must be a tensor of shape () that can count "
+            f"far, in float64 as init() makes it, or in float32, int32 or int64."
+        )
+    if leaf.ndim != 0:
+        raise ValueError(
+            f"{path()} has shape {tuple(leaf.shape)}: the count must have shape (). A state that "
+            f"vmap(init) made belongs to vmap(update)."
+        )
+
+
+def starts(leaves: Sequence[Any]) -> list[int] | None:
+    """Return where leaves start in memory; None if one of them is no plain tensor, or sparse."""
+    if not transforms.all_plain(leaves):
+        return None
+    try:
+        return list(map(Tensor.data_ptr, leaves))
+    except RuntimeError:  # which has no place of its own
+        return None
+
+
+def are_apart(tensors: Sequence[Tensor]) -> bool:
+    """Whether all tensors start at places of their own, as nearly always; empty ones nowhere."""
+    pointers = list(map(Tensor.data_ptr, tensors))
+    if len(set(pointers)) == len(pointers):
+        return True
+    pointers = [pointer for pointer in pointers if pointer]
+    return len(set(pointers)) == len(pointers)
+
+
+def check_distinct(leaves: Sequence[Tensor], path: Callable[[int], str], what: str) -> None:
+    """Refuse two leaves that start at the same place in memory, such as tied weights.
+
+    Args:
+        leaves: The tensors. Those without memory of their own (fake, meta, empty, sparse) are
+            passed over.
+        path: Names leaf i.
+        what: What goes wrong, for the message.
+    """
+    pointers = starts(leaves)
+    if pointers is None:
+        with torch.no_grad():
+            parts = [local_part(leaf) if _is_sharded(leaf) else leaf for leaf in leaves]
+        pointers = [(starts([part]) or [0])[0] for part in parts]
+    if len(set(pointers)) == len(pointers):
+        return
+    first: dict[int, int] = {}
+    for index, pointer in enumerate(pointers):
+        if pointer == 0 or leaves[index].numel() == 0:
+            continue
+        if pointer in first:
+            raise ValueError(
+                f"{path(index)} shares its memory with {path(first[pointer])}: {what}. "
+                f"Keep a shared tensor at one path only, or clone it."
+            )
+        first[pointer] = index
+
+
+def _is_sharded(leaf: Tensor) -> bool:
+    kind = dtensor()
+    return kind is not None and isinstance(leaf, kind)
+
+
+def _instead_of(leaf: object) -> str:
+    if leaf is None:
+        return "Leave its key out."
+    if isinstance(leaf, torch.nn.Module):
+        return "Pass dict(module.named_parameters())."
+    if isinstance(leaf, (Iterator, Set, ValuesView, str)):  # a string is that of a pair
+        return "Pass dict(module.named_parameters()), or a dict of other pairs of name and tensor."
+    if isinstance(leaf, numbers.Number) or hasattr(leaf, "__array__"):
+        return "Make it one, with torch.as_tensor()."
+    return "Take it out of the tree, or register its type as a pytree node."
+
+
+def kind_of(value: object) -> str:
+    """Return what something is, as messages have it."""
+    if not isinstance(value, Tensor):
+        return "None" if value is None else f"of type {type(value).__name__}"
+    if value.is_nested:
+        return f"a nested tensor of {value.dtype}"
+    layout = "" if is_dense(value) else f" and layout {value.layout}"
+    return f"of {value.dtype} and shape {tuple(value.shape)}{layout}"
+
+
+def shown(value: object) -> str:
+    """Return a shape, dtype or device as messages have it."""
+    return str(tuple(value)) if isinstance(value, torch.Size) else str(value)

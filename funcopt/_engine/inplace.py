@@ -1,0 +1,139 @@
+"""What `update_` refuses: whatever writing in place would make wrong, found before it writes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from .._core import transforms
+from .._core.checks import are_apart, check_distinct, starts
+from .._core.types import Number
+from . import PUBLIC_NAMES, Layout, Scalars
+from .prepare import Work
+
+__all__ = ["check_apart", "check_inplace", "check_unwatched", "check_writable"]
+
+_READ = frozenset((float,))
+
+
+def check_inplace(work: Work, counts: list[Number], numbers: Iterable[Scalars]) -> None:
+    """Refuse to write in place where that would lose a derivative or memory.
+
+    Args:
+        work: The update.
+        counts: What is to be written into the counts: a float where the count was read.
+        numbers: The numbers of the leaves that move.
+
+    Raises:
+        RuntimeError: Under a transform of `torch.func` or forward mode, or if anything that goes
+            into the update carries history.
+        ValueError: If a tensor to be written is expanded, or starts where another one or a gradient
+            does.
+    """
+    numbers = list(numbers)
+    check_unwatched(*work.leaves, work.counts.tensors, *numbers)
+    if work.layout is not None and _is_fine_at_a_glance(work, work.layout, counts, numbers):
+        return
+    for name, tensor in _history(work, numbers):
+        raise RuntimeError(
+            f"{name} {'has a history' if tensor.grad_fn else 'requires a gradient'}, which writing "
+            f"in place would lose. Use update(), or detach it if no derivative is wanted."
+        )
+    if work.layout is not None:  # while operators are traced there is no memory yet
+        for root, tensors in work.written().items():
+            check_writable(tensors, partial(work.path, root))
+        columns = work.written()
+        places = [(root, index) for root, found in columns.items() for index in range(len(found))]
+        check_apart(
+            list(chain.from_iterable(columns.values())),
+            work.leaves.grads,
+            lambda position: work.path(*places[position]),
+            partial(work.path, "grads"),
+        )
+
+
+def check_unwatched(*columns: Iterable[object]) -> None:
+    """Refuse to write in place under a transform, or what is of tensors that have a tangent."""
+    if transforms.watched(*columns):
+        raise RuntimeError(
+            "update_() writes in place, which a transform (vmap, grad, jvp, ...) cannot follow. "
+            "Use update()."
+        )
+
+
+def _is_fine_at_a_glance(
+    work: Work, layout: Layout, new_counts: list[Number], numbers: Iterable[Scalars]
+) -> bool:
+    """Whether all is seen to be fine at a glance, as nearly always; else the fault is looked for.
+
+    The layout vouches for the leaves, save for where they start and for parameters' histories. A
+    count that was read vouches for itself: only a plain one without history is.
+    """
+    counts = work.counts.tensors
+    tensors = [*chain.from_iterable(work.leaves), *counts]
+    return (
+        layout.writable
+        and _READ.issuperset(map(type, new_counts))
+        and all(own.read for own in numbers)
+        and not any(map(Tensor.is_inference, counts))
+        and not (layout.params_require_grad and any(not p.is_leaf for p in work.leaves.params))
+        and are_apart(tensors)
+    )
+
+
+def check_apart(
+    targets: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    path: Callable[[int], str],
+    grad_path: Callable[[int], str],
+) -> None:
+    """Refuse tensors that would be written over another one, or over a gradient still read."""
+    pointers = starts([*targets, *grads])
+    if pointers is not None and len(set(pointers)) == len(pointers):
+        return
+    check_distinct(targets, path, "one would be written over the other")
+    if pointers is None:  # fake tensors have no memory to share
+        return
+    taken = {tensor.data_ptr() for tensor in targets if tensor.numel() > 0}
+    for index, grad in enumerate(grads):
+        if grad.numel() > 0 and grad.data_ptr() in taken and not grad.is_meta:
+            raise ValueError(
+                f"{grad_path(index)} shares its memory with a tensor that is to be written. Clone "
+                f"it, or use update()."
+            )
+
+
+def _history(work: Work, numbers: Iterable[Scalars]) -> Iterator[tuple[str, Tensor]]:
+    """Yield what would have its derivative lost, by name."""
+    for own in numbers:
+        for name, number in zip(Scalars._fields, own, strict=True):
+            if isinstance(number, Tensor) and number.requires_grad:
+                yield PUBLIC_NAMES.get(name, name), number
+    columns = {"grads": work.leaves.grads, **work.written()}
+    for root, tensors in columns.items():
+        for index, tensor in enumerate(tensors):
+            # A parameter that merely requires a gradient is what everyone trains.
+            if tensor.requires_grad and not (root == "params" and tensor.is_leaf):
+                yield work.path(root, index), tensor
+
+
+def check_writable(tensors: Sequence[Tensor], path: Callable[[int], str]) -> None:
+    """Refuse tensors of inference mode outside of it, and those whose elements share memory."""
+    if not torch.is_inference_mode_enabled() and any(map(Tensor.is_inference, tensors)):
+        index = [tensor.is_inference() for tensor in tensors].index(True)
+        raise RuntimeError(
+            f"{path(index)} was made in inference mode, outside of which it cannot be written. "
+            f"Use update(), or clone it first."
+        )
+    if all(map(Tensor.is_contiguous, tensors)):
+        return
+    for index, tensor in enumerate(tensors):
+        if any(s == 0 and n > 1 for s, n in zip(tensor.stride(), tensor.shape, strict=True)):
+            raise ValueError(
+                f"{path(index)} has strides {tensor.stride()} at shape {tuple(tensor.shape)}: "
+                f"several elements share one place in memory. Clone it first."
+            )

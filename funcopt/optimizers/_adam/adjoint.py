@@ -1,0 +1,266 @@
+r"""The adjoint of a step: how cotangents of its results become cotangents of what went in.
+
+With $r = \sqrt{\hat v_t}$ and $c = \sqrt{b_2}$ the denominator of the step is
+$D = r / c + \epsilon = E / c$, where $E = r + c\,\epsilon$. With $a = \eta / b_1$, the bias
+corrections $b_1$ and $b_2$, and a bar over what a cotangent belongs to:
+
+$$ q = \bar\theta_t / E \qquad w = m_t / E \qquad
+   \bar m \mathrel{+}= -a\,c\,q \qquad
+   \bar{\hat v} \mathrel{+}= \frac{a\,c}{2}\,\frac{q\,w}{r} $$
+
+$$ \bar\theta_{t-1} = (1 - \eta\lambda)\,\bar\theta_t \qquad
+   \bar m_{t-1} = \beta_1 \bar m \qquad \bar v_{t-1} = \beta_2 \bar v \qquad
+   \bar g = (1 - \beta_1)\,\bar m + 2 (1 - \beta_2)\,g\,\bar v $$
+
+It is written in plain differentiable operators, so that it has an adjoint of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple, overload
+
+import torch
+from torch import Tensor
+
+from ..._core import transforms
+from ..._core.types import Number
+from ..._engine.rule import Leaves, Moved, Scalars, Variant, compute_dtype, fit
+from .equations import Corrections, Gains, double, new_moments
+
+__all__ = ["Saved", "adjoint", "worth_keeping"]
+
+
+class Saved(NamedTuple):
+    """What is kept between a step and its adjoint: the gradient and, at the least, two moments."""
+
+    grads: list[Tensor]
+    exp_avgs: list[Tensor]  # the moments before the step, unless those after it are kept
+    exp_avg_sqs: list[Tensor]
+    max_exp_avg_sqs: list[Tensor]  # before the step; empty unless amsgrad
+    params: list[Tensor]  # empty unless the derivative of lr or weight decay is wanted
+    new_exp_avgs: list[Tensor]
+    new_exp_avg_sqs: list[Tensor]
+
+
+def worth_keeping(leaves: Leaves, moved: Moved, needs: Scalars) -> Saved:
+    """Return what the adjoint of a step needs of it.
+
+    That is the gradient and two moments, which cost no memory of their own: those after this step
+    are those before the next. Those after it save computing them again; but in 16 bits they were
+    rounded, and the derivative of a beta asks for those before it, which cannot be had from them.
+    """
+    params = leaves.params if needs.lr or needs.weight_decay else []
+    rounded = any(compute_dtype(grad.dtype) is not grad.dtype for grad in leaves.grads)
+    if rounded or needs.beta1 or needs.beta2:
+        return Saved(*leaves[1:], params, [], [])
+    news = moved.exp_avgs, moved.exp_avg_sqs
+    return Saved(leaves.grads, [], [], leaves.max_exp_avg_sqs, params, *news)
+
+
+def adjoint(
+    saved: Saved,
+    scalars: Scalars,
+    variant: Variant,
+    needs: Scalars,
+    cotangents: list[list[Tensor | None]],
+) -> tuple[list[Tensor | None], list[list[Tensor | None]]]:
+    """Return the cotangents of the numbers and of the leaves before the step.
+
+    Args:
+        saved: What the step kept.
+        scalars: The numbers of the step.
+        variant: What is fixed.
+        needs: For each number, whether its cotangent is wanted.
+        cotangents: The cotangents of the columns of `Moved`; None stands for zeros.
+
+    Returns:
+        In the order of `Scalars` (without the factor, which is 1 here) and of `Leaves`, with None
+        for what is zero or unwanted.
+    """
+    corrections = Corrections(scalars)
+    of_numbers: dict[str, Tensor] = {}
+    of_leaves: list[list[Tensor | None]] = [[] for _ in Leaves._fields]
+    for index, grad in enumerate(saved.grads):
+        dtype = compute_dtype(grad.dtype)
+        leaf = _step_again([_widen(column, index, dtype) for column in saved], scalars, variant)
+        after = [_widen(column, index, dtype) for column in cotangents]
+        pulled = _pull_back(leaf, after, scalars, corrections)
+        before = _before(leaf, pulled, scalars, variant)
+        for column, cotangent in zip(of_leaves, before, strict=False):
+            column.append(_cast(cotangent, grad.dtype))
+        for name, part in _of_numbers(leaf, pulled, scalars, corrections, needs):
+            total = _sum_to(part, getattr(scalars, name))
+            of_numbers[name] = of_numbers[name] + total if name in of_numbers else total
+    return [of_numbers.get(name) for name in Scalars._fields[:6]], of_leaves
+
+
+class _Leaf(NamedTuple):
+    """One leaf, in the dtype to compute in: what went into the step, and what came of it."""
+
+    grad: Tensor  # negated if maximize
+    exp_avg: Any  # a tensor if the derivative of a beta is wanted, else perhaps None
+    exp_avg_sq: Any
+    max_exp_avg_sq: Tensor | None
+    param: Any  # a tensor if the derivative of lr or weight decay is wanted, else None
+    new_exp_avg: Tensor
+    new_exp_avg_sq: Tensor
+    largest: Tensor
+
+
+class _Pulled(NamedTuple):
+    """The cotangents after the step of one leaf, each with everything that depends on it."""
+
+    param: Tensor | None
+    exp_avg: Tensor | None
+    exp_avg_sq: Tensor | None
+    old_max_exp_avg_sq: Tensor | None
+    root: Tensor  # r itself
+    direction: Tensor  # w
+    product: Tensor | None  # q w
+
+
+def _widen(column: list[Any], index: int, dtype: torch.dtype) -> Any:
+    return _cast(column[index], dtype) if column else None
+
+
+def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return tensor if tensor is None or tensor.dtype is dtype else tensor.to(dtype)
+
+
+def _step_again(column: list[Any], scalars: Scalars, variant: Variant) -> _Leaf:
+    grad, exp_avg, exp_avg_sq, max_exp_avg_sq, param, new_exp_avg, new_exp_avg_sq = column
+    if variant.maximize:
+        grad = -grad
+    if new_exp_avg is None:
+        new_exp_avg, new_exp_avg_sq = new_moments(
+            grad, exp_avg, exp_avg_sq, Gains.to(grad, scalars)
+        )
+    largest = new_exp_avg_sq
+    if max_exp_avg_sq is not None:
+        largest = torch.maximum(max_exp_avg_sq, new_exp_avg_sq)
+    before = grad, exp_avg, exp_avg_sq, max_exp_avg_sq, param
+    return _Leaf(*before, new_exp_avg, new_exp_avg_sq, largest)
+
+
+def _pull_back(
+    leaf: _Leaf, cotangents: list[Tensor | None], scalars: Scalars, corrections: Corrections
+) -> _Pulled:
+    of_param, of_exp_avg, of_exp_avg_sq, of_max = cotangents
+    zero = leaf.largest == 0
+    if transforms.followed():
+        # This may be differentiated in its turn, and no infinity must come back from a root.
+        safe_root = leaf.largest.masked_fill(zero, 1.0).sqrt()
+        root = safe_root.masked_fill(zero, 0.0)
+    else:
+        safe_root = root = leaf.largest.sqrt()
+    correction2_root = corrections.correction2_root
+    denominator = root + fit(double(scalars.eps) * correction2_root, root)
+    direction = leaf.new_exp_avg / denominator
+    product = of_largest = None
+    scale = corrections.step_size * correction2_root
+    if of_param is not None:
+        quotient = of_param / denominator
+        product = quotient * direction
+        of_exp_avg = _plus(of_exp_avg, quotient, -scale)
+        of_largest = _of_square(product, safe_root, zero)
+    if leaf.max_exp_avg_sq is None:
+        of_exp_avg_sq = _plus(of_exp_avg_sq, of_largest, 0.5 * scale)
+    elif (of_max := _plus(of_max, of_largest, 0.5 * scale)) is not None:
+        share = _share_of_new(leaf.new_exp_avg_sq, leaf.max_exp_avg_sq)
+        of_exp_avg_sq = _plus(of_exp_avg_sq, of_max * share, 1.0)
+        of_max = of_max * (1 - share)
+    return _Pulled(of_param, of_exp_avg, of_exp_avg_sq, of_max, root, direction, product)
+
+
+def _of_square(of_root: Tensor, safe_root: Tensor, zero: Tensor) -> Tensor:
+    """Twice the cotangent of a square, of that of its root: as for `plain.root`, zero at zero."""
+    return (of_root / safe_root).masked_fill(zero, 0.0)
+
+
+def _share_of_new(new: Tensor, old: Tensor) -> Tensor:
+    """How much of the maximum is the new second moment: all, none or, at a tie, half (as torch)."""
+    return 0.5 * ((new > old).to(new.dtype) + (new >= old).to(new.dtype))
+
+
+def _before(
+    leaf: _Leaf, pulled: _Pulled, scalars: Scalars, variant: Variant
+) -> tuple[Tensor | None, ...]:
+    """The cotangents of the leaf before the step, in the order of `Leaves`."""
+    decay = 1 - double(scalars.lr) * double(scalars.weight_decay)
+    beta1, beta2 = double(scalars.beta1), double(scalars.beta2)
+    of_grad = _times(pulled.exp_avg, 1 - beta1)
+    if pulled.exp_avg_sq is not None:
+        of_grad = _add_product(of_grad, pulled.exp_avg_sq, leaf.grad, 2 * (1 - beta2))
+    if variant.maximize and of_grad is not None:
+        of_grad = -of_grad
+    return (
+        _times(pulled.param, decay),
+        of_grad,
+        _times(pulled.exp_avg, beta1),
+        _times(pulled.exp_avg_sq, beta2),
+        *((pulled.old_max_exp_avg_sq,) if variant.amsgrad else ()),
+    )
+
+
+def _of_numbers(
+    leaf: _Leaf,
+    pulled: _Pulled,
+    scalars: Scalars,
+    corrections: Corrections,
+    needs: Scalars,
+) -> Iterator[tuple[str, Tensor]]:
+    """The wanted cotangents of the numbers, as far as they come of one leaf, before summing."""
+    step, lr, beta1, beta2, _, weight_decay = map(double, scalars[:6])
+    if needs.beta1 and pulled.exp_avg is not None:
+        yield "beta1", pulled.exp_avg * (leaf.exp_avg - leaf.grad)
+    if needs.beta2 and pulled.exp_avg_sq is not None:
+        yield "beta2", pulled.exp_avg_sq * (leaf.exp_avg_sq - leaf.grad**2)
+    if pulled.param is None or pulled.product is None:
+        return
+    correction2_root = corrections.correction2_root
+    descent = _times(-pulled.param * pulled.direction, correction2_root)
+    if needs.lr:
+        yield "lr", _times(descent, 1 / corrections.correction1)
+        yield "lr", _times(-pulled.param * leaf.param, weight_decay)
+    if needs.weight_decay:
+        yield "weight_decay", _times(-pulled.param * leaf.param, lr)
+    if needs.eps:
+        yield "eps", _times(pulled.product, corrections.step_size * correction2_root**2)
+    if needs.beta1:  # through the first bias correction, and so on below through the second
+        yield "beta1", _times(descent, lr * step * beta1 ** (step - 1) / corrections.correction1**2)
+    if needs.beta2:
+        slope = step * beta2 ** (step - 1) / (2 * correction2_root)
+        yield "beta2", _times(pulled.product * pulled.root, corrections.step_size * slope)
+
+
+def _plus(base: Tensor | None, tensor: Tensor | None, number: Number) -> Tensor | None:
+    """Return base + number * tensor, where None stands for zeros."""
+    if tensor is None:
+        return base
+    if base is None:
+        return _times(tensor, number)
+    if isinstance(number, Tensor):
+        return base + _times(tensor, number)
+    return torch.add(base, tensor, alpha=number)
+
+
+@overload
+def _times(tensor: Tensor, number: Number) -> Tensor: ...
+@overload
+def _times(tensor: Tensor | None, number: Number) -> Tensor | None: ...
+def _times(tensor: Tensor | None, number: Number) -> Tensor | None:
+    return None if tensor is None else tensor * fit(number, tensor)
+
+
+def _add_product(base: Tensor | None, one: Tensor, other: Tensor, number: Number) -> Tensor:
+    if base is None or isinstance(number, Tensor):
+        product = _times(one, number) * other
+        return product if base is None else base + product
+    return torch.addcmul(base, one, other, value=number)
+
+
+def _sum_to(part: Tensor, number: Tensor) -> Tensor:
+    """Sum over everything that a number was spread over."""
+    shape = number.shape + (1,) * (part.ndim - number.ndim)
+    return part.sum_to_size(shape).reshape(number.shape).to(number.device, number.dtype)

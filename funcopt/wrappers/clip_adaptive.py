@@ -1,0 +1,292 @@
+"""Adaptive clipping: the gradient of each unit held to a fraction of that unit's parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from .._core import pytree, transforms
+from .._core.checks import check_optimizer, check_state
+from .._core.hyperparameters import normalize_fields
+from .._core.lists import fit
+from .._core.numbers import numbers_of
+from .._core.types import Number, Optimizer, Schedule, Tree
+from .._dtensor.shards import whole_of
+from .._engine.counts import next_step
+from .._engine.registration import register_optimizer
+from .._engine.rule import compute_dtype
+from .base import (
+    Gradients,
+    check_inplace,
+    first_step,
+    gather_gradients,
+    records,
+    with_step,
+    write_step,
+)
+
+__all__ = ["ClipAdaptive", "ClipAdaptiveState"]
+
+ParamsT = TypeVar("ParamsT")
+
+_NUMBERS = ("clipping", "eps")
+
+_unit_norm: Callable[..., Tensor] = torch.linalg.vector_norm
+# The least norm that a gradient is divided by, as in optax.
+_LEAST = 1e-6
+
+
+class ClipAdaptiveState(NamedTuple):
+    """The state of `ClipAdaptive`.
+
+    Attributes:
+        inner: The state of the inner optimizer.
+        step: How many updates were made, if a hyperparameter is a schedule: a float64 tensor of
+            shape (), on the GPU if all parameters are on one, else on the CPU; else `()`.
+    """
+
+    inner: Any
+    step: Tree = ()
+
+
+@register_optimizer
+@dataclass(frozen=True)
+class ClipAdaptive:
+    r"""Hold the gradient of each unit to a fraction of the norm of its parameters, then update.
+
+    A unit $i$ is one index of a leaf's first dimension: what leads to one output of a linear layer
+    or a convolution. A leaf of one dimension or none (a bias, a gain) is a unit as a whole. With
+    the gradient $g_i$ of a unit, its parameters $\theta_i$, and $\lambda$ for `clipping`,
+
+    $$ g_i' = g_i \cdot \min\Big(1, \frac{\lambda \max(\lVert\theta_i\rVert, \epsilon)}
+       {\max(\lVert g_i \rVert, 10^{-6})}\Big). $$
+
+    The equation is that of Brock et al., *High-Performance Large-Scale Image Recognition Without
+    Normalization* (2021), and the numbers are those of `optax.adaptive_grad_clip`, whose weights
+    are laid out with the outputs last. Of leaves of three dimensions (with torch, those of a
+    one-dimensional convolution) optax sums over the first alone, where this takes all but that of
+    the outputs; and it takes a leaf with but one dimension longer than 1 for one unit. Norms of
+    16-bit leaves are taken in float32. The norm of a complex leaf is that of its absolute values.
+
+    What is infinite or NaN makes its own unit NaN, as in optax. The paper leaves the last linear
+    layer unclipped: `Partition` can do so.
+
+    Nothing is ever read back from a GPU. On the CPU, leaves of which no unit is clipped are not
+    copied; others are, also by `update_`, since the caller's are left as they are.
+
+    Args:
+        inner: The optimizer that is given the clipped gradients.
+        clipping: The largest ratio of the two norms: at least 0; a number, a 0-dim tensor, or a
+            schedule, which is called with the count of updates made so far and returns one of the
+            others.
+        eps: What counts as the norm of smaller parameters, so that zeros can move: at least 0;
+            likewise.
+
+    Raises:
+        TypeError: If `inner` is no optimizer, or a hyperparameter is of the wrong type.
+        ValueError: If one is out of range, NaN or infinite. When it updates: if a DTensor is
+            sharded through its units, of which each process would know but a part.
+
+    Example:
+        >>> import torch, funcopt
+        >>> opt = funcopt.ClipAdaptive(funcopt.AdamW(lr=0.1), clipping=0.1)
+        >>> weight = torch.tensor([[3.0, 4.0], [30.0, 40.0]])  # units of norms 5 and 50
+        >>> grads = torch.tensor([[0.0, 1.0], [0.0, 1.0]])
+        >>> _, state = opt.update(grads, opt.init(weight), weight)
+        >>> state.inner.exp_avg
+        tensor([[0.0000, 0.0500],
+                [0.0000, 0.1000]])
+    """
+
+    leafwise = True  # by units
+
+    inner: Optimizer[Any]
+    clipping: Number | Schedule = 0.01
+    eps: Number | Schedule = 1e-3
+
+    def __post_init__(self) -> None:
+        """Check and normalize the hyperparameters."""
+        check_optimizer("inner", self.inner)
+        normalize_fields(self, *_NUMBERS)
+
+    def init(self, params: Tree) -> ClipAdaptiveState:
+        """Return the state before the first update: the inner state.
+
+        Args:
+            params: The parameters, as for the inner optimizer.
+
+        Example:
+            >>> import torch, funcopt
+            >>> funcopt.ClipAdaptive(funcopt.AdamW()).init(torch.ones(2)).inner.exp_avg
+            tensor([0., 0.])
+        """
+        return ClipAdaptiveState(self.inner.init(params), first_step(self, _NUMBERS, params))
+
+    def update(
+        self, grads: Tree, state: ClipAdaptiveState, params: ParamsT
+    ) -> tuple[ParamsT, ClipAdaptiveState]:
+        """Return the new parameters and the new state, in fresh memory.
+
+        Args:
+            grads: The gradients: a tree with the keys of `params`, each like its parameter in
+                shape, dtype and device, or None, which is left to the inner optimizer.
+            state: The state that `init` or the last update returned.
+            params: The parameters.
+
+        Returns:
+            The pair `(new_params, new_state)`.
+
+        Raises:
+            TypeError: As the inner optimizer.
+            ValueError: As the inner optimizer, or if a hyperparameter is no single number, or out
+                of range since it was given.
+
+        Example:
+            >>> import torch, funcopt
+            >>> opt = funcopt.ClipAdaptive(funcopt.AdamW(lr=0.1))
+            >>> opt.update(torch.tensor([3.0]), opt.init(torch.ones(1)), torch.ones(1))[0]
+            tensor([0.8990])
+        """
+        gradients, numbers = self._gather(grads, state, params)
+        with torch.set_grad_enabled(records(self, gradients, state, numbers)):
+            clipped = _clip(gradients, **numbers)
+        new_params, inner = self.inner.update(clipped, state.inner, params)
+        return new_params, ClipAdaptiveState(inner, next_step(state.step))
+
+    def update_(
+        self, grads: Tree, state: ClipAdaptiveState, params: ParamsT
+    ) -> tuple[ParamsT, ClipAdaptiveState]:
+        """Do the same as `update`, written into `params` and `state`, which are returned.
+
+        Args:
+            grads: The gradients, as for `update`, which are not written.
+            state: The state, which is overwritten.
+            params: The parameters, which are overwritten.
+
+        Returns:
+            The pair `(params, state)`: the trees that were given.
+
+        Raises:
+            RuntimeError: Under a transform of `torch.func`, or if anything has a history.
+            TypeError: As `update`.
+            ValueError: As `update`, and as the inner optimizer's `update_`.
+
+        Example:
+            >>> import torch, funcopt
+            >>> opt = funcopt.ClipAdaptive(funcopt.AdamW(lr=0.1))
+            >>> w = torch.ones(1)
+            >>> _ = opt.update_(torch.tensor([3.0]), opt.init(w), w)
+            >>> w
+            tensor([0.8990])
+        """
+        gradients, numbers = self._gather(grads, state, params)
+        check_inplace(numbers, with_step({}, state), gradients)
+        with torch.no_grad():
+            clipped = _clip(gradients, **numbers)
+        self.inner.update_(clipped, state.inner, params)
+        write_step(state)
+        return params, state
+
+    def _gather(
+        self, grads: Tree, state: ClipAdaptiveState, params: Tree
+    ) -> tuple[Gradients, dict[str, Number]]:
+        check_state(state, ClipAdaptiveState)
+        numbers = numbers_of(self, _NUMBERS, state.step)
+        gradients = gather_gradients(self, grads, params)
+        _check_units_are_here(gradients)
+        return gradients, numbers
+
+
+def _clip(gradients: Gradients, clipping: Number, eps: Number) -> Tree:
+    grads = gradients.tensors
+    pairs = zip(gradients.leaves, gradients.params, strict=True)
+    params = [param for grad, param in pairs if grad is not None]
+    # The norms of all leaves of a kind together: what is done with them is a few operators.
+    kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for index, grad in enumerate(grads):
+        kinds.setdefault((grad.device, compute_dtype(grad.dtype)), []).append(index)
+    clipped = list(grads)
+    for indices in kinds.values():
+        own = [grads[i] for i in indices], [params[i] for i in indices]
+        for index, scale in zip(indices, _scales(*own, clipping, eps), strict=True):
+            if scale is not None:
+                clipped[index] = _scaled(grads[index], scale)
+    return gradients.replace(clipped).tree
+
+
+def _scales(
+    grads: list[Tensor], params: list[Tensor], clipping: Number, eps: Number
+) -> list[Tensor | None]:
+    """Return the factors of the units of each leaf, None where all are known to be 1."""
+    norms = _norms(grads)
+    sizes = [norm.numel() for norm in norms]
+    norm = torch.cat([norm.reshape(-1) for norm in norms])
+    own = torch.cat([norm.reshape(-1) for norm in _norms(params)])
+    ratio, floor = (fit(n, norm) if isinstance(n, Tensor) else n for n in (clipping, eps))
+    most = ratio * own.clamp(min=floor)
+    scale = torch.where(norm < most, 1.0, most / norm.clamp(min=_LEAST))
+    touched = _touched(scale, sizes)
+    return [
+        part.reshape(norm.shape) if touched is None or index in touched else None
+        for index, (part, norm) in enumerate(zip(torch.split(scale, sizes), norms, strict=True))
+    ]
+
+
+def _check_units_are_here(gradients: Gradients) -> None:
+    """Refuse sharded leaves of whose units a process has but a part."""
+    for index, param in enumerate(gradients.params):
+        if index in gradients.resting:
+            continue
+        whole: Any = whole_of(param)
+        for placement in [] if whole is param else whole.placements:
+            if not placement.is_replicate() and not (whole.ndim > 1 and placement.is_shard(0)):
+                raise ValueError(
+                    f"{pytree.path(gradients.structure, 'params', index)} is a DTensor with "
+                    f"{whole.placements}, which cuts through its units: their norms would be those "
+                    f"of parts. Shard leaves of two or more dimensions along the first, and leave "
+                    f"the others to another optimizer, by a Partition."
+                )
+
+
+def _norms(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return the norms of the units of each tensor, so that they broadcast against it."""
+    followed = transforms.transformed() or (
+        torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    )
+    norms = []
+    for tensor in tensors:
+        units = tuple(range(1, tensor.ndim)) or None
+        wide = tensor.to(compute_dtype(tensor.dtype))
+        if followed:
+            norms.append(_followed_norm(wide, units))
+        else:
+            norms.append(_unit_norm(wide, 2.0, units, keepdim=True))
+    return norms
+
+
+def _followed_norm(tensor: Tensor, units: tuple[int, ...] | None) -> Tensor:
+    """Return the same, with derivatives of any order that are 0 at zero, where torch's are NaN."""
+    by_unit = tensor.flatten(1) if units else tensor.reshape(1, -1)
+    shape = [size if index == 0 and units else 1 for index, size in enumerate(tensor.shape)]
+    zero = (by_unit == 0).all(1).reshape(shape)
+    norm = _unit_norm(tensor.masked_fill(zero, 1.0), 2.0, units, keepdim=True)
+    return norm.masked_fill(zero, 0.0)
+
+
+def _touched(scale: Tensor, sizes: list[int]) -> set[int] | None:
+    """Return which leaves have a unit that is scaled, if that can be read at no price."""
+    plain = transforms.readable() and transforms.all_plain([scale]) and scale.is_cpu
+    if not plain or transforms.transformed() or transforms.has_derivative(scale):
+        return None
+    ends = torch.tensor(sizes, dtype=torch.int64, device="cpu").cumsum(0)
+    return set(torch.bucketize((scale != 1).nonzero().reshape(-1), ends, right=True).tolist())
+
+
+def _scaled(grad: Tensor, scale: Tensor) -> Tensor:
+    if grad.dtype is compute_dtype(grad.dtype):
+        return grad * scale
+    return (grad.to(scale.dtype) * scale).to(grad.dtype)

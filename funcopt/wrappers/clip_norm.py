@@ -1,0 +1,275 @@
+"""Clipping by norm: gradients scaled down together before the inner update."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from .._core import lists
+from .._core.checks import check_optimizer, check_state
+from .._core.hyperparameters import check_choice, normalize, normalize_fields
+from .._core.numbers import has_schedule, numbers_of
+from .._core.types import Number, Optimizer, Schedule, Tree
+from .._dtensor.reductions import over_shards
+from .._engine import write
+from .._engine.counts import first_count, next_step
+from .._engine.registration import register_optimizer
+from .base import (
+    Gradients,
+    check_inplace,
+    check_overflow_is_seen,
+    check_scalar,
+    gather_gradients,
+    gather_params,
+    read,
+    records,
+    settled,
+    with_step,
+    write_step,
+)
+from .update_if import update_if, update_if_
+
+__all__ = ["Clip", "ClipState"]
+
+ParamsT = TypeVar("ParamsT")
+
+_NUMBERS = ("max_norm",)
+_NONFINITE = ("propagate", "skip")
+# What torch adds to a norm before it divides by it.
+_EPS = 1e-6
+
+
+class ClipState(NamedTuple):
+    """The state of `Clip`.
+
+    Attributes:
+        norm: The norm of the last gradients, before clipping: a tensor of shape (), 0 at first. No
+            derivative flows through it.
+        inner: The state of the inner optimizer.
+        step: How many updates were made, if `max_norm` is a schedule: a float64 tensor of shape ()
+            beside the norm; else `()`.
+    """
+
+    norm: Tensor
+    inner: Any
+    step: Tree = ()
+
+
+@register_optimizer
+@dataclass(frozen=True)
+class Clip:
+    r"""Scale all gradients down together, so that their norm is at most `max_norm`, then update.
+
+    With the gradients $g_i$ of all leaves, and $c$ for `max_norm`,
+
+    $$ n = \Big(\sum_i \lVert g_i \rVert_p^p\Big)^{1/p}, \qquad
+       g_i' = g_i \cdot \min\Big(1, \frac{c}{n + 10^{-6}}\Big). $$
+
+    The numbers are those of `torch.nn.utils.clip_grad_norm_`. Optax's `clip_by_global_norm` adds
+    nothing to the norm, so that its clipped gradients are larger by a relative $10^{-6} / n$. Norms
+    of 16-bit leaves are taken in float32, where torch rounds them to 16 bits. The norm of a complex
+    leaf is that of its absolute values.
+
+    The order of wrappers matters. `Accumulate(Clip(AdamW()), 8)` clips the mean of eight gradients,
+    `Clip(Accumulate(AdamW(), 8))` each of the eight, so that none outweighs the others.
+
+    Nothing is ever read back from a GPU, and the caller's gradients are left as they are. `AdamW`
+    multiplies on its way through them, also within a `Partition`, if the tree is a flat dict and
+    no transform or recording asks for more; anything else is given scaled copies.
+
+    Args:
+        inner: The optimizer that is given the clipped gradients.
+        max_norm: The largest norm: at least 0; a number, a 0-dim tensor, or a schedule, which is
+            called with the count of updates made so far (skipped ones not among them) and returns
+            one of the others. One that is never reached makes this a way to watch the norm.
+        norm_type: The order $p$ of the norm: a number above 0. Infinity takes the largest element.
+        nonfinite: What to do where the norm is infinite or NaN, as it is if a gradient is, or if
+            its norm overflows. `"propagate"` goes on, as torch does by default: the parameters
+            become NaN. `"skip"` moves neither the parameters nor the inner state. Either way
+            `state.norm` says so.
+
+    Raises:
+        TypeError: If `inner` is no optimizer, or a hyperparameter is of the wrong type.
+        ValueError: If one is out of range, NaN or infinite, or `inner` has a `LossScale`, from
+            which skipping would hide that its scale is too large.
+
+    Example:
+        >>> import torch, funcopt
+        >>> opt = funcopt.Clip(funcopt.AdamW(lr=0.1), max_norm=1.0)
+        >>> params = {"w": torch.tensor([1.0, 2.0])}
+        >>> state = opt.init(params)
+        >>> params, state = opt.update({"w": torch.tensor([3.0, -4.0])}, state, params)
+        >>> state.norm
+        tensor(5.)
+        >>> state.inner.exp_avg
+        {'w': tensor([ 0.0600, -0.0800])}
+    """
+
+    leafwise = False  # by a norm over all of them
+
+    inner: Optimizer[Any]
+    max_norm: Number | Schedule
+    norm_type: float = 2.0
+    nonfinite: str = "propagate"
+
+    def __post_init__(self) -> None:
+        """Check and normalize every hyperparameter."""
+        check_optimizer("inner", self.inner)
+        normalize_fields(self, *_NUMBERS)
+        if isinstance(self.norm_type, Tensor):
+            raise TypeError("norm_type is a tensor: the order of a norm is fixed, give a number.")
+        object.__setattr__(self, "norm_type", normalize("norm_type", self.norm_type))
+        check_choice("nonfinite", self.nonfinite, _NONFINITE)
+        if self.nonfinite != "propagate":
+            check_overflow_is_seen(f"Clip(nonfinite={self.nonfinite!r})", self.inner)
+
+    def init(self, params: Tree) -> ClipState:
+        """Return the state before the first update: a norm of 0 and the inner state.
+
+        Args:
+            params: The parameters, as for the inner optimizer.
+
+        Raises:
+            TypeError: If a leaf is not a dense floating-point or complex tensor.
+            ValueError: If two leaves share their memory.
+
+        Example:
+            >>> import torch, funcopt
+            >>> funcopt.Clip(funcopt.AdamW(), max_norm=1.0).init(torch.ones(2)).norm
+            tensor(0.)
+        """
+        norm = _zero_norm(gather_params(self, params).moving)
+        step = first_count(norm.device) if has_schedule(self, _NUMBERS) else ()
+        return ClipState(norm, self.inner.init(params), step)
+
+    def update(self, grads: Tree, state: ClipState, params: ParamsT) -> tuple[ParamsT, ClipState]:
+        """Return the new parameters and the new state, in fresh memory.
+
+        Args:
+            grads: The gradients: a tree with the keys of `params`, each like its parameter in
+                shape, dtype and device, or None, which counts for nothing in the norm.
+            state: The state that `init` or the last update returned.
+            params: The parameters.
+
+        Returns:
+            The pair `(new_params, new_state)`.
+
+        Raises:
+            TypeError: As the inner optimizer.
+            ValueError: As the inner optimizer, or if `max_norm` is no single number, or out of
+                range since it was given.
+
+        Example:
+            >>> import torch, funcopt
+            >>> opt = funcopt.Clip(funcopt.AdamW(lr=0.1), max_norm=1.0, nonfinite="skip")
+            >>> params = torch.ones(2)
+            >>> state = opt.init(params)
+            >>> params, state = opt.update(torch.tensor([1.0, torch.inf]), state, params)
+            >>> params, state.norm
+            (tensor([1., 1.]), tensor(inf))
+        """
+        gradients, numbers = self._gather(grads, state, params)
+        given, factor, norm, moves = self._clip(gradients, state.norm, **numbers)
+        recorded = moves is not True and records(self, gradients, state, numbers)
+        new_params, inner = update_if(
+            moves, self.inner, given, state.inner, params, recorded, factor
+        )
+        return new_params, ClipState(norm, inner, next_step(state.step, moves))
+
+    def update_(self, grads: Tree, state: ClipState, params: ParamsT) -> tuple[ParamsT, ClipState]:
+        """Do the same as `update`, written into `params` and `state`, which are returned.
+
+        Args:
+            grads: The gradients, as for `update`, which are not written.
+            state: The state, which is overwritten.
+            params: The parameters, which are overwritten.
+
+        Returns:
+            The pair `(params, state)`: the trees that were given.
+
+        Raises:
+            RuntimeError: Under a transform of `torch.func`, or if anything has a history.
+            TypeError: As `update`.
+            ValueError: As `update`, and as the inner optimizer's `update_`.
+
+        Example:
+            >>> import torch, funcopt
+            >>> opt = funcopt.Clip(funcopt.AdamW(lr=0.1), max_norm=1.0)
+            >>> w = torch.ones(2)
+            >>> state = opt.init(w)
+            >>> _ = opt.update_(torch.tensor([3.0, 4.0]), state, w)
+            >>> w, state.norm
+            (tensor([0.8990, 0.8990]), tensor(5.))
+        """
+        gradients, numbers = self._gather(grads, state, params)
+        check_inplace(numbers, with_step({"state.norm": state.norm}, state), gradients)
+        given, factor, norm, moves = self._clip(gradients, state.norm, **numbers)
+        update_if_(moves, self.inner, given, state.inner, params, factor)
+        write(state.norm, norm)
+        write_step(state, moves)
+        return params, state
+
+    def _gather(
+        self, grads: Tree, state: ClipState, params: Tree
+    ) -> tuple[Gradients, dict[str, Number]]:
+        check_state(state, ClipState)
+        check_scalar("state.norm", state.norm)
+        numbers = numbers_of(self, _NUMBERS, state.step)
+        return gather_gradients(self, grads, params), numbers
+
+    def _clip(
+        self, gradients: Gradients, like: Tensor, max_norm: Number
+    ) -> tuple[Tree, Tensor | None, Tensor, bool | Tensor]:
+        """Return gradients, what clips them, their norm, and whether the inner update is made."""
+        norm = _norm(gradients, self.norm_type, like)
+        found, moves = norm.detach(), self._moves(norm)
+        if isinstance(moves, Tensor):
+            finite = moves
+            # What is not finite must not meet a derivative, not even one that is multiplied by 0.
+            given = gradients.tensors
+            gradients = gradients.replace([torch.where(finite.to(g.device), g, 0) for g in given])
+            norm = _norm(gradients, self.norm_type, like)
+        max_norm = max_norm.to(norm) if isinstance(max_norm, Tensor) else max_norm
+        scale = (max_norm * (norm + _EPS).reciprocal()).clamp(max=1.0)
+        return gradients.tree, None if settled(scale) == 1.0 else scale, found, moves
+
+    def _moves(self, norm: Tensor) -> bool | Tensor:
+        if self.nonfinite == "propagate":
+            return True
+        value = read(norm)
+        return norm.detach().isfinite() if value is None else math.isfinite(value)
+
+
+def _zero_norm(params: list[Tensor]) -> Tensor:
+    """Return a norm of 0 in a dtype that holds that of every leaf, where none is waited for."""
+    double = any(param.dtype in (torch.float64, torch.complex128) for param in params)
+    devices = [param.device for param in params if param.device.type != "cpu"]
+    return torch.zeros(
+        (),
+        dtype=torch.float64 if double else torch.float32,
+        device=devices[0] if devices else "cpu",
+    )
+
+
+def _norm(gradients: Gradients, order: float, like: Tensor) -> Tensor:
+    """Return the norm of all gradients, of sharded ones as wholes."""
+    leaves = gradients.leaves
+    return over_shards(
+        gradients.params,
+        lambda indices: _norm_here([leaves[index] for index in indices], order, like),
+        lambda norms: lists.vector_norm(norms, order),
+    )
+
+
+def _norm_here(grads: list[Tensor | None], order: float, like: Tensor) -> Tensor:
+    """Return the norm of tensors, as that of their norms."""
+    norms = lists.norms([g for g in grads if g is not None and g.numel() > 0], order)
+    if not norms:
+        return torch.zeros_like(like)
+    there = like.device, like.dtype
+    alike = [n if (n.device, n.dtype) == there else n.to(*there) for n in norms]
+    return lists.vector_norm(torch.stack(alike), order)

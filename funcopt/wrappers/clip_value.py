@@ -1,0 +1,187 @@
+"""Clipping by value: elements of gradients held between two values before the inner update."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from .._core import transforms
+from .._core.checks import check_optimizer, check_state
+from .._core.hyperparameters import normalize_fields
+from .._core.numbers import numbers_of
+from .._core.pages import is_mapped
+from .._core.types import Number, Optimizer, Schedule, Tree
+from .._engine.counts import next_step
+from .._engine.registration import register_optimizer
+from .._engine.rule import real, unreal
+from .base import Gradients, check_inplace, first_step, gather_gradients, with_step, write_step
+
+__all__ = ["ClipValue", "ClipValueState"]
+
+ParamsT = TypeVar("ParamsT")
+
+_NUMBERS = ("max_value",)
+
+
+class ClipValueState(NamedTuple):
+    """The state of `ClipValue`.
+
+    Attributes:
+        inner: The state of the inner optimizer.
+        step: How many updates were made, if `max_value` is a schedule: a float64 tensor of shape
+            (), on the GPU if all parameters are on one, else on the CPU; else `()`.
+    """
+
+    inner: Any
+    step: Tree = ()
+
+
+@register_optimizer
+@dataclass(frozen=True)
+class ClipValue:
+    r"""Hold each element of the gradients between `-max_value` and `max_value`, then update.
+
+    $$ g' = \min(\max(g, -c), c) $$
+
+    The numbers are those of `torch.nn.utils.clip_grad_value_` and of `optax.clip`. A NaN stays one.
+    A complex leaf, which torch refuses, is a pair of real ones.
+
+    Args:
+        inner: The optimizer that is given the clipped gradients.
+        max_value: The largest value: at least 0; a number, a 0-dim tensor, or a schedule, which is
+            called with the count of updates made so far and returns one of the others.
+
+    Raises:
+        TypeError: If `inner` is no optimizer, or `max_value` is of the wrong type.
+        ValueError: If `max_value` is negative, NaN or infinite.
+
+    Example:
+        >>> import torch, funcopt
+        >>> opt = funcopt.ClipValue(funcopt.AdamW(lr=0.1), max_value=0.5)
+        >>> params = torch.ones(2)
+        >>> params, state = opt.update(torch.tensor([3.0, -0.1]), opt.init(params), params)
+        >>> state.inner.exp_avg
+        tensor([ 0.0500, -0.0100])
+    """
+
+    elementwise = True
+
+    inner: Optimizer[Any]
+    max_value: Number | Schedule
+
+    def __post_init__(self) -> None:
+        """Check and normalize the hyperparameter."""
+        check_optimizer("inner", self.inner)
+        normalize_fields(self, *_NUMBERS)
+
+    def init(self, params: Tree) -> ClipValueState:
+        """Return the state before the first update: the inner state.
+
+        Args:
+            params: The parameters, as for the inner optimizer.
+
+        Example:
+            >>> import torch, funcopt
+            >>> funcopt.ClipValue(funcopt.AdamW(), max_value=1.0).init(torch.ones(2)).inner.exp_avg
+            tensor([0., 0.])
+        """
+        return ClipValueState(self.inner.init(params), first_step(self, _NUMBERS, params))
+
+    def update(
+        self, grads: Tree, state: ClipValueState, params: ParamsT
+    ) -> tuple[ParamsT, ClipValueState]:
+        """Return the new parameters and the new state, in fresh memory.
+
+        Args:
+            grads: The gradients, as for the inner optimizer.
+            state: The state that `init` or the last update returned.
+            params: The parameters.
+
+        Returns:
+            The pair `(new_params, new_state)`.
+
+        Raises:
+            TypeError: As the inner optimizer.
+            ValueError: As the inner optimizer, or if `max_value` is no single number, or out of
+                range since it was given.
+
+        Example:
+            >>> import torch, funcopt
+            >>> opt = funcopt.ClipValue(funcopt.AdamW(lr=0.1), max_value=0.5)
+            >>> opt.update(torch.tensor([3.0]), opt.init(torch.ones(1)), torch.ones(1))[0]
+            tensor([0.8990])
+        """
+        gradients, numbers = self._gather(grads, state, params)
+        clipped = _clip(gradients, **numbers)
+        new_params, inner = self.inner.update(clipped, state.inner, params)
+        return new_params, ClipValueState(inner, next_step(state.step))
+
+    def update_(
+        self, grads: Tree, state: ClipValueState, params: ParamsT
+    ) -> tuple[ParamsT, ClipValueState]:
+        """Do the same as `update`, written into `params` and `state`, which are returned.
+
+        Args:
+            grads: The gradients, as for `update`, which are not written.
+            state: The state, which is overwritten.
+            params: The parameters, which are overwritten.
+
+        Returns:
+            The pair `(params, state)`: the trees that were given.
+
+        Raises:
+            RuntimeError: Under a transform of `torch.func`, or if anything has a history.
+            TypeError: As `update`.
+            ValueError: As `update`, and as the inner optimizer's `update_`.
+
+        Example:
+            >>> import torch, funcopt
+            >>> opt = funcopt.ClipValue(funcopt.AdamW(lr=0.1), max_value=0.5)
+            >>> w = torch.ones(1)
+            >>> _ = opt.update_(torch.tensor([3.0]), opt.init(w), w)
+            >>> w
+            tensor([0.8990])
+        """
+        gradients, numbers = self._gather(grads, state, params)
+        check_inplace(numbers, with_step({}, state), gradients)
+        self.inner.update_(_clip(gradients, **numbers), state.inner, params)
+        write_step(state)
+        return params, state
+
+    def _gather(
+        self, grads: Tree, state: ClipValueState, params: Tree
+    ) -> tuple[Gradients, dict[str, Number]]:
+        check_state(state, ClipValueState)
+        numbers = numbers_of(self, _NUMBERS, state.step)
+        return gather_gradients(self, grads, params), numbers
+
+
+def _clip(gradients: Gradients, max_value: Number) -> Tree:
+    return gradients.replace([_held(grad, max_value) for grad in gradients.tensors]).tree
+
+
+def _held(grad: Tensor, most: Number) -> Tensor:
+    pair = real(grad)
+    if isinstance(most, Tensor):
+        most = most.to(pair)
+        return unreal(torch.minimum(torch.maximum(pair, -most), most), grad)
+    if most > torch.finfo(grad.dtype).max:  # infinite in this dtype, in which torch refuses it
+        return grad
+    return grad if _is_within(pair, most) else unreal(pair.clamp(-most, most), grad)
+
+
+def _is_within(grad: Tensor, most: float) -> bool:
+    """Whether a large gradient is known to have no element to hold.
+
+    To look takes a fraction of the time of a copy in memory that is fresh from the system. In
+    other memory a copy takes as long. What is traced has no memory yet, and perhaps no size.
+    """
+    if not transforms.readable() or not transforms.all_plain([grad]):
+        return False
+    if grad.requires_grad or not is_mapped(grad):
+        return False
+    low, high = grad.aminmax()
+    return bool(-most <= low) and bool(high <= most)

@@ -1,0 +1,225 @@
+"""An exponential moving average of the parameters, kept beside them in the state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from .._core import pytree
+from .._core.checks import check_optimizer, check_state
+from .._core.hyperparameters import check_flag, normalize_fields
+from .._core.numbers import number_at
+from .._core.types import Number, Optimizer, Schedule, Tree
+from .._engine import write
+from .._engine.counts import first_count, fresh, place_for_count
+from .._engine.registration import register_optimizer
+from .._engine.rule import compute_dtype
+from .base import check_scalar, gather_gradients, records, settled
+from .shadow_params import Follower, begin
+
+__all__ = ["Ema", "EmaState"]
+
+ParamsT = TypeVar("ParamsT")
+
+
+class EmaState(NamedTuple):
+    """The state of `Ema`, in which `average` has the shape of the parameters.
+
+    Attributes:
+        n_averaged: How many updates were made: a float64 tensor of shape (), on the GPU if all
+            parameters are on one, else on the CPU.
+        weight: The share of the average that parameters have, those in it: 1 without debiasing,
+            else `1 - decay**count`, from 0 at first. Likewise a tensor.
+        average: The average, at any time as it is to be used: in float32 for 16-bit parameters,
+            else in the parameter's dtype. At first it is the parameters themselves, and of a leaf
+            at rest (as under `Frozen`) it always is that leaf.
+        inner: The state of the inner optimizer.
+    """
+
+    n_averaged: Tensor
+    weight: Tensor
+    average: Tree
+    inner: Any
+
+
+@register_optimizer
+@dataclass(frozen=True)
+class Ema:
+    r"""Average the parameters after each inner update, exponentially, in the state.
+
+    With decay $d$ and the parameters $\theta_t$ after update $t$,
+
+    $$ w_t = d\,w_{t-1} + (1 - d), \qquad
+       a_t = a_{t-1} + \frac{1 - d}{w_t} (\theta_t - a_{t-1}). $$
+
+    With `debias`, $w_0 = 0$, so that $w_t = 1 - d^t$ and
+
+    $$ a_t = \frac{1 - d}{1 - d^t} \sum_{i=1}^{t} d^{t-i} \theta_i, $$
+
+    which is what `optax.ema` makes of the new parameters: an average of those alone, from the
+    first update on. (Optax keeps $w_t a_t$ and divides when it is read. Here $a_t$ itself is kept,
+    which takes the same pass over memory, and can be used as it is.) Without, $w_0 = 1$ and
+    $a_0 = \theta_0$, so that
+
+    $$ a_t = d\,a_{t-1} + (1 - d)\,\theta_t, $$
+
+    to the bit what `torch.optim.swa_utils.AveragedModel` with `get_ema_multi_avg_fn(decay)` makes
+    of float32 and float64 parameters, if its `update_parameters` is called before the first step
+    (that call copies the parameters) and after each.
+
+    The average of 16-bit parameters is kept in float32: in 16 bits, a step of a thousandth would
+    be rounded away. `averaged` gives it in the parameters' own dtypes.
+
+    The order of wrappers matters. `Accumulate(Ema(AdamW()), 8)` averages when the parameters move,
+    every eighth call; `Ema(Accumulate(AdamW(), 8))` counts the same parameters eight times over.
+    Likewise a step that `Clip(Ema(AdamW()), 1.0, nonfinite="skip")` skips is not averaged.
+
+    Args:
+        inner: The optimizer that moves the parameters.
+        decay: The share that stays: at least 0 and below 1; a number, a 0-dim tensor, or a
+            schedule, which is called with the count of updates made so far (0 at the first) and
+            returns one of the others.
+        debias: Whether the average is of the new parameters alone, or also of those at `init`.
+
+    Raises:
+        TypeError: If `inner` is no optimizer, or a hyperparameter is of the wrong type.
+        ValueError: If `decay` is out of range or NaN.
+
+    Example:
+        >>> import torch, funcopt
+        >>> opt = funcopt.Ema(funcopt.AdamW(lr=0.1), decay=0.5)
+        >>> params = {"w": torch.ones(2)}
+        >>> state = opt.init(params)
+        >>> for _ in range(2):
+        ...     params, state = opt.update({"w": torch.ones(2)}, state, params)
+        >>> params, state.average  # (0.5 * 0.8990 + 0.7981) / 1.5
+        ({'w': tensor([0.7981, 0.7981])}, {'w': tensor([0.8317, 0.8317])})
+    """
+
+    elementwise = True
+
+    inner: Optimizer[Any]
+    decay: Number | Schedule = 0.999
+    debias: bool = True
+
+    def __post_init__(self) -> None:
+        """Check and normalize every hyperparameter."""
+        check_optimizer("inner", self.inner)
+        normalize_fields(self, "decay")
+        check_flag("debias", self.debias)
+
+    def init(self, params: Tree) -> EmaState:
+        """Return the state before the first update: the parameters for an average.
+
+        Args:
+            params: The parameters, as for the inner optimizer.
+
+        Raises:
+            TypeError: If a leaf is not a dense floating-point or complex tensor.
+            ValueError: If two leaves share their memory.
+
+        Example:
+            >>> import torch, funcopt
+            >>> state = funcopt.Ema(funcopt.AdamW()).init([torch.ones(2, dtype=torch.bfloat16)])
+            >>> state.weight, state.average
+            (tensor(0., dtype=torch.float64), [tensor([1., 1.])])
+        """
+        average, leaves = begin(self, params, compute_dtype)
+        count = first_count(place_for_count(leaves))
+        weight = torch.zeros_like(count) if self.debias else torch.ones_like(count)
+        return EmaState(count, weight, average, self.inner.init(params))
+
+    def update(self, grads: Tree, state: EmaState, params: ParamsT) -> tuple[ParamsT, EmaState]:
+        """Return the new parameters and the new state, in fresh memory.
+
+        Args:
+            grads: The gradients, as for the inner optimizer.
+            state: The state that `init` or the last update returned. It says whether the average
+                is debiased.
+            params: The parameters.
+
+        Returns:
+            The pair `(new_params, new_state)`.
+
+        Raises:
+            TypeError: As the inner optimizer.
+            ValueError: As the inner optimizer, or if `decay` is no single number, or out of range
+                since it was given, or its schedule gives one that is.
+
+        Example:
+            >>> import torch, funcopt
+            >>> opt = funcopt.Ema(funcopt.AdamW(lr=0.1), decay=0.9, debias=False)
+            >>> params, state = opt.update(torch.ones(1), opt.init(torch.ones(1)), torch.ones(1))
+            >>> params, state.average
+            (tensor([0.8990]), tensor([0.9899]))
+        """
+        average = self._gather(grads, state, params)
+        decay = number_at("decay", self.decay, state.n_averaged)
+        recorded = records(self, average.gradients, state, {"decay": decay})
+        new_params, inner = self.inner.update(grads, state.inner, params)
+        with torch.set_grad_enabled(recorded):
+            weight, share = _advance(state.weight, decay)
+            moved = average.toward(pytree.flatten(new_params)[0], share)
+        count, weight = state.n_averaged.detach() + 1, fresh(weight, state.weight)
+        return new_params, EmaState(count, weight, average.paired.rebuild(moved), inner)
+
+    def update_(self, grads: Tree, state: EmaState, params: ParamsT) -> tuple[ParamsT, EmaState]:
+        """Do the same as `update`, written into `params` and `state`, which are returned.
+
+        Args:
+            grads: The gradients, as for `update`.
+            state: The state, which is overwritten.
+            params: The parameters, which are overwritten.
+
+        Returns:
+            The pair `(params, state)`: the trees that were given.
+
+        Raises:
+            RuntimeError: Under a transform of `torch.func`, or if anything has a history.
+            TypeError: As `update`.
+            ValueError: As `update`, and as the inner optimizer's `update_`.
+
+        Example:
+            >>> import torch, funcopt
+            >>> opt = funcopt.Ema(funcopt.AdamW(lr=0.1), decay=0.9, debias=False)
+            >>> w = torch.ones(1)
+            >>> state = opt.init(w)
+            >>> _ = opt.update_(torch.ones(1), state, w)
+            >>> w, state.average
+            (tensor([0.8990]), tensor([0.9899]))
+        """
+        average = self._gather(grads, state, params)
+        decay = number_at("decay", self.decay, state.n_averaged)
+        counts = {"state.weight": state.weight, "state.n_averaged": state.n_averaged}
+        average.check_inplace({"decay": decay}, counts)
+        with torch.no_grad():
+            weight, share = _advance(state.weight, decay)
+            self.inner.update_(grads, state.inner, params)
+            average.toward_(average.gradients.params, share)
+            write(state.weight, fresh(weight, state.weight))
+            write(state.n_averaged, state.n_averaged + 1)
+        return params, state
+
+    def _gather(self, grads: Tree, state: EmaState, params: Tree) -> Follower:
+        check_state(state, EmaState)
+        check_scalar("state.n_averaged", state.n_averaged)
+        check_scalar("state.weight", state.weight)
+        gradients = gather_gradients(self, grads, params)
+        return Follower.gather(gradients, "state.average", state.average, compute_dtype)
+
+
+def _advance(weight: Tensor, decay: Number) -> tuple[Number, Number]:
+    """Return the weight after an update, and the share that the newest parameters have of it."""
+    before, kept = settled(weight), settled(decay)
+    if before is None or kept is None:
+        return _advanced(weight, decay.to(weight) if isinstance(decay, Tensor) else decay)
+    return _advanced(before, kept)
+
+
+def _advanced(weight: Number, decay: Number) -> tuple[Number, Number]:
+    new = 1 - decay
+    after = weight + new * (1 - weight)  # so written that a weight of 1 stays just that
+    return after, new / after

@@ -1,0 +1,245 @@
+"""Labels of leaves: a function, a tree or patterns say to which group each one belongs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+from torch import Tensor
+
+from .._core import pytree, transforms
+from .._core.hyperparameters import check_takes
+from .._core.types import Tree
+
+__all__ = ["Labels", "check_labels", "decay_label", "label_leaves", "name_leaves", "patterns_in"]
+
+Labels: TypeAlias = Callable[[str, Any], str] | Mapping[re.Pattern[str], str] | Tree
+"""A function `label(name, leaf)`, a dict from compiled pattern to label, or a tree of labels."""
+
+_EMBEDDING = re.compile(r"(?<![a-z])(embed|(emb|embs|wte|wpe)(?![a-z]))", re.IGNORECASE)
+
+# The most names in a message.
+_MOST = 5
+
+
+def decay_label(name: str, leaf: Tensor) -> str:
+    """Label a leaf `"decay"` or `"no_decay"`, by the usual rule of which leaves decay.
+
+    Leaves of less than two dimensions (biases, the scales of norms) do not, nor do embeddings,
+    which are told by their names: `embed`, `emb`, `wte` or `wpe` at the start of a word, as in
+    `token_embedding.weight`, `embed_tokens.weight` or `transformer.wte.weight`. That goes for
+    whatever has such a name, and for no embedding that has none: write a function of your own, with
+    this one inside, where that is not what you mean.
+
+    It says in `decay_label.possible_labels` that these are its labels. So either may be without a
+    leaf, as in a model without biases, and its optimizer then moves nothing.
+
+    Args:
+        name: The leaf's keys joined by dots.
+        leaf: The leaf. Its first dimension must not be one of members: under vmap it is none, so
+            make the state of an ensemble by `vmap(init)`.
+
+    Example:
+        >>> import torch, funcopt
+        >>> opt = funcopt.Partition(
+        ...     {
+        ...         "decay": funcopt.AdamW(weight_decay=0.1),
+        ...         "no_decay": funcopt.AdamW(weight_decay=0.0),
+        ...     },
+        ...     labels=funcopt.decay_label,
+        ... )
+        >>> state = opt.init(dict(torch.nn.Linear(2, 1).named_parameters()))
+        >>> {label: list(inner.exp_avg) for label, inner in state.inner.items()}
+        {'decay': ['weight'], 'no_decay': ['bias']}
+    """
+    return "no_decay" if leaf.ndim < 2 or _EMBEDDING.search(name) else "decay"
+
+
+_own: Any = decay_label  # which as a function has no attributes of its own for a type checker
+_own.possible_labels = ("decay", "no_decay")
+
+
+def _possible(labels: Labels) -> Collection[str]:
+    """Return which labels a function says that it may give; nothing if it says nothing.
+
+    It need not give them all: that none of them is misspelt is known without a leaf.
+    """
+    found = getattr(labels, "possible_labels", ()) if callable(labels) else ()
+    if not isinstance(found, (tuple, list, set, frozenset)):
+        raise TypeError(
+            f"labels.possible_labels={found!r}: must be a tuple of the labels that the function "
+            f"may give."
+        )
+    return found
+
+
+def check_labels(labels: Labels, known: Iterable[str]) -> None:
+    """Refuse what cannot be labels of any tree, as far as that can be told without one."""
+    if callable(labels):
+        check_takes("labels", labels, 2, "it is called with the name and the leaf")
+        possible = _possible(labels)
+        for label in known if possible else ():
+            if label not in possible:
+                raise ValueError(
+                    f"inner has the label {label!r}, which labels never gives: by its "
+                    f"possible_labels there are {', '.join(map(repr, possible))}. Correct one of "
+                    f"the two."
+                )
+        return
+    given = list(labels.values()) if _are_patterns(labels) else pytree.flatten(labels)[0]
+    if isinstance(labels, dict) and any(isinstance(key, re.Pattern) for key in labels):
+        mixed = [key for key in labels if not isinstance(key, re.Pattern)]
+        if mixed:
+            raise TypeError(
+                f"labels has {mixed[0]!r} among its patterns: give it as re.compile({mixed[0]!r})."
+            )
+    for label in given:
+        _check_label(label, "labels", known)
+
+
+def name_leaves(structure: pytree.Structure) -> list[str]:
+    """Return for each leaf its keys joined by dots, by which labels and groups know it.
+
+    Raises:
+        ValueError: If two leaves have one name.
+    """
+    if transforms.compiling():
+        return _names_apart(structure)
+    names = _names.get(structure)
+    if names is None:
+        if len(_names) >= _MOST_STRUCTURES:
+            _names.clear()
+        names = _names[structure] = _names_apart(structure)
+    return names
+
+
+# To walk through a tree takes longer than to move small leaves.
+_names: dict[pytree.Structure, list[str]] = {}
+_MOST_STRUCTURES = 256
+
+
+def _names_apart(structure: pytree.Structure) -> list[str]:
+    names = pytree.names(structure)
+    if len(set(names)) == len(names):
+        return names
+    first: dict[str, str] = {}
+    for name, path in zip(names, pytree.paths(structure, "params"), strict=True):
+        if name in first:
+            raise ValueError(
+                f"{path} and {first[name]} are both named {name!r}: rename a key, so that names "
+                f"tell leaves apart."
+            )
+        first[name] = path
+    return names
+
+
+class _Patterns(NamedTuple):
+    """Compiled patterns with their labels, as pairs: Dynamo of torch 2.11 knows no dict of them."""
+
+    pairs: tuple[tuple[re.Pattern[str], str], ...]
+
+
+def patterns_in(labels: Any) -> _Patterns | None:
+    """Return the patterns of labels that are a dict from these, else None."""
+    return _Patterns(tuple(labels.items())) if _are_patterns(labels) else None
+
+
+def label_leaves(
+    labels: Labels | _Patterns,
+    known: Sequence[str],
+    names: Sequence[str],
+    leaves: Sequence[Any],
+    structure: pytree.Structure,
+) -> list[str]:
+    """Return the label of each leaf.
+
+    Args:
+        labels: How to tell.
+        known: The labels there are.
+        names: The names of the leaves.
+        leaves: The leaves.
+        structure: The structure of their tree.
+
+    Raises:
+        TypeError: If a label is no string.
+        ValueError: If a leaf has no label, an unknown one, or two; or a pattern no leaf; or a label
+            none, unless a function says that this may be.
+    """
+    patterns = labels if isinstance(labels, _Patterns) else patterns_in(labels)
+    if patterns is not None:
+        found = _by_pattern(patterns.pairs, names, structure)
+    elif callable(labels):
+        found = [labels(name, leaf) for name, leaf in zip(names, leaves, strict=True)]
+    else:
+        found = pytree.pair(labels, "labels", structure).leaves
+    for index, label in enumerate(found):
+        if type(label) is not str or label not in known:
+            _check_label(label, pytree.path(structure, "params", index), known)
+    for label in known:
+        if names and label not in found and label not in _possible(labels):
+            raise ValueError(
+                f"no leaf has the label {label!r}: each label must have a leaf, or one that is "
+                f"misspelt would go unnoticed. Correct labels, or leave its optimizer out. Leaves "
+                f"are named {_some(names)}. (A function says which labels may have none in its "
+                f"attribute possible_labels, as decay_label does.)"
+            )
+    return found
+
+
+def _are_patterns(labels: Any) -> bool:
+    return (
+        isinstance(labels, Mapping)
+        and len(labels) > 0
+        and all(isinstance(key, re.Pattern) for key in labels)
+    )
+
+
+def _by_pattern(
+    pairs: Sequence[tuple[re.Pattern[str], str]], names: Sequence[str], structure: pytree.Structure
+) -> list[str]:
+    used: set[int] = set()
+    found = []
+    for index, name in enumerate(names):
+        matching = [number for number, (own, _) in enumerate(pairs) if own.search(name)]
+        labels = {pairs[number][1]: pairs[number][0] for number in matching}
+        if len(labels) != 1:
+            path = pytree.path(structure, "params", index)
+            if not matching:
+                raise ValueError(
+                    f"{path} has no label: no pattern is found in its name {name!r}. Add one that "
+                    f"is, with the label of a Frozen() if it is not to move, or give a function."
+                )
+            first, second, *_ = labels.items()
+            raise ValueError(
+                f"{path} has two labels, {first[0]!r} by the pattern {first[1].pattern!r} and "
+                f"{second[0]!r} by {second[1].pattern!r}, both of which are found in its name "
+                f"{name!r}: it can have one. Narrow a pattern, or give a function."
+            )
+        found.append(pairs[matching[0]][1])
+        used.update(matching)
+    unused = [own for number, (own, _) in enumerate(pairs) if number not in used]
+    if names and unused:
+        raise ValueError(
+            f"the pattern {unused[0].pattern!r} of labels is found in no name: one that is "
+            f"misspelt would go unnoticed. Correct it, or leave it out. Leaves are named "
+            f"{_some(names)}."
+        )
+    return found
+
+
+def _check_label(label: Any, owner: str, known: Iterable[str]) -> None:
+    there = ", ".join(map(repr, known))
+    if not isinstance(label, str):
+        kind = "no label" if label is None else f"a {type(label).__name__} for a label"
+        raise TypeError(f"{owner} has {kind}: each leaf needs one of {there}.")
+    if label not in known:
+        raise ValueError(
+            f"{owner} has the label {label!r}, for which there is no optimizer: there are {there}. "
+            f"Correct the label, or add an optimizer for it, such as Frozen()."
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(map(repr, names[:_MOST]))
+    return shown if len(names) <= _MOST else f"{shown}, ... ({len(names)} in all)"

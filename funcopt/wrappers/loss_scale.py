@@ -1,0 +1,283 @@
+"""Loss scaling: gradients of a loss times a number, which finds its size by itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from .._core import transforms
+from .._core.checks import check_count, check_optimizer, check_state
+from .._core.hyperparameters import normalize, normalize_fields
+from .._core.numbers import has_schedule, number_at, numbers_of
+from .._core.types import Number, Optimizer, Schedule, Tree
+from .._engine import write
+from .._engine.counts import first_count, next_step
+from .._engine.registration import register_optimizer
+from .base import (
+    Gradients,
+    check_inplace,
+    check_scalar,
+    gather_gradients,
+    gather_params,
+    records,
+    with_step,
+    write_step,
+)
+from .finite import all_finite_everywhere, decide, place_for, zeros_unless
+from .update_if import update_if, update_if_
+
+__all__ = ["LossScale", "LossScaleState"]
+
+ParamsT = TypeVar("ParamsT")
+
+_NUMBERS = ("init_scale", "growth_factor", "backoff_factor", "growth_interval")
+
+
+class LossScaleState(NamedTuple):
+    """The state of `LossScale`. Its own tensors are where the parameters are.
+
+    Attributes:
+        scale: What the next loss is to be multiplied by: a float32 tensor of shape ().
+        growth_tracker: How many updates were made since the scale last changed, or was about to: an
+            int64 tensor of shape ().
+        inner: The state of the inner optimizer.
+        step: How many updates were made, skipped ones not among them, if a hyperparameter is a
+            schedule: a float64 tensor of shape (); else `()`.
+    """
+
+    scale: Tensor
+    growth_tracker: Tensor
+    inner: Any
+    step: Tree = ()
+
+
+@register_optimizer
+@dataclass(frozen=True)
+class LossScale:
+    r"""Update with the gradients of a scaled loss, and find the scale for the next one.
+
+    In float16, small gradients vanish, unless the loss is multiplied by a large number. That is
+    `state.scale`, with which the gradients come in:
+
+        grads = torch.func.grad(lambda params: loss(params) * state.scale)(params)
+        params, state = opt.update(grads, state, params)
+
+    With the scale $s_t$, gradients $g_t$, and $n_t$ updates since the scale last changed,
+
+    $$ \theta_t = \mathrm{inner}(g_t / s_t,\ \theta_{t-1}), \qquad
+       s_{t+1} = \begin{cases}
+           s_t \cdot \mathrm{growth\_factor} & \text{if } n_t = \mathrm{growth\_interval} \\
+           s_t & \text{otherwise,}
+       \end{cases} $$
+
+    unless an element of a gradient is infinite or NaN. Then neither parameters nor inner state
+    move, and $s_{t+1} = s_t \cdot \mathrm{backoff\_factor}$.
+
+    The numbers are those of `torch.amp.GradScaler`: a scale that would overflow does not grow. But
+    one that falls, as it does if nothing is ever finite, stops at the smallest normal number, where
+    torch's goes on to 0 and lets NaN through. What gradients are multiplied by is the reciprocal in
+    float32, as in torch, also where they are in float64: let the scale and its factors be powers of
+    two, and nothing is lost. The gradients that were given are left as they are.
+
+    Keep the parameters in float32, and compute the loss in float16 (by autocast, or a cast within
+    it): gradients have the dtype of their parameter. GradScaler refuses those in float16. Here they
+    are divided in float32, but rounded to 16 bits again, in which what is too small is lost.
+
+    Nothing is ever read back from a GPU: there, under vmap, and where operators are recorded
+    (compile, export), each call makes an inner update, and what holds is chosen element by element.
+    No derivative flows through the scale.
+
+    The order of wrappers matters. What is inside of a `LossScale` sees gradients of the true size:
+    `LossScale(Clip(AdamW(), 1.0))` clips these. `LossScale(Accumulate(AdamW(), 8))` leaves a bad
+    gradient out of the sum of eight, and may rescale in between; `Accumulate(LossScale(AdamW()),
+    8)` keeps one scale, `state.inner.scale`, for all eight, and skips them together.
+
+    Args:
+        inner: The optimizer that is given the unscaled gradients.
+        init_scale: The first scale: from 2**-126 to 2**127; a number or 0-dim tensor.
+        growth_factor: What the scale is multiplied by to grow: above 1; a number, a 0-dim tensor,
+            or a schedule, which is called with the count of updates made so far (skipped ones not
+            among them) and returns one of the others.
+        backoff_factor: What it is multiplied by after gradients that were not finite: above 0 and
+            below 1; likewise.
+        growth_interval: How many updates in a row make it grow: a whole number of at least 1;
+            likewise, a tensor being of a floating-point dtype.
+
+    Raises:
+        TypeError: If `inner` is no optimizer, or a hyperparameter is of the wrong type.
+        ValueError: If one is out of range, NaN or infinite.
+
+    Example:
+        >>> import torch, funcopt
+        >>> opt = funcopt.LossScale(funcopt.AdamW(lr=0.1), init_scale=2.0**10)
+        >>> params = {"w": torch.ones(2)}
+        >>> state = opt.init(params)
+        >>> def loss(params):
+        ...     return params["w"].half().square().sum()
+        >>> grads = torch.func.grad(lambda params: loss(params) * state.scale)(params)
+        >>> grads
+        {'w': tensor([2048., 2048.])}
+        >>> params, state = opt.update(grads, state, params)
+        >>> params, state.inner.exp_avg
+        ({'w': tensor([0.8990, 0.8990])}, {'w': tensor([0.2000, 0.2000])})
+    """
+
+    inner: Optimizer[Any]
+    init_scale: Number = 2.0**16
+    growth_factor: Number | Schedule = 2.0
+    backoff_factor: Number | Schedule = 0.5
+    growth_interval: Number | Schedule = 2000
+
+    def __post_init__(self) -> None:
+        """Check and normalize every hyperparameter."""
+        check_optimizer("inner", self.inner)
+        object.__setattr__(self, "init_scale", normalize("init_scale", self.init_scale))
+        normalize_fields(self, *_NUMBERS[1:])
+
+    def init(self, params: Tree) -> LossScaleState:
+        """Return the state before the first update: the first scale and the inner state.
+
+        Args:
+            params: The parameters, as for the inner optimizer.
+
+        Raises:
+            TypeError: If a leaf is not a dense floating-point or complex tensor.
+            ValueError: If two leaves share their memory, or `init_scale` is no single number.
+
+        Example:
+            >>> import torch, funcopt
+            >>> funcopt.LossScale(funcopt.AdamW()).init(torch.ones(2)).scale
+            tensor(65536.)
+        """
+        init_scale = number_at("init_scale", self.init_scale, ())
+        place = place_for(gather_params(self, params).moving)
+        scale = (
+            init_scale.detach().to(device=place, dtype=torch.float32, copy=True)
+            if isinstance(init_scale, Tensor)
+            else torch.full((), init_scale, dtype=torch.float32, device=place)
+        )
+        tracker = torch.zeros((), dtype=torch.int64, device=place)
+        step = first_count(place) if has_schedule(self, _NUMBERS) else ()
+        return LossScaleState(scale, tracker, self.inner.init(params), step)
+
+    def update(
+        self, grads: Tree, state: LossScaleState, params: ParamsT
+    ) -> tuple[ParamsT, LossScaleState]:
+        """Return the new parameters and the new state, in fresh memory.
+
+        Args:
+            grads: The gradients of the loss times `state.scale`: a tree with the keys of `params`,
+                each like its parameter in shape, dtype and device, or None.
+            state: The state that `init` or the last update returned.
+            params: The parameters.
+
+        Returns:
+            The pair `(new_params, new_state)`. A skipped step has the derivative of doing nothing.
+
+        Raises:
+            TypeError: As the inner optimizer, or if the state is of another type.
+            ValueError: As the inner optimizer, or if a hyperparameter is no single number, or out
+                of range since it was given.
+
+        Example:
+            >>> import torch, funcopt
+            >>> opt = funcopt.LossScale(funcopt.AdamW(lr=0.1))
+            >>> params = torch.ones(1)
+            >>> params, state = opt.update(torch.tensor([torch.inf]), opt.init(params), params)
+            >>> params, state.scale
+            (tensor([1.]), tensor(32768.))
+        """
+        gradients, numbers = self._gather(grads, state, params)
+        finite = all_finite_everywhere(gradients, state.scale)
+        moves = decide(finite)
+        recorded = moves is not True and records(self, gradients, state, numbers)
+        if recorded or transforms.transformed():
+            gradients = gradients.replace(zeros_unless(moves, gradients.tensors))
+        new_params, inner = update_if(
+            moves,
+            self.inner,
+            gradients.tree,
+            state.inner,
+            params,
+            recorded,
+            factor=_inverse(state.scale),
+        )
+        scale, tracker = _rescale(state, finite, numbers)
+        return new_params, LossScaleState(scale, tracker, inner, next_step(state.step, moves))
+
+    def update_(
+        self, grads: Tree, state: LossScaleState, params: ParamsT
+    ) -> tuple[ParamsT, LossScaleState]:
+        """Do the same as `update`, written into `params` and `state`, which are returned.
+
+        Args:
+            grads: The gradients, as for `update`, which are not written.
+            state: The state, which is overwritten.
+            params: The parameters, which are overwritten.
+
+        Returns:
+            The pair `(params, state)`: the trees that were given.
+
+        Raises:
+            RuntimeError: Under a transform of `torch.func`, or if anything has a history.
+            TypeError: As `update`.
+            ValueError: As `update`, and as the inner optimizer's `update_`.
+
+        Example:
+            >>> import torch, funcopt
+            >>> opt = funcopt.LossScale(funcopt.AdamW(lr=0.1), growth_interval=1)
+            >>> w = torch.ones(1)
+            >>> state = opt.init(w)
+            >>> _ = opt.update_(torch.ones(1) * state.scale, state, w)
+            >>> w, state.scale
+            (tensor([0.8990]), tensor(131072.))
+        """
+        gradients, numbers = self._gather(grads, state, params)
+        own = {"state.scale": state.scale, "state.growth_tracker": state.growth_tracker}
+        check_inplace(numbers, with_step(own, state), gradients)
+        finite = all_finite_everywhere(gradients, state.scale)
+        moves = decide(finite)
+        inverse = _inverse(state.scale)
+        update_if_(moves, self.inner, gradients.tree, state.inner, params, inverse)
+        for old, new in zip(own.values(), _rescale(state, finite, numbers), strict=True):
+            write(old, new)
+        write_step(state, moves)
+        return params, state
+
+    def _gather(
+        self, grads: Tree, state: LossScaleState, params: Tree
+    ) -> tuple[Gradients, dict[str, Number]]:
+        check_state(state, LossScaleState)
+        check_scalar("state.scale", state.scale)
+        check_count(state.growth_tracker, lambda: "state.growth_tracker")
+        numbers = numbers_of(self, _NUMBERS, state.step)
+        return gather_gradients(self, grads, params), numbers
+
+
+def _rescale(
+    state: LossScaleState, finite: Tensor, numbers: dict[str, Number]
+) -> tuple[Tensor, Tensor]:
+    """Return the scale for the next loss, and the updates made since it changed."""
+    scale, tracker = state.scale.detach(), state.growth_tracker.detach() + 1
+    full = tracker >= _detached(numbers["growth_interval"])
+    grown = _product(scale, numbers["growth_factor"])
+    grown = torch.where(full & grown.isfinite(), grown, scale)
+    shrunk = _product(scale, numbers["backoff_factor"]).clamp(min=torch.finfo(scale.dtype).tiny)
+    return torch.where(finite, grown, shrunk), tracker.masked_fill(~finite | full, 0)
+
+
+def _inverse(scale: Tensor) -> Tensor:
+    """Return what gradients are multiplied by: rounded once, with the bits of GradScaler's."""
+    return scale.detach().reciprocal()
+
+
+def _product(scale: Tensor, factor: Number) -> Tensor:
+    """Return the scale times a factor that float32 need not hold: rounded once, as torch does."""
+    return (scale.double() * _detached(factor)).to(scale.dtype)
+
+
+def _detached(number: Number) -> Number:
+    return number.detach() if isinstance(number, Tensor) else number

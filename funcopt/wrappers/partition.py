@@ -1,0 +1,296 @@
+"""Groups of leaves, each with an optimizer of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
+
+from torch import Tensor
+
+from .._core import pytree
+from .._core.checks import check_dense, check_optimizer, check_state
+from .._core.resting import at_rest, leaves_at_rest, may_rest
+from .._core.types import Optimizer, Tree
+from .._dtensor.shards import whole_of
+from .._engine.prepare import check_untied
+from .._engine.registration import register_optimizer
+from .._engine.scaled import hands_on
+from .labels import Labels, check_labels, label_leaves, name_leaves, patterns_in
+from .together import Update, update_together_
+
+__all__ = ["Partition", "PartitionState"]
+
+ParamsT = TypeVar("ParamsT")
+
+
+class PartitionState(NamedTuple):
+    """The state of `Partition`.
+
+    Attributes:
+        inner: The state of each optimizer, by its label. Its trees are flat dicts from the names of
+            its leaves, so that a checkpoint has entries such as
+            `state.inner['decay'].exp_avg['0.weight']`.
+    """
+
+    inner: dict[str, Any]
+
+
+@register_optimizer
+@dataclass(frozen=True)
+class Partition:
+    """An optimizer for each group of leaves: what `torch.optim` calls param groups.
+
+    Each leaf has one label, and moves as the optimizer of that label moves it. An optimizer is
+    given its own leaves alone, as a flat dict from name to leaf, where the name of a leaf is its
+    keys joined by dots, as modules name parameters: `layers.0.weight`. What looks at all leaves
+    at once, such as the norm of their gradients, then sees those of one group inside a `Partition`,
+    and those of every group around it: `Clip(Partition(...))` clips by the norm of the whole.
+
+    A mask of weight decay is a partition in two, for which `decay_label` knows the usual rule.
+    Leaves that are not to move go to `Frozen()`.
+
+    Labels that come out differently at an update than they did at `init` are an error, since the
+    state does not match then. A function must depend on names, shapes and dtypes alone.
+
+    Args:
+        inner: The optimizers, by label. Each must come to have a leaf, so that a label that is
+            misspelt is noticed; but those that a function names in its attribute `possible_labels`
+            need not, as with `decay_label`, and it gives no others.
+        labels: Which leaf has which label, said in one of three ways: a function
+            `label(name, leaf) -> str`; a tree of labels with the keys of the parameters; or a dict
+            from compiled regular expressions to labels, `{re.compile(r"bias$"): "no_decay", ...}`,
+            of which each is searched for in every name. A leaf in whose name several are found is
+            fine if they agree on its label.
+
+    Raises:
+        TypeError: If `inner` is not a dict from strings to optimizers, or a label is no string.
+        ValueError: If `inner` is empty, or a label in `labels` is not in it, or one of it is not
+            among the `possible_labels` of a function.
+
+    Example:
+        >>> import re, torch, funcopt
+        >>> opt = funcopt.Partition(
+        ...     {"body": funcopt.Frozen(), "head": funcopt.AdamW(lr=0.1)},
+        ...     labels={re.compile("^body"): "body", re.compile("^head"): "head"},
+        ... )
+        >>> params = {"body": [torch.ones(2)], "head": torch.ones(2)}
+        >>> state = opt.init(params)
+        >>> params, state = opt.update({"head": torch.ones(2)}, state, params)
+        >>> params
+        {'body': [tensor([1., 1.])], 'head': tensor([0.8990, 0.8990])}
+        >>> state.inner["head"].exp_avg
+        {'head': tensor([0.1000, 0.1000])}
+    """
+
+    elementwise = True
+
+    inner: Mapping[str, Optimizer[Any]]
+    labels: Labels
+
+    def __post_init__(self) -> None:
+        """Check the optimizers and, as far as they can be without parameters, the labels."""
+        if not isinstance(self.inner, Mapping):
+            raise TypeError(
+                f"inner is of type {type(self.inner).__name__}: it must be a dict from labels to "
+                f"optimizers, such as {{'decay': AdamW(weight_decay=0.1)}}."
+            )
+        if not self.inner:
+            raise ValueError("inner={}: there must be an optimizer for one label at least.")
+        for label, opt in self.inner.items():
+            if not isinstance(label, str):
+                raise TypeError(f"inner has the label {label!r}: a label must be a string.")
+            check_optimizer(f"inner[{label!r}]", opt)
+        object.__setattr__(self, "inner", dict(self.inner))
+        check_labels(self.labels, self.inner)
+        object.__setattr__(self, "_patterns", patterns_in(self.labels))
+
+    def init(self, params: Tree) -> PartitionState:
+        """Return the state before the first update: that of each optimizer for its own leaves.
+
+        Args:
+            params: A tree of tensors that the optimizers of their labels take.
+
+        Raises:
+            TypeError: If an optimizer refuses a leaf, or a label is no string.
+            ValueError: If a leaf has no label, an unknown one, or two; if a label or a pattern has
+                no leaf; if two leaves have one name, or start at the same place in memory.
+
+        Example:
+            >>> import torch, funcopt
+            >>> inner = {"a": funcopt.AdamW(), "b": funcopt.Frozen()}
+            >>> opt = funcopt.Partition(inner, labels=["a", "b"])
+            >>> state = opt.init([torch.ones(2), torch.ones(3)])
+            >>> state.inner["a"].exp_avg, state.inner["b"]
+            ({'0': tensor([0., 0.])}, ())
+        """
+        groups = self._groups(params)
+        own = groups.of(groups.leaves)
+        return PartitionState({label: opt.init(own[label]) for label, opt in self.inner.items()})
+
+    def update(
+        self, grads: Tree, state: PartitionState, params: ParamsT
+    ) -> tuple[ParamsT, PartitionState]:
+        """Return the new parameters and the new state, in fresh memory but for frozen leaves.
+
+        Frozen leaves are the very tensors that were given; see `Frozen`.
+
+        Args:
+            grads: The gradients: a tree with the keys of `params`. Those of frozen leaves may be
+                missing.
+            state: The state that `init` or the last update returned.
+            params: The parameters.
+
+        Returns:
+            The pair `(new_params, new_state)`, of which the first is a tree like `params`.
+
+        Raises:
+            TypeError: As `init`, and if `state` is not that of a `Partition`.
+            ValueError: As `init`, and if trees do not match. Messages of the optimizers call leaves
+                by name: `grads['layers.0.weight']`.
+
+        Example:
+            >>> import torch, funcopt
+            >>> inner = {"a": funcopt.AdamW(lr=0.1), "b": funcopt.AdamW(lr=0.2)}
+            >>> opt = funcopt.Partition(inner, labels=lambda name, leaf: name[-1])
+            >>> params = {"w": {"a": torch.ones(2), "b": torch.ones(2)}}
+            >>> params, state = opt.update(params, opt.init(params), params)
+            >>> params
+            {'w': {'a': tensor([0.8990, 0.8990]), 'b': tensor([0.7980, 0.7980])}}
+        """
+        return self._move(grads, None, state, params)
+
+    def _move(
+        self, grads: Tree, factor: Tensor | None, state: PartitionState, params: ParamsT
+    ) -> tuple[ParamsT, PartitionState]:
+        groups = self._groups(params)
+        updates = self._updates(groups, grads, state, factor)
+        moved = {label: update.out_of_place() for label, update in updates.items()}
+        new_params = groups.rebuild([own for own, _ in moved.values()])
+        return new_params, PartitionState({label: own for label, (_, own) in moved.items()})
+
+    def update_(
+        self, grads: Tree, state: PartitionState, params: ParamsT
+    ) -> tuple[ParamsT, PartitionState]:
+        """Do the same as `update`, written into `params` and `state`, which are returned.
+
+        Every group is checked before any is written. Where several groups have optimizers other
+        than `AdamW` and `Frozen`, all but the largest of these are moved out of place first for
+        that purpose, which takes memory of their size; a wrapper around the `Partition` costs none.
+
+        Args:
+            grads: The gradients, as for `update`.
+            state: The state, which is overwritten.
+            params: The parameters, which are overwritten.
+
+        Returns:
+            The pair `(params, state)`: the trees that were given.
+
+        Raises:
+            RuntimeError: Under a transform of `torch.func`, or where a derivative would be lost.
+            TypeError: As `update`.
+            ValueError: As `update`, and if a tensor to be written is expanded, or starts in memory
+                where another one or a gradient does.
+
+        Example:
+            >>> import torch, funcopt
+            >>> model = torch.nn.Linear(2, 1)
+            >>> params = dict(model.named_parameters())
+            >>> inner = {"body": funcopt.Frozen(), "head": funcopt.AdamW()}
+            >>> opt = funcopt.Partition(inner, labels={"weight": "body", "bias": "head"})
+            >>> state = opt.init(params)
+            >>> _ = opt.update_({"bias": torch.ones(1)}, state, params)
+            >>> state.inner["head"].exp_avg["bias"]
+            tensor([0.1000])
+        """
+        return self._move_(grads, None, state, params)
+
+    def _move_(
+        self, grads: Tree, factor: Tensor | None, state: PartitionState, params: ParamsT
+    ) -> tuple[ParamsT, PartitionState]:
+        update_together_(self._updates(self._groups(params), grads, state, factor))
+        return params, state
+
+    def _groups(self, params: Tree) -> _Groups:
+        leaves, structure = pytree.flatten(params)
+        check_untied(leaves, structure)
+        return self._grouped(leaves, structure)
+
+    def _grouped(self, leaves: Sequence[Any], structure: pytree.Structure) -> _Groups:
+        names = name_leaves(structure)
+        wholes = [whole_of(leaf) for leaf in leaves]
+        patterns = getattr(self, "_patterns", None)  # a transform rebuilds the fields alone
+        labels = self.labels if patterns is None else patterns
+        found = label_leaves(labels, list(self.inner), names, wholes, structure)
+        members: dict[str, list[int]] = {label: [] for label in self.inner}
+        for index, label in enumerate(found):
+            members[label].append(index)
+        return _Groups(leaves, structure, names, members)
+
+    def _updates(
+        self, groups: _Groups, grads: Tree, state: PartitionState, factor: Tensor | None = None
+    ) -> dict[str, Update]:
+        """What each optimizer is to do."""
+        check_state(state, PartitionState)
+        if state.inner.keys() != self.inner.keys():
+            has, wanted = (", ".join(map(repr, own)) for own in (state.inner, self.inner))
+            raise ValueError(
+                f"state.inner has the labels {has}, this optimizer has {wanted}. Make the state "
+                f"with init() of this optimizer."
+            )
+        resting = self._resting(groups)
+        gradients = pytree.pair(grads, "grads", groups.structure, resting).leaves
+        both = (*groups.leaves, *gradients)
+        if [leaf for leaf in both if isinstance(leaf, Tensor) and leaf.is_nested]:
+            check_dense(groups.leaves, partial(groups.path, "params"), resting)
+            check_dense(gradients, partial(groups.path, "grads"), resting)
+        own_grads, own_params = groups.of(gradients), groups.of(groups.leaves)
+        return {
+            label: Update(opt, own_grads[label], state.inner[label], own_params[label], factor)
+            for label, opt in self.inner.items()
+        }
+
+    def _at_rest(self, leaves: Sequence[Any], structure: pytree.Structure) -> Collection[int]:
+        """Which of these leaves rest. To find out to which group each one belongs takes long."""
+        return self._resting(self._grouped(leaves, structure)) if may_rest(self) else ()
+
+    def _resting(self, groups: _Groups) -> Collection[int]:
+        resting: set[int] = set()
+        for label, opt in self.inner.items():
+            if may_rest(opt):
+                indices = {groups.names[index]: index for index in groups.members[label]}
+                # In the order in which this optimizer will find them.
+                order, structure = pytree.flatten(indices)
+                own = [groups.leaves[index] for index in order]
+                resting.update(order[position] for position in at_rest(opt, own, structure))
+        return resting
+
+
+hands_on(Partition, Partition._move, Partition._move_)
+leaves_at_rest(Partition, Partition._at_rest)
+
+
+class _Groups(NamedTuple):
+    """The leaves of a tree, and which of them belong to which label."""
+
+    leaves: Sequence[Any]
+    structure: pytree.Structure
+    names: list[str]
+    members: dict[str, list[int]]
+
+    def of(self, values: Sequence[Any]) -> dict[str, dict[str, Any]]:
+        """Return for each label a dict from the names of its leaves to the values of these."""
+        return {
+            label: {self.names[index]: values[index] for index in indices}
+            for label, indices in self.members.items()
+        }
+
+    def path(self, root: str, index: int) -> str:
+        """Return the path of a leaf in the dict of its label, for a message."""
+        return f"{root}[{self.names[index]!r}]"
+
+    def rebuild(self, parts: Sequence[Mapping[str, Any]]) -> Any:
+        """Return the tree whose leaves are in these dicts, by name."""
+        by_name = {name: leaf for part in parts for name, leaf in part.items()}
+        return pytree.unflatten(self.structure, [by_name[name] for name in self.names])

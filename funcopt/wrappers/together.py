@@ -1,0 +1,151 @@
+"""Several optimizers in place, each on its own leaves: all of them move, or none does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._core import pytree, transforms
+from .._core.types import Optimizer, Tree
+from .._dtensor.shards import whole_of
+from .._engine import Scalars, write
+from .._engine.inplace import check_apart, check_inplace, check_unwatched, check_writable
+from .._engine.scaled import update_scaled, update_scaled_
+from ..optimizers.adamw import AdamW
+from ..optimizers.frozen import Frozen
+
+__all__ = ["Update", "update_together_"]
+
+
+class Update(NamedTuple):
+    """One update: the optimizer and what it takes."""
+
+    opt: Optimizer[Any]
+    grads: dict[str, Any]
+    state: Tree
+    params: dict[str, Any]
+    factor: Tensor | None = None  # what the gradients are multiplied by; None for 1
+
+    def out_of_place(self) -> tuple[Tree, Tree]:
+        """Return the new parameters and the new state."""
+        return update_scaled(self.opt, self.grads, self.factor, self.state, self.params)
+
+    def in_place(self) -> None:
+        """Write them."""
+        update_scaled_(self.opt, self.grads, self.factor, self.state, self.params)
+
+
+def update_together_(updates: Mapping[str, Update]) -> None:
+    """Do the updates in place, by label. If one of them is refused, nothing was written.
+
+    An optimizer checks everything before it writes, but its own leaves only. So one goes first, as
+    the last that may still be refused, and of the others each is made sure of before: `AdamW` and
+    `Frozen` can be checked without being run; any other is done out of place, by `update`, which
+    finds whatever is wrong, and its results are written in the end. The one that goes first is the
+    largest of those that would have to be done out of place, if there are any.
+
+    Raises:
+        Exception: Whatever `update_` of one of the optimizers raises.
+        ValueError: If a tensor to be written shares its memory with another one, or a gradient, of
+            any group.
+    """
+    check_unwatched()
+    moving = {
+        label: update for label, update in updates.items() if not isinstance(update.opt, Frozen)
+    }
+    if len(moving) > 1 and not transforms.tracing():  # when there is no memory yet
+        _check_groups_apart(updates, moving)
+    *others, first = sorted(updates, key=lambda label: _weight(updates[label]))
+    sure = [label for label in others if _is_sure(updates[label])]
+    moved = [_moved(label, updates[label]) for label in others if label not in sure]
+    for label in (first, *sure):
+        updates[label].in_place()
+    with torch.no_grad():
+        for olds, news in moved:
+            for old, new in zip(olds, news, strict=True):
+                write(old, new)
+
+
+def _weight(update: Update) -> tuple[int, int]:
+    """What it would take to make sure of an update."""
+    if isinstance(update.opt, Frozen):
+        return 0, 0
+    kind = 1 if type(update.opt) is AdamW else 2
+    if transforms.tracing():  # when sizes may not be known, and nothing is written yet
+        return kind, 0
+    # Of wholes, so that the order is the same on every process: in it they may wait for each other.
+    return kind, sum(whole_of(param).numel() for param in update.params.values())
+
+
+def _check_groups_apart(updates: Mapping[str, Update], moving: Mapping[str, Update]) -> None:
+    """Refuse what no optimizer can see alone: memory that two of them share."""
+    params = {name: leaf for update in moving.values() for name, leaf in update.params.items()}
+    grads = {
+        name: grad
+        for update in moving.values()
+        for name, grad in update.grads.items()
+        if grad is not None
+    }
+    moments, structure = pytree.flatten({label: update.state for label, update in updates.items()})
+    names, grad_names = list(params), list(grads)
+
+    def path(index: int) -> str:
+        if index < len(names):
+            return f"params[{names[index]!r}]"
+        return pytree.path(structure, "state.inner", index - len(names))
+
+    targets = [*params.values(), *moments]
+    check_apart(targets, list(grads.values()), path, lambda index: f"grads[{grad_names[index]!r}]")
+
+
+def _is_sure(update: Update) -> bool:
+    """Whether an update in place will go through, which was checked; raises if it will not."""
+    opt, grads, state, params, _ = update
+    if isinstance(opt, Frozen):
+        return True
+    if type(opt) is not AdamW or not params:
+        return False
+    work = opt._gather(grads, state, params)
+    counts = work.counts.after(work.active, work.watched)
+    numbers = opt._numbers(*work.counts.around(work.active, counts))
+    check_inplace(work, counts, numbers)
+    # A kernel that was asked for by name may yet refuse numbers that it cannot read.
+    return transforms.observed() or opt.kernel == "auto" or _can_be_read(numbers)
+
+
+def _can_be_read(numbers: Iterable[Scalars]) -> bool:
+    """Whether all numbers can be read without waiting."""
+    return all(
+        isinstance(number, float) or (number.is_cpu and transforms.all_plain([number]))
+        for own in numbers
+        for number in own
+    )
+
+
+def _moved(label: str, update: Update) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the tensors to be written, and what is to be written into them, checked."""
+    new_params, new_state = update.out_of_place()
+    old, structure = pytree.flatten((update.params, update.state))
+    new = pytree.pair((new_params, new_state), "state", structure).leaves
+    changed = [index for index in range(len(old)) if new[index] is not old[index]]
+
+    def path(position: int) -> str:
+        inside = pytree.path(structure, "", changed[position])
+        root = "params" if inside.startswith("[0]") else f"state.inner[{label!r}]"
+        return root + inside[len("[0]") :]
+
+    olds, news = [old[index] for index in changed], [new[index] for index in changed]
+    for position, (own, moved) in enumerate(zip(olds, news, strict=True)):
+        asked = moved.requires_grad and not own.requires_grad
+        if asked or not (own.is_leaf and moved.is_leaf) or transforms.any_dual((moved,)):
+            raise RuntimeError(
+                f"{path(position)} has a history, its own or that of a gradient, a state tensor or "
+                f"a hyperparameter, which writing in place would lose. Use update(), or detach it "
+                f"if no derivative is wanted."
+            )
+    if not transforms.tracing():
+        check_writable(olds, path)
+    return olds, news
