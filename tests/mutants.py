@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from funcopt import AdamW
-from funcopt._core import checks, pytree
-from funcopt._engine import Scalars, autograd, counts, layout, memory, prepare
+from funcopt._core import pytree
+from funcopt._engine import Scalars, autograd, checks, counts, layout, memory, prepare
 from funcopt.optimizers._adam import adjoint, equations, foreach, fused
 from funcopt.testing import laws
 from funcopt.testing._check import check_law

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from funcopt._engine.routine import Routine
 from torch.func import grad, vmap
 
 from funcopt import AdamW
 from funcopt._engine import layout
-from funcopt._engine.routine import Routine
 from funcopt.optimizers import adamw
 
 from .cases import KERNELS, OPTIONS, assert_same_bits, random_like

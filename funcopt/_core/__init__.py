@@ -1,1 +1,1 @@
-"""."""
+"""What everything else stands on: trees, transforms, hyperparameters, arithmetic."""

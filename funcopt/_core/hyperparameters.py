@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import math
 import numbers
 import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import transforms
-from .checks import is_dense, shown_layout
-from .types import Number
+from .types import Number, Schedule, is_dense, shown_layout
 
 __all__ = [
+    "ABOVE_ZERO",
+    "AT_LEAST_ZERO",
+    "BELOW_ONE",
+    "COUNT",
+    "FRACTION",
+    "SHARE",
+    "Hyperparam",
+    "Range",
+    "call_schedule",
     "check_choice",
     "check_flag",
     "check_number",
@@ -29,74 +38,72 @@ __all__ = [
     "short",
 ]
 
-_AT_LEAST_ZERO = "must be finite and at least 0", lambda value: 0.0 <= value < math.inf
-_ABOVE_ZERO = "must be finite and above 0", lambda value: 0.0 < value < math.inf
-_BELOW_ONE = "must be at least 0 and below 1", lambda value: 0.0 <= value < 1.0
 
-_RULES: dict[str, tuple[str, Callable[[float], bool]]] = {
-    "lr": _AT_LEAST_ZERO,
-    "betas[0]": _BELOW_ONE,
-    "betas[1]": _BELOW_ONE,
-    "eps": _AT_LEAST_ZERO,
-    "weight_decay": _AT_LEAST_ZERO,
-    "max_norm": _AT_LEAST_ZERO,
-    "max_value": _AT_LEAST_ZERO,
-    "decay": _BELOW_ONE,
-    "alpha": ("must be at least 0 and at most 1", lambda value: 0.0 <= value <= 1.0),
-    "clipping": _AT_LEAST_ZERO,
-    "norm_type": (
-        "must be above 0 (infinity takes the largest)",
-        lambda value: value > 0.0,
-    ),
-    "every": (
-        "must be a whole number of at least 1",
-        lambda value: 1.0 <= value < math.inf and value == int(value),
-    ),
-    "max_consecutive": (
-        "must be a whole number of at least 0, or infinite (never let one through)",
-        lambda value: value == math.inf or (0.0 <= value < math.inf and value == int(value)),
-    ),
-    "init_scale": (
-        "must be at least 2**-126 and at most 2**127, as float32 holds it",
-        lambda value: 2.0**-126 <= value <= 2.0**127,
-    ),
-    "growth_factor": ("must be finite and above 1", lambda value: 1.0 < value < math.inf),
-    "backoff_factor": ("must be above 0 and below 1", lambda value: 0.0 < value < 1.0),
-    "growth_interval": (
-        "must be a whole number of at least 1",
-        lambda value: 1.0 <= value < math.inf and value == int(value),
-    ),
-    "step": ("must be finite and count the updates from 1", lambda value: 1.0 <= value < math.inf),
-    "outer_lr": _AT_LEAST_ZERO,
-    "outer_momentum": _BELOW_ONE,
-    # Of schedules.
-    "value": _AT_LEAST_ZERO,
-    "start": _AT_LEAST_ZERO,
-    "peak": _AT_LEAST_ZERO,
-    "end": _AT_LEAST_ZERO,
-    "steps": _ABOVE_ZERO,
-    "warmup_steps": _AT_LEAST_ZERO,
-    "decay_steps": _AT_LEAST_ZERO,
-    "power": _ABOVE_ZERO,
-    "rate": ("must be above 0 and at most 1", lambda value: 0.0 < value <= 1.0),
-    "pct_start": ("must be above 0 and at most 1", lambda value: 0.0 < value <= 1.0),
-    "div_factor": _ABOVE_ZERO,
-    "final_div_factor": _ABOVE_ZERO,
-    "base_momentum": _BELOW_ONE,
-    "max_momentum": _BELOW_ONE,
-    "values": _AT_LEAST_ZERO,
-    "boundaries": _ABOVE_ZERO,
-}
+class Range(NamedTuple):
+    """What values a hyperparameter may have."""
 
-# Those that count something.
-_WHOLE = frozenset(("every", "max_consecutive", "growth_interval"))
+    words: str  # as a message says it: "must be ..."
+    holds: Callable[[float], bool]  # False for a NaN, which is in no range
+    whole: bool = False  # it counts something
 
 
-def check_number(name: str, value: float, source: str = "") -> float:
+AT_LEAST_ZERO = Range("must be finite and at least 0", lambda value: 0.0 <= value < math.inf)
+ABOVE_ZERO = Range("must be finite and above 0", lambda value: 0.0 < value < math.inf)
+BELOW_ONE = Range("must be at least 0 and below 1", lambda value: 0.0 <= value < 1.0)
+FRACTION = Range("must be at least 0 and at most 1", lambda value: 0.0 <= value <= 1.0)
+SHARE = Range("must be above 0 and at most 1", lambda value: 0.0 < value <= 1.0)
+COUNT = Range(
+    "must be a whole number of at least 1",
+    lambda value: 1.0 <= value < math.inf and value == int(value),
+    whole=True,
+)
+
+
+class Hyperparam(NamedTuple):
+    """A number of an optimizer.
+
+    Attributes:
+        name: As the equations call it, such as `"beta1"`.
+        range: What it may be.
+        field: The field of the optimizer that holds it, if that has another name. `"betas[0]"` is
+            the first of a pair.
+    """
+
+    name: str
+    range: Range
+    field: str = ""
+
+    @property
+    def path(self) -> str:
+        """As users and messages call it."""
+        return self.field or self.name
+
+    @property
+    def place(self) -> tuple[str, int | None]:
+        """The field that holds it, and which one of several in there it is."""
+        field, _, index = self.path.partition("[")
+        return field, int(index[:-1]) if index else None
+
+    def of(self, opt: Any) -> Any:
+        """Return what an optimizer was given for it."""
+        field, index = self.place
+        value = getattr(opt, field)
+        return value if index is None else value[index]
+
+    def put(self, opt: Any, value: Any) -> None:
+        """Replace what a frozen optimizer was given for it."""
+        field, index = self.place
+        if index is not None:
+            own = getattr(opt, field)
+            value = (*own[:index], value, *own[index + 1 :])
+        object.__setattr__(opt, field, value)
+
+
+def check_number(own: Hyperparam, value: float, source: str = "") -> float:
     """Return `value` if it is in the range of this hyperparameter; a NaN is in no range."""
-    rule, holds = _RULES.get(name) or _RULES[name.partition("[")[0]]
-    if not holds(value):
-        raise ValueError(f"{name}={value}{source}: {name} {rule}.")
+    if not own.range.holds(value):
+        name = own.path.partition("[")[0] if own.path.endswith("]") else own.path
+        raise ValueError(f"{own.path}={value}{source}: {name} {own.range.words}.")
     return value
 
 
@@ -116,45 +123,52 @@ def check_flag(name: str, value: object) -> None:
         raise TypeError(f"{name}={value!r}: must be True or False.")
 
 
-def normalize(name: str, value: Any, *, schedule: bool = False, source: str = "") -> Any:
+def normalize(
+    own: Hyperparam, value: Any, *, schedule: bool = False, source: str = "", owner: str = ""
+) -> Any:
     """Return a hyperparameter as it is kept: a float, a tensor or a schedule.
 
     Args:
-        name: The hyperparameter, as its range is listed and as messages call it.
+        own: The hyperparameter.
         value: A real number, a floating-point tensor, or a schedule. A tensor that is to be mapped
             over by vmap may still have the mapped dimension here.
         schedule: Whether a callable is allowed.
         source: Where the value came from, for the message.
+        owner: The class that was given it where parameters might have been meant, for the message.
 
     Raises:
         TypeError: If `value` is of another type.
         ValueError: If it is out of range. The elements of a tensor are checked too, unless they
             are traced, or on a device whose queue reading them would stall.
     """
+    name = own.path
     if isinstance(value, numbers.Real) and not isinstance(value, bool):
-        return check_number(name, _as_float(value), source)
+        return check_number(own, _as_float(value), source)
     if isinstance(value, Tensor):
-        _check_tensor(name, value, source)
+        _check_tensor(own, value, source)
         return value
     if schedule and callable(value) and not isinstance(value, torch.nn.Module):
         _check_schedule(name, value)
         return value
     kinds = "a number, a 0-dim tensor or a schedule" if schedule else "a number or a 0-dim tensor"
-    hint = _hint(name, value, parameters=schedule and name == "lr")
+    hint = _hint(name, value, owner)
     raise TypeError(
         f"{name}={short(value)}{source}: must be {kinds}, not {type(value).__name__}.{hint}"
     )
 
 
-def normalize_fields(opt: object, *names: str) -> None:
-    """Let these fields of a frozen dataclass be as `normalize` keeps them, schedules too.
+def normalize_fields(opt: object, hyperparams: Iterable[Hyperparam]) -> None:
+    """Let these hyperparameters of a frozen dataclass be as `normalize` keeps them, schedules too.
 
     Whole numbers, which have no fraction by their range, are shown as such.
     """
-    for name in names:
-        kept = normalize(name, getattr(opt, name), schedule=True)
-        whole = name in _WHOLE and isinstance(kept, float) and kept < math.inf
-        object.__setattr__(opt, name, int(kept) if whole else kept)
+    dataclass: Any = opt
+    first = dataclasses.fields(dataclass)[0].name
+    for own in hyperparams:
+        owner = type(opt).__name__ if own.path == first else ""
+        kept = normalize(own, own.of(opt), schedule=True, owner=owner)
+        whole = own.range.whole and isinstance(kept, float) and kept < math.inf
+        own.put(opt, int(kept) if whole else kept)
 
 
 def _check_schedule(name: str, value: Callable[..., Any]) -> None:
@@ -181,14 +195,8 @@ def short(value: object) -> str:
     return " ".join(reprlib.repr(value).split())
 
 
-def _hint(name: str, value: object, *, parameters: bool) -> str:
-    """Return what to do with several numbers, or with parameters where torch takes them.
-
-    Args:
-        name: The hyperparameter.
-        value: What was given for it.
-        parameters: Whether parameters may have been meant.
-    """
+def _hint(name: str, value: object, owner: str) -> str:
+    """Return what to do with several numbers, or with parameters where torch takes them."""
     if isinstance(value, str):
         return ""
     parts = list(value.values()) if isinstance(value, Mapping) else value
@@ -197,18 +205,14 @@ def _hint(name: str, value: object, *, parameters: bool) -> str:
             return _GROUPS.format(name) + ("" if isinstance(value, Mapping) else _MEMBERS)
         if all(isinstance(part, Mapping) and "params" in part for part in parts):
             return _GROUPS.format("options")
-    if (
-        parameters
-        and name == "lr"
-        and isinstance(value, (Mapping, Sequence, Iterator, torch.nn.Module))
-    ):
-        return " Parameters are given to init(): opt = AdamW(lr=1e-3); state = opt.init(params)."
+    if owner and isinstance(value, (Mapping, Sequence, Iterator, torch.nn.Module)):
+        return f" Parameters are given to init(): opt = {owner}(); state = opt.init(params)."
     return ""
 
 
 _GROUPS = (
     " Give each group of leaves {} of its own by an optimizer of its own: "
-    "Partition({{'body': AdamW(...), 'head': AdamW(...)}}, labels)."
+    "Partition({{'body': ..., 'head': ...}}, labels)."
 )
 _MEMBERS = " For the members of a vmap, give one tensor: torch.tensor([...])."
 
@@ -229,18 +233,18 @@ def _as_float(value: numbers.Real) -> float:
         return math.inf
 
 
-def _check_tensor(name: str, value: Tensor, source: str) -> None:
+def _check_tensor(own: Hyperparam, value: Tensor, source: str) -> None:
     if not value.is_floating_point():
-        raise TypeError(f"{name} is a tensor of {value.dtype}: give it a floating-point dtype.")
-    _check_dense(name, value)
-    check_values(name, value, f"{source} in a tensor of shape {tuple(value.shape)}")
+        raise TypeError(f"{own.path} is a tensor of {value.dtype}: give it a floating-point dtype.")
+    _check_dense(own.path, value)
+    check_values(own, value, f"{source} in a tensor of shape {tuple(value.shape)}")
 
 
-def check_values(name: str, value: Tensor, source: str = "") -> None:
+def check_values(own: Hyperparam, value: Tensor, source: str = "") -> None:
     """Refuse a tensor with an element out of range, if its elements can be read without waiting."""
     values = transforms.values_at_hand(value) or ()
     for element in dict.fromkeys(values) if len(values) > 1 else values:
-        check_number(name, element, source)
+        check_number(own, element, source)
 
 
 def _check_dense(name: str, value: Tensor) -> None:
@@ -267,3 +271,24 @@ def check_zero_dim(name: str, value: Number) -> None:
             f"{name} has shape {tuple(value.shape)}: one update takes one number. Map over the "
             f"stacked optimizer with torch.func.vmap, or take one of its members."
         )
+
+
+def call_schedule(name: str, schedule: Schedule, count: Tensor) -> Number:
+    """Call a schedule with a copy of a count, with which it may do what it likes.
+
+    Raises:
+        RuntimeError: If it fails under vmap, where the count has no one value to go by. What a
+            tracer has to say of a value that it does not know is left as it is.
+    """
+    given = count.detach().clone()
+    if transforms.readable() or transforms.tracing():
+        return schedule(given)
+    try:
+        return schedule(given)
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"{name}={short(schedule)} failed under vmap, where the count is that of many members: "
+            f"no schedule can decide by its value, as by `if count < 10`, nor read it, as by "
+            f"float(count). Write torch.where(count < 10, a, b) and other functions of torch, or "
+            f"take funcopt.schedules.Piecewise or Join. What it failed with is above."
+        ) from error

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import pytree
-from .numbers import call_schedule
+from .hyperparameters import call_schedule
 from .types import Optimizer, Tree
 from .walk import Change, Place, Step, children, edited, text, walk
 

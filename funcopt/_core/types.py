@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
 
+import torch
 from torch import Tensor
 
-__all__ = ["Number", "Optimizer", "Schedule", "Tree"]
+__all__ = ["Number", "Optimizer", "Schedule", "Tree", "is_dense", "shown_layout"]
 
 Tree: TypeAlias = Any
 """Tensors in any nest of dicts, lists, tuples, NamedTuples or registered pytree nodes.
@@ -32,11 +33,7 @@ class Optimizer(Protocol[StateT]):
     There is no base class to inherit from: whatever has these methods is an optimizer, and a
     wrapper around one (gradient clipping, say) is a value with the same three methods.
 
-    A class may say what decides how a leaf moves. `elementwise = True`: each element moves by its
-    own gradient, value and state, as with Adam. `leafwise = True`: each leaf moves by itself, as
-    with Muon. `leafwise = False`: leaves are looked at together, as for a norm over all gradients.
-    A wrapper says it of what it does itself. `update_in_backward` relies on it, and takes what says
-    nothing for `leafwise = False`; `funcopt.testing` holds an optimizer to what it says.
+    What may be done with its leaves, a class says in its attribute `traits`: see `Traits`.
 
     Example:
         >>> import funcopt
@@ -58,3 +55,16 @@ class Optimizer(Protocol[StateT]):
         If an interrupt (Ctrl-C) comes in the middle, they are half-written.
         """
         ...
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether a tensor is strided and not nested: some nested tensors have that layout, too.
+
+    What looks at every leaf of every step asks both questions itself, which takes half the time.
+    """
+    return tensor.layout is torch.strided and not tensor.is_nested
+
+
+def shown_layout(tensor: Tensor) -> str:
+    """Return the layout of a tensor that is not dense, as messages have it."""
+    return "a nested layout" if tensor.is_nested else f"layout {tensor.layout}"

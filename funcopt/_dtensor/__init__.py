@@ -1,1 +1,1 @@
-"""."""
+"""Sharded tensors: their local parts, reductions over them, and updates of them."""

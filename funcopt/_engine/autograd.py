@@ -3,16 +3,18 @@
 Torch's transforms compose a function from rules for its operators, and the kernels' operators have
 none (`_fused_adamw_` is silently wrong under grad). So the step as a whole becomes one operator, a
 `torch.autograd.Function`, with a rule for each: `vmap` stacks the members and takes one step on the
-stack, `backward` is the adjoint in plain operators, which can be differentiated again.
+stack, `backward` is the derivative in plain operators, which can be differentiated again.
 
 There is no `jvp` rule on purpose: jvp of jvp through one comes out as zero without an error.
-Forward mode takes the plain kernel instead.
+Forward mode takes the equations instead.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import chain
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,107 +22,169 @@ from torch import Tensor
 from .._core import transforms
 from .._core.recording import recording
 from .._core.types import Number
-from ..optimizers._adam.adjoint import Saved, adjoint, worth_keeping
-from . import dispatch
+from . import dispatch, equations
 from .layout import layout_of
-from .rule import Leaves, Moved, Scalars, Variant
+from .rule import Adjoint, StepInputs, StepOutputs, UpdateRule
 
-__all__ = ["ruled_step"]
+__all__ = ["step_by_rule"]
 
 
-def ruled_step(leaves: Leaves, scalars: Scalars, variant: Variant) -> Moved:
+class _Step(NamedTuple):
+    """What is fixed about a step."""
+
+    rule: UpdateRule
+    options: Any
+    leaves: int
+
+    @property
+    def count(self) -> int:
+        """How many numbers there are; `grad_scale` is 1 here, and none of them."""
+        return 1 + len(self.rule.hyperparams)
+
+    @property
+    def derivative(self) -> Adjoint:
+        """The derivative of the rule: by hand if there is one, else that of the equations."""
+        return self.rule.derivative or _of_equations(self.rule)
+
+    def split(self, operands: Sequence[Any]) -> tuple[Any, StepInputs]:
+        """Return the numbers and the tensors among flat operands."""
+        numbers = self.rule.numbers(*operands[: self.count])
+        return numbers, StepInputs.of(self.columns(operands[self.count :]))
+
+    def columns(self, flat: Sequence[Any]) -> list[list[Any]]:
+        """Cut a flat sequence into columns."""
+        return [list(flat[i : i + self.leaves]) for i in range(0, len(flat), self.leaves)]
+
+
+def step_by_rule(rule: UpdateRule, inputs: StepInputs, numbers: Any, options: Any) -> StepOutputs:
     """Return the leaves after one step with the same numbers, under whatever is watching."""
-    count = len(leaves.params)
-    operands = (*scalars[:6], *_chain(leaves))  # the factor is 1 here
+    step = _Step(rule, options, len(inputs.params))
+    operands = (*numbers[: step.count], *chain(*inputs.columns))
     if not transforms.in_vmaps_alone():
-        return Moved(*_columns(_apply(variant, count, *operands), count, 4))
+        return StepOutputs.of(step.columns(_apply(step, *operands)))
 
     def stepped(members: transforms.Members) -> tuple[transforms.Members, tuple[Tensor, ...]]:
         beneath, dims = zip(*map(members.unwrap, operands), strict=True)
-        return members, _step_stacked(members.size, dims, variant, count, beneath)
+        return members, _step_stacked(step, members.size, dims, beneath)
 
     members, flat = transforms.beneath_vmap(stepped)
-    return Moved(*_columns(list(map(members.wrap, flat)), count, 4))
+    return StepOutputs.of(step.columns(list(map(members.wrap, flat))))
 
 
 def _step_stacked(
-    size: int,
-    dims: tuple[int | None, ...],
-    variant: Variant,
-    count: int,
-    operands: tuple[Any, ...],
+    step: _Step, size: int, dims: tuple[int | None, ...], operands: tuple[Any, ...]
 ) -> tuple[Tensor, ...]:
     """Take the step of all members of a vmap at once, stacked in front."""
-    given = Leaves(*_columns(operands[6:], count, 5))
+    numbers, given = step.split(operands)
     # Decided before anything is moved, since what is moved has a history of its own.
-    others = (*_chain(given[2:]), *operands[:6])
-    with recording(given.params, given.grads, others, variant.differentiable):
-        scalars = Scalars(*map(_number_to_front, operands[:6], dims[:6]))
-        lead = _lead(scalars)
-        if lead > 1:
-            scalars = _aligned(scalars, lead)
+    others = (*chain(*given.slots), *numbers)
+    with recording(given.params, given.grads, others, step.options.differentiable):
+        moved = map(_number_to_front, numbers, dims[: step.count])
+        numbers = _aligned(numbers._make((*moved, numbers.grad_scale)))
         stacked = [
             _leaf_to_front(leaf, dim, size)
-            for leaf, dim in zip(operands[6:], dims[6:], strict=True)
+            for leaf, dim in zip(operands[step.count :], dims[step.count :], strict=True)
         ]
         transformed = transforms.transformed()
-        if lead and not transformed:
+        if _lead(numbers) and not transformed:
             # Each member will be moved by itself, which wants it in one piece.
             stacked = [leaf.contiguous() for leaf in stacked]
-        leaves = Leaves(*_columns(stacked, count, 5))
+        inputs = StepInputs.of(step.columns(stacked))
         if transformed or torch.is_grad_enabled():
-            moved = ruled_step(leaves, scalars, variant)
+            outputs = step_by_rule(step.rule, inputs, numbers, step.options)
         else:
-            moved = dispatch.move(leaves, scalars, variant, layout_of(leaves))
-    return _chain(moved)
+            outputs = _step_eagerly(step, inputs, numbers)
+    return tuple(chain(*outputs.columns))
 
 
-class _Step(torch.autograd.Function):
+def _step_eagerly(step: _Step, inputs: StepInputs, numbers: Any) -> StepOutputs:
+    layout = layout_of(inputs)
+    plan = dispatch.plan(step.rule, inputs, numbers, step.options, layout, in_place=False)
+    return dispatch.run(inputs, plan, step.options)
+
+
+class _StepFunction(torch.autograd.Function):
     """A step of all leaves. Everything is passed flat, since only flat arguments are seen by rules.
 
-    The order of the arguments: what is fixed, the count of leaves, the six numbers, then the
-    columns of `Leaves`. The order of the results: the columns of `Moved`.
+    The order of the arguments: what is fixed, the numbers, then the columns of `StepInputs`. The
+    order of the results: the columns of `StepOutputs`.
     """
 
     @staticmethod
-    def forward(variant: Variant, count: int, *operands: Any) -> tuple[Tensor, ...]:
-        scalars, leaves = Scalars(*operands[:6]), Leaves(*_columns(operands[6:], count, 5))
-        return _chain(dispatch.move(leaves, scalars, variant, layout_of(leaves)))
+    def forward(step: _Step, *operands: Any) -> tuple[Tensor, ...]:
+        numbers, inputs = step.split(operands)
+        return tuple(chain(*_step_eagerly(step, inputs, numbers).columns))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        variant, count, *operands = inputs
-        numbers, leaves = operands[:6], Leaves(*_columns(operands[6:], count, 5))
-        needs = Scalars(*ctx.needs_input_grad[2:8])
-        saved = worth_keeping(leaves, Moved(*_columns(output, count, 4)), needs)
-        ctx.variant = variant
-        ctx.count = count
-        ctx.lengths = [len(column) for column in saved]
+        step, *operands = inputs
+        numbers, leaves = step.split(operands)
+        needs = step.rule.numbers(*ctx.needs_input_grad[1 : 1 + step.count])
+        kept = step.derivative.keep(leaves, StepOutputs.of(step.columns(output)), needs)
+        ctx.step = step
+        ctx.lengths = [len(column) for column in kept]
         ctx.numbers = [None if isinstance(number, Tensor) else number for number in numbers]
         tensors = [number for number in numbers if isinstance(number, Tensor)]
-        ctx.save_for_backward(*tensors, *_chain(saved))
+        ctx.save_for_backward(*tensors, *chain(*kept))
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        tensors = iter(ctx.saved_tensors)
-        numbers: list[Number] = [next(tensors) if n is None else n for n in ctx.numbers]
-        saved = Saved(*([next(tensors) for _ in range(length)] for length in ctx.lengths))
-        needs = Scalars(*ctx.needs_input_grad[2:8])
-        columns = _columns(cotangents, ctx.count, 4)
-        by_scalar, by_leaf = adjoint(saved, Scalars(*numbers), ctx.variant, needs, columns)
-        return (None, None, *by_scalar, *_chain(by_leaf))
+        step, tensors = ctx.step, iter(ctx.saved_tensors)
+        numbers = step.rule.numbers(*(next(tensors) if n is None else n for n in ctx.numbers))
+        kept = [[next(tensors) for _ in range(length)] for length in ctx.lengths]
+        needs = step.rule.numbers(*ctx.needs_input_grad[1 : 1 + step.count])
+        by_number, by_leaf = step.derivative.pull_back(
+            kept, numbers, step.options, needs, step.columns(cotangents)
+        )
+        return (None, *by_number, *chain(*by_leaf))
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: tuple[int | None, ...], variant: Variant, count: int, *operands: Any
+        info: Any, in_dims: tuple[int | None, ...], step: _Step, *operands: Any
     ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        flat = _step_stacked(info.batch_size, in_dims[2:], variant, count, operands)
+        flat = _step_stacked(step, info.batch_size, in_dims[1:], operands)
         return flat, (0,) * len(flat)
 
 
 # torch leaves `apply` untyped.
-_apply: Callable[..., tuple[Tensor, ...]] = _Step.apply
+_apply: Callable[..., tuple[Tensor, ...]] = _StepFunction.apply
+
+
+def _of_equations(rule: UpdateRule) -> Adjoint:
+    """Return the derivative of the equations, by torch's own, where none is written by hand."""
+    return Adjoint(
+        lambda inputs, outputs, needs: inputs.columns,
+        partial(_pull_back, rule),
+    )
+
+
+def _pull_back(
+    rule: UpdateRule,
+    kept: Sequence[list[Tensor]],
+    numbers: Any,
+    options: Any,
+    needs: Any,
+    cotangents: list[list[Tensor | None]],
+) -> tuple[list[Tensor | None], list[list[Tensor | None]]]:
+    """Return the cotangents of numbers and leaves: those of all results go back together."""
+    wanted = [name for name in needs._fields if getattr(needs, name) is True]
+    columns = [list(column) for column in kept]
+
+    def step(own: list[Tensor], leaves: list[Tensor]) -> list[Tensor]:
+        inputs = StepInputs.of(list(_cut(leaves, len(columns))))
+        chosen = numbers._replace(**dict(zip(wanted, own, strict=True)))
+        return list(chain(*equations.step(rule, inputs, chosen, options).columns))
+
+    leaves = list(chain(*columns))
+    results, pull_back = torch.func.vjp(step, [getattr(numbers, n) for n in wanted], leaves)
+    given = [
+        torch.zeros_like(result) if cotangent is None else cotangent
+        for result, cotangent in zip(results, chain(*cotangents), strict=True)
+    ]
+    by_number, by_leaf = pull_back(given)
+    found = dict(zip(wanted, by_number, strict=True))
+    return [found.get(name) for name in numbers._fields[:-1]], list(_cut(by_leaf, len(columns)))
 
 
 def _number_to_front(number: Number, dim: int | None) -> Number:
@@ -132,20 +196,21 @@ def _number_to_front(number: Number, dim: int | None) -> Number:
     return number.unsqueeze(0) if number.ndim > 0 else number
 
 
-def _lead(scalars: Scalars) -> int:
+def _lead(numbers: Any) -> int:
     """How many leading dimensions the numbers have, of those in which they may differ."""
-    return max(number.ndim if isinstance(number, Tensor) else 0 for number in scalars)
+    return max(number.ndim if isinstance(number, Tensor) else 0 for number in numbers)
 
 
-def _aligned(scalars: Scalars, lead: int) -> Scalars:
+def _aligned(numbers: Any) -> Any:
     """Give numbers that differ over outer vmaps alone a place for the inner ones, too."""
-    return Scalars(
-        *(
-            number.reshape(number.shape + (1,) * (lead - number.ndim))
-            if isinstance(number, Tensor) and 0 < number.ndim < lead
-            else number
-            for number in scalars
-        )
+    lead = _lead(numbers)
+    if lead < 2:
+        return numbers
+    return numbers._make(
+        number.reshape(number.shape + (1,) * (lead - number.ndim))
+        if isinstance(number, Tensor) and 0 < number.ndim < lead
+        else number
+        for number in numbers
     )
 
 
@@ -155,10 +220,7 @@ def _leaf_to_front(leaf: Tensor, dim: int | None, size: int) -> Tensor:
     return leaf.expand(size, *leaf.shape) if dim is None else leaf.movedim(dim, 0)
 
 
-def _chain(columns: Iterable[Iterable[Any]]) -> tuple[Any, ...]:
-    return tuple(leaf for column in columns for leaf in column)
-
-
-def _columns(flat: Any, count: int, most: int) -> list[list[Any]]:
-    """Cut a flat sequence into `most` columns; the last is empty where amsgrad is off."""
-    return [list(flat[i * count : (i + 1) * count]) for i in range(most)]
+def _cut(flat: Sequence[Any], count: int) -> Iterator[list[Any]]:
+    """Cut a flat sequence into so many columns of one length."""
+    length = len(flat) // count
+    return (list(flat[i * length : (i + 1) * length]) for i in range(count))

@@ -34,11 +34,10 @@ def check_replayed(opt: Any, state: Tree, params: Tree) -> None:
     if all(leaf.is_cpu for leaf in leaves if isinstance(leaf, Tensor)):
         return
     for place in walk(opt, ()):
-        reason = getattr(type(place.value), "decides_on_host", None)
-        if reason is not None:
+        if own_traits(place.value).decides_on_host:
             raise RuntimeError(
-                f"{text(place.steps) or 'the optimizer'} is a {type(place.value).__name__}, "
-                f"{reason}: each replay of the CUDA graph that is being captured would do what it "
+                f"{text(place.steps) or 'the optimizer'} is a {type(place.value).__name__}, which "
+                f"decides on the host what an update does: each replay of the CUDA graph that is being captured would do what it "
                 f"does now. Leave this update out of the capture."
             )
     leaves, structure = pytree.flatten(state)

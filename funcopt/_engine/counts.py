@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from .._core import pytree, transforms
-from .._core.checks import check_count
+from .._core.arithmetic import write
 from .._core.types import Number, Tree
-from . import write
+from .checks import check_count
 
 __all__ = [
     "Counts",

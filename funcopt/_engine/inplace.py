@@ -5,26 +5,32 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._core import transforms
-from .._core.checks import are_apart, check_distinct, starts
 from .._core.types import Number
-from . import PUBLIC_NAMES, Layout, Scalars
-from .prepare import Work
+from .checks import are_apart, check_distinct, starts
+from .dispatch import is_read
+from .layout import Layout
+from .prepare import Prepared
+from .rule import UpdateRule
 
 __all__ = ["check_apart", "check_inplace", "check_unwatched", "check_writable"]
 
-_READ = frozenset((float,))
+_FLOAT = frozenset((float,))
 
 
-def check_inplace(work: Work, counts: list[Number], numbers: Iterable[Scalars]) -> None:
+def check_inplace(
+    rule: UpdateRule, prepared: Prepared, counts: list[Number], numbers: list[Any]
+) -> None:
     """Refuse to write in place where that would lose a derivative or memory.
 
     Args:
-        work: The update.
+        rule: The rule of the optimizer.
+        prepared: The update.
         counts: What is to be written into the counts: a float where the count was read.
         numbers: The numbers of the leaves that move.
 
@@ -34,25 +40,24 @@ def check_inplace(work: Work, counts: list[Number], numbers: Iterable[Scalars]) 
         ValueError: If a tensor to be written is expanded, or starts where another one or a gradient
             does.
     """
-    numbers = list(numbers)
-    check_unwatched(*work.leaves, work.counts.tensors, *numbers)
-    if work.layout is not None and _is_fine_at_a_glance(work, work.layout, counts, numbers):
+    check_unwatched(*prepared.inputs.columns, prepared.counts.tensors, *numbers)
+    if prepared.layout is not None and _is_plainly_fine(prepared, prepared.layout, counts, numbers):
         return
-    for name, tensor in _history(work, numbers):
+    for name, tensor in _history(rule, prepared, numbers):
         raise RuntimeError(
             f"{name} {'has a history' if tensor.grad_fn else 'requires a gradient'}, which writing "
             f"in place would lose. Use update(), or detach it if no derivative is wanted."
         )
-    if work.layout is not None:  # while operators are traced there is no memory yet
-        for root, tensors in work.written().items():
-            check_writable(tensors, partial(work.path, root))
-        columns = work.written()
+    if prepared.layout is not None:  # while operators are traced there is no memory yet
+        for root, tensors in prepared.written().items():
+            check_writable(tensors, partial(prepared.path, root))
+        columns = prepared.written()
         places = [(root, index) for root, found in columns.items() for index in range(len(found))]
         check_apart(
             list(chain.from_iterable(columns.values())),
-            work.leaves.grads,
-            lambda position: work.path(*places[position]),
-            partial(work.path, "grads"),
+            prepared.inputs.grads,
+            lambda position: prepared.path(*places[position]),
+            partial(prepared.path, "grads"),
         )
 
 
@@ -65,22 +70,22 @@ def check_unwatched(*columns: Iterable[object]) -> None:
         )
 
 
-def _is_fine_at_a_glance(
-    work: Work, layout: Layout, new_counts: list[Number], numbers: Iterable[Scalars]
+def _is_plainly_fine(
+    prepared: Prepared, layout: Layout, new_counts: list[Number], numbers: Iterable[Any]
 ) -> bool:
-    """Whether all is seen to be fine at a glance, as nearly always; else the fault is looked for.
+    """Whether nothing can stand against it, as nearly always; else the fault is looked for.
 
     The layout vouches for the leaves, save for where they start and for parameters' histories. A
     count that was read vouches for itself: only a plain one without history is.
     """
-    counts = work.counts.tensors
-    tensors = [*chain.from_iterable(work.leaves), *counts]
+    counts = prepared.counts.tensors
+    tensors = [*chain.from_iterable(prepared.inputs.columns), *counts]
     return (
         layout.writable
-        and _READ.issuperset(map(type, new_counts))
-        and all(own.read for own in numbers)
+        and _FLOAT.issuperset(map(type, new_counts))
+        and all(map(is_read, numbers))
         and not any(map(Tensor.is_inference, counts))
-        and not (layout.params_require_grad and any(not p.is_leaf for p in work.leaves.params))
+        and not (layout.params_require_grad and any(not p.is_leaf for p in prepared.inputs.params))
         and are_apart(tensors)
     )
 
@@ -107,18 +112,20 @@ def check_apart(
             )
 
 
-def _history(work: Work, numbers: Iterable[Scalars]) -> Iterator[tuple[str, Tensor]]:
+def _history(
+    rule: UpdateRule, prepared: Prepared, numbers: Iterable[Any]
+) -> Iterator[tuple[str, Tensor]]:
     """Yield what would have its derivative lost, by name."""
     for own in numbers:
-        for name, number in zip(Scalars._fields, own, strict=True):
+        for path, number in zip(rule.paths.values(), own, strict=True):
             if isinstance(number, Tensor) and number.requires_grad:
-                yield PUBLIC_NAMES.get(name, name), number
-    columns = {"grads": work.leaves.grads, **work.written()}
+                yield path, number
+    columns = {"grads": prepared.inputs.grads, **prepared.written()}
     for root, tensors in columns.items():
         for index, tensor in enumerate(tensors):
             # A parameter that merely requires a gradient is what everyone trains.
             if tensor.requires_grad and not (root == "params" and tensor.is_leaf):
-                yield work.path(root, index), tensor
+                yield prepared.path(root, index), tensor
 
 
 def check_writable(tensors: Sequence[Tensor], path: Callable[[int], str]) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .._core import transforms
-from .rule import Leaves
+from .rule import StepInputs
 
 __all__ = ["IN_CACHE", "Batch", "Layout", "cut", "forget", "known", "layout_of"]
 
@@ -65,14 +65,14 @@ class Layout(NamedTuple):
     batches: list[list[Batch]]  # for each device and dtype, how to move copies of its leaves
     batches_in_place: list[list[Batch]]  # and how to move the leaves themselves
     devices: list[torch.device]  # where leaves are
-    plans: dict[tuple[str, bool], Any]  # what was decided before, by kernel and whether in place
+    plans: dict[Any, Any]  # what was decided before: by rule, kernel and whether in place
     plain: bool  # no tensor is of a subclass that overrides operators
     ready: bool  # every tensor is contiguous, and no view that conjugates or negates when read
     real: bool  # none is complex
     params_require_grad: bool  # some parameter does
-    others_require_grad: bool  # some gradient or moment does
+    others_require_grad: bool  # some gradient or slot does
     writable: bool  # nothing that is known stands against writing into the tensors
-    calm: bool  # nothing at all about them asks for more than to be moved by a kernel
+    fast_path_ok: bool  # nothing at all about them asks for more than to be moved by a kernel
 
 
 class _Known(NamedTuple):
@@ -84,16 +84,14 @@ class _Known(NamedTuple):
 _recent: tuple[_Known, ...] = ()
 
 
-def known(leaves: Leaves) -> Layout | None:
+def known(inputs: StepInputs) -> Layout | None:
     """Return what was learned of leaves that looked the same, if that is remembered."""
     global _recent  # noqa: PLW0603  # replaced whole, so that threads need no lock
-    params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs = leaves
-    lengths = len(params), len(grads), len(exp_avgs), len(exp_avg_sqs), len(max_exp_avg_sqs)
+    columns = inputs.columns
+    lengths = tuple(map(len, columns))
     recent = _recent
     for entry in recent:
-        if entry.lengths == lengths and entry.unchanged(
-            *params, *grads, *exp_avgs, *exp_avg_sqs, *max_exp_avg_sqs
-        ):
+        if entry.lengths == lengths and entry.unchanged(*chain.from_iterable(columns)):
             if entry is not recent[0]:  # so that the one in use is found first
                 _recent = (entry, *(other for other in recent if other is not entry))
             return entry.layout
@@ -106,17 +104,17 @@ def forget() -> None:
     _recent = ()
 
 
-def layout_of(leaves: Leaves) -> Layout:
+def layout_of(inputs: StepInputs) -> Layout:
     """Return what there is to know of leaves that were checked, and remember it."""
-    return known(leaves) or _learn(leaves)
+    return known(inputs) or _learn(inputs)
 
 
-def _learn(leaves: Leaves) -> Layout:
+def _learn(inputs: StepInputs) -> Layout:
     global _recent  # noqa: PLW0603  # replaced whole, so that threads need no lock
-    layout = _survey(leaves)
-    unchanged = _guard(list(chain.from_iterable(leaves)))
+    layout = _survey(inputs)
+    unchanged = _guard(list(chain(*inputs.columns)))
     if unchanged is not None:
-        entry = _Known(tuple(map(len, leaves)), unchanged, layout)
+        entry = _Known(tuple(map(len, inputs.columns)), unchanged, layout)
         _recent = (entry, *_recent[: _REMEMBERED - 1])
     return layout
 
@@ -134,30 +132,31 @@ def _guard(tensors: list[Tensor]) -> Callable[..., bool] | None:
     return check
 
 
-def _survey(leaves: Leaves) -> Layout:
-    tensors = list(chain.from_iterable(leaves))
+def _survey(inputs: StepInputs) -> Layout:
+    params, *others = inputs.columns
+    tensors = [*params, *chain(*others)]
     plain = transforms.all_plain(tensors)
     ready = all(map(_is_ready, tensors))
     by_kind: dict[object, list[int]] = {}
-    for index, param in enumerate(leaves.params):
+    for index, param in enumerate(params):
         by_kind.setdefault((param.device, param.dtype), []).append(index)
     groups = list(by_kind.values())
-    real = not any(map(Tensor.is_complex, leaves.params))
-    others_require_grad = any(map(_any_requires_grad, leaves[1:]))
+    real = not any(map(Tensor.is_complex, params))
+    others_require_grad = any(map(_any_requires_grad, others))
     inferred = any(map(Tensor.is_inference, tensors))
     writable = plain and ready and not inferred and not others_require_grad
     return Layout(
-        batches=[_batches(group, leaves.params, packing=plain and ready) for group in groups],
-        batches_in_place=[_batches_in_place(group, leaves.params) for group in groups],
-        devices=list({param.device for param in leaves.params}),
+        batches=[_batches(group, params, packing=plain and ready) for group in groups],
+        batches_in_place=[_batches_in_place(group, params) for group in groups],
+        devices=list({param.device for param in params}),
         plans={},
         plain=plain,
         ready=ready,
         real=real,
-        params_require_grad=_any_requires_grad(leaves.params),
+        params_require_grad=_any_requires_grad(params),
         others_require_grad=others_require_grad,
         writable=writable,
-        calm=writable and real,
+        fast_path_ok=writable and real,
     )
 
 

@@ -1,4 +1,4 @@
-"""Memory for the in-place kernels: fresh copies for `update`, the tensors themselves for `update_`.
+"""Memory for kernels: fresh copies for `update`, the tensors themselves for `update_`.
 
 The kernels want the tensors of a leaf laid out alike and densely. Whatever is not is copied into
 the parameter's layout, so that any strides are served and none slows down the others. Copies of
@@ -12,32 +12,30 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from .._core import arithmetic
+from .._core.arithmetic import write
 from .._core.pages import copies_of, is_mapped
 from .._core.types import Number
-from ..optimizers._adam import foreach
 from .layout import IN_CACHE, cut
-from .rule import Leaves, Moved, write, written
+from .rule import StepInputs, StepOutputs
 
-__all__ = ["borrow", "copies", "give_back", "packed", "scaled", "unpacked"]
+__all__ = ["borrow", "copies", "give_back", "packed", "scaled", "unpacked", "write_all"]
 
 
-def copies(leaves: Leaves, *, aligned: bool) -> Leaves:
+def copies(inputs: StepInputs, *, aligned: bool) -> StepInputs:
     """Return the leaves in memory that a kernel may write, aligned; the gradients as they are.
 
     Args:
-        leaves: The leaves.
+        inputs: The leaves.
         aligned: Whether they are just tensors, those of a leaf in one layout.
     """
     if aligned:
-        clone_all = copies_of if any(map(is_mapped, leaves.params)) else _clone_all
-        params, grads, *moments = leaves
-        return Leaves(clone_all(params), grads, *(clone_all(c) if c else [] for c in moments))
-    params = [param.clone() for param in leaves.params]  # dense, in the parameter's own layout
-    return Leaves(
-        params,
-        _map(_aligned, leaves.grads, params),
-        *(_map(_copy, column, params) for column in leaves[2:]),
-    )
+        clone_all = copies_of if any(map(is_mapped, inputs.params)) else _clone_all
+        slots = tuple(map(clone_all, inputs.slots))
+        return StepInputs(clone_all(inputs.params), inputs.grads, slots)
+    params = [param.clone() for param in inputs.params]  # dense, in the parameter's own layout
+    grads = _map(_aligned, inputs.grads, params)
+    return StepInputs(params, grads, tuple(_map(_copy, column, params) for column in inputs.slots))
 
 
 def _each_clone(tensors: list[Tensor]) -> list[Tensor]:
@@ -48,22 +46,22 @@ def _each_clone(tensors: list[Tensor]) -> list[Tensor]:
 _clone_all: Callable[[list[Tensor]], list[Tensor]] = getattr(torch, "_foreach_clone", _each_clone)
 
 
-def packed(leaves: Leaves) -> Leaves:
+def packed(inputs: StepInputs) -> StepInputs:
     """Return contiguous leaves laid side by side in fresh memory, as one leaf."""
-    return Leaves(*([torch.cat(column)] if column else [] for column in leaves))
+    return StepInputs.of([torch.cat(column)] for column in inputs.columns)
 
 
-def unpacked(leaf: Moved, sizes: list[int]) -> Moved:
+def unpacked(outputs: StepOutputs, sizes: list[int]) -> StepOutputs:
     """Return the leaves that lie side by side in one.
 
     They share a storage but no element, and are no views in the eyes of autograd: each has a
     version of its own. This is far quicker than to allocate each of them.
     """
     split = torch.unsafe_split_with_sizes
-    return Moved(*(list(split(column[0], sizes)) if column else [] for column in leaf))
+    return StepOutputs.of([list(split(column[0], sizes)) for column in outputs.columns])
 
 
-def scaled(leaves: Leaves, factor: Number) -> Iterator[Leaves]:
+def scaled(inputs: StepInputs, grad_scale: Number) -> Iterator[StepInputs]:
     """Yield leaves of one dtype and device piece by piece, with gradients times a number.
 
     The pieces are parts of the leaves, a large one in many, to be moved before the next is asked
@@ -71,55 +69,62 @@ def scaled(leaves: Leaves, factor: Number) -> Iterator[Leaves]:
     leaf's last ends within a vector, so a kernel moves the pieces as it does the whole, to the bit.
     The gradients themselves are not written, as torch's fused kernel would that scales by itself.
     """
-    if leaves.params[0].is_meta:
-        yield leaves  # which have no values, so that nothing is made of them
+    if inputs.params[0].is_meta:
+        yield inputs  # which have no values, so that nothing is made of them
         return
-    if not leaves.params[0].is_cpu:
-        yield leaves._replace(grads=foreach.scaled(leaves.grads, factor))
+    if not inputs.params[0].is_cpu:
+        yield inputs._replace(grads=arithmetic.scaled(inputs.grads, grad_scale))
         return
     whole = []
     products: Tensor | None = None
-    for index, param in enumerate(leaves.params):
-        tensors = [column[index] for column in leaves if column]
+    for index, param in enumerate(inputs.params):
+        tensors = [column[index] for column in inputs.columns]
         if param.numel() <= IN_CACHE or not all(map(Tensor.is_contiguous, tensors)):
             whole.append(index)
             continue
-        parts = [torch.split(tensor.view(-1), IN_CACHE) for tensor in tensors]
         if products is None:
-            products = torch.empty_like(parts[1][0])
-        for columns in zip(*parts, strict=True):
-            lists = [[piece] for piece in columns]
-            lists[1] = [torch.mul(columns[1], factor, out=products[: columns[1].numel()])]
-            yield Leaves(*lists, *([[]] * (len(Leaves._fields) - len(lists))))
-    for batch in cut(whole, leaves.params):
-        piece = leaves.take(batch.indices)
-        yield piece._replace(grads=foreach.scaled(piece.grads, factor))
+            products = torch.empty_like(param.view(-1)[:IN_CACHE])
+        parts = [torch.split(tensor.view(-1), IN_CACHE) for tensor in tensors]
+        for piece, grad, *slots in zip(*parts, strict=True):
+            product = torch.mul(grad, grad_scale, out=products[: grad.numel()])
+            yield StepInputs([piece], [product], tuple([slot] for slot in slots))
+    for batch in cut(whole, inputs.params):
+        piece = inputs.take(batch.indices)
+        yield piece._replace(grads=arithmetic.scaled(piece.grads, grad_scale))
 
 
-def borrow(leaves: Leaves) -> Leaves:
+def borrow(inputs: StepInputs) -> StepInputs:
     """Return the leaves themselves, or aligned copies of those that a kernel could not take."""
-    params = [param if _is_dense(param) else param.clone() for param in leaves.params]
-    return Leaves(params, *(_map(_aligned, column, params) for column in leaves[1:]))
+    params = [param if _is_dense(param) else param.clone() for param in inputs.params]
+    others = (_map(_aligned, column, params) for column in inputs.columns[1:])
+    return StepInputs.of([params, *others])
 
 
-def give_back(borrowed: Leaves, leaves: Leaves) -> None:
+def give_back(borrowed: StepInputs, inputs: StepInputs) -> None:
     """Write what was computed on copies into the tensors that were copied."""
-    if borrowed is not leaves:
-        for computed, own in zip(written(borrowed), written(leaves), strict=True):
-            for new, old in zip(computed, own, strict=True):
+    targets = inputs.targets.columns
+    if borrowed is not inputs:
+        for news, olds in zip(borrowed.targets.columns, targets, strict=True):
+            for new, old in zip(news, olds, strict=True):
                 if new is not old:
                     write(old, new)
-    params, _, exp_avgs, exp_avg_sqs, max_exp_avg_sqs = leaves
-    moved = [*params, *exp_avgs, *exp_avg_sqs, *max_exp_avg_sqs]
+    moved = [tensor for column in targets for tensor in column]
     if torch.is_inference_mode_enabled():  # where tensors have no version
         moved = [tensor for tensor in moved if not tensor.is_inference()]
     torch.autograd.graph.increment_version(moved)
 
 
+def write_all(inputs: StepInputs, outputs: StepOutputs) -> None:
+    """Write what came of a step into the leaves."""
+    for olds, news in zip(inputs.targets.columns, outputs.columns, strict=True):
+        for old, new in zip(olds, news, strict=True):
+            write(old, new)
+
+
 def _map(
     function: Callable[[Tensor, Tensor], Tensor], tensors: list[Tensor], params: list[Tensor]
 ) -> list[Tensor]:
-    return [function(tensor, param) for tensor, param in zip(tensors, params, strict=bool(tensors))]
+    return [function(tensor, param) for tensor, param in zip(tensors, params, strict=True)]
 
 
 def _aligned(tensor: Tensor, param: Tensor) -> Tensor:

@@ -9,19 +9,20 @@ from typing import Any, NamedTuple, TypeVar
 from torch import Tensor
 
 from .._core import pytree, transforms
-from .._core.checks import check_alike, check_distinct, check_leaves
 from .._core.types import Tree
 from .._dtensor.shards import agree
-from . import Layout, Leaves, Moved, known, layout_of, written
+from .checks import check_alike, check_distinct, check_leaves, check_state
 from .counts import Counts, gather_counts
+from .layout import Layout, known, layout_of
+from .rule import Slot, StepInputs, StepOutputs, UpdateRule
 
 __all__ = [
+    "Prepared",
     "Recalled",
-    "Work",
     "check_untied",
     "flatten_params",
-    "gather",
     "keep_requiring",
+    "prepare",
     "recall",
     "trees_of",
 ]
@@ -56,30 +57,28 @@ def check_untied(leaves: list[Tensor], structure: pytree.Structure) -> None:
         )
 
 
-_ROOTS = ("params", "state.exp_avg", "state.exp_avg_sq", "state.max_exp_avg_sq")
-
-
-class Work(NamedTuple):
+class Prepared(NamedTuple):
     """One update, leaf by leaf, in the order of the parameters."""
 
     params: pytree.Paired
+    slots: list[pytree.Paired]  # those that are kept
+    roots: list[str]  # what messages call them
     counts: Counts
-    moments: list[pytree.Paired]
     active: list[int]  # the leaves that have a gradient
-    leaves: Leaves  # those leaves, for a kernel
+    inputs: StepInputs  # those leaves, for a kernel
     all_active: bool  # every leaf has a gradient
     layout: Layout | None  # what is known of them; None while operators are traced
     watched: bool  # by a tracer or another mode, or by what follows derivatives or members
 
     def historic(self) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        """Return the gradients and all moments, or nothing if none is known to have a history."""
+        """Return the gradients and all slots, or nothing if none is known to have a history."""
         if self.all_active and self.layout is not None and not self.layout.others_require_grad:
             return (), ()
-        return self.leaves.grads, [tensor for paired in self.moments for tensor in paired.leaves]
+        return self.inputs.grads, [tensor for paired in self.slots for tensor in paired.leaves]
 
     def written(self) -> dict[str, list[Tensor]]:
         """Return the tensors that an update in place writes, by the name of their tree."""
-        columns = dict(zip(_ROOTS, written(self.leaves), strict=True))
+        columns = dict(zip(["params", *self.roots], self.inputs.targets.columns, strict=True))
         columns["state.step"] = self.counts.tensors
         return columns
 
@@ -89,20 +88,16 @@ class Work(NamedTuple):
             return pytree.path(self.counts.paired.structure, root, index)
         return pytree.path(self.params.structure, root, self.active[index])
 
-    def rebuild(self, moved: Moved) -> list[Tree]:
-        """Return the trees of parameters and moments, with copies of the leaves left alone."""
-        columns = list(moved)
+    def rebuild(self, outputs: StepOutputs) -> list[Tree]:
+        """Return the trees of parameters and slots, with copies of the leaves left alone."""
+        pairs, columns = [self.params, *self.slots], list(outputs.columns)
         if not self.all_active:
             columns = [
                 self._filled(paired.leaves, tensors)
-                for paired, tensors in zip([self.params, *self.moments], moved, strict=False)
+                for paired, tensors in zip(pairs, columns, strict=True)
             ]
         self._keep_requiring(columns[0])
-        moments = [
-            paired.rebuild(tensors)
-            for paired, tensors in zip(self.moments, columns[1:], strict=False)
-        ]
-        return [self.params.rebuild(columns[0]), *moments]
+        return [paired.rebuild(own) for paired, own in zip(pairs, columns, strict=True)]
 
     def _filled(self, olds: list[Tensor], news: list[Tensor]) -> list[Tensor]:
         by_index = dict(zip(self.active, news, strict=True))
@@ -127,60 +122,82 @@ def keep_requiring(news: Sequence[Tensor], olds: Sequence[Tensor]) -> None:
             new.requires_grad_()
 
 
-def gather(grads: Tree, state: Any, params: Tree, *, amsgrad: bool, step_per_leaf: bool) -> Work:
+def prepare(opt: Any, rule: UpdateRule, grads: Tree, state: Any, params: Tree) -> Prepared:
     """Lay out an update flat, checked.
 
     Args:
+        opt: The optimizer.
+        rule: Its rule.
         grads: The gradients, with None for a leaf that has none.
-        state: The trees `step`, `exp_avg`, `exp_avg_sq` and `max_exp_avg_sq`.
+        state: The state.
         params: The parameters.
-        amsgrad: Whether `max_exp_avg_sq` is a tree like the parameters, or else `()`.
-        step_per_leaf: Whether `step` is a tree like the parameters, or else one tensor.
 
     Raises:
         TypeError: If a leaf is not a dense floating-point or complex tensor.
         ValueError: If a tree does not match the parameters.
     """
-    trees = trees_of(grads, state, params, amsgrad=amsgrad)
+    check_state(state, rule.state)
+    slots = rule.kept_slots(opt)
+    per_leaf = getattr(opt, "step_per_leaf", False)
+    trees = trees_of(opt, rule, slots, grads, state, params)
     tracing = transforms.tracing()
-    work = None if tracing else _gather_known(trees, state.step, step_per_leaf)
-    if work is not None:
-        return work
+    prepared = None if tracing else _prepare_known(slots, trees, state.step, per_leaf)
+    if prepared is not None:
+        return prepared
     leaves, structure = pytree.flatten(params)
     if len(leaves) == 1:  # as a module is, which is refused here, before its gradients are blamed
         check_leaves(leaves, partial(pytree.path, structure, "params"))
+    roots = _roots(slots)
     own = pytree.Paired(leaves, structure, None)
-    gradients, *moments = (
+    gradients, *kept = (
         pytree.pair(tree, root, structure)
-        for tree, root in zip(trees[1:], ("grads", *_ROOTS[1:]), strict=False)
+        for tree, root in zip(trees[1:], ("grads", *roots), strict=True)
     )
-    counts = gather_counts(state.step, structure if step_per_leaf else None)
+    counts = gather_counts(state.step, structure if per_leaf else None)
     active = [index for index, grad in enumerate(gradients.leaves) if grad is not None]
-    moving = _leaves([_take(paired.leaves, active) for paired in (own, gradients, *moments)])
+    inputs = StepInputs.of(_take(paired.leaves, active) for paired in (own, gradients, *kept))
     all_active = len(active) == len(leaves)
-    layout = known(moving) if all_active and not tracing and _agree(moving) else None
+    layout = known(inputs) if all_active and not tracing and _agree(inputs) else None
     if layout is None:
-        _check(own, gradients, moments, active)
-        layout = None if tracing else layout_of(moving)
-    watched = _is_watched(moving, counts)
-    return Work(own, counts, moments, active, moving, all_active, layout, watched)
+        _check(own, gradients, kept, roots, active)
+        layout = None if tracing else layout_of(inputs)
+    watched = _is_watched(inputs, counts)
+    return Prepared(own, kept, roots, counts, active, inputs, all_active, layout, watched)
 
 
-def trees_of(grads: Tree, state: Any, params: Tree, *, amsgrad: bool) -> list[Tree]:
+def _roots(slots: Sequence[Slot]) -> list[str]:
+    return [f"state.{slot.name}" for slot in slots]
+
+
+def trees_of(
+    opt: Any, rule: UpdateRule, slots: Sequence[Slot], grads: Tree, state: Any, params: Tree
+) -> list[Tree]:
     """Return all trees of an update that are like the parameters, those first.
 
     Raises:
-        ValueError: If the state has a maximum and the optimizer does not, or the other way round.
+        ValueError: If the state has a slot that the optimizer does not keep, or the other way
+            round.
     """
-    _check_maximum(state, params, amsgrad)
-    trees = [params, grads, state.exp_avg, state.exp_avg_sq]
-    return [*trees, state.max_exp_avg_sq] if amsgrad else trees
+    for slot in rule.slots:
+        if slot.option:
+            _check_kept(opt, slot, getattr(state, slot.name), params, slot in slots)
+    return [params, grads, *(getattr(state, slot.name) for slot in slots)]
+
+
+def _check_kept(opt: Any, slot: Slot, tree: Tree, params: Tree, wanted: bool) -> None:
+    kept = not (isinstance(tree, tuple) and tree == ())
+    if kept != wanted and (kept or not isinstance(params, tuple) or params):  # () is that of ()
+        raise ValueError(
+            f"state.{slot.name} {'holds a tree' if kept else 'is empty'}, but this optimizer has "
+            f"{slot.option}={getattr(opt, slot.option)}. Make the state with init() of this "
+            f"optimizer."
+        )
 
 
 class Recalled(NamedTuple):
     """Trees whose leaves look as leaves looked that were checked before."""
 
-    leaves: Leaves
+    inputs: StepInputs
     structure: pytree.Structure  # of every one of them
     layout: Layout
 
@@ -191,33 +208,32 @@ def recall(trees: list[Tree]) -> Recalled | None:
     if found is None:
         return None
     columns, structure = found
-    leaves = _leaves(columns)
-    layout = known(leaves) if _agree(leaves) else None
-    return None if layout is None else Recalled(leaves, structure, layout)
+    inputs = StepInputs.of(columns)
+    layout = known(inputs) if _agree(inputs) else None
+    return None if layout is None else Recalled(inputs, structure, layout)
 
 
-def _gather_known(trees: list[Tree], step: Tree, step_per_leaf: bool) -> Work | None:
+def _prepare_known(
+    slots: Sequence[Slot], trees: list[Tree], step: Tree, per_leaf: bool
+) -> Prepared | None:
     recalled = recall(trees)
     if recalled is None:
         return None
-    leaves, structure, layout = recalled
-    params, _, *moments = [pytree.Paired(c, structure, None) for c in leaves[: len(trees)]]
-    counts = gather_counts(step, structure if step_per_leaf else None)
-    active = list(range(len(leaves.params)))
-    watched = _is_watched(leaves, counts)
-    return Work(params, counts, moments, active, leaves, True, layout, watched)
+    inputs, structure, layout = recalled
+    params, *kept = [pytree.Paired(c, structure, None) for c in inputs.targets.columns]
+    counts = gather_counts(step, structure if per_leaf else None)
+    active = list(range(len(inputs.params)))
+    watched = _is_watched(inputs, counts)
+    roots = _roots(slots)
+    return Prepared(params, kept, roots, counts, active, inputs, True, layout, watched)
 
 
-def _is_watched(leaves: Leaves, counts: Counts) -> bool:
-    return transforms.observed() or transforms.watched(*leaves, counts.tensors)
+def _is_watched(inputs: StepInputs, counts: Counts) -> bool:
+    return transforms.observed() or transforms.watched(*inputs.columns, counts.tensors)
 
 
-def _leaves(columns: list[Any]) -> Leaves:
-    return Leaves(*columns, *([[]] if len(columns) < len(Leaves._fields) else []))
-
-
-def _agree(leaves: Leaves) -> bool:
-    return agree(leaves.params, leaves[1:])
+def _agree(inputs: StepInputs) -> bool:
+    return agree(inputs.params, inputs.columns[1:])
 
 
 def _take(values: list[T], indices: list[int]) -> list[T]:
@@ -226,7 +242,11 @@ def _take(values: list[T], indices: list[int]) -> list[T]:
 
 
 def _check(
-    params: pytree.Paired, grads: pytree.Paired, moments: list[pytree.Paired], active: list[int]
+    params: pytree.Paired,
+    grads: pytree.Paired,
+    slots: list[pytree.Paired],
+    roots: list[str],
+    active: list[int],
 ) -> None:
     """Check leaf by leaf, to name the one that is wrong."""
     structure = params.structure
@@ -237,15 +257,6 @@ def _check(
         lambda position: pytree.path(structure, "grads", active[position]),
         "a gradient",
     )
-    for root, paired in zip(_ROOTS[1:], moments, strict=False):
+    for root, paired in zip(roots, slots, strict=True):
         path = partial(pytree.path, structure, root)
         check_alike(paired.leaves, params.leaves, path, "a moment")
-
-
-def _check_maximum(state: Any, params: Tree, amsgrad: bool) -> None:
-    kept = not (isinstance(state.max_exp_avg_sq, tuple) and state.max_exp_avg_sq == ())
-    if kept != amsgrad and (kept or not isinstance(params, tuple) or params):  # () is that of ()
-        raise ValueError(
-            f"state.max_exp_avg_sq {'holds a tree' if kept else 'is empty'}, but this optimizer "
-            f"has amsgrad={amsgrad}. Make the state with init() of this optimizer."
-        )

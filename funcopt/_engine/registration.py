@@ -1,156 +1,74 @@
-"""An optimizer as a pytree: the tensors among its fields are leaves, the rest is structure."""
+"""What makes a class an optimizer: it is a pytree, its fields are checked, its methods served."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable, Hashable, Iterable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
-import torch
-from torch import Tensor
-
-from .._core import pytree
-from .._core.old_dynamo import let_it_hash
-from .._core.resting import as_inner, leaves_at_rest
+from .._core.hyperparameters import check_choice, check_flag, normalize_fields
+from .._core.node import register_dataclass
+from . import driver
 from .entry import wrap_methods
+from .resting import as_inner, leaves_at_rest
+from .rule import UpdateRule
 
-__all__ = ["register_optimizer"]
+__all__ = ["check_fields", "register_optimizer"]
 
 OptimizerT = TypeVar("OptimizerT")
 
 
-class _Static(NamedTuple):
-    """What of an optimizer is no leaf: all but the tensors among its fields."""
-
-    structure: pytree.Structure
-    dynamic: tuple[bool, ...]  # for each leaf of that structure, whether it is a tensor
-    leaves: tuple[Any, ...]  # the others
-
-
 def register_optimizer(cls: type[OptimizerT]) -> type[OptimizerT]:
-    """Make a frozen dataclass a pytree node for `torch.func` and for optree.
+    """Make a frozen dataclass an optimizer: a pytree node, with methods that serve every tensor.
 
-    Fields may be trees themselves: of a pair of betas, or of an inner optimizer, the tensors are
-    leaves. Two values are equal if their tensors are, in value, dtype, shape and device, and all
-    else is; a hash knows nothing of the values of tensors, which may be filled with others. Its
+    The tensors among its fields, at any depth, are leaves for `torch.func` and for optree. Two
+    values are equal if their tensors are, in value, dtype, shape and device, and all else is. Its
     methods run with autocast turned off, and those that update are given the local parts of
-    DTensors in place of these. One with a field `inner` leaves at rest what that one does. A wrong
-    call of the class names the arguments there are, and says where parameters go.
+    DTensors in place of these, if its `traits` allow it. One with a field `inner` leaves at rest
+    what that one does. A wrong call of the class names the arguments there are, and says where
+    parameters go.
 
     Returns:
         The class, so that this can stand above its definition.
     """
     dataclass: Any = cls  # which is more than its type says
     fields = [field.name for field in dataclasses.fields(dataclass)]
-
-    def flatten(opt: OptimizerT) -> tuple[list[Any], _Static]:
-        if "_placeholders" in vars(opt):
-            children, static = vars(opt)["_placeholders"]
-            return children, static
-        leaves, structure = pytree.flatten({name: getattr(opt, name) for name in fields})
-        return [leaf for leaf in leaves if isinstance(leaf, Tensor)], _Static(
-            structure,
-            tuple(isinstance(leaf, Tensor) for leaf in leaves),
-            tuple(leaf for leaf in leaves if not isinstance(leaf, Tensor)),
-        )
-
-    def unflatten(static: _Static, children: Iterable[Any]) -> OptimizerT:
-        # Not through __init__: transforms rebuild a node around placeholders, which no check knows.
-        children = list(children)
-        tensors, others = iter(children), iter(static.leaves)
-        leaves = [next(tensors if dynamic else others) for dynamic in static.dynamic]
-        opt = object.__new__(cls)
-        for name, value in pytree.unflatten(static.structure, leaves).items():
-            object.__setattr__(opt, name, value)
-        if not all(isinstance(child, Tensor) for child in children):
-            # What is no tensor would not be found to be a leaf again, so remember that it is one.
-            object.__setattr__(opt, "_placeholders", (children, static))
-        return opt
-
-    def names(opt: OptimizerT) -> list[str]:
-        _, static = flatten(opt)
-        paths = pytree.paths(static.structure, "")
-        return [
-            path.replace("['", "", 1).replace("']", "", 1)
-            for path, dynamic in zip(paths, static.dynamic, strict=True)
-            if dynamic
-        ]
-
-    pytree.register_node(cls, flatten, unflatten, names)
+    advice = "Parameters are given to init(): opt = {}; state = opt.init(params)."
+    register_dataclass(cls, advice.format(f"{cls.__name__}({'...' if fields else ''})"))
     wrap_methods(cls)
-    dataclass.__eq__, dataclass.__hash__ = _comparing(fields)
-    let_it_hash(cls)
+    driver.serve(cls)
     if "inner" in fields:
         leaves_at_rest(cls, as_inner)
-    dataclass.__init__ = _explaining(dataclass.__init__, cls.__name__, fields)
     return cls
 
 
-def _comparing(
-    fields: list[str],
-) -> tuple[Callable[[Any, object], Any], Callable[[Any], int]]:
-    """Return what says whether two values with these fields are equal, and what hashes one."""
+def check_fields(opt: Any) -> None:
+    """Check and normalize the fields of an optimizer that has a `rule`: for its `__post_init__`.
 
-    def equal(opt: Any, other: object) -> Any:
-        if type(other) is not type(opt):
-            return NotImplemented
-        return all(_are_equal(getattr(opt, name), getattr(other, name)) for name in fields)
-
-    def hashed(opt: Any) -> int:
-        return hash((type(opt), *(_hashable(getattr(opt, name)) for name in fields)))
-
-    return equal, hashed
-
-
-def _are_equal(one: Any, other: Any) -> bool:
-    """Whether two fields are equal, or two parts of them."""
-    for kind in (tuple, list):
-        if isinstance(one, kind) and isinstance(other, kind):
-            return len(one) == len(other) and all(map(_are_equal, one, other))
-    if isinstance(one, dict) and isinstance(other, dict):
-        return one.keys() == other.keys() and all(_are_equal(one[key], other[key]) for key in one)
-    if one is other:
-        return True
-    if not isinstance(one, Tensor) and not isinstance(other, Tensor):
-        return bool(one == other)
-    if _hashable(one) != _hashable(other):
-        return False
-    try:
-        return torch.equal(one, other)
-    except (NotImplementedError, RuntimeError) as error:
-        raise RuntimeError(
-            "whether two optimizers are equal depends on tensors whose values cannot be read here: "
-            "they are mapped over, traced, or on the meta device. Compare them outside."
-        ) from error
+    Raises:
+        TypeError: If a hyperparameter is of the wrong type.
+        ValueError: If one is out of range, NaN or infinite.
+    """
+    rule: UpdateRule = opt.rule
+    for own in rule.hyperparams:
+        field, index = own.place
+        if index == 0:
+            _check_group(opt, field, sum(field == other.place[0] for other in rule.hyperparams))
+    normalize_fields(opt, rule.hyperparams)
+    defaults = {field.name: field.default for field in dataclasses.fields(opt)}
+    for name, default in defaults.items():
+        if isinstance(default, bool) and name in (*rule.options, "step_per_leaf"):
+            check_flag(name, getattr(opt, name))
+    if getattr(opt, "differentiable", None) is not None:
+        check_flag("differentiable", opt.differentiable)
+    if "kernel" in defaults:
+        check_choice("kernel", opt.kernel, rule.kernel_names)
 
 
-def _hashable(value: Any) -> Any:
-    """Return what of a field goes into a hash: of a tensor not the values, which may change."""
-    if isinstance(value, Tensor):
-        return value.dtype, value.shape, value.device
-    if isinstance(value, list | tuple):
-        return tuple(map(_hashable, value))
-    if isinstance(value, dict):
-        return frozenset((key, _hashable(part)) for key, part in value.items())
-    return value if isinstance(value, Hashable) else type(value)
-
-
-def _explaining(init: Callable[..., None], name: str, fields: list[str]) -> Callable[..., None]:
-    """Make the error of a wrong call list the arguments, and say where parameters go."""
-
-    @functools.wraps(init)
-    def explained(*args: Any, **kwargs: Any) -> None:
-        try:
-            init(*args, **kwargs)
-        except TypeError as error:
-            own = error.__traceback__
-            if own is None or own.tb_next is not None:  # then it is from within
-                raise
-            found = str(error).partition("() ")[2] or str(error)
-            raise TypeError(
-                f"{name}() {found}. It takes {', '.join(fields)}. Parameters are given to init(): "
-                f"opt = {name}(...); state = opt.init(params)."
-            ) from None
-
-    return explained
+def _check_group(opt: Any, field: str, length: int) -> None:
+    """Refuse what is not so many numbers, and keep what is as a tuple."""
+    value = getattr(opt, field)
+    if not isinstance(value, tuple | list) or len(value) != length:
+        wanted = "a pair" if length == 2 else f"{length} numbers"
+        default = next(own.default for own in dataclasses.fields(opt) if own.name == field)
+        raise TypeError(f"{field}={value!r}: must be {wanted}, such as {default}.")
+    object.__setattr__(opt, field, tuple(value))

@@ -1,165 +1,269 @@
-"""What a kernel is given and gives back: parallel lists of tensors, and six numbers."""
+"""What an optimizer says of itself: its state, its numbers, its equations, its kernels, its traits.
+
+The engine knows no optimizer. All that it has to know of one is in an `UpdateRule`: a value, which
+the class of the optimizer holds as its attribute `rule`.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import importlib
+from collections import namedtuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from .._core import transforms
-from .._core.types import Number
+from .._core.hyperparameters import Hyperparam
+from .._core.traits import Traits
 
 __all__ = [
-    "PUBLIC_NAMES",
-    "Leaves",
-    "Moved",
-    "Scalars",
-    "Variant",
-    "compute_dtype",
-    "fit",
-    "for_each",
-    "real",
-    "unreadable",
-    "unreal",
-    "write",
-    "write_all",
-    "written",
+    "Adjoint",
+    "Equations",
+    "Kernel",
+    "Slot",
+    "StepInputs",
+    "StepOutputs",
+    "UpdateRule",
 ]
 
+Equations: TypeAlias = Callable[[Tensor, Tensor, tuple[Tensor, ...], Any, Any], Sequence[Tensor]]
+"""`equations(param, grad, slots, numbers, options)` gives the new parameter and the new slots."""
 
-class Leaves(NamedTuple):
-    """The tensors of a step, leaf by leaf."""
+
+class StepInputs(NamedTuple):
+    """The tensors that go into a step, leaf by leaf: parallel lists."""
 
     params: list[Tensor]
     grads: list[Tensor]
-    exp_avgs: list[Tensor]
-    exp_avg_sqs: list[Tensor]
-    max_exp_avg_sqs: list[Tensor]  # empty unless amsgrad
+    slots: tuple[list[Tensor], ...]  # those trees of the state that are kept, in the rule's order
 
-    def take(self, indices: list[int]) -> Leaves:
+    @property
+    def columns(self) -> tuple[list[Tensor], ...]:
+        """All lists in one tuple."""
+        return (self.params, self.grads, *self.slots)
+
+    @property
+    def targets(self) -> StepOutputs:
+        """What a step in place writes: all but the gradients."""
+        return StepOutputs(self.params, self.slots)
+
+    @classmethod
+    def of(cls, columns: Iterable[list[Tensor]]) -> StepInputs:
+        """Return these lists: the parameters, the gradients, and the slots."""
+        params, grads, *slots = columns
+        return cls(params, grads, tuple(slots))
+
+    def take(self, indices: list[int]) -> StepInputs:
         """Return the leaves at these indices, which are in order."""
         if len(indices) == len(self.params):
             return self
-        return Leaves(*([column[i] for i in indices] if column else [] for column in self))
+        return StepInputs.of([column[i] for i in indices] for column in self.columns)
 
 
-class Moved(NamedTuple):
-    """The tensors after a step, leaf by leaf."""
+class StepOutputs(NamedTuple):
+    """The tensors that come out of a step, leaf by leaf."""
 
     params: list[Tensor]
-    exp_avgs: list[Tensor]
-    exp_avg_sqs: list[Tensor]
-    max_exp_avg_sqs: list[Tensor]  # empty unless amsgrad
-
-
-def written(leaves: Leaves) -> Moved:
-    """Return the columns that a step moves: all but the gradients."""
-    return Moved(leaves.params, leaves.exp_avgs, leaves.exp_avg_sqs, leaves.max_exp_avg_sqs)
-
-
-def write(old: Tensor, new: Tensor) -> None:
-    """Write a tensor's new value into it."""
-    if transforms.tracing():
-        # Compiled by torch 2.13, `copy_` is silently dropped for a float64 tensor of shape (),
-        # which is what a count of updates is. Writing through a view is not.
-        old[...] = new
-    else:
-        old.copy_(new)
-
-
-def write_all(leaves: Leaves, moved: Moved) -> None:
-    """Write what came of a step into the leaves."""
-    for olds, news in zip(written(leaves), moved, strict=True):
-        for old, new in zip(olds, news, strict=True):
-            write(old, new)
-
-
-class Scalars(NamedTuple):
-    """The numbers of a step.
-
-    A tensor among them is 0-dim, or has the leading dimensions of every leaf (each of the same size
-    or of size 1): that is how numbers that differ between the members of a vmap arrive here.
-
-    Gradients are multiplied by `grad_factor` first, and rounded to their dtype. It is other than 1
-    only where nobody watches, which is where a kernel can do it on its way; there it may be NaN.
-    """
-
-    step: Number  # counted from 1
-    lr: Number
-    beta1: Number
-    beta2: Number
-    eps: Number
-    weight_decay: Number
-    grad_factor: Number = 1.0
+    slots: tuple[list[Tensor], ...]
 
     @property
-    def read(self) -> bool:
-        """Whether all are Python numbers."""
-        return _READ.issuperset(map(type, self))
+    def columns(self) -> tuple[list[Tensor], ...]:
+        """All lists in one tuple."""
+        return (self.params, *self.slots)
+
+    @classmethod
+    def of(cls, columns: Iterable[list[Tensor]]) -> StepOutputs:
+        """Return these lists, of which the first is that of the parameters."""
+        params, *slots = columns
+        return cls(params, tuple(slots))
 
 
-_READ = frozenset((float,))
+class Slot(NamedTuple):
+    """A tree of the state that is like the parameters.
+
+    Attributes:
+        name: The field of the state.
+        option: The field of the optimizer that must be neither False nor 0 for the slot to be
+            kept; always kept if it is empty. Where it is not kept, the state holds `()`.
+    """
+
+    name: str
+    option: str = ""
+
+    def is_kept(self, opt: Any) -> bool:
+        """Whether an optimizer keeps this slot."""
+        if not self.option:
+            return True
+        value = getattr(opt, self.option)
+        return value is not False and not (isinstance(value, float) and value == 0.0)
 
 
-def for_each(scalars: Scalars | list[Scalars], count: int) -> list[Scalars]:
-    """Return the numbers of each leaf, where they may be given once for all."""
-    return [scalars] * count if isinstance(scalars, Scalars) else scalars
-
-
-def unreadable(scalars: Scalars | None, device: torch.device) -> str | None:
-    """Say which number on a device a kernel cannot take that reads all but count and lr itself."""
-    for name, number in zip(Scalars._fields, scalars or (), strict=False):
-        if not isinstance(number, Tensor) or transforms.on_host(number):
-            continue
-        if name == "grad_factor":  # no kernel that asks this is told of it
-            continue
-        if name not in ("step", "lr") or number.ndim > 0 or number.device != device:
-            public = PUBLIC_NAMES.get(name, name)
-            return f"it takes numbers whose value can be read, and {public} is on {number.device}"
+def _serves_all(_device: torch.device, _numbers: Any) -> str | None:
+    """Refuse nothing."""
     return None
 
 
-# What a user calls those numbers that have another name here.
-PUBLIC_NAMES = {"beta1": "betas[0]", "beta2": "betas[1]"}
+class Kernel(NamedTuple):
+    """A way to make the step of many leaves at once.
 
+    The leaves that a kernel is given are of one dtype and device, real, dense, and the tensors of a
+    leaf are laid out alike. Nobody differentiates or maps over what it does.
 
-class Variant(NamedTuple):
-    """What is fixed about an optimizer: which equations, which kernel, who builds a graph."""
-
-    amsgrad: bool
-    maximize: bool
-    kernel: str
-    differentiable: bool | None
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype to compute in: 16-bit leaves are stored in 16 bits and computed in 32.
-
-    In float16 itself, an eps of 1e-8 is zero, and a zero gradient makes 0 / 0.
+    Attributes:
+        step_: `step_(inputs, numbers, options)` writes the new parameters and slots over the old.
+        unsupported_reason: `unsupported_reason(device, numbers)` says why leaves on this device
+            (with these numbers, if they are given) cannot be served, None if they can.
+        step: `step(inputs, numbers, options)` returns the same in fresh memory, if a kernel can do
+            that in one pass.
+        scales_gradients: Whether it multiplies gradients by `numbers.grad_scale` on its way.
+        takes_members: Whether numbers may differ between the members of stacked leaves.
     """
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+    step_: Callable[[StepInputs, Any, Any], None]
+    unsupported_reason: Callable[[torch.device, Any], str | None] = _serves_all
+    step: Callable[[StepInputs, Any, Any], StepOutputs] | None = None
+    scales_gradients: bool = False
+    takes_members: bool = False
 
 
-def fit(number: Number, leaf: Tensor) -> Number:
-    """Return a number so that it combines with a leaf: in its dtype, on its device, aligned.
+class Adjoint(NamedTuple):
+    """A derivative of the step that is written by hand.
 
-    A number of shape (B,) meets a leaf of shape (B, ...) at the front, where broadcasting would
-    meet it at the back.
+    Attributes:
+        keep: `keep(inputs, outputs, needs)` returns lists of those tensors that the derivative
+            needs. `needs` has for each number whether its cotangent is wanted.
+        pull_back: `pull_back(kept, numbers, options, needs, cotangents)` returns the cotangents of
+            the numbers, and those of the columns of `StepInputs`, from those of the columns of
+            `StepOutputs`. None stands for zeros.
     """
-    if not isinstance(number, Tensor):
-        return number
-    number = number.to(device=leaf.device, dtype=leaf.dtype)
-    if number.ndim == 0:
-        return number
-    return number.reshape(number.shape + (1,) * (leaf.ndim - number.ndim))
+
+    keep: Callable[[StepInputs, StepOutputs, Any], Sequence[list[Tensor]]]
+    pull_back: Callable[..., tuple[list[Tensor | None], list[list[Tensor | None]]]]
 
 
-def real(tensor: Tensor) -> Tensor:
-    """View a complex tensor as pairs of real ones, which is how AdamW treats it."""
-    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+def _as_they_are(numbers: Any, _options: Any) -> Any:
+    return numbers
 
 
-def unreal(tensor: Tensor, like: Tensor) -> Tensor:
-    """Undo `real`, for a tensor that came of `like`."""
-    return torch.view_as_complex(tensor) if like.is_complex() else tensor
+# What any optimizer may have as a field, and what holds where it has none.
+_COMMON = {"kernel": "auto", "differentiable": None, "step_per_leaf": False}
+
+
+@dataclass(frozen=True, eq=False)
+class UpdateRule:
+    """All that the engine has to know of an optimizer.
+
+    Args:
+        state: The class of its state: a NamedTuple of `step` and then the slots.
+        slots: The trees of the state that are like the parameters, in the order of the equations.
+        hyperparams: Its numbers, in the order of `numbers`.
+        equations: One step of one leaf in plain differentiable operators: the definition, and what
+            tracers see. It is called as `equations(param, grad, slots, numbers, options)`; 16-bit
+            leaves come to it in float32, complex ones of an elementwise rule as pairs of real ones.
+        equations_: The same written over the parameter and the slots, which spares most of the
+            memory that operators ask for.
+        coefficients: What the equations want in place of the numbers themselves, such as bias
+            corrections: `coefficients(numbers, options)` gives a NamedTuple, once for all leaves.
+            Tensors among the numbers come to it in float64, and go to the equations in the dtype
+            of the leaf.
+        options: The fields of the optimizer, flags mostly, that the equations look at.
+        kernels: Faster ways by name, in the order in which `"auto"` tries them: a `Kernel`, or
+            `"package.module:NAME"`, which is imported when it is first asked for.
+        adjoint: The derivative by hand, or where to import it from; else it is that of the
+            equations.
+        traits: What may be done with its leaves; none is the careful answer.
+
+    Example:
+        >>> from funcopt import AdamW
+        >>> [slot.name for slot in AdamW.rule.slots], AdamW.rule.traits.elementwise
+        (['exp_avg', 'exp_avg_sq', 'max_exp_avg_sq'], True)
+    """
+
+    state: type[Any]
+    slots: tuple[Slot, ...]
+    hyperparams: tuple[Hyperparam, ...]
+    equations: Equations
+    equations_: Callable[[Tensor, Tensor, tuple[Tensor, ...], Any, Any], None] | None = None
+    coefficients: Callable[[Any, Any], Any] = _as_they_are
+    options: tuple[str, ...] = ()
+    kernels: Mapping[str, Kernel | str] = field(default_factory=dict)
+    adjoint: Adjoint | str | None = None
+    traits: Traits = Traits()
+
+    numbers: Callable[..., Any] = field(init=False, repr=False)
+    paths: Mapping[str, str] = field(init=False, repr=False)
+    _options: Callable[..., Any] = field(init=False, repr=False)
+    _places: Sequence[tuple[str, int | None]] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Check that the state is made of these slots, and make the NamedTuples of the rule.
+
+        `numbers` is the one of the numbers of a step: the count of updates with this one (from 1),
+        the hyperparameters, and `grad_scale`, by which gradients are multiplied first. A tensor
+        among them is 0-dim, or has the leading dimensions of every leaf (each of the same size or
+        of size 1): so numbers that differ between the members of a vmap arrive here. `paths` is
+        what users and messages call them.
+        """
+        fields = getattr(self.state, "_fields", None)
+        wanted = ("step", *(slot.name for slot in self.slots))
+        if fields != wanted:
+            raise TypeError(
+                f"state={self.state!r}: must be a NamedTuple with the fields {', '.join(wanted)}, "
+                f"which are the count of updates and the slots of the rule."
+            )
+        paths = {"step": "step", **{own.name: own.path for own in self.hyperparams}}
+        paths["grad_scale"] = "grad_scale"
+        made: dict[str, Any] = {
+            "numbers": namedtuple("Numbers", paths, defaults=[1.0]),  # type: ignore[misc]  # noqa: PYI024
+            "paths": paths,
+            "_options": namedtuple("_Options", [*self.options, *_COMMON]),  # type: ignore[misc]  # noqa: PYI024
+        }
+        made["_places"] = [own.place for own in self.hyperparams]
+        for name, value in made.items():
+            object.__setattr__(self, name, value)
+
+    def options_of(self, opt: Any) -> Any:
+        """Return a NamedTuple of what is fixed about an optimizer.
+
+        That is what `options` names, and `kernel`, `differentiable` and `step_per_leaf`, which an
+        optimizer may leave out.
+        """
+        own = [getattr(opt, name) for name in self.options]
+        return self._options(*own, *(getattr(opt, *common) for common in _COMMON.items()))
+
+    def hyperparams_of(self, opt: Any) -> list[Any]:
+        """Return the hyperparameters of an optimizer as they were given, in order."""
+        return [
+            getattr(opt, field) if index is None else getattr(opt, field)[index]
+            for field, index in self._places
+        ]
+
+    def kept_slots(self, opt: Any) -> list[Slot]:
+        """Return those slots that an optimizer keeps."""
+        return [slot for slot in self.slots if slot.is_kept(opt)]
+
+    @cached_property
+    def kernel_names(self) -> tuple[str, ...]:
+        """What `kernel` may be."""
+        return ("auto", *self.kernels, "plain")
+
+    def kernel(self, name: str) -> Kernel:
+        """Return the kernel of this name."""
+        kernel: Kernel = _loaded(self.kernels[name])
+        return kernel
+
+    @cached_property
+    def derivative(self) -> Adjoint | None:
+        """The derivative by hand, if there is one."""
+        derivative: Adjoint | None = _loaded(self.adjoint)
+        return derivative
+
+
+def _loaded(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    module, _, name = value.partition(":")
+    return getattr(importlib.import_module(module), name)

@@ -1,7 +1,7 @@
 """An update by gradients times a number: inside the step where it can be, else by a pass before it.
 
 A pass over the gradients that writes them anew takes longer than a step in place, most of it for
-fresh memory. `AdamW` multiplies on its way through them, where nobody watches. Whoever hands an
+fresh memory. A kernel multiplies on its way through them, where nobody watches. Whoever hands an
 update on to other optimizers can hand on the number, too. Both join with `hands_on`.
 """
 
@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from .._core import lists, pytree, transforms
+from .._core import arithmetic, pytree, transforms
 from .._core.types import Optimizer, Tree
 
 __all__ = ["hands_on", "multiplied", "outside_unless_plain", "update_scaled", "update_scaled_"]
@@ -30,47 +30,47 @@ def hands_on(kind: type, update: _Scaled, update_: _Scaled) -> None:
 
 
 def update_scaled(
-    opt: Optimizer[Any], grads: Tree, factor: Tensor | None, state: Tree, params: Tree
+    opt: Optimizer[Any], grads: Tree, grad_scale: Tensor | None, state: Tree, params: Tree
 ) -> Trees:
     """Return what an update makes of parameters and state, by gradients times a number.
 
     Args:
         opt: The optimizer.
         grads: The gradients, which were checked.
-        factor: The number, of shape (); None for 1. The products are rounded to the dtypes of the
+        grad_scale: The number, of shape (); None for 1. The products are rounded to the dtypes of the
             gradients.
         state: The state of the optimizer.
         params: The parameters.
     """
-    if factor is None:
+    if grad_scale is None:
         return opt.update(grads, state, params)
     if type(opt) in _handing_on:
-        return _handing_on[type(opt)][0](opt, grads, factor, state, params)
-    return opt.update(multiplied(grads, factor), state, params)
+        return _handing_on[type(opt)][0](opt, grads, grad_scale, state, params)
+    return opt.update(multiplied(grads, grad_scale), state, params)
 
 
 def update_scaled_(
-    opt: Optimizer[Any], grads: Tree, factor: Tensor | None, state: Tree, params: Tree
+    opt: Optimizer[Any], grads: Tree, grad_scale: Tensor | None, state: Tree, params: Tree
 ) -> Trees:
     """Do the same in place. What is to be checked of the tensors, the optimizer checks."""
-    if factor is None:
+    if grad_scale is None:
         return opt.update_(grads, state, params)
     if type(opt) in _handing_on:
-        return _handing_on[type(opt)][1](opt, grads, factor, state, params)
-    return opt.update_(multiplied(grads, factor), state, params)
+        return _handing_on[type(opt)][1](opt, grads, grad_scale, state, params)
+    return opt.update_(multiplied(grads, grad_scale), state, params)
 
 
-def multiplied(grads: Tree, factor: Tensor) -> Tree:
+def multiplied(grads: Tree, grad_scale: Tensor) -> Tree:
     """Return gradients times a number, in the dtypes of the gradients and in fresh memory."""
     leaves, structure = pytree.flatten(grads)
-    products = iter(lists.scaled([leaf for leaf in leaves if leaf is not None], factor))
+    products = iter(arithmetic.scaled([leaf for leaf in leaves if leaf is not None], grad_scale))
     return pytree.unflatten(
         structure, [None if leaf is None else next(products) for leaf in leaves]
     )
 
 
-def outside_unless_plain(grads: Tree, factor: Tensor) -> tuple[Tree, Tensor | None]:
+def outside_unless_plain(grads: Tree, grad_scale: Tensor) -> tuple[Tree, Tensor | None]:
     """Return gradients and a number to multiply them by, done already if it has a history."""
-    if not transforms.has_derivative(factor) and transforms.all_plain([factor]):
-        return grads, factor
-    return multiplied(grads, factor), None
+    if not transforms.has_derivative(grad_scale) and transforms.all_plain([grad_scale]):
+        return grads, grad_scale
+    return multiplied(grads, grad_scale), None

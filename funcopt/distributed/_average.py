@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from .._engine.rule import compute_dtype, real, unreal
+from .._core.arithmetic import compute_dtype, view_as_complex_like, view_as_real
 from ._collectives import Started, one_ahead, start_sum
 
 __all__ = ["means"]
@@ -56,7 +56,9 @@ def _filled(tensors: Sequence[Tensor]) -> Iterator[list[int]]:
 def _start(tensors: list[Tensor], mesh: DeviceMesh | None) -> Started:
     """Begin to average tensors, laid end to end."""
     with torch.no_grad():
-        wide = [real(tensor.to(compute_dtype(tensor.dtype))).reshape(-1) for tensor in tensors]
+        wide = [
+            view_as_real(tensor.to(compute_dtype(tensor.dtype))).reshape(-1) for tensor in tensors
+        ]
         flat = torch.cat(wide)
         if mesh is None or mesh.size() == 1 or flat.numel() == 0:
             return Started(None, lambda: flat)
@@ -75,4 +77,4 @@ def _taken_apart(
         own, rest = rest[:count], rest[count:]
         if like.is_complex():
             own = own.clone()  # an odd offset is no place for a complex number
-        yield index, unreal(own.view(shape), like)
+        yield index, view_as_complex_like(own.view(shape), like)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .._core import pytree
-from .._engine.rule import real
+from .._core.arithmetic import view_as_real
 
 __all__ = ["Bucket", "by_path", "cut", "is_bucketed", "lay_out", "part", "whole"]
 
@@ -140,4 +140,4 @@ def _count(leaf: Tensor) -> int:
 
 
 def _flat(leaf: Tensor) -> Tensor:
-    return real(leaf).reshape(-1)
+    return view_as_real(leaf).reshape(-1)

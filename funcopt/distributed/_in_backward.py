@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from .._core import pytree
-from .._core.checks import check_optimizer, is_like, kind_of
 from .._core.types import Optimizer
+from .._engine.checks import check_optimizer, is_like, kind_of
 from ._leafwise import one_for_each
 from ._reducer import BucketHook, check_reducer
 
@@ -140,7 +140,7 @@ def update_in_backward(
 
     An optimizer that looks at several leaves at once is refused. `AdamW`, `ClipValue`,
     `ClipAdaptive`, `Ema`, `Lookahead`, `Accumulate`, `Frozen`, and a `Partition` of such do not;
-    nor does one of yours whose class says `leafwise = True` or `elementwise = True`. One backward
+    nor does one of yours whose traits are `leafwise` or `elementwise`. One backward
     pass is one update: to have several for one, wrap in `Accumulate`.
 
     A `DistributedDataParallel` averages gradients by buckets, and parameters move a bucket at a

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from .._core.traits import own_traits
 from .._core.types import Optimizer
-from ..wrappers.clip_norm import Clip
 from ..wrappers.partition import Partition
 
 __all__ = ["one_for_each"]
@@ -32,10 +32,13 @@ def one_for_each(opt: Optimizer[Any], params: dict[str, Tensor]) -> dict[str, Op
             own = {groups.names[index]: groups.leaves[index] for index in indices}
             found.update(one_for_each(opt.inner[label], own))
         return {name: found[name] for name in params}
-    # By its very class, as a subclass may do otherwise.
-    said = vars(type(opt))
-    if said.get("leafwise") is not True and said.get("elementwise") is not True:
-        raise ValueError(f"opt has a {type(opt).__name__}, {_reason(opt)}")
+    if not own_traits(opt).leafwise:
+        raise ValueError(
+            f"opt has a {type(opt).__name__}, which may look at the gradients of several leaves at "
+            f"once, as for a norm over all of them: the first would have moved when the last is "
+            f"known. If it moves each leaf by itself, say `traits = Traits(leafwise=True)` in its "
+            f"class. ClipValue bounds each element by itself; or update after the backward pass."
+        )
     wrapped: Any = opt
     if not hasattr(opt, "inner"):
         return dict.fromkeys(params, opt)
@@ -43,17 +46,3 @@ def one_for_each(opt: Optimizer[Any], params: dict[str, Tensor]) -> dict[str, Op
         name: opt if inner is wrapped.inner else dataclasses.replace(wrapped, inner=inner)
         for name, inner in one_for_each(wrapped.inner, params).items()
     }
-
-
-def _reason(opt: Optimizer[Any]) -> str:
-    if isinstance(opt, Clip):
-        return (
-            "which needs the gradients of all leaves for their norm: the first would have moved "
-            "when the last is known. ClipValue bounds each element by itself; or update after the "
-            "backward pass."
-        )
-    return (
-        "which may look at the gradients of several leaves at once, of which there is one at a "
-        "time in the backward pass. If it moves each leaf by itself, say `leafwise = True` in its "
-        "class; else update after the backward pass."
-    )

@@ -12,13 +12,20 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from .._core import modes, pytree, transforms
-from .._core.checks import check_optimizer, check_state
-from .._core.hyperparameters import check_flag, normalize
+from .._core.arithmetic import compute_dtype, write
+from .._core.hyperparameters import (
+    AT_LEAST_ZERO,
+    BELOW_ONE,
+    COUNT,
+    Hyperparam,
+    check_flag,
+    normalize,
+)
+from .._core.traits import Traits
 from .._core.types import Optimizer, Tree
-from .._engine import write
+from .._engine.checks import check_optimizer, check_state
 from .._engine.prepare import keep_requiring
 from .._engine.registration import register_optimizer
-from .._engine.rule import compute_dtype
 from ..wrappers.base import check_scalar, gather_gradients, gather_params, read
 from ._meeting import Meeting, Outer
 from ._refusals import check_mesh, check_unrecorded, check_untransformed
@@ -112,7 +119,13 @@ class LocalUpdates:
         {'w': tensor([0.7340, 0.7340])} {'w': tensor([0.2000, 0.2000])}
     """
 
-    decides_on_host: ClassVar[str] = "in some of whose updates processes meet"
+    traits: ClassVar[Traits] = Traits(shardable=True, sends=True, decides_on_host=True)
+
+    hyperparams: ClassVar[tuple[Hyperparam, ...]] = (
+        Hyperparam("every", COUNT),
+        Hyperparam("outer_lr", AT_LEAST_ZERO),
+        Hyperparam("outer_momentum", BELOW_ONE),
+    )
 
     inner: Optimizer[Any]
     every: int
@@ -124,14 +137,14 @@ class LocalUpdates:
     def __post_init__(self) -> None:
         """Check and normalize every hyperparameter."""
         check_optimizer("inner", self.inner)
-        for name in ("every", "outer_lr", "outer_momentum"):
-            value = getattr(self, name)
+        for own in self.hyperparams:
+            name, value = own.name, own.of(self)
             if not isinstance(value, numbers.Real) or isinstance(value, bool):
                 raise TypeError(
                     f"{name}={value!r}: must be a number, the same on every process. It decides "
                     f"what is sent and what the state holds."
                 )
-            object.__setattr__(self, name, normalize(name, value))
+            object.__setattr__(self, name, normalize(own, value))
         object.__setattr__(self, "every", int(self.every))
         check_flag("nesterov", self.nesterov)
         check_mesh(self.mesh)

@@ -11,8 +11,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from .._core import pytree
+from .._core.arithmetic import compute_dtype
 from .._core.types import Tree
-from .._engine.rule import compute_dtype
 from ..wrappers.base import Gradients, check_inplace
 from ..wrappers.shadow_params import Follower
 from ..wrappers.update_if import copies

@@ -13,10 +13,10 @@ from torch.distributed.tensor import DTensor
 
 from .. import _engine
 from .._core import modes, pytree, transforms
-from .._core.checks import check_optimizer
 from .._core.hyperparameters import check_choice
 from .._core.types import Optimizer, Tree
 from .._core.walk import Change, Place, edited
+from .._engine.checks import check_optimizer
 from .._engine.prepare import flatten_params
 from ._fake_world import in_fake_world
 from ._onlooker import Onlooker

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -11,15 +11,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from .._core import pytree, transforms
+from .._core.traits import optimizers_in, own_traits, traits_of
 from .._core.types import Optimizer, Tree
-from .._core.walk import walk
 from .._engine.inplace import check_apart, check_unwatched, check_writable
 from ..wrappers.base import Gradients, records
-from ..wrappers.clip_adaptive import ClipAdaptive
-from ..wrappers.partition import Partition
 
 __all__ = [
-    "check_blind_to_leaves",
+    "check_packable",
     "check_gradients",
     "check_mesh",
     "check_targets",
@@ -57,39 +55,38 @@ def check_unrecorded(opt: Optimizer[Any], gradients: Gradients, state: Tree) -> 
         )
 
 
-def check_blind_to_leaves(inner: Optimizer[Any]) -> None:
+def check_packable(inner: Optimizer[Any]) -> None:
     """Refuse an inner optimizer to which buckets are not as good as their leaves."""
-    for opt in _optimizers(inner):
-        if hasattr(opt, "mesh"):
+    for opt in optimizers_in(inner):
+        traits, name = own_traits(opt), type(opt).__name__
+        if traits.sends:
             raise ValueError(
-                f"inner={inner!r} has a {type(opt).__name__}, which takes leaves to be the same on "
-                f"all processes, where each has its own share of the buckets. Let it be around "
-                f"Zero1, with another dimension of the mesh."
-            )
-        if isinstance(opt, Partition):
-            raise ValueError(
-                f"inner={inner!r} has a Partition, which tells leaves apart, where the inner "
-                f"optimizer sees buckets of many. Let it be outside, with a Zero1 for each label: "
-                f'Partition({{"decay": Zero1(...), ...}}, labels).'
-            )
-        if isinstance(opt, ClipAdaptive):
-            raise ValueError(
-                f"inner={inner!r} has a ClipAdaptive, which clips by the units of leaves, where "
-                f"the inner optimizer sees buckets of many. Let it be outside, around gradients "
-                f"that are averaged already: ClipAdaptive(Zero1(..., gradients='averaged'))."
+                f"inner={inner!r} has a {name}, which takes leaves to be the same on all "
+                f"processes (its trait `sends`), where each has its own share of the buckets. Let "
+                f"it be around Zero1, with another dimension of the mesh."
             )
         if getattr(opt, "step_per_leaf", False):
             raise ValueError(
                 f"inner={inner!r} has step_per_leaf=True, where the inner optimizer sees no leaves "
                 f"but buckets of many, which all have a gradient. Leave it out."
             )
-
-
-def _optimizers(opt: Optimizer[Any]) -> Iterator[Any]:
-    """Yield an optimizer and those within it."""
-    for place in walk(opt, ()):
-        if isinstance(place.value, Optimizer) and not isinstance(place.value, type):
-            yield place.value
+        if traits.tells_leaves_apart:
+            raise ValueError(
+                f"inner={inner!r} has a {name}, which tells leaves apart (its trait "
+                f"`tells_leaves_apart`), where the inner optimizer sees buckets of many. Let it be "
+                f"outside, with a Zero1 for each label: "
+                f'{name}({{"decay": Zero1(...), ...}}, labels). What clips or skips by the '
+                f"gradients of all labels goes around that, with gradients that are averaged "
+                f"already: average(grads, mesh), and Zero1(..., gradients='averaged')."
+            )
+        if not traits.packable:
+            raise ValueError(
+                f"inner={inner!r} has a {name}, which does not say that leaves may lie in pieces "
+                f"or side by side (by its traits `elementwise` or `packable`), where the inner "
+                f"optimizer sees buckets of many. Let it be outside, around gradients that are "
+                f"averaged already: {name}(Zero1(..., gradients='averaged')); or say it in its "
+                f"class, if it is so."
+            )
 
 
 def check_mesh(mesh: object) -> None:
@@ -132,13 +129,12 @@ def check_whole(
                 f"{pytree.path(structure, 'params', index)} is on {leaf.device}, the mesh on "
                 f"{mesh.device_type!r}. Nothing is moved silently: put both on one."
             )
-        if leaf.is_complex() and any(
-            getattr(opt, "norm_type", 2.0) != 2.0 for opt in _optimizers(inner)
-        ):
+        if leaf.is_complex() and not traits_of(inner).complex_as_pairs:
             raise ValueError(
                 f"{pytree.path(structure, 'params', index)} is complex, and lies in its bucket as "
-                f"pairs of real numbers, which have the norm of the complex ones only at "
-                f"norm_type=2.0. Give its pairs as the parameter, or let Clip be around Zero1."
+                f"pairs of real numbers, which are not the same to inner={inner!r} (by its trait "
+                f"`complex_as_pairs`): a norm, for one, is that of the complex numbers only at "
+                f"norm_type=2.0. Give the pairs as the parameter, or let it be around Zero1."
             )
 
 

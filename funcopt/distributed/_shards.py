@@ -11,8 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from .._core import pytree
-from .._core.checks import is_dense, shown_layout
-from .._core.types import Tree
+from .._core.types import Tree, is_dense, shown_layout
 from ._buckets import Bucket, by_path, is_bucketed, lay_out, part
 from ._collectives import Ranks
 

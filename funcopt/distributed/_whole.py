@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from .._core import modes, pytree
-from .._core.checks import check_state, is_dense, is_like, kind_of, shown_layout
-from .._core.types import Tree
+from .._core.types import Tree, is_dense, shown_layout
+from .._engine.checks import check_state, is_like, kind_of
 from .._engine.prepare import flatten_params
 from ._buckets import cut, is_bucketed
 from ._shards import Sharding

@@ -3,30 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from .._core import modes, pytree, transforms
-from .._core.checks import check_optimizer, check_state
+from .._core.arithmetic import write
 from .._core.hyperparameters import check_choice
+from .._core.traits import Traits, traits_of
 from .._core.types import Optimizer, Tree
 from .._dtensor.shards import wholes_in, work_on
-from .._engine import write
+from .._engine.checks import check_optimizer, check_state
 from .._engine.prepare import flatten_params, keep_requiring
 from .._engine.registration import register_optimizer
-from ..optimizers.adamw import AdamW
-from ..optimizers.frozen import Frozen
 from ..wrappers.base import gather_gradients
-from ..wrappers.clip_value import ClipValue
-from ..wrappers.ema import Ema
-from ..wrappers.lookahead import Lookahead
 from ._refusals import (
-    check_blind_to_leaves,
     check_gradients,
     check_mesh,
+    check_packable,
     check_targets,
     check_unrecorded,
     check_untransformed,
@@ -41,8 +37,6 @@ __all__ = ["Zero1", "Zero1State"]
 ParamsT = TypeVar("ParamsT")
 
 _GRADIENTS = ("local", "averaged")
-# Those that move each element by itself, so that a bucket can be moved before the next is there.
-_BY_ELEMENT = (AdamW, ClipValue, Ema, Frozen, Lookahead)
 
 
 class Zero1State(NamedTuple):
@@ -115,6 +109,8 @@ class Zero1:
         {'bucket 0': tensor([ 0.1000,  0.0500, -0.0500])}
     """
 
+    traits: ClassVar[Traits] = Traits(shardable=True, sends=True)
+
     inner: Optimizer[Any]
     mesh: DeviceMesh | None
     bucket_bytes: int = 25 * 2**20
@@ -123,7 +119,7 @@ class Zero1:
     def __post_init__(self) -> None:
         """Check every argument."""
         check_optimizer("inner", self.inner)
-        check_blind_to_leaves(self.inner)
+        check_packable(self.inner)
         check_mesh(self.mesh)
         check_whole_number("bucket_bytes", self.bucket_bytes)
         check_choice("gradients", self.gradients, _GRADIENTS)
@@ -267,12 +263,6 @@ class Zero1:
             inner,
             local,
             averaged=self.gradients == "averaged",
-            by_bucket=_moves_by_element(self.inner),
+            by_bucket=traits_of(self.inner).elementwise,
             resting=gradients.resting,
         )
-
-
-def _moves_by_element(opt: object) -> bool:
-    """Whether an optimizer moves each element by itself, with all that are within it."""
-    inner = getattr(opt, "inner", None)
-    return type(opt) in _BY_ELEMENT and (inner is None or _moves_by_element(inner))

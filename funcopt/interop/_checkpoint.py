@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from .._core import modes, pytree, transforms
-from .._core.checks import is_dense, shown_layout
-from .._core.types import Tree
+from .._core.types import Tree, is_dense, shown_layout
 from .._dtensor.shards import dtensor, local_part
 from ._entries import key_of, recount
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from .._core import modes, pytree
-from .._core.checks import is_dense, shown, shown_layout
-from .._core.types import Tree
+from .._core.types import Tree, is_dense, shown_layout
+from .._engine.checks import shown
 from .._engine.prepare import check_untied, flatten_params
 from ..optimizers.adamw import AdamW, AdamWState
 from ..optimizers.frozen import Frozen

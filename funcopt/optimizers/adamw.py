@@ -1,29 +1,20 @@
-"""AdamW as a value: hyperparameters, state, and the way from trees to kernels and back."""
+"""AdamW: its state, its equations, its rule, and the optimizer as a value."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import chain
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from .. import _engine
-from .._core import pytree
-from .._core.checks import check_state
-from .._core.hyperparameters import check_choice, check_flag, normalize, normalize_fields
-from .._core.numbers import numbers_at, with_factor
+from .._core.hyperparameters import AT_LEAST_ZERO, BELOW_ONE, Hyperparam
+from .._core.traits import ELEMENTWISE
 from .._core.types import Number, Schedule, Tree
-from .._engine import KERNELS, Scalars, Variant
-from .._engine.counts import first_count, place_for_count
-from .._engine.inplace import check_inplace
-from .._engine.prepare import Work, check_untied, flatten_params, gather, trees_of
-from .._engine.registration import register_optimizer
-from .._engine.routine import Routine, find_routine, have_history
-from .._engine.scaled import hands_on, multiplied, outside_unless_plain
+from .._engine import driver
+from .._engine.equations import safe_sqrt
+from .._engine.registration import check_fields, register_optimizer
+from .._engine.rule import Slot, UpdateRule
 
 __all__ = ["AdamW", "AdamWState"]
 
@@ -46,6 +37,121 @@ class AdamWState(NamedTuple):
     exp_avg: Tree
     exp_avg_sq: Tree
     max_exp_avg_sq: Tree
+
+
+class Coefficients(NamedTuple):
+    """What the numbers of a step come to, in Adam as in AdamW."""
+
+    beta2: Number
+    gain1: Number  # 1 - beta1
+    gain2: Number  # 1 - beta2
+    decay: Number  # what decoupled weight decay leaves of the parameter
+    weight_decay: Number
+    descent: Number  # minus the learning rate after its bias correction
+    correction2_root: Number
+    eps: Number
+
+
+def coefficients(numbers: Any, _options: Any) -> Coefficients:
+    """Return what the numbers of a step come to, in float64."""
+    step, lr, beta1, beta2, eps, weight_decay, _ = numbers
+    return Coefficients(
+        beta2,
+        1 - beta1,
+        1 - beta2,
+        1 - lr * weight_decay,
+        weight_decay,
+        -(lr / (1 - beta1**step)),
+        (1 - beta2**step) ** 0.5,
+        eps,
+    )
+
+
+def new_moments(
+    grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, own: Coefficients
+) -> tuple[Tensor, Tensor]:
+    """Return the two running means after a gradient (negated if maximize)."""
+    squares = exp_avg_sq * own.beta2
+    if isinstance(own.gain2, Tensor):
+        squares = torch.addcmul(squares, grad * own.gain2, grad)
+    else:
+        squares = torch.addcmul(squares, grad, grad, value=own.gain2)
+    return torch.lerp(exp_avg, grad, own.gain1), squares
+
+
+def descend(
+    param: Tensor, grad: Tensor, slots: tuple[Tensor, ...], own: Coefficients
+) -> list[Tensor]:
+    """Return a parameter, which weight decay has been at, and the slots after a gradient."""
+    exp_avg, exp_avg_sq = new_moments(grad, slots[0], slots[1], own)
+    maxima = [torch.maximum(largest, exp_avg_sq) for largest in slots[2:]]
+    denominator = safe_sqrt(maxima[0] if maxima else exp_avg_sq) / own.correction2_root + own.eps
+    return [
+        torch.addcdiv(param, exp_avg * own.descent, denominator),
+        exp_avg,
+        exp_avg_sq,
+        *maxima,
+    ]
+
+
+def descend_(param: Tensor, grad: Tensor, slots: tuple[Tensor, ...], own: Coefficients) -> None:
+    """Do the same in place, which spares most of the memory that operators would ask for."""
+    exp_avg, exp_avg_sq, *maxima = slots
+    exp_avg.lerp_(grad, own.gain1)
+    exp_avg_sq.mul_(own.beta2)
+    if isinstance(own.gain2, Tensor):
+        exp_avg_sq.addcmul_(grad * own.gain2, grad)
+    else:
+        exp_avg_sq.addcmul_(grad, grad, value=own.gain2)
+    for largest in maxima:
+        largest.copy_(torch.maximum(largest, exp_avg_sq))
+    denominator = safe_sqrt(maxima[0] if maxima else exp_avg_sq)
+    denominator.div_(own.correction2_root).add_(own.eps)
+    if isinstance(own.descent, Tensor):
+        param.addcdiv_(exp_avg * own.descent, denominator)
+    else:
+        param.addcdiv_(exp_avg, denominator, value=own.descent)
+
+
+def _equations(
+    param: Tensor, grad: Tensor, slots: tuple[Tensor, ...], own: Coefficients, options: Any
+) -> list[Tensor]:
+    """One step of one leaf, in the order of operations of torch.optim's single-tensor AdamW."""
+    return descend(param * own.decay, -grad if options.maximize else grad, slots, own)
+
+
+def _equations_(
+    param: Tensor, grad: Tensor, slots: tuple[Tensor, ...], own: Coefficients, options: Any
+) -> None:
+    param.mul_(own.decay)
+    descend_(param, -grad if options.maximize else grad, slots, own)
+
+
+HYPERPARAMS = (
+    Hyperparam("lr", AT_LEAST_ZERO),
+    Hyperparam("beta1", BELOW_ONE, "betas[0]"),
+    Hyperparam("beta2", BELOW_ONE, "betas[1]"),
+    Hyperparam("eps", AT_LEAST_ZERO),
+    Hyperparam("weight_decay", AT_LEAST_ZERO),
+)
+SLOTS = (Slot("exp_avg"), Slot("exp_avg_sq"), Slot("max_exp_avg_sq", option="amsgrad"))
+
+_RULE = UpdateRule(
+    state=AdamWState,
+    slots=SLOTS,
+    hyperparams=HYPERPARAMS,
+    options=("amsgrad", "maximize"),
+    coefficients=coefficients,
+    equations=_equations,
+    equations_=_equations_,
+    kernels={
+        "fused": "funcopt.optimizers._adam.kernels:ADAMW_FUSED",
+        "triton": "funcopt.optimizers._adam.triton:ADAMW_TRITON",
+        "foreach": "funcopt.optimizers._adam.kernels:ADAMW_FOREACH",
+    },
+    adjoint="funcopt.optimizers._adam.adjoint:ADAMW_ADJOINT",
+    traits=ELEMENTWISE,
+)
 
 
 @register_optimizer
@@ -110,7 +216,7 @@ class AdamW:
         {'w': tensor([0.8990, 2.0980])}
     """
 
-    elementwise = True
+    rule: ClassVar[UpdateRule] = _RULE
 
     lr: Number | Schedule = 1e-3
     betas: tuple[Number | Schedule, Number | Schedule] = (0.9, 0.999)
@@ -124,26 +230,10 @@ class AdamW:
 
     def __post_init__(self) -> None:
         """Check and normalize every hyperparameter."""
-        if not isinstance(self.betas, tuple | list) or len(self.betas) != 2:
-            raise TypeError(f"betas={self.betas!r}: must be a pair, such as (0.9, 0.999).")
-        betas = (normalize(f"betas[{i}]", b, schedule=True) for i, b in enumerate(self.betas))
-        object.__setattr__(self, "betas", tuple(betas))
-        normalize_fields(self, "lr", "eps", "weight_decay")
-        for name in ("amsgrad", "maximize", "step_per_leaf"):
-            check_flag(name, getattr(self, name))
-        if self.differentiable is not None:
-            check_flag("differentiable", self.differentiable)
-        check_choice("kernel", self.kernel, KERNELS)
+        check_fields(self)
 
     def init(self, params: Tree) -> AdamWState:
         """Return the state before the first update: zeros.
-
-        Args:
-            params: A tree of dense floating-point or complex tensors, in any strides.
-
-        Raises:
-            TypeError: If a leaf is no such tensor.
-            ValueError: If two leaves start at the same place in memory, as tied weights do.
 
         Example:
             >>> import torch, funcopt
@@ -151,41 +241,11 @@ class AdamW:
             AdamWState(step=tensor(0., dtype=torch.float64), exp_avg=[tensor([0., 0.])],
                        exp_avg_sq=[tensor([0., 0.])], max_exp_avg_sq=())
         """
-        leaves, structure = flatten_params(params)
-
-        def zeros() -> Tree:
-            return pytree.unflatten(structure, [torch.zeros_like(leaf) for leaf in leaves])
-
-        place = place_for_count(leaves)
-        step: Tree = first_count(place)
-        if self.step_per_leaf:
-            step = pytree.unflatten(structure, [first_count(place) for _ in leaves])
-        return AdamWState(step, zeros(), zeros(), zeros() if self.amsgrad else ())
+        state: AdamWState = driver.init(self, params)
+        return state
 
     def update(self, grads: Tree, state: AdamWState, params: ParamsT) -> tuple[ParamsT, AdamWState]:
         """Return the new parameters and the new state, in fresh memory.
-
-        On the CPU, many small leaves (of up to 4096 elements) come in storages of up to 2**18
-        elements that several share, each its own part: clone one to keep or save it alone, and
-        before it is to grow by `resize_`, or it would grow over the next one. (Torch asks only
-        whether a storage is large enough. With one for each leaf, an update of thousands of small
-        leaves takes about twice as long, which is the time that it takes to make them.)
-
-        Args:
-            grads: The gradients: a tree with the keys of `params`, each like its parameter in
-                shape, dtype and device, or None, which leaves parameter and moments as they are.
-            state: The state that `init` or the last update returned.
-            params: The parameters.
-
-        Returns:
-            The pair `(new_params, new_state)`. Under plain autograd, unless the update is recorded,
-            the new parameters are leaves with the `requires_grad` of the old.
-
-        Raises:
-            TypeError: If a leaf is not a dense tensor of a floating-point or complex dtype.
-            ValueError: If the trees, shapes, dtypes or devices do not match, if two parameters
-                start at the same place in memory, or if a hyperparameter is out of range or no
-                single number.
 
         Example:
             >>> import torch, funcopt
@@ -196,31 +256,12 @@ class AdamW:
             >>> params
             [tensor([0.9899, 0.9899]), tensor([1., 1.])]
         """
-        return self._move(grads, None, state, params)
+        return driver.update(self, grads, state, params)
 
     def update_(
         self, grads: Tree, state: AdamWState, params: ParamsT
     ) -> tuple[ParamsT, AdamWState]:
         """Do the same as `update`, written into `params` and `state`, which are returned.
-
-        Everything is checked before anything is written. No memory of the parameters' size is
-        allocated, and parameters that require a gradient stay leaves. An interrupt (Ctrl-C) that
-        comes in the middle leaves parameters and state half-written: go on from a checkpoint.
-
-        Args:
-            grads: The gradients, as for `update`.
-            state: The state, which is overwritten.
-            params: The parameters, which are overwritten.
-
-        Returns:
-            The pair `(params, state)`: the trees that were given.
-
-        Raises:
-            RuntimeError: Under a transform of `torch.func`, or if a gradient, a state tensor, a
-                hyperparameter or a parameter's own history asks for a derivative of the update.
-            TypeError: As `update`.
-            ValueError: As `update`, and if a tensor to be written is expanded, or starts in memory
-                where another one or a gradient does.
 
         Example:
             >>> import torch, funcopt
@@ -232,100 +273,4 @@ class AdamW:
             Parameter containing:
             tensor([0.8990, 0.8990], requires_grad=True)
         """
-        return self._move_(grads, None, state, params)
-
-    def _move(
-        self, grads: Tree, factor: Tensor | None, state: AdamWState, params: Tree
-    ) -> tuple[Any, AdamWState]:
-        """Update by gradients times a number of shape (); None is 1."""
-        if factor is not None:
-            grads, factor = outside_unless_plain(grads, factor)
-        routine = self._find_routine(grads, state, params)
-        numbers = [] if routine is None else self._numbers([routine.step], [routine.new_step])
-        if routine is not None and not have_history(numbers[0]):
-            (own,) = with_factor(numbers, factor)
-            new_params, *new_state = routine.move(own, self._variant())
-            return new_params, AdamWState(*new_state)
-        work = self._gather(grads, state, params)
-        check_untied(work.params.leaves, work.params.structure)
-        counts = work.counts.after(work.active, work.watched)
-        numbers = numbers or self._numbers(*work.counts.around(work.active, counts))
-        if factor is not None and self._is_followed(work, numbers):
-            return self._move(multiplied(grads, factor), None, state, params)
-        numbers = with_factor(numbers, factor)
-        gradients, moments = work.historic()
-        others = (*moments, *chain.from_iterable(numbers))
-        with _engine.recording(work.params.leaves, gradients, others, self.differentiable):
-            columns = _engine.run(
-                work.leaves, work.counts.of_leaves(numbers), self._variant(), work.layout
-            )
-            new_params, *new_moments = work.rebuild(columns)
-        no_maximum = () if self.amsgrad else ((),)
-        return new_params, AdamWState(work.counts.rebuild(counts), *new_moments, *no_maximum)
-
-    def _move_(
-        self, grads: Tree, factor: Tensor | None, state: AdamWState, params: Tree
-    ) -> tuple[Any, AdamWState]:
-        """Do the same in place."""
-        if factor is not None:
-            grads, factor = outside_unless_plain(grads, factor)
-        routine = self._find_routine(grads, state, params, writing=True)
-        numbers = [] if routine is None else self._numbers([routine.step], [routine.new_step])
-        if routine is not None and not have_history(numbers[0]):
-            (own,) = with_factor(numbers, factor)
-            routine.move_(own, self._variant())
-            return params, state
-        work = self._gather(grads, state, params)
-        counts = work.counts.after(work.active, work.watched)
-        numbers = numbers or self._numbers(*work.counts.around(work.active, counts))
-        if factor is not None and self._is_followed(work, numbers):
-            return self._move_(multiplied(grads, factor), None, state, params)
-        numbers = with_factor(numbers, factor)
-        check_inplace(work, counts, numbers)
-        # Entering no_grad takes longer than moving a small leaf.
-        may_record = work.layout is None or work.layout.params_require_grad
-        with torch.no_grad() if may_record else nullcontext():
-            _engine.run_(work.leaves, work.counts.of_leaves(numbers), self._variant(), work.layout)
-            work.counts.write(counts)
-        return params, state
-
-    def _is_followed(self, work: Work, numbers: list[Scalars]) -> bool:
-        """Whether more than the results may be asked of a step, so that kernels take no factor."""
-        return (
-            work.watched
-            or self.differentiable is True
-            or work.layout is None
-            or not work.layout.calm
-            or any(map(have_history, numbers))
-        )
-
-    def _gather(self, grads: Tree, state: AdamWState, params: Tree) -> Work:
-        check_state(state, AdamWState)
-        work = gather(grads, state, params, amsgrad=self.amsgrad, step_per_leaf=self.step_per_leaf)
-        for index, leaf in enumerate(work.leaves.params if self.kernel != "auto" else []):
-            reason = _engine.unserved(self.kernel, leaf.device)
-            if reason is not None:
-                raise ValueError(
-                    f"{work.path('params', index)} is on {leaf.device}, which kernel="
-                    f"{self.kernel!r} cannot serve: {reason}. kernel='auto' takes one that can."
-                )
-        return work
-
-    def _find_routine(
-        self, grads: Tree, state: AdamWState, params: Tree, *, writing: bool = False
-    ) -> Routine | None:
-        """The step, if all but the numbers in it is as it was in one before."""
-        if not isinstance(state, AdamWState) or self.step_per_leaf or self.differentiable:
-            return None
-        trees = trees_of(grads, state, params, amsgrad=self.amsgrad)
-        return find_routine(trees, state.step, self.kernel, writing=writing)
-
-    def _numbers(self, olds: Sequence[Tensor], news: Sequence[Number]) -> list[Scalars]:
-        """The numbers of this update for each count that it goes by, before it and after."""
-        return numbers_at((self.lr, *self.betas, self.eps, self.weight_decay), olds, news)
-
-    def _variant(self) -> Variant:
-        return Variant(self.amsgrad, self.maximize, self.kernel, self.differentiable)
-
-
-hands_on(AdamW, AdamW._move, AdamW._move_)
+        return driver.update_(self, grads, state, params)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
-from .._core.resting import leaves_at_rest
+from .._core.traits import Traits
 from .._core.types import Tree
 from .._engine.registration import register_optimizer
 
@@ -40,7 +40,7 @@ class Frozen:
         (True, ())
     """
 
-    elementwise = True
+    traits: ClassVar[Traits] = Traits(elementwise=True, linear=True, rests=True)
 
     def init(self, params: Tree) -> tuple[()]:  # noqa: ARG002
         """Return the state, which is empty.
@@ -68,6 +68,3 @@ class Frozen:
     def update_(self, grads: Tree, state: tuple[()], params: ParamsT) -> tuple[ParamsT, tuple[()]]:
         """Do the same. Nothing is written, so that this is right under any transform as well."""
         return self.update(grads, state, params)
-
-
-leaves_at_rest(Frozen, lambda _, leaves, __: range(len(leaves)))

@@ -9,7 +9,16 @@ from typing import Any
 
 from torch import Tensor
 
-from .._core.hyperparameters import elements_at_hand, normalize
+from .._core.hyperparameters import (
+    ABOVE_ZERO,
+    AT_LEAST_ZERO,
+    BELOW_ONE,
+    SHARE,
+    Hyperparam,
+    Range,
+    elements_at_hand,
+    normalize,
+)
 from .._core.types import Number
 
 __all__ = [
@@ -21,6 +30,26 @@ __all__ = [
 ]
 
 
+_RANGES: dict[str, Range] = {
+    "value": AT_LEAST_ZERO,
+    "values": AT_LEAST_ZERO,
+    "start": AT_LEAST_ZERO,
+    "peak": AT_LEAST_ZERO,
+    "end": AT_LEAST_ZERO,
+    "steps": ABOVE_ZERO,
+    "warmup_steps": AT_LEAST_ZERO,
+    "decay_steps": AT_LEAST_ZERO,
+    "power": ABOVE_ZERO,
+    "rate": SHARE,
+    "pct_start": SHARE,
+    "div_factor": ABOVE_ZERO,
+    "final_div_factor": ABOVE_ZERO,
+    "base_momentum": BELOW_ONE,
+    "max_momentum": BELOW_ONE,
+    "boundaries": ABOVE_ZERO,
+}
+
+
 def check_numbers(schedule: object, *names: str) -> None:
     """Check these fields, numbers or sequences of them, and keep them as floats and tensors.
 
@@ -29,11 +58,12 @@ def check_numbers(schedule: object, *names: str) -> None:
         ValueError: If one is out of its range.
     """
     for name in names:
-        value = getattr(schedule, name)
+        value, own = getattr(schedule, name), Hyperparam(name, _RANGES[name])
         if isinstance(value, tuple | list):
-            kept: Any = tuple(normalize(f"{name}[{i}]", v) for i, v in enumerate(value))
+            each = (own._replace(name=f"{name}[{i}]") for i in range(len(value)))
+            kept: Any = tuple(map(normalize, each, value))
         else:
-            kept = normalize(name, value)
+            kept = normalize(own, value)
         object.__setattr__(schedule, name, kept)
 
 

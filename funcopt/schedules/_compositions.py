@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from .._core.hyperparameters import check_choice, normalize
+from .._core.hyperparameters import AT_LEAST_ZERO, Hyperparam, check_choice, normalize
+from .._core.node import register_dataclass
 from .._core.types import Number, Schedule
-from .._engine.registration import register_optimizer
 from ._checks import check_numbers, check_pieces, check_step
 from ._phases import SHAPES, as_given, by_step, choose, known, phases, wide
 
@@ -18,7 +18,7 @@ __all__ = ["Decoupled", "Join", "Piecewise"]
 _LARGEST = 2.0**1023
 
 
-@register_optimizer
+@register_dataclass
 @dataclass(frozen=True)
 class Piecewise:
     """Given values at step 0 and at each boundary; between them held, or interpolated.
@@ -58,7 +58,7 @@ class Piecewise:
         return phases(step, values, boundaries, [SHAPES[self.shape]] * len(boundaries))
 
 
-@register_optimizer
+@register_dataclass
 @dataclass(frozen=True)
 class Join:
     """One schedule after the other: torch's `SequentialLR`, optax's `join_schedules`.
@@ -100,7 +100,7 @@ class Join:
         return as_given(step, value)
 
 
-@register_optimizer
+@register_dataclass
 @dataclass(frozen=True)
 class Decoupled:
     """A weight decay that does not depend on the learning rate it will be multiplied by.
@@ -131,7 +131,8 @@ class Decoupled:
     def __post_init__(self) -> None:
         """Check both."""
         for name in ("weight_decay", "lr"):
-            kept = normalize(name, getattr(self, name), schedule=True)
+            own = Hyperparam(name, AT_LEAST_ZERO)
+            kept = normalize(own, getattr(self, name), schedule=True)
             object.__setattr__(self, name, kept)
 
     def __call__(self, step: Number) -> Number:

@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .._core.hyperparameters import check_flag
+from .._core.node import register_dataclass
 from .._core.types import Number
-from .._engine.registration import register_optimizer
 from ._checks import check_numbers, check_steps, check_together
 from ._phases import by_step, choose, falling_power, floor, linear, phases, wide
 
 __all__ = ["Constant", "Exponential", "InverseSquareRoot", "Linear", "Polynomial"]
 
 
-@register_optimizer
+@register_dataclass
 @dataclass(frozen=True)
 class Constant:
     """One value at every step, as `optax.constant_schedule`.
@@ -40,7 +40,7 @@ class Constant:
         return value
 
 
-@register_optimizer
+@register_dataclass
 @dataclass(frozen=True)
 class Linear:
     """A straight line, then `end`: torch's `LinearLR`, optax's `linear_schedule`.
@@ -72,7 +72,7 @@ class Linear:
         return phases(step, (start, end), (steps,), (linear,))
 
 
-@register_optimizer
+@register_dataclass
 @dataclass(frozen=True)
 class Polynomial:
     r"""A power of what is left: torch's `PolynomialLR`, optax's `polynomial_schedule`.
@@ -108,7 +108,7 @@ class Polynomial:
         return phases(step, (start, end), (steps,), (falling_power(power),))
 
 
-@register_optimizer
+@register_dataclass
 @dataclass(frozen=True)
 class Exponential:
     r"""A decay by the same factor in each step, or in each so many, down to `end`.
@@ -152,7 +152,7 @@ class Exponential:
         return choose(value > end, value, end)
 
 
-@register_optimizer
+@register_dataclass
 @dataclass(frozen=True)
 class InverseSquareRoot:
     r"""A linear warmup, then $p\sqrt{w/t}$, which falls without end.

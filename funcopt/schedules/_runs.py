@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .._core.hyperparameters import check_choice, check_flag
+from .._core.node import register_dataclass
 from .._core.types import Number
-from .._engine.registration import register_optimizer
 from ._checks import check_numbers, check_steps, check_together
 from ._phases import SHAPES, by_step, choose, cosine, linear, phases, wide
 
 __all__ = ["Cosine", "OneCycle", "OneCycleMomentum", "WarmupStableDecay"]
 
 
-@register_optimizer
+@register_dataclass
 @dataclass(frozen=True)
 class Cosine:
     r"""Half a cosine wave down to `end`, after a linear warmup if there is one.
@@ -66,7 +66,7 @@ class Cosine:
         return phases(step, (start, peak, end), (warmup, steps), (linear, cosine(power)))
 
 
-@register_optimizer
+@register_dataclass
 @dataclass(frozen=True)
 class WarmupStableDecay:
     """A linear warmup, a plateau, and a decay at the end.
@@ -125,7 +125,7 @@ class WarmupStableDecay:
         return phases(step, (start, peak, peak, end), boundaries, shapes)
 
 
-@register_optimizer
+@register_dataclass
 @dataclass(frozen=True)
 class OneCycle:
     """Up to a peak and down to almost nothing, to the numbers of torch's `OneCycleLR`.
@@ -203,7 +203,7 @@ class OneCycle:
         return _cycle(step, values, steps, pct_start, self)
 
 
-@register_optimizer
+@register_dataclass
 @dataclass(frozen=True)
 class OneCycleMomentum:
     """The momentum of torch's `OneCycleLR`: down while the learning rate goes up, and up again.

@@ -14,11 +14,10 @@ from torch.func import vmap
 
 from .._core import pytree
 from .._core.types import Tree
-from .._engine import KERNELS, unserved
 from ..interop import from_state_dict, to_state_dict
 from . import strategies
 from ._compare import NotApplicable, compare
-from ._subject import clone, field, replace, tree_map
+from ._subject import clone, kernels, replace, tree_map
 from .oracles import oracle_of
 
 __all__ = ["OptimizerMachine"]
@@ -26,9 +25,6 @@ __all__ = ["OptimizerMachine"]
 # The machine runs in float64 against a model in float64, so that many updates drift by rounding
 # alone, and what is wrong stands out. The drift is some ulp an update, amplified by division.
 _DRIFT = {torch.float64: 2.0**20, torch.complex128: 2.0**20}
-
-# Those that serve the CPU, on which the machine runs.
-_KERNELS = [name for name in KERNELS if unserved(name, torch.device("cpu")) is None]
 
 
 class OptimizerMachine(RuleBasedStateMachine):
@@ -84,14 +80,14 @@ class OptimizerMachine(RuleBasedStateMachine):
         """Take an update in place."""
         self.opt.update_(self.gradients(data, none=True), self.state, self.params)
 
-    @rule(kernel=st.sampled_from(_KERNELS))
-    def change_kernel(self, kernel: str) -> None:
+    @rule(data=st.data())
+    def change_kernel(self, data: st.DataObject) -> None:
         """Go on with another kernel, if there is a choice."""
         try:
-            field(self.opt, "kernel")
+            names = kernels(self.opt, [torch.device("cpu")])
         except NotApplicable:
             return
-        self.opt = replace(self.opt, kernel=kernel)
+        self.opt = replace(self.opt, kernel=data.draw(st.sampled_from(names)))
 
     @rule(data=st.data(), dim=st.sampled_from([0, -1]))
     def update_as_a_member(self, data: st.DataObject, dim: int) -> None:

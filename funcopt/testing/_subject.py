@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .._core import pytree
+from .._core.traits import optimizers_in
 from .._core.types import Tree
+from .._engine.dispatch import unserved
+from .._engine.rule import UpdateRule
 from ._compare import NotApplicable
 
 __all__ = [
@@ -21,10 +24,10 @@ __all__ = [
     "field",
     "fields",
     "last",
+    "kernels",
     "leaves_of",
     "replace",
     "run",
-    "says",
     "tree_map",
 ]
 
@@ -75,24 +78,26 @@ def fields(opt: Any, name: str) -> list[Any]:
     return own + [value for inner in _wrapped(opt).values() for value in fields(inner, name)]
 
 
-def says(opt: Any, trait: str) -> bool | None:
-    """Return whether an optimizer is `"leafwise"` or `"elementwise"`, as it says of itself.
+def kernels(opt: Any, devices: Iterable[torch.device]) -> list[str]:
+    """Return the names of those kernels of an optimizer that serve leaves on these devices.
 
-    That is what its class says, and the classes of all that it wraps. What is elementwise is
-    leafwise, and what is not leafwise is not elementwise.
-
-    Returns:
-        False if one of them says so, True if all say so, else None.
+    Raises:
+        NotApplicable: If neither it nor an optimizer inside has a choice of kernels.
     """
-    said = [getattr(type(opt), own, None) for own in ("leafwise", "elementwise")]
-    if trait == "leafwise":
-        own = True if said[1] is True else said[0]
-    else:
-        own = False if said[0] is False else said[1]
-    parts = [own, *(says(inner, trait) for inner in _wrapped(opt).values())]
-    if False in parts:
-        return False
-    return True if all(part is True for part in parts) else None
+    field(opt, "kernel")
+    found: list[str] | None = None
+    for part in optimizers_in(opt):
+        rule = getattr(part, "rule", None)
+        if isinstance(rule, UpdateRule):
+            own = [
+                name
+                for name in rule.kernel_names
+                if all(unserved(rule, name, device) is None for device in devices)
+            ]
+            found = own if found is None else [name for name in found if name in own]
+    if found is None:
+        raise NotApplicable("its kernels are of its own")
+    return found
 
 
 def _wrapped(opt: Any) -> dict[Any, Any]:

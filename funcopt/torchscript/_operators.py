@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .._core import modes
-from .._core.checks import check_leaves
+from .._engine.checks import check_leaves
 from ..optimizers.adamw import AdamW, AdamWState
 
 __all__: list[str] = []  # they are called as torch.ops.funcopt.adamw_step_ and so on

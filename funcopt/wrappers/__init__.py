@@ -1,1 +1,1 @@
-"""."""
+"""Optimizers around optimizers."""

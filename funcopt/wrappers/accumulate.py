@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from .._core import lists, pytree, transforms
-from .._core.checks import check_optimizer, check_state, is_like, kind_of, of_members
-from .._core.hyperparameters import normalize_fields
-from .._core.numbers import has_schedule, numbers_of
+from .._core import arithmetic, pytree, transforms
+from .._core.arithmetic import compute_dtype, write
+from .._core.hyperparameters import COUNT, Hyperparam, normalize_fields
+from .._core.traits import ELEMENTWISE, Traits
 from .._core.types import Number, Optimizer, Schedule, Tree
 from .._dtensor.shards import check_placed
-from .._engine import write
+from .._engine.checks import check_optimizer, check_state, is_like, kind_of, of_members
 from .._engine.counts import first_count, next_step
+from .._engine.numbers import has_schedule, numbers_of
 from .._engine.registration import register_optimizer
-from .._engine.rule import compute_dtype
 from .base import (
     Gradients,
     check_inplace,
@@ -35,8 +35,6 @@ from .update_if import update_if, update_if_
 __all__ = ["Accumulate", "AccumulateState"]
 
 ParamsT = TypeVar("ParamsT")
-
-_NUMBERS = ("every",)
 
 
 class AccumulateState(NamedTuple):
@@ -110,7 +108,9 @@ class Accumulate:
         ({'w': tensor([0.8990, 0.8990])}, {'w': tensor([0.2000, 0.2000])})
     """
 
-    elementwise = True
+    traits: ClassVar[Traits] = ELEMENTWISE
+
+    hyperparams: ClassVar[tuple[Hyperparam, ...]] = (Hyperparam("every", COUNT),)
 
     inner: Optimizer[Any]
     every: Number | Schedule
@@ -118,7 +118,7 @@ class Accumulate:
     def __post_init__(self) -> None:
         """Check and normalize the number of calls."""
         check_optimizer("inner", self.inner)
-        normalize_fields(self, *_NUMBERS)
+        normalize_fields(self, self.hyperparams)
 
     def init(self, params: Tree) -> AccumulateState:
         """Return the state before the first update: an empty sum, and the inner state.
@@ -144,7 +144,7 @@ class Accumulate:
             pytree.unflatten(structure, zeros),
             torch.zeros(len(leaves), dtype=torch.bool, device=place),
             self.inner.init(params),
-            first_count(torch.device("cpu")) if has_schedule(self, _NUMBERS) else (),
+            first_count(torch.device("cpu")) if has_schedule(self) else (),
         )
 
     def update(
@@ -282,7 +282,7 @@ class _Work(NamedTuple):
     def sums(self) -> list[Tensor]:
         """Return the sums with the gradients added, in fresh memory."""
         totals = self.acc_grads.leaves
-        added = iter(lists.add(*self._added()))
+        added = iter(arithmetic.add(*self._added()))
         return [
             total.clone() if grad is None else next(added)
             for total, grad in zip(totals, self.gradients.leaves, strict=True)
@@ -290,7 +290,7 @@ class _Work(NamedTuple):
 
     def add_(self) -> None:
         """Add the gradients to the sums."""
-        lists.add_(*self._added())
+        arithmetic.add_(*self._added())
 
     def _added(self) -> tuple[list[Tensor], list[Tensor]]:
         pairs = zip(self.acc_grads.leaves, self.gradients.leaves, strict=True)
@@ -318,7 +318,7 @@ def _gather(
 ) -> tuple[_Work, dict[str, Number]]:
     check_state(state, AccumulateState)
     check_scalar("state.mini_step", state.mini_step)
-    numbers = numbers_of(opt, _NUMBERS, state.step)
+    numbers = numbers_of(opt, state.step)
     gradients = gather_gradients(opt, grads, params)
     acc_grads = pytree.pair(state.acc_grads, "state.acc_grads", gradients.structure)
     work = _Work(gradients, acc_grads, state.given, state.mini_step)
@@ -352,7 +352,7 @@ def _completes(mini_step: Tensor, every: Number) -> bool | Tensor:
 
 def _mean_of(total: Tensor, count: Number, *, in_place: bool) -> Tensor:
     if isinstance(count, Tensor):
-        count = lists.fit(count, total)
+        count = arithmetic.fit(count, total)
     return total.div_(count) if in_place else total / count
 
 

@@ -12,15 +12,15 @@ from torch import Tensor
 
 from .. import _engine
 from .._core import pytree, transforms
-from .._core.checks import check_alike, check_leaves, is_dense, kind_of
-from .._core.numbers import has_schedule
-from .._core.resting import at_rest
-from .._core.types import Number, Optimizer, Schedule, Tree
-from .._core.walk import walk
-from .._engine import write
+from .._core.arithmetic import write
+from .._core.traits import traits_of
+from .._core.types import Number, Optimizer, Schedule, Tree, is_dense
+from .._engine.checks import check_alike, check_leaves, kind_of
 from .._engine.counts import first_count, next_step, place_for_count
 from .._engine.inplace import check_unwatched
+from .._engine.numbers import has_schedule
 from .._engine.prepare import check_untied
+from .._engine.resting import at_rest
 
 __all__ = [
     "Gradients",
@@ -154,7 +154,7 @@ def gather_params(opt: Optimizer[Any], params: Tree) -> Params:
 
 def check_overflow_is_seen(wrapper: str, inner: Optimizer[Any]) -> None:
     """Refuse a loss scale within what skips overflows: it would never see one, nor be lowered."""
-    if any(place.matches("init_scale") for place in walk(inner, ())):
+    if traits_of(inner).sees_overflow:
         raise ValueError(
             f"inner={inner!r} has a LossScale, which must see an overflow to lower its scale, and "
             f"from which {wrapper} would hide it: no step would be made again. Let it be outside; "
@@ -176,9 +176,9 @@ def check_scalar(name: str, value: object) -> None:
         )
 
 
-def first_step(opt: object, names: Iterable[str], params: Tree) -> Tree:
+def first_step(opt: object, params: Tree) -> Tree:
     """Return a count of updates, if one of these hyperparameters is a schedule; else `()`."""
-    if not has_schedule(opt, names):
+    if not has_schedule(opt):
         return ()
     tensors = [leaf for leaf in pytree.flatten(params)[0] if isinstance(leaf, Tensor)]
     return first_count(place_for_count(tensors))
@@ -285,7 +285,7 @@ def records(
     state: Tree,
     numbers: Mapping[str, object] | None = None,
 ) -> bool:
-    """Whether plain autograd is to record what a wrapper does to its tensors: the rule of `AdamW`.
+    """Whether plain autograd is to record what a wrapper does to its tensors: by `recording`.
 
     It is asked of the tensors beneath a vmap, too, where parameters that merely require a gradient
     would otherwise leave a history in whatever is chosen from them.

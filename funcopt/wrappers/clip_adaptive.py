@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from .._core import pytree, transforms
-from .._core.checks import check_optimizer, check_state
-from .._core.hyperparameters import normalize_fields
-from .._core.lists import fit
-from .._core.numbers import numbers_of
+from .._core.arithmetic import compute_dtype, fit
+from .._core.hyperparameters import AT_LEAST_ZERO, Hyperparam, normalize_fields
+from .._core.traits import Traits
 from .._core.types import Number, Optimizer, Schedule, Tree
 from .._dtensor.shards import whole_of
+from .._engine.checks import check_optimizer, check_state
 from .._engine.counts import next_step
+from .._engine.numbers import numbers_of
 from .._engine.registration import register_optimizer
-from .._engine.rule import compute_dtype
 from .base import (
     Gradients,
     check_inplace,
@@ -32,8 +32,6 @@ from .base import (
 __all__ = ["ClipAdaptive", "ClipAdaptiveState"]
 
 ParamsT = TypeVar("ParamsT")
-
-_NUMBERS = ("clipping", "eps")
 
 _unit_norm: Callable[..., Tensor] = torch.linalg.vector_norm
 # The least norm that a gradient is divided by, as in optax.
@@ -102,7 +100,12 @@ class ClipAdaptive:
                 [0.0000, 0.1000]])
     """
 
-    leafwise = True  # by units
+    traits: ClassVar[Traits] = Traits(leafwise=True, shardable=True)
+
+    hyperparams: ClassVar[tuple[Hyperparam, ...]] = (
+        Hyperparam("clipping", AT_LEAST_ZERO),
+        Hyperparam("eps", AT_LEAST_ZERO),
+    )
 
     inner: Optimizer[Any]
     clipping: Number | Schedule = 0.01
@@ -111,7 +114,7 @@ class ClipAdaptive:
     def __post_init__(self) -> None:
         """Check and normalize the hyperparameters."""
         check_optimizer("inner", self.inner)
-        normalize_fields(self, *_NUMBERS)
+        normalize_fields(self, self.hyperparams)
 
     def init(self, params: Tree) -> ClipAdaptiveState:
         """Return the state before the first update: the inner state.
@@ -124,7 +127,7 @@ class ClipAdaptive:
             >>> funcopt.ClipAdaptive(funcopt.AdamW()).init(torch.ones(2)).inner.exp_avg
             tensor([0., 0.])
         """
-        return ClipAdaptiveState(self.inner.init(params), first_step(self, _NUMBERS, params))
+        return ClipAdaptiveState(self.inner.init(params), first_step(self, params))
 
     def update(
         self, grads: Tree, state: ClipAdaptiveState, params: ParamsT
@@ -195,7 +198,7 @@ class ClipAdaptive:
         self, grads: Tree, state: ClipAdaptiveState, params: Tree
     ) -> tuple[Gradients, dict[str, Number]]:
         check_state(state, ClipAdaptiveState)
-        numbers = numbers_of(self, _NUMBERS, state.step)
+        numbers = numbers_of(self, state.step)
         gradients = gather_gradients(self, grads, params)
         _check_units_are_here(gradients)
         return gradients, numbers

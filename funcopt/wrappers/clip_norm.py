@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from .._core import lists
-from .._core.checks import check_optimizer, check_state
-from .._core.hyperparameters import check_choice, normalize, normalize_fields
-from .._core.numbers import has_schedule, numbers_of
+from .._core import arithmetic
+from .._core.arithmetic import write
+from .._core.hyperparameters import (
+    AT_LEAST_ZERO,
+    Hyperparam,
+    Range,
+    check_choice,
+    normalize,
+    normalize_fields,
+)
+from .._core.traits import Traits
 from .._core.types import Number, Optimizer, Schedule, Tree
 from .._dtensor.reductions import over_shards
-from .._engine import write
+from .._engine.checks import check_optimizer, check_state
 from .._engine.counts import first_count, next_step
+from .._engine.numbers import has_schedule, numbers_of
 from .._engine.registration import register_optimizer
 from .base import (
     Gradients,
@@ -37,7 +45,6 @@ __all__ = ["Clip", "ClipState"]
 
 ParamsT = TypeVar("ParamsT")
 
-_NUMBERS = ("max_norm",)
 _NONFINITE = ("propagate", "skip")
 # What torch adds to a norm before it divides by it.
 _EPS = 1e-6
@@ -57,6 +64,11 @@ class ClipState(NamedTuple):
     norm: Tensor
     inner: Any
     step: Tree = ()
+
+
+_NORM_TYPE = Hyperparam(
+    "norm_type", Range("must be above 0 (infinity takes the largest)", lambda value: value > 0.0)
+)
 
 
 @register_optimizer
@@ -109,20 +121,25 @@ class Clip:
         {'w': tensor([ 0.0600, -0.0800])}
     """
 
-    leafwise = False  # by a norm over all of them
+    hyperparams: ClassVar[tuple[Hyperparam, ...]] = (Hyperparam("max_norm", AT_LEAST_ZERO),)
 
     inner: Optimizer[Any]
     max_norm: Number | Schedule
     norm_type: float = 2.0
     nonfinite: str = "propagate"
 
+    @property
+    def traits(self) -> Traits:
+        """The norm of parts is that of the whole, and of pairs that of complex numbers if Euclidean."""
+        return Traits(shardable=True, packable=True, complex_as_pairs=self.norm_type == 2.0)
+
     def __post_init__(self) -> None:
         """Check and normalize every hyperparameter."""
         check_optimizer("inner", self.inner)
-        normalize_fields(self, *_NUMBERS)
+        normalize_fields(self, self.hyperparams)
         if isinstance(self.norm_type, Tensor):
             raise TypeError("norm_type is a tensor: the order of a norm is fixed, give a number.")
-        object.__setattr__(self, "norm_type", normalize("norm_type", self.norm_type))
+        object.__setattr__(self, "norm_type", normalize(_NORM_TYPE, self.norm_type))
         check_choice("nonfinite", self.nonfinite, _NONFINITE)
         if self.nonfinite != "propagate":
             check_overflow_is_seen(f"Clip(nonfinite={self.nonfinite!r})", self.inner)
@@ -143,7 +160,7 @@ class Clip:
             tensor(0.)
         """
         norm = _zero_norm(gather_params(self, params).moving)
-        step = first_count(norm.device) if has_schedule(self, _NUMBERS) else ()
+        step = first_count(norm.device) if has_schedule(self) else ()
         return ClipState(norm, self.inner.init(params), step)
 
     def update(self, grads: Tree, state: ClipState, params: ParamsT) -> tuple[ParamsT, ClipState]:
@@ -218,7 +235,7 @@ class Clip:
     ) -> tuple[Gradients, dict[str, Number]]:
         check_state(state, ClipState)
         check_scalar("state.norm", state.norm)
-        numbers = numbers_of(self, _NUMBERS, state.step)
+        numbers = numbers_of(self, state.step)
         return gather_gradients(self, grads, params), numbers
 
     def _clip(
@@ -261,15 +278,15 @@ def _norm(gradients: Gradients, order: float, like: Tensor) -> Tensor:
     return over_shards(
         gradients.params,
         lambda indices: _norm_here([leaves[index] for index in indices], order, like),
-        lambda norms: lists.vector_norm(norms, order),
+        lambda norms: arithmetic.vector_norm(norms, order),
     )
 
 
 def _norm_here(grads: list[Tensor | None], order: float, like: Tensor) -> Tensor:
     """Return the norm of tensors, as that of their norms."""
-    norms = lists.norms([g for g in grads if g is not None and g.numel() > 0], order)
+    norms = arithmetic.norms([g for g in grads if g is not None and g.numel() > 0], order)
     if not norms:
         return torch.zeros_like(like)
     there = like.device, like.dtype
     alike = [n if (n.device, n.dtype) == there else n.to(*there) for n in norms]
-    return lists.vector_norm(torch.stack(alike), order)
+    return arithmetic.vector_norm(torch.stack(alike), order)

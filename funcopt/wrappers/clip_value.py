@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from .._core import transforms
-from .._core.checks import check_optimizer, check_state
-from .._core.hyperparameters import normalize_fields
-from .._core.numbers import numbers_of
+from .._core.arithmetic import view_as_complex_like, view_as_real
+from .._core.hyperparameters import AT_LEAST_ZERO, Hyperparam, normalize_fields
 from .._core.pages import is_mapped
+from .._core.traits import Traits
 from .._core.types import Number, Optimizer, Schedule, Tree
+from .._engine.checks import check_optimizer, check_state
 from .._engine.counts import next_step
+from .._engine.numbers import numbers_of
 from .._engine.registration import register_optimizer
-from .._engine.rule import real, unreal
 from .base import Gradients, check_inplace, first_step, gather_gradients, with_step, write_step
 
 __all__ = ["ClipValue", "ClipValueState"]
 
 ParamsT = TypeVar("ParamsT")
-
-_NUMBERS = ("max_value",)
 
 
 class ClipValueState(NamedTuple):
@@ -67,7 +66,9 @@ class ClipValue:
         tensor([ 0.0500, -0.0100])
     """
 
-    elementwise = True
+    traits: ClassVar[Traits] = Traits(elementwise=True)
+
+    hyperparams: ClassVar[tuple[Hyperparam, ...]] = (Hyperparam("max_value", AT_LEAST_ZERO),)
 
     inner: Optimizer[Any]
     max_value: Number | Schedule
@@ -75,7 +76,7 @@ class ClipValue:
     def __post_init__(self) -> None:
         """Check and normalize the hyperparameter."""
         check_optimizer("inner", self.inner)
-        normalize_fields(self, *_NUMBERS)
+        normalize_fields(self, self.hyperparams)
 
     def init(self, params: Tree) -> ClipValueState:
         """Return the state before the first update: the inner state.
@@ -88,7 +89,7 @@ class ClipValue:
             >>> funcopt.ClipValue(funcopt.AdamW(), max_value=1.0).init(torch.ones(2)).inner.exp_avg
             tensor([0., 0.])
         """
-        return ClipValueState(self.inner.init(params), first_step(self, _NUMBERS, params))
+        return ClipValueState(self.inner.init(params), first_step(self, params))
 
     def update(
         self, grads: Tree, state: ClipValueState, params: ParamsT
@@ -155,7 +156,7 @@ class ClipValue:
         self, grads: Tree, state: ClipValueState, params: Tree
     ) -> tuple[Gradients, dict[str, Number]]:
         check_state(state, ClipValueState)
-        numbers = numbers_of(self, _NUMBERS, state.step)
+        numbers = numbers_of(self, state.step)
         return gather_gradients(self, grads, params), numbers
 
 
@@ -164,13 +165,13 @@ def _clip(gradients: Gradients, max_value: Number) -> Tree:
 
 
 def _held(grad: Tensor, most: Number) -> Tensor:
-    pair = real(grad)
+    pair = view_as_real(grad)
     if isinstance(most, Tensor):
         most = most.to(pair)
-        return unreal(torch.minimum(torch.maximum(pair, -most), most), grad)
+        return view_as_complex_like(torch.minimum(torch.maximum(pair, -most), most), grad)
     if most > torch.finfo(grad.dtype).max:  # infinite in this dtype, in which torch refuses it
         return grad
-    return grad if _is_within(pair, most) else unreal(pair.clamp(-most, most), grad)
+    return grad if _is_within(pair, most) else view_as_complex_like(pair.clamp(-most, most), grad)
 
 
 def _is_within(grad: Tensor, most: float) -> bool:

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from .._core import pytree
-from .._core.checks import check_optimizer, check_state
-from .._core.hyperparameters import check_flag, normalize_fields
-from .._core.numbers import number_at
+from .._core.arithmetic import compute_dtype, write
+from .._core.hyperparameters import BELOW_ONE, Hyperparam, check_flag, normalize_fields
+from .._core.traits import ELEMENTWISE, Traits
 from .._core.types import Number, Optimizer, Schedule, Tree
-from .._engine import write
+from .._engine.checks import check_optimizer, check_state
 from .._engine.counts import first_count, fresh, place_for_count
 from .._engine.registration import register_optimizer
-from .._engine.rule import compute_dtype
 from .base import check_scalar, gather_gradients, records, settled
 from .shadow_params import Follower, begin
 
@@ -99,7 +98,9 @@ class Ema:
         ({'w': tensor([0.7981, 0.7981])}, {'w': tensor([0.8317, 0.8317])})
     """
 
-    elementwise = True
+    traits: ClassVar[Traits] = ELEMENTWISE
+
+    hyperparams: ClassVar[tuple[Hyperparam, ...]] = (Hyperparam("decay", BELOW_ONE),)
 
     inner: Optimizer[Any]
     decay: Number | Schedule = 0.999
@@ -108,7 +109,7 @@ class Ema:
     def __post_init__(self) -> None:
         """Check and normalize every hyperparameter."""
         check_optimizer("inner", self.inner)
-        normalize_fields(self, "decay")
+        normalize_fields(self, self.hyperparams)
         check_flag("debias", self.debias)
 
     def init(self, params: Tree) -> EmaState:
@@ -157,7 +158,7 @@ class Ema:
             (tensor([0.8990]), tensor([0.9899]))
         """
         average = self._gather(grads, state, params)
-        decay = number_at("decay", self.decay, state.n_averaged)
+        decay = numbers_of(self, state.n_averaged)["decay"]
         recorded = records(self, average.gradients, state, {"decay": decay})
         new_params, inner = self.inner.update(grads, state.inner, params)
         with torch.set_grad_enabled(recorded):
@@ -192,7 +193,7 @@ class Ema:
             (tensor([0.8990]), tensor([0.9899]))
         """
         average = self._gather(grads, state, params)
-        decay = number_at("decay", self.decay, state.n_averaged)
+        decay = numbers_of(self, state.n_averaged)["decay"]
         counts = {"state.weight": state.weight, "state.n_averaged": state.n_averaged}
         average.check_inplace({"decay": decay}, counts)
         with torch.no_grad():

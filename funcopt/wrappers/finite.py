@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._core import lists, transforms
+from .._core import arithmetic, transforms
+from .._core.arithmetic import view_as_real
 from .._dtensor.reductions import over_shards
-from .._engine.rule import real
 from .base import Gradients, read
 
 __all__ = ["all_finite", "all_finite_everywhere", "decide", "place_for", "zeros_unless"]
@@ -25,7 +25,7 @@ def all_finite(tensors: Sequence[Tensor], like: Tensor) -> Tensor:
     Tensors on the CPU are read once, and nothing of their size is allocated. No derivative is
     asked for.
     """
-    parts = [real(tensor.detach()) for tensor in tensors if tensor.numel() > 0]
+    parts = [view_as_real(tensor.detach()) for tensor in tensors if tensor.numel() > 0]
     if transforms.readable() and transforms.all_plain(parts) and all(p.is_cpu for p in parts):
         parts = _suspects(_pooled(parts))
     found = [_are_finite(extremes).to(like.device) for extremes in _by_kind(_extremes(parts))]
@@ -67,7 +67,7 @@ def _extremes(parts: list[Tensor]) -> list[Tensor]:
     if transforms.transformed() or any(part.is_cpu for part in parts):
         # On the CPU, the norm that takes the largest element is twenty times slower.
         return [torch.stack([part.amin(), part.amax()]) for part in parts]
-    return lists.norms(parts, math.inf)
+    return arithmetic.norms(parts, math.inf)
 
 
 def _are_finite(numbers: list[Tensor]) -> Tensor:

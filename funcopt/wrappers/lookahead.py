@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from .._core import pytree
-from .._core.checks import check_optimizer, check_state
-from .._core.hyperparameters import check_flag, normalize_fields
-from .._core.numbers import has_schedule, numbers_of
+from .._core.arithmetic import write
+from .._core.hyperparameters import COUNT, FRACTION, Hyperparam, check_flag, normalize_fields
+from .._core.traits import ELEMENTWISE, Traits
 from .._core.types import Number, Optimizer, Schedule, Tree
-from .._engine import write
+from .._engine.checks import check_optimizer, check_state
 from .._engine.counts import first_count, next_step
+from .._engine.numbers import has_schedule, numbers_of
 from .._engine.registration import register_optimizer
 from .base import (
     check_scalar,
@@ -33,8 +34,6 @@ from .update_if import choose, copies, keep_leaves_requiring
 __all__ = ["Lookahead", "LookaheadState"]
 
 ParamsT = TypeVar("ParamsT")
-
-_NUMBERS = ("every", "alpha")
 
 
 class LookaheadState(NamedTuple):
@@ -110,7 +109,12 @@ class Lookahead:
         {'w': tensor([0.9000, 0.9000])} {'w': tensor([0.9000, 0.9000])}
     """
 
-    elementwise = True
+    traits: ClassVar[Traits] = ELEMENTWISE
+
+    hyperparams: ClassVar[tuple[Hyperparam, ...]] = (
+        Hyperparam("every", COUNT),
+        Hyperparam("alpha", FRACTION),
+    )
 
     inner: Optimizer[Any]
     every: Number | Schedule = 5
@@ -120,7 +124,7 @@ class Lookahead:
     def __post_init__(self) -> None:
         """Check and normalize every hyperparameter."""
         check_optimizer("inner", self.inner)
-        normalize_fields(self, *_NUMBERS)
+        normalize_fields(self, self.hyperparams)
         check_flag("reset_state", self.reset_state)
 
     def init(self, params: Tree) -> LookaheadState:
@@ -140,7 +144,7 @@ class Lookahead:
         """
         slow_params, _ = begin(self, params, _own)
         count = torch.zeros((), dtype=torch.float64, device=place_of_counts(self.every))
-        step = first_count(torch.device("cpu")) if has_schedule(self, _NUMBERS) else ()
+        step = first_count(torch.device("cpu")) if has_schedule(self) else ()
         return LookaheadState(count, slow_params, self.inner.init(params), step)
 
     def update(
@@ -229,7 +233,7 @@ class Lookahead:
     ) -> tuple[Follower, dict[str, Number]]:
         check_state(state, LookaheadState)
         check_scalar("state.steps_since_sync", state.steps_since_sync)
-        numbers = numbers_of(self, _NUMBERS, state.step)
+        numbers = numbers_of(self, state.step)
         gradients = gather_gradients(self, grads, params)
         slow = Follower.gather(gradients, "state.slow_params", state.slow_params, _own)
         return slow, numbers

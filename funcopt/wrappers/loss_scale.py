@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from .._core import transforms
-from .._core.checks import check_count, check_optimizer, check_state
-from .._core.hyperparameters import normalize, normalize_fields
-from .._core.numbers import has_schedule, number_at, numbers_of
+from .._core.arithmetic import write
+from .._core.hyperparameters import COUNT, Hyperparam, Range, normalize, normalize_fields
+from .._core.traits import Traits
 from .._core.types import Number, Optimizer, Schedule, Tree
-from .._engine import write
+from .._engine.checks import check_count, check_optimizer, check_state
 from .._engine.counts import first_count, next_step
+from .._engine.numbers import has_schedule, number_at, numbers_of
 from .._engine.registration import register_optimizer
 from .base import (
     Gradients,
@@ -33,8 +34,6 @@ __all__ = ["LossScale", "LossScaleState"]
 
 ParamsT = TypeVar("ParamsT")
 
-_NUMBERS = ("init_scale", "growth_factor", "backoff_factor", "growth_interval")
-
 
 class LossScaleState(NamedTuple):
     """The state of `LossScale`. Its own tensors are where the parameters are.
@@ -52,6 +51,15 @@ class LossScaleState(NamedTuple):
     growth_tracker: Tensor
     inner: Any
     step: Tree = ()
+
+
+_INIT_SCALE = Hyperparam(
+    "init_scale",
+    Range(
+        "must be at least 2**-126 and at most 2**127, as float32 holds it",
+        lambda value: 2.0**-126 <= value <= 2.0**127,
+    ),
+)
 
 
 @register_optimizer
@@ -125,6 +133,18 @@ class LossScale:
         ({'w': tensor([0.8990, 0.8990])}, {'w': tensor([0.2000, 0.2000])})
     """
 
+    traits: ClassVar[Traits] = Traits(
+        shardable=True, packable=True, complex_as_pairs=True, sees_overflow=True
+    )
+    hyperparams: ClassVar[tuple[Hyperparam, ...]] = (
+        _INIT_SCALE,
+        Hyperparam(
+            "growth_factor", Range("must be finite and above 1", lambda v: 1.0 < v < math.inf)
+        ),
+        Hyperparam("backoff_factor", Range("must be above 0 and below 1", lambda v: 0.0 < v < 1.0)),
+        Hyperparam("growth_interval", COUNT),
+    )
+
     inner: Optimizer[Any]
     init_scale: Number = 2.0**16
     growth_factor: Number | Schedule = 2.0
@@ -134,8 +154,8 @@ class LossScale:
     def __post_init__(self) -> None:
         """Check and normalize every hyperparameter."""
         check_optimizer("inner", self.inner)
-        object.__setattr__(self, "init_scale", normalize("init_scale", self.init_scale))
-        normalize_fields(self, *_NUMBERS[1:])
+        object.__setattr__(self, "init_scale", normalize(_INIT_SCALE, self.init_scale))
+        normalize_fields(self, self.hyperparams)
 
     def init(self, params: Tree) -> LossScaleState:
         """Return the state before the first update: the first scale and the inner state.
@@ -152,7 +172,7 @@ class LossScale:
             >>> funcopt.LossScale(funcopt.AdamW()).init(torch.ones(2)).scale
             tensor(65536.)
         """
-        init_scale = number_at("init_scale", self.init_scale, ())
+        init_scale = number_at(_INIT_SCALE, self.init_scale, ())
         place = place_for(gather_params(self, params).moving)
         scale = (
             init_scale.detach().to(device=place, dtype=torch.float32, copy=True)
@@ -160,7 +180,7 @@ class LossScale:
             else torch.full((), init_scale, dtype=torch.float32, device=place)
         )
         tracker = torch.zeros((), dtype=torch.int64, device=place)
-        step = first_count(place) if has_schedule(self, _NUMBERS) else ()
+        step = first_count(place) if has_schedule(self) else ()
         return LossScaleState(scale, tracker, self.inner.init(params), step)
 
     def update(
@@ -253,7 +273,7 @@ class LossScale:
         check_state(state, LossScaleState)
         check_scalar("state.scale", state.scale)
         check_count(state.growth_tracker, lambda: "state.growth_tracker")
-        numbers = numbers_of(self, _NUMBERS, state.step)
+        numbers = numbers_of(self, state.step)
         return gather_gradients(self, grads, params), numbers
 
 

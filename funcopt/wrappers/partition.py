@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from torch import Tensor
 
 from .._core import pytree
-from .._core.checks import check_dense, check_optimizer, check_state
-from .._core.resting import at_rest, leaves_at_rest, may_rest
+from .._core.traits import Traits
 from .._core.types import Optimizer, Tree
 from .._dtensor.shards import whole_of
+from .._engine.checks import check_dense, check_optimizer, check_state
 from .._engine.prepare import check_untied
 from .._engine.registration import register_optimizer
+from .._engine.resting import at_rest, leaves_at_rest, may_rest
 from .._engine.scaled import hands_on
 from .labels import Labels, check_labels, label_leaves, name_leaves, patterns_in
 from .together import Update, update_together_
@@ -84,7 +85,7 @@ class Partition:
         {'head': tensor([0.1000, 0.1000])}
     """
 
-    elementwise = True
+    traits: ClassVar[Traits] = Traits(elementwise=True, linear=True, tells_leaves_apart=True)
 
     inner: Mapping[str, Optimizer[Any]]
     labels: Labels

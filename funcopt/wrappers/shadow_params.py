@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 
 from .._core import pytree, transforms
-from .._core.checks import is_like, kind_of, of_members
+from .._core.arithmetic import compute_dtype, view_as_complex_like, view_as_real, write
 from .._core.types import Number, Optimizer, Tree
 from .._dtensor.shards import check_placed
-from .._engine import write
+from .._engine.checks import is_like, kind_of, of_members
 from .._engine.inplace import check_apart, check_writable
-from .._engine.rule import compute_dtype, real, unreal
 from .base import Gradients, check_inplace, gather_params, records
 
 __all__ = ["Follower", "begin"]
@@ -167,9 +166,9 @@ def _alike(ends: Sequence[Tensor], starts: Sequence[Tensor]) -> list[Tensor]:
 def _between(start: Tensor, end: Tensor, weight: Number) -> Tensor:
     """Return the one: by way of float32 in 16 bits, and of pairs of real ones if complex."""
     wide = compute_dtype(start.dtype)
-    origin, goal = real(start.to(wide)), real(end.to(wide))
+    origin, goal = view_as_real(start.to(wide)), view_as_real(end.to(wide))
     own = weight.to(origin) if isinstance(weight, Tensor) else weight
-    return unreal(torch.lerp(origin, goal, own), start).to(start.dtype)
+    return view_as_complex_like(torch.lerp(origin, goal, own), start).to(start.dtype)
 
 
 def _at_once(starts: Sequence[Tensor], ends: Sequence[Tensor]) -> bool:

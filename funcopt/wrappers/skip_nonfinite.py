@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from .._core import transforms
-from .._core.checks import check_count, check_optimizer, check_state, is_dense, kind_of
-from .._core.hyperparameters import normalize_fields
-from .._core.numbers import has_schedule, numbers_of
-from .._core.types import Number, Optimizer, Schedule, Tree
-from .._engine import write
+from .._core.arithmetic import write
+from .._core.hyperparameters import Hyperparam, Range, normalize_fields
+from .._core.traits import Traits
+from .._core.types import Number, Optimizer, Schedule, Tree, is_dense
+from .._engine.checks import check_count, check_optimizer, check_state, kind_of
 from .._engine.counts import first_count, next_step
+from .._engine.numbers import has_schedule, numbers_of
 from .._engine.registration import register_optimizer
 from .base import (
     Gradients,
@@ -33,8 +34,6 @@ from .update_if import update_if, update_if_
 __all__ = ["SkipNonfinite", "SkipNonfiniteState"]
 
 ParamsT = TypeVar("ParamsT")
-
-_NUMBERS = ("max_consecutive",)
 
 
 class SkipNonfiniteState(NamedTuple):
@@ -56,6 +55,13 @@ class SkipNonfiniteState(NamedTuple):
     last_finite: Tensor
     inner: Any
     step: Tree = ()
+
+
+_MOST = Range(
+    "must be a whole number of at least 0, or infinite (never let one through)",
+    lambda value: value == math.inf or (0.0 <= value < math.inf and value == int(value)),
+    whole=True,
+)
 
 
 @register_optimizer
@@ -102,13 +108,16 @@ class SkipNonfinite:
         ({'w': tensor([1., 1.])}, tensor(1), tensor(0., dtype=torch.float64))
     """
 
+    traits: ClassVar[Traits] = Traits(shardable=True, packable=True, complex_as_pairs=True)
+    hyperparams: ClassVar[tuple[Hyperparam, ...]] = (Hyperparam("max_consecutive", _MOST),)
+
     inner: Optimizer[Any]
     max_consecutive: Number | Schedule = math.inf
 
     def __post_init__(self) -> None:
         """Check and normalize the number of calls."""
         check_optimizer("inner", self.inner)
-        normalize_fields(self, *_NUMBERS)
+        normalize_fields(self, self.hyperparams)
         if isinstance(self.max_consecutive, float):  # which is infinite
             check_overflow_is_seen("SkipNonfinite", self.inner)
 
@@ -134,7 +143,7 @@ class SkipNonfinite:
             torch.zeros((), dtype=torch.int64, device=place),
             torch.ones((), dtype=torch.bool, device=place),
             self.inner.init(params),
-            first_count(place) if has_schedule(self, _NUMBERS) else (),
+            first_count(place) if has_schedule(self) else (),
         )
 
     def update(
@@ -222,7 +231,7 @@ class SkipNonfinite:
         check_count(state.consecutive, lambda: "state.consecutive")
         check_count(state.total, lambda: "state.total")
         _check_last_finite(state.last_finite)
-        numbers = numbers_of(self, _NUMBERS, state.step)
+        numbers = numbers_of(self, state.step)
         return gather_gradients(self, grads, params), numbers
 
 

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .._core import pytree, transforms
+from .._core.arithmetic import write
+from .._core.traits import own_traits
 from .._core.types import Optimizer, Tree
 from .._dtensor.shards import whole_of
-from .._engine import Scalars, write
-from .._engine.inplace import check_apart, check_inplace, check_unwatched, check_writable
+from .._engine import driver
+from .._engine.inplace import check_apart, check_unwatched, check_writable
 from .._engine.scaled import update_scaled, update_scaled_
-from ..optimizers.adamw import AdamW
-from ..optimizers.frozen import Frozen
 
 __all__ = ["Update", "update_together_"]
 
@@ -42,8 +42,8 @@ def update_together_(updates: Mapping[str, Update]) -> None:
     """Do the updates in place, by label. If one of them is refused, nothing was written.
 
     An optimizer checks everything before it writes, but its own leaves only. So one goes first, as
-    the last that may still be refused, and of the others each is made sure of before: `AdamW` and
-    `Frozen` can be checked without being run; any other is done out of place, by `update`, which
+    the last that may still be refused, and of the others each is made sure of before: one that
+    is made by a rule can be checked without being run; any other is done out of place, by `update`, which
     finds whatever is wrong, and its results are written in the end. The one that goes first is the
     largest of those that would have to be done out of place, if there are any.
 
@@ -54,7 +54,7 @@ def update_together_(updates: Mapping[str, Update]) -> None:
     """
     check_unwatched()
     moving = {
-        label: update for label, update in updates.items() if not isinstance(update.opt, Frozen)
+        label: update for label, update in updates.items() if not own_traits(update.opt).rests
     }
     if len(moving) > 1 and not transforms.tracing():  # when there is no memory yet
         _check_groups_apart(updates, moving)
@@ -71,9 +71,9 @@ def update_together_(updates: Mapping[str, Update]) -> None:
 
 def _weight(update: Update) -> tuple[int, int]:
     """What it would take to make sure of an update."""
-    if isinstance(update.opt, Frozen):
+    if own_traits(update.opt).rests:
         return 0, 0
-    kind = 1 if type(update.opt) is AdamW else 2
+    kind = 1 if "rule" in vars(type(update.opt)) else 2
     if transforms.tracing():  # when sizes may not be known, and nothing is written yet
         return kind, 0
     # Of wholes, so that the order is the same on every process: in it they may wait for each other.
@@ -104,25 +104,11 @@ def _check_groups_apart(updates: Mapping[str, Update], moving: Mapping[str, Upda
 def _is_sure(update: Update) -> bool:
     """Whether an update in place will go through, which was checked; raises if it will not."""
     opt, grads, state, params, _ = update
-    if isinstance(opt, Frozen):
+    if own_traits(opt).rests:
         return True
-    if type(opt) is not AdamW or not params:
+    if "rule" not in vars(type(opt)) or not params:
         return False
-    work = opt._gather(grads, state, params)
-    counts = work.counts.after(work.active, work.watched)
-    numbers = opt._numbers(*work.counts.around(work.active, counts))
-    check_inplace(work, counts, numbers)
-    # A kernel that was asked for by name may yet refuse numbers that it cannot read.
-    return transforms.observed() or opt.kernel == "auto" or _can_be_read(numbers)
-
-
-def _can_be_read(numbers: Iterable[Scalars]) -> bool:
-    """Whether all numbers can be read without waiting."""
-    return all(
-        isinstance(number, float) or (number.is_cpu and transforms.all_plain([number]))
-        for own in numbers
-        for number in own
-    )
+    return driver.check_update_(opt, grads, state, params)
 
 
 def _moved(label: str, update: Update) -> tuple[list[Tensor], list[Tensor]]:

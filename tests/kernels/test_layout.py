@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from funcopt import AdamW
-from funcopt._engine import Leaves, known, layout, layout_of
+from funcopt._engine import Leaves, layout
+from funcopt._engine.layout import known, layout_of
 
 from ..cases import assert_same_bits, clone
 

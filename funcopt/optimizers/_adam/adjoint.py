@@ -17,21 +17,22 @@ It is written in plain differentiable operators, so that it has an adjoint of it
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from ..._core import transforms
+from ..._core.arithmetic import compute_dtype, double, fit
 from ..._core.types import Number
-from ..._engine.rule import Leaves, Moved, Scalars, Variant, compute_dtype, fit
-from .equations import Corrections, Gains, double, new_moments
+from ..._engine.rule import Adjoint, StepInputs, StepOutputs
+from ..adamw import Coefficients, coefficients, new_moments
 
-__all__ = ["Saved", "adjoint", "worth_keeping"]
+__all__ = ["ADAMW_ADJOINT"]
 
 
-class Saved(NamedTuple):
+class _Kept(NamedTuple):
     """What is kept between a step and its adjoint: the gradient and, at the least, two moments."""
 
     grads: list[Tensor]
@@ -43,56 +44,48 @@ class Saved(NamedTuple):
     new_exp_avg_sqs: list[Tensor]
 
 
-def worth_keeping(leaves: Leaves, moved: Moved, needs: Scalars) -> Saved:
+def _keep(inputs: StepInputs, outputs: StepOutputs, needs: Any) -> _Kept:
     """Return what the adjoint of a step needs of it.
 
     That is the gradient and two moments, which cost no memory of their own: those after this step
     are those before the next. Those after it save computing them again; but in 16 bits they were
     rounded, and the derivative of a beta asks for those before it, which cannot be had from them.
     """
-    params = leaves.params if needs.lr or needs.weight_decay else []
-    rounded = any(compute_dtype(grad.dtype) is not grad.dtype for grad in leaves.grads)
+    exp_avgs, exp_avg_sqs, *maxima = inputs.slots
+    largest = maxima[0] if maxima else []
+    params = inputs.params if needs.lr or needs.weight_decay else []
+    rounded = any(compute_dtype(grad.dtype) is not grad.dtype for grad in inputs.grads)
     if rounded or needs.beta1 or needs.beta2:
-        return Saved(*leaves[1:], params, [], [])
-    news = moved.exp_avgs, moved.exp_avg_sqs
-    return Saved(leaves.grads, [], [], leaves.max_exp_avg_sqs, params, *news)
+        return _Kept(inputs.grads, exp_avgs, exp_avg_sqs, largest, params, [], [])
+    return _Kept(inputs.grads, [], [], largest, params, *outputs.slots[:2])
 
 
-def adjoint(
-    saved: Saved,
-    scalars: Scalars,
-    variant: Variant,
-    needs: Scalars,
+def _pull_back(
+    kept: Sequence[list[Tensor]],
+    numbers: Any,
+    options: Any,
+    needs: Any,
     cotangents: list[list[Tensor | None]],
 ) -> tuple[list[Tensor | None], list[list[Tensor | None]]]:
-    """Return the cotangents of the numbers and of the leaves before the step.
-
-    Args:
-        saved: What the step kept.
-        scalars: The numbers of the step.
-        variant: What is fixed.
-        needs: For each number, whether its cotangent is wanted.
-        cotangents: The cotangents of the columns of `Moved`; None stands for zeros.
-
-    Returns:
-        In the order of `Scalars` (without the factor, which is 1 here) and of `Leaves`, with None
-        for what is zero or unwanted.
-    """
-    corrections = Corrections(scalars)
+    saved = _Kept(*kept)
+    own = coefficients(numbers._make(map(double, numbers)), options)
     of_numbers: dict[str, Tensor] = {}
-    of_leaves: list[list[Tensor | None]] = [[] for _ in Leaves._fields]
+    of_leaves: list[list[Tensor | None]] = [[] for _ in range(len(cotangents) + 1)]
     for index, grad in enumerate(saved.grads):
         dtype = compute_dtype(grad.dtype)
-        leaf = _step_again([_widen(column, index, dtype) for column in saved], scalars, variant)
+        leaf = _step_again([_widen(column, index, dtype) for column in saved], own, options)
         after = [_widen(column, index, dtype) for column in cotangents]
-        pulled = _pull_back(leaf, after, scalars, corrections)
-        before = _before(leaf, pulled, scalars, variant)
-        for column, cotangent in zip(of_leaves, before, strict=False):
+        pulled = _through_step(leaf, after, own)
+        before = _before(leaf, pulled, numbers, own, options)
+        for column, cotangent in zip(of_leaves, before, strict=True):
             column.append(_cast(cotangent, grad.dtype))
-        for name, part in _of_numbers(leaf, pulled, scalars, corrections, needs):
-            total = _sum_to(part, getattr(scalars, name))
+        for name, part in _of_numbers(leaf, pulled, numbers, own, needs):
+            total = _sum_to(part, getattr(numbers, name))
             of_numbers[name] = of_numbers[name] + total if name in of_numbers else total
-    return [of_numbers.get(name) for name in Scalars._fields[:6]], of_leaves
+    return [of_numbers.get(name) for name in numbers._fields[:-1]], of_leaves
+
+
+ADAMW_ADJOINT = Adjoint(_keep, _pull_back)
 
 
 class _Leaf(NamedTuple):
@@ -128,14 +121,13 @@ def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return tensor if tensor is None or tensor.dtype is dtype else tensor.to(dtype)
 
 
-def _step_again(column: list[Any], scalars: Scalars, variant: Variant) -> _Leaf:
+def _step_again(column: list[Any], own: Coefficients, options: Any) -> _Leaf:
     grad, exp_avg, exp_avg_sq, max_exp_avg_sq, param, new_exp_avg, new_exp_avg_sq = column
-    if variant.maximize:
+    if options.maximize:
         grad = -grad
     if new_exp_avg is None:
-        new_exp_avg, new_exp_avg_sq = new_moments(
-            grad, exp_avg, exp_avg_sq, Gains.to(grad, scalars)
-        )
+        fitted = Coefficients(*(fit(number, grad) for number in own))
+        new_exp_avg, new_exp_avg_sq = new_moments(grad, exp_avg, exp_avg_sq, fitted)
     largest = new_exp_avg_sq
     if max_exp_avg_sq is not None:
         largest = torch.maximum(max_exp_avg_sq, new_exp_avg_sq)
@@ -143,10 +135,9 @@ def _step_again(column: list[Any], scalars: Scalars, variant: Variant) -> _Leaf:
     return _Leaf(*before, new_exp_avg, new_exp_avg_sq, largest)
 
 
-def _pull_back(
-    leaf: _Leaf, cotangents: list[Tensor | None], scalars: Scalars, corrections: Corrections
-) -> _Pulled:
-    of_param, of_exp_avg, of_exp_avg_sq, of_max = cotangents
+def _through_step(leaf: _Leaf, cotangents: list[Tensor | None], own: Coefficients) -> _Pulled:
+    of_param, of_exp_avg, of_exp_avg_sq, *maxima = cotangents
+    of_max = maxima[0] if maxima else None
     zero = leaf.largest == 0
     if transforms.followed():
         # This may be differentiated in its turn, and no infinity must come back from a root.
@@ -154,11 +145,10 @@ def _pull_back(
         root = safe_root.masked_fill(zero, 0.0)
     else:
         safe_root = root = leaf.largest.sqrt()
-    correction2_root = corrections.correction2_root
-    denominator = root + fit(double(scalars.eps) * correction2_root, root)
+    denominator = root + fit(own.eps * own.correction2_root, root)
     direction = leaf.new_exp_avg / denominator
     product = of_largest = None
-    scale = corrections.step_size * correction2_root
+    scale = -own.descent * own.correction2_root
     if of_param is not None:
         quotient = of_param / denominator
         product = quotient * direction
@@ -174,7 +164,7 @@ def _pull_back(
 
 
 def _of_square(of_root: Tensor, safe_root: Tensor, zero: Tensor) -> Tensor:
-    """Twice the cotangent of a square, of that of its root: as for `plain.root`, zero at zero."""
+    """Twice the cotangent of a square, of that of its root: as for `safe_sqrt`, zero at zero."""
     return (of_root / safe_root).masked_fill(zero, 0.0)
 
 
@@ -184,54 +174,48 @@ def _share_of_new(new: Tensor, old: Tensor) -> Tensor:
 
 
 def _before(
-    leaf: _Leaf, pulled: _Pulled, scalars: Scalars, variant: Variant
+    leaf: _Leaf, pulled: _Pulled, numbers: Any, own: Coefficients, options: Any
 ) -> tuple[Tensor | None, ...]:
-    """The cotangents of the leaf before the step, in the order of `Leaves`."""
-    decay = 1 - double(scalars.lr) * double(scalars.weight_decay)
-    beta1, beta2 = double(scalars.beta1), double(scalars.beta2)
-    of_grad = _times(pulled.exp_avg, 1 - beta1)
+    """The cotangents of the leaf before the step, in the order of `StepInputs`."""
+    of_grad = _times(pulled.exp_avg, own.gain1)
     if pulled.exp_avg_sq is not None:
-        of_grad = _add_product(of_grad, pulled.exp_avg_sq, leaf.grad, 2 * (1 - beta2))
-    if variant.maximize and of_grad is not None:
+        of_grad = _add_product(of_grad, pulled.exp_avg_sq, leaf.grad, 2 * own.gain2)
+    if options.maximize and of_grad is not None:
         of_grad = -of_grad
     return (
-        _times(pulled.param, decay),
+        _times(pulled.param, own.decay),
         of_grad,
-        _times(pulled.exp_avg, beta1),
-        _times(pulled.exp_avg_sq, beta2),
-        *((pulled.old_max_exp_avg_sq,) if variant.amsgrad else ()),
+        _times(pulled.exp_avg, double(numbers.beta1)),
+        _times(pulled.exp_avg_sq, own.beta2),
+        *((pulled.old_max_exp_avg_sq,) if options.amsgrad else ()),
     )
 
 
 def _of_numbers(
-    leaf: _Leaf,
-    pulled: _Pulled,
-    scalars: Scalars,
-    corrections: Corrections,
-    needs: Scalars,
+    leaf: _Leaf, pulled: _Pulled, numbers: Any, own: Coefficients, needs: Any
 ) -> Iterator[tuple[str, Tensor]]:
     """The wanted cotangents of the numbers, as far as they come of one leaf, before summing."""
-    step, lr, beta1, beta2, _, weight_decay = map(double, scalars[:6])
+    step, lr, beta1, beta2, _, weight_decay, _ = map(double, numbers)
     if needs.beta1 and pulled.exp_avg is not None:
         yield "beta1", pulled.exp_avg * (leaf.exp_avg - leaf.grad)
     if needs.beta2 and pulled.exp_avg_sq is not None:
         yield "beta2", pulled.exp_avg_sq * (leaf.exp_avg_sq - leaf.grad**2)
     if pulled.param is None or pulled.product is None:
         return
-    correction2_root = corrections.correction2_root
-    descent = _times(-pulled.param * pulled.direction, correction2_root)
+    correction1, root = 1 - beta1**step, own.correction2_root
+    descent = _times(-pulled.param * pulled.direction, root)
     if needs.lr:
-        yield "lr", _times(descent, 1 / corrections.correction1)
+        yield "lr", _times(descent, 1 / correction1)
         yield "lr", _times(-pulled.param * leaf.param, weight_decay)
     if needs.weight_decay:
         yield "weight_decay", _times(-pulled.param * leaf.param, lr)
     if needs.eps:
-        yield "eps", _times(pulled.product, corrections.step_size * correction2_root**2)
+        yield "eps", _times(pulled.product, -own.descent * root**2)
     if needs.beta1:  # through the first bias correction, and so on below through the second
-        yield "beta1", _times(descent, lr * step * beta1 ** (step - 1) / corrections.correction1**2)
+        yield "beta1", _times(descent, lr * step * beta1 ** (step - 1) / correction1**2)
     if needs.beta2:
-        slope = step * beta2 ** (step - 1) / (2 * correction2_root)
-        yield "beta2", _times(pulled.product * pulled.root, corrections.step_size * slope)
+        slope = step * beta2 ** (step - 1) / (2 * root)
+        yield "beta2", _times(pulled.product * pulled.root, -own.descent * slope)
 
 
 def _plus(base: Tensor | None, tensor: Tensor | None, number: Number) -> Tensor | None:

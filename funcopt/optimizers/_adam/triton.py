@@ -25,9 +25,12 @@ from torch import Tensor
 
 from ..._core import transforms
 from ..._core.types import Number
-from ..._engine.rule import PUBLIC_NAMES, Leaves, Moved, Scalars, Variant, written
+from ..._engine.rule import Kernel, StepInputs, StepOutputs
+from ..adamw import HYPERPARAMS
 
-__all__ = ["refusal", "step", "step_"]
+__all__ = ["ADAMW_TRITON"]
+
+_PATHS = {own.name: own.path for own in HYPERPARAMS}
 
 # The step is bound by memory, so what counts is how much is under way. By its data sheet and a
 # latency of some 0.8 microseconds, which is an estimate, an H200 needs 26 kB in each
@@ -52,28 +55,28 @@ _YES = ("1", "on", "true", "y", "yes")
 _read_at_replay: list[Tensor] = []
 
 
-def refusal(device: torch.device, scalars: Scalars | None) -> str | None:
-    """Say why leaves on this device (with these numbers, if given) cannot be served."""
+def _unsupported_reason(device: torch.device, numbers: Any) -> str | None:
     reason = _unfit(device)
     if reason is not None:
         return reason
-    for name, number in zip(Scalars._fields, scalars or (), strict=False):
+    for name, number in zip(getattr(numbers, "_fields", ()), numbers or (), strict=True):
         if isinstance(number, Tensor) and number.device not in (device, torch.device("cpu")):
-            public = PUBLIC_NAMES.get(name, name)
-            return f"it takes numbers on {device} or the CPU, and {public} is on {number.device}"
+            return (
+                f"it takes numbers on {device} or the CPU, and {_PATHS.get(name, name)} is on "
+                f"{number.device}"
+            )
     return None
 
 
-def step(leaves: Leaves, scalars: Scalars, variant: Variant) -> Moved:
-    """Return leaves of one dtype and device after one step, in fresh memory."""
-    moved = Moved(*([torch.empty_like(tensor) for tensor in column] for column in written(leaves)))
-    _launch(leaves, moved, scalars, variant)
-    return moved
+def _step(inputs: StepInputs, numbers: Any, options: Any) -> StepOutputs:
+    targets = inputs.targets.columns
+    outputs = StepOutputs.of([torch.empty_like(tensor) for tensor in own] for own in targets)
+    _launch(inputs, outputs, numbers, options)
+    return outputs
 
 
-def step_(leaves: Leaves, scalars: Scalars, variant: Variant) -> None:
-    """Move leaves of one dtype and device in place."""
-    _launch(leaves, written(leaves), scalars, variant)
+def _step_(inputs: StepInputs, numbers: Any, options: Any) -> None:
+    _launch(inputs, inputs.targets, numbers, options)
 
 
 @functools.cache
@@ -107,13 +110,13 @@ def _unfit_gpu(device: torch.device, triton: Any) -> str | None:
     return None
 
 
-def _launch(leaves: Leaves, moved: Moved, scalars: Scalars, variant: Variant) -> None:
+def _launch(inputs: StepInputs, outputs: StepOutputs, numbers: Any, options: Any) -> None:
     source = _source()
-    param = leaves.params[0]
-    lead = param.shape[: max(n.ndim if isinstance(n, Tensor) else 0 for n in scalars)]
-    numbers = [_values(number, lead, param.device) for number in scalars]
-    members = max(1, *map(len, numbers))
-    elements = [leaf.numel() // members for leaf in leaves.params]
+    param = inputs.params[0]
+    lead = param.shape[: max(n.ndim if isinstance(n, Tensor) else 0 for n in numbers)]
+    values = [_values(number, lead, param.device) for number in numbers]
+    members = max(1, *map(len, values))
+    elements = [leaf.numel() // members for leaf in inputs.params]
     blocks = members * sum(-(-count // _BLOCK) for count in elements)
     run = max(1, min(_LONGEST_RUN, blocks // _ENOUGH_PROGRAMS))
     programs = [-(-count // (run * _BLOCK)) for count in elements]
@@ -121,16 +124,16 @@ def _launch(leaves: Leaves, moved: Moved, scalars: Scalars, variant: Variant) ->
     if ends[-1] == 0:
         return
     words = [0, *ends[:-1], *programs, *elements]
-    for column in (*leaves, *moved):
+    for column in (*inputs.columns, *outputs.columns):
         words += map(Tensor.data_ptr, column)
     with torch.cuda.device(param.get_device()):
         source.step_kernel[(ends[-1],)](
-            _table(words, numbers, param.device),
+            _table(words, values, param.device),
             len(elements),
             run,
             DTYPE=getattr(source.tl, str(param.dtype).removeprefix("torch.")),
-            AMSGRAD=variant.amsgrad,
-            MAXIMIZE=variant.maximize,
+            AMSGRAD=options.amsgrad,
+            MAXIMIZE=options.maximize,
             BLOCK=_BLOCK,
             num_warps=_WARPS,
             enable_fp_fusion=False,  # rounded as the equations are written
@@ -173,3 +176,8 @@ def _table(words: list[int], numbers: list[Tensor | list[float]], device: torch.
         if transforms.capturing():
             _read_at_replay.append(host)
     return table.copy_(host, non_blocking=True)
+
+
+ADAMW_TRITON = Kernel(
+    _step_, _unsupported_reason, step=_step, scales_gradients=True, takes_members=True
+)

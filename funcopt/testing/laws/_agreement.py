@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from ..._core import pytree
+from ..._core.traits import traits_of
 from ..._core.types import Tree
-from ..._engine import KERNELS, unserved
 from ...optimizers.adamw import AdamW
 from .._compare import EXACT, ROUNDING, NotApplicable, compare
-from .._subject import cast, field, leaves_of, replace, run, says, tree_map
+from .._subject import cast, field, kernels, leaves_of, replace, run, tree_map
 from ..oracles import Oracle, own_update, registered
 
 __all__ = [
@@ -26,10 +26,7 @@ __all__ = [
 
 def kernels_agree(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> None:
     """Every kernel takes the same step, to a few ulp."""
-    if field(opt, "kernel") not in KERNELS:
-        raise NotApplicable("its kernels are of its own")
-    devices = {leaf.device for leaf in leaves_of(params)}
-    serving = [k for k in KERNELS if all(unserved(k, device) is None for device in devices)]
+    serving = kernels(opt, {leaf.device for leaf in leaves_of(params)})
     for step in run(opt, params, gradient_sequence):
         for name in serving:
             new_params, new_state = replace(opt, kernel=name).update(
@@ -105,7 +102,7 @@ def _matches(
 ) -> None:
     # A norm over all leaves brings the rounding of the coarsest to each.
     coarse = any(leaf.dtype not in _DOUBLE for leaf in leaves_of(params))
-    coupled = coarse and says(opt, "leafwise") is not True
+    coupled = coarse and not traits_of(opt).leafwise
     if _averages_parameters(opt) and any(leaf.itemsize == 2 for leaf in leaves_of(params)):
         raise NotApplicable("its average is wider than the rounded parameters that are averaged")
     for step in run(opt, params, gradient_sequence):

@@ -9,10 +9,9 @@ from torch import Tensor
 
 from ..._core import pytree
 from ..._core.types import Tree
-from ..._engine import KERNELS
 from ...optimizers.adamw import AdamW
 from .._compare import ROUNDING, NotApplicable, compare, wide
-from .._subject import field, last, replace, run, tree_map
+from .._subject import field, kernels, last, replace, run, tree_map
 
 __all__ = [
     "decay_is_decoupled",
@@ -47,11 +46,10 @@ def maximize_is_minimize_negated(opt: Any, params: Tree, gradient_sequence: list
 def _kernels(opt: Any) -> list[Any]:
     """The optimizer with each of its kernels, if it has a choice of them."""
     try:
-        if field(opt, "kernel") not in KERNELS:
-            return [opt]
+        names = kernels(opt, [torch.device("cpu")])
     except NotApplicable:
         return [opt]
-    return [replace(opt, kernel=name) for name in ("plain", "foreach", "fused")]
+    return [replace(opt, kernel=name) for name in names if name != "auto"]
 
 
 def _only_adamw(opt: Any) -> None:

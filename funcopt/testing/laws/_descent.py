@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from ..._core import pytree
+from ..._core.traits import traits_of
 from ..._core.types import Tree
 from .._compare import LawBroken, NotApplicable, wide
-from .._subject import Step, clone, fields, leaves_of, run, says, tree_map
+from .._subject import Step, clone, fields, leaves_of, run, tree_map
 from .._tensors import build
 
 __all__ = ["goes_downhill"]
@@ -35,7 +36,7 @@ def goes_downhill(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> None
     moved = False
     for slope in _opposite_slopes(start):
         for step in run(opt, clone(start), [clone(slope) for _ in range(_UPDATES)]):
-            for path, rise, size in _rises(step, slope, by_leaf=says(opt, "leafwise") is True):
+            for path, rise, size in _rises(step, slope, by_leaf=traits_of(opt).leafwise):
                 moved = moved or size > 0
                 loss = -rise if True in maximize else rise
                 # Where leaves are rounded to 16 bits, a part of the size is noise.

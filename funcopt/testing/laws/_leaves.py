@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from ..._core import pytree
+from ..._core.traits import traits_of
 from ..._core.types import Tree
 from .._compare import ROUNDING, NotApplicable, compare
-from .._subject import run, says
+from .._subject import run
 
 __all__ = ["elements_are_independent", "leaves_are_independent", "names_do_not_matter"]
 
@@ -32,31 +33,28 @@ def names_do_not_matter(opt: Any, params: Tree, gradient_sequence: list[Tree]) -
 
 
 def leaves_are_independent(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> None:
-    """A leaf moves as it would alone, if the optimizer says so: `leafwise = True` in its class.
+    """A leaf moves as it would alone, if the optimizer says so: by its trait `leafwise`.
 
-    One that takes a norm over all gradients is right, and says `leafwise = False`. `elementwise`
-    says it, too.
+    One that takes a norm over all gradients is right, and does not say it. `elementwise` says it,
+    too.
     """
-    if says(opt, "leafwise") is not True:
-        raise NotApplicable(_unsaid(opt, "leafwise", "each leaf moves by itself"))
+    if not traits_of(opt).leafwise:
+        raise NotApplicable(_unsaid("leafwise", "each leaf moves by itself"))
     _alone(opt, params, gradient_sequence, lambda tensor: tensor, "leaves_are_independent")
 
 
 def elements_are_independent(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> None:
     """A leaf moves as it would stacked on itself, if the optimizer says that it is `elementwise`.
 
-    One that looks at rows, columns or whole matrices is right, and says `elementwise = False`, or
-    nothing.
+    One that looks at rows, columns or whole matrices is right, and does not say it.
     """
-    if says(opt, "elementwise") is not True:
-        raise NotApplicable(_unsaid(opt, "elementwise", "each element moves by itself"))
+    if not traits_of(opt).elementwise:
+        raise NotApplicable(_unsaid("elementwise", "each element moves by itself"))
     _alone(opt, params, gradient_sequence, _stacked, "elements_are_independent")
 
 
-def _unsaid(opt: Any, trait: str, what: str) -> str:
-    if says(opt, trait) is False:
-        return f"it says {trait} = False"
-    return f"it does not say that {what}, by {trait} = True in its class"
+def _unsaid(trait: str, what: str) -> str:
+    return f"it does not say that {what}, by traits = Traits({trait}=True) in its class"
 
 
 def _alone(

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._core import transforms
+from .._core.types import Optimizer, is_dense, shown_layout
 from .._dtensor.shards import check_placed, dtensor, local_part
-from . import transforms
-from .types import Optimizer
 
 __all__ = [
     "are_apart",
@@ -22,12 +22,10 @@ __all__ = [
     "check_leaves",
     "check_optimizer",
     "check_state",
-    "is_dense",
     "is_like",
     "kind_of",
     "of_members",
     "shown",
-    "shown_layout",
     "starts",
 ]
 
@@ -64,14 +62,6 @@ def check_state(state: object, kind: type) -> None:
         )
 
 
-def is_dense(tensor: Tensor) -> bool:
-    """Whether a tensor is strided and not nested: some nested tensors have that layout, too.
-
-    What looks at every leaf of every step asks both questions itself, which takes half the time.
-    """
-    return tensor.layout is torch.strided and not tensor.is_nested
-
-
 def is_like(
     value: object, shape: torch.Size, dtype: torch.dtype, device: torch.device | None = None
 ) -> bool:
@@ -84,11 +74,6 @@ def is_like(
         and value.dtype == dtype
         and (device is None or value.device == device)
     )
-
-
-def shown_layout(tensor: Tensor) -> str:
-    """Return the layout of a tensor that is not dense, as messages have it."""
-    return "a nested layout" if tensor.is_nested else f"layout {tensor.layout}"
 
 
 def check_dense(

@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeAlias
 
-from . import pytree
-from .types import Optimizer
+from .._core import pytree
+from .._core.traits import own_traits
+from .._core.types import Optimizer
 
 __all__ = ["as_inner", "at_rest", "leaves_at_rest", "may_rest"]
 
@@ -40,12 +41,16 @@ def at_rest(
     opt: Optimizer[Any], leaves: Sequence[Any], structure: pytree.Structure
 ) -> Collection[int]:
     """Return which of its leaves an optimizer leaves at rest, by their indices."""
+    if own_traits(opt).rests:
+        return range(len(leaves))
     rule = _rules.get(type(opt))
     return () if rule is None else rule(opt, leaves, structure)
 
 
 def may_rest(opt: Optimizer[Any]) -> bool:
     """Whether an optimizer may leave a leaf at rest, found without any."""
+    if own_traits(opt).rests:
+        return True
     if type(opt) not in _rules:
         return False
     inner: Any = getattr(opt, "inner", None)

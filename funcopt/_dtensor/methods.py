@@ -1,0 +1,163 @@
+"""Updates of DTensors: their local parts go in, and DTensors are made of what comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._core import pytree, transforms
+from .._core.recording import recording
+from .._core.traits import optimizers_in, own_traits
+from .._core.types import Tree
+from .shards import Parts, dtensor, work_on
+
+__all__ = ["update", "update_"]
+
+
+def check_shardable(opt: Any) -> None:
+    """Refuse an optimizer that has to see whole leaves, of which each process has a part.
+
+    Raises:
+        TypeError: If it, or one within it, does not say that it works on parts.
+    """
+    for part in optimizers_in(opt):
+        if not own_traits(part).shardable:
+            raise TypeError(
+                f"params has DTensors, and {type(part).__name__} does not say that it works on "
+                f"parts of leaves: by its traits it has to see whole ones. If each element moves "
+                f"by itself, say `traits = Traits(elementwise=True)` in its class; if it reduces "
+                f"over processes what it computes of whole leaves, `shardable=True`. Else give it "
+                f"whole tensors, as of .full_tensor()."
+            )
+
+
+def update(method: Callable[..., Any], opt: Any, grads: Tree, state: Tree, params: Tree) -> Any:
+    work = _take_apart(opt, grads, state, params, followed=_is_recorded(grads, state, params))
+    new_params, new_state = work_on(work.parts, method, opt, *work.trees)
+    return _wholes(work.parts, new_params, params, "params"), _wholes(
+        work.parts, new_state, state, "state"
+    )
+
+
+def update_(method: Callable[..., Any], opt: Any, grads: Tree, state: Tree, params: Tree) -> Any:
+    work = _take_apart(opt, grads, state, params, followed=True)
+    pairs = work.parts.sharded()
+    versions = [_version(part) for part, _ in pairs]
+    work_on(work.parts, method, opt, *work.trees)
+    # A DTensor counts for itself what is written into it, by which autograd finds out.
+    written = [
+        whole
+        for (part, whole), version in zip(pairs, versions, strict=True)
+        if _version(part) != version
+    ]
+    torch.autograd.graph.increment_version(written)
+    return params, state
+
+
+class _TakenApart(NamedTuple):
+    parts: Parts
+    trees: list[Tree]  # gradients, state and parameters, as far as they are here
+
+
+def _take_apart(opt: Any, grads: Tree, state: Tree, params: Tree, *, followed: bool) -> _TakenApart:
+    """Return the trees with local parts in place of DTensors.
+
+    Args:
+        opt: The optimizer.
+        grads: The gradients.
+        state: The state.
+        params: The parameters, which keep their `requires_grad`.
+        followed: Whether gradients and state keep theirs.
+
+    Raises:
+        RuntimeError: Under a transform.
+        ValueError: If a DTensor is a sum still to be made.
+    """
+    check_shardable(opt)
+    given = (leaf for tree in (grads, state, params) for leaf in pytree.flatten(tree)[0])
+    if transforms.watched(given):
+        raise RuntimeError(
+            "params has DTensors, of which no transform (vmap, grad, jvp, ...) knows which process "
+            "has which part. Update them outside of it."
+        )
+    parts = Parts()
+    trees = []
+    for root, tree in (("grads", grads), ("state", state), ("params", params)):
+        leaves, structure = pytree.flatten(tree)
+        leaves = parts.represent(leaves, followed=followed or root == "params")
+        for index, leaf in enumerate(leaves):
+            place = parts.place(leaf) if isinstance(leaf, Tensor) else None
+            if place is not None and any(own.is_partial() for own in place.placements):
+                raise ValueError(
+                    f"{pytree.path(structure, root, index)} has {place}: each process has a summand "
+                    f"of it alone. Reduce it first, with .redistribute(placements=...) to those of "
+                    f"its parameter."
+                )
+        trees.append(pytree.unflatten(structure, leaves))
+    return _TakenApart(parts, trees)
+
+
+def _is_recorded(grads: Tree, state: Tree, params: Tree) -> bool:
+    """Whether autograd would record the update, by the rule of `AdamW`: `_wholes` refuses it."""
+    own_grads, own_state, own_params = (
+        [leaf for leaf in pytree.flatten(tree)[0] if isinstance(leaf, Tensor)]
+        for tree in (grads, state, params)
+    )
+    with recording(own_params, own_grads, own_state, None):
+        return torch.is_grad_enabled()
+
+
+def _version(part: Tensor) -> int:
+    # How often it was written: private in name only, autograd's own messages speak of it.
+    return 0 if part.is_inference() else part._version
+
+
+def _wholes(parts: Parts, tree: Tree, olds: Tree, root: str) -> Tree:
+    """Return a tree with DTensors in place of what came of the local parts of old ones."""
+    leaves, structure = pytree.flatten(olds)
+    paired = pytree.pair(tree, root, structure)
+    kind: Any = dtensor()
+    wholes = []
+    with torch.no_grad():
+        for index, (new, old) in enumerate(zip(paired.leaves, leaves, strict=True)):
+            if not isinstance(old, kind) or isinstance(new, kind):
+                wholes.append(new)
+            elif parts.knows(new):  # left as it was
+                wholes.append(parts.whole_of(new))
+            elif new.grad_fn is None and not transforms.any_dual((new,)):
+                wholes.append(_whole(new, old, kind))
+            else:
+                raise RuntimeError(
+                    f"{pytree.path(structure, root, index)} is a DTensor, and the update of one has "
+                    f"no derivative, for which a gradient, a state tensor, a hyperparameter or "
+                    f"differentiable=True asks. Detach what asks for it."
+                )
+    return paired.rebuild(wholes)
+
+
+def _whole(part: Tensor, old: Any, kind: Any) -> Tensor:
+    """Return the DTensor of which this is the local part, and that lies as an old one does."""
+    same = part.stride() == old.to_local().stride()
+    own = part.detach() if part.requires_grad else part
+    if same and type(old) is kind and hasattr(old, "_spec"):
+        # What FSDP2 does, too, without the check of arguments that takes ten times as long; and
+        # without `__init__`, which does nothing, and takes twice as long as all else.
+        create: Any = kind.__new__
+        made: Tensor = create(kind, own, old._spec, requires_grad=part.requires_grad)
+        return made
+    stride = old.stride() if same else _stride(part, old.shape)
+    mesh, placements = old.device_mesh, old.placements
+    made = kind.from_local(own, mesh, placements, run_check=False, shape=old.shape, stride=stride)
+    return made.requires_grad_() if part.requires_grad else made
+
+
+def _stride(part: Tensor, shape: torch.Size) -> tuple[int, ...]:
+    """Return the strides of a dense tensor of this shape that is laid out as its part is."""
+    strides, step = [0] * len(shape), 1
+    for dim in sorted(range(len(shape)), key=lambda dim: (part.stride(dim), -dim)):
+        strides[dim] = step
+        step *= max(shape[dim], 1)
+    return tuple(strides)

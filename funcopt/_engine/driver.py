@@ -1,0 +1,356 @@
+"""One update of an optimizer that is made by a rule: the way from trees to kernels and back.
+
+Data goes one way:
+
+1. `prepare` lays the trees out flat. Leaves that look as they did before are recalled; others are
+   checked one by one, paired by key, and remembered.
+2. `numbers_at` finds what the hyperparameters are at this update, and checks them.
+3. `_step` asks who is watching. A tracer, or forward mode, gets `equations`, in plain operators;
+   vmap and reverse mode get `autograd`, one rule for the whole step; where nobody watches,
+   `dispatch` has the fastest kernel make it that is right for these tensors.
+4. `Prepared.rebuild` puts the results into trees like those that were given.
+
+In place, `check_inplace` stands before the third stage, so that nothing is half-written, and the
+fourth is not needed. Most steps of a training loop are like the one before on other numbers: for
+these `_find_routine` is all of the first stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from itertools import chain
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._core import modes, pytree, transforms
+from .._core.arithmetic import view_as_complex_like, view_as_real
+from .._core.recording import recording
+from .._core.types import Tree
+from . import autograd, dispatch, equations
+from .checks import are_apart
+from .counts import first_count, fresh, place_for_count, value_of
+from .inplace import check_inplace
+from .layout import Layout, layout_of
+from .memory import write_all
+from .numbers import numbers_at, with_grad_scale
+from .prepare import (
+    Prepared,
+    check_untied,
+    flatten_params,
+    keep_requiring,
+    prepare,
+    recall,
+    trees_of,
+)
+from .rule import StepInputs, StepOutputs, UpdateRule
+from .scaled import hands_on, multiplied, outside_unless_plain
+
+__all__ = ["check_update_", "init", "serve", "update", "update_"]
+
+
+def serve(cls: Any) -> None:
+    """Let optimizers of a class take gradients and a number to multiply them by, unmultiplied."""
+    if "rule" in vars(cls):
+        hands_on(cls, _update_scaled, _update_scaled_)
+
+
+def init(opt: Any, params: Tree) -> Any:
+    """Return the state before the first update: a count of 0, and zeros."""
+    rule: UpdateRule = opt.rule
+    leaves, structure = flatten_params(params)
+
+    def zeros() -> Tree:
+        return pytree.unflatten(structure, [torch.zeros_like(leaf) for leaf in leaves])
+
+    place = place_for_count(leaves)
+    step: Tree = first_count(place)
+    if getattr(opt, "step_per_leaf", False):
+        step = pytree.unflatten(structure, [first_count(place) for _ in leaves])
+    return rule.state(step, *(zeros() if slot.is_kept(opt) else () for slot in rule.slots))
+
+
+def update(opt: Any, grads: Tree, state: Any, params: Tree) -> tuple[Any, Any]:
+    """Return the new parameters and the new state, in fresh memory."""
+    return _update_scaled(opt, grads, None, state, params)
+
+
+def update_(opt: Any, grads: Tree, state: Any, params: Tree) -> tuple[Any, Any]:
+    """Write the new parameters and the new state over the old, which are returned."""
+    return _update_scaled_(opt, grads, None, state, params)
+
+
+def _update_scaled(
+    opt: Any, grads: Tree, grad_scale: Tensor | None, state: Any, params: Tree
+) -> tuple[Any, Any]:
+    """Update by gradients times a number of shape (); None is 1."""
+    if grad_scale is not None:
+        grads, grad_scale = outside_unless_plain(grads, grad_scale)
+    rule: UpdateRule = opt.rule
+    options = rule.options_of(opt)
+    routine = _find_routine(opt, rule, options, grads, state, params, in_place=False)
+    numbers = [] if routine is None else numbers_at(rule, opt, [routine.count], [routine.new_count])
+    if routine is not None and not _have_history(numbers[0]):
+        (own,) = with_grad_scale(numbers, grad_scale)
+        new_params, *new_state = routine.step(rule, own, options)
+        return new_params, _state(opt, rule, new_state)
+    prepared = _prepare(opt, rule, options, grads, state, params)
+    check_untied(prepared.params.leaves, prepared.params.structure)
+    counts = prepared.counts.after(prepared.active, prepared.watched)
+    numbers = numbers or numbers_at(rule, opt, *prepared.counts.around(prepared.active, counts))
+    if grad_scale is not None and _is_followed(prepared, options, numbers):
+        return _update_scaled(opt, multiplied(grads, grad_scale), None, state, params)
+    numbers = with_grad_scale(numbers, grad_scale)
+    gradients, slots = prepared.historic()
+    others = (*slots, *chain.from_iterable(numbers))
+    with recording(prepared.params.leaves, gradients, others, options.differentiable):
+        own_numbers = prepared.counts.of_leaves(numbers)
+        outputs = _step(rule, prepared.inputs, own_numbers, options, prepared.layout)
+        new_params, *new_slots = prepared.rebuild(outputs)
+    return new_params, _state(opt, rule, [prepared.counts.rebuild(counts), *new_slots])
+
+
+def _update_scaled_(
+    opt: Any, grads: Tree, grad_scale: Tensor | None, state: Any, params: Tree
+) -> tuple[Any, Any]:
+    """Do the same in place."""
+    if grad_scale is not None:
+        grads, grad_scale = outside_unless_plain(grads, grad_scale)
+    rule: UpdateRule = opt.rule
+    options = rule.options_of(opt)
+    routine = _find_routine(opt, rule, options, grads, state, params, in_place=True)
+    numbers = [] if routine is None else numbers_at(rule, opt, [routine.count], [routine.new_count])
+    if routine is not None and not _have_history(numbers[0]):
+        (own,) = with_grad_scale(numbers, grad_scale)
+        routine.step_(rule, own, options)
+        return params, state
+    prepared = _prepare(opt, rule, options, grads, state, params)
+    counts = prepared.counts.after(prepared.active, prepared.watched)
+    numbers = numbers or numbers_at(rule, opt, *prepared.counts.around(prepared.active, counts))
+    if grad_scale is not None and _is_followed(prepared, options, numbers):
+        return _update_scaled_(opt, multiplied(grads, grad_scale), None, state, params)
+    numbers = with_grad_scale(numbers, grad_scale)
+    check_inplace(rule, prepared, counts, numbers)
+    # Entering no_grad takes longer than moving a small leaf.
+    may_record = prepared.layout is None or prepared.layout.params_require_grad
+    with torch.no_grad() if may_record else nullcontext():
+        own_numbers = prepared.counts.of_leaves(numbers)
+        _step_(rule, prepared.inputs, own_numbers, options, prepared.layout)
+        prepared.counts.write(counts)
+    return params, state
+
+
+def check_update_(opt: Any, grads: Tree, state: Any, params: Tree) -> bool:
+    """Whether an update in place is sure to go through; raises what it would raise."""
+    rule: UpdateRule = opt.rule
+    options = rule.options_of(opt)
+    prepared = _prepare(opt, rule, options, grads, state, params)
+    counts = prepared.counts.after(prepared.active, prepared.watched)
+    numbers = numbers_at(rule, opt, *prepared.counts.around(prepared.active, counts))
+    check_inplace(rule, prepared, counts, numbers)
+    # A kernel that was asked for by name may yet refuse numbers that it cannot read.
+    return transforms.observed() or options.kernel == "auto" or all(map(_can_be_read, numbers))
+
+
+def _can_be_read(numbers: Any) -> bool:
+    return all(
+        isinstance(number, float) or (transforms.on_host(number) and transforms.all_plain([number]))
+        for number in numbers
+    )
+
+
+def _prepare(
+    opt: Any, rule: UpdateRule, options: Any, grads: Tree, state: Any, params: Tree
+) -> Prepared:
+    prepared = prepare(opt, rule, grads, state, params)
+    for index, leaf in enumerate(prepared.inputs.params if options.kernel != "auto" else []):
+        reason = dispatch.unserved(rule, options.kernel, leaf.device)
+        if reason is not None:
+            raise ValueError(
+                f"{prepared.path('params', index)} is on {leaf.device}, which kernel="
+                f"{options.kernel!r} cannot serve: {reason}. kernel='auto' takes one that can."
+            )
+    return prepared
+
+
+def _state(opt: Any, rule: UpdateRule, kept: list[Tree]) -> Any:
+    """Return the state of a count and of the slots that are kept."""
+    step, *slots = kept
+    own = iter(slots)
+    return rule.state(step, *(next(own) if slot.is_kept(opt) else () for slot in rule.slots))
+
+
+def _is_followed(prepared: Prepared, options: Any, numbers: list[Any]) -> bool:
+    """Whether more than the results may be asked of a step, so that kernels take no factor."""
+    return (
+        prepared.watched
+        or options.differentiable is True
+        or prepared.layout is None
+        or not prepared.layout.fast_path_ok
+        or any(map(_have_history, numbers))
+    )
+
+
+def _have_history(numbers: Any) -> bool:
+    """Whether a derivative of the step may be asked for by way of its numbers."""
+    return not dispatch.is_read(numbers) and any(
+        isinstance(number, Tensor) and transforms.has_derivative(number) for number in numbers
+    )
+
+
+def _step(
+    rule: UpdateRule,
+    inputs: StepInputs,
+    numbers: Any | list[Any],
+    options: Any,
+    layout: Layout | None,
+) -> StepOutputs:
+    """Return the leaves after one step: by whom depends on who is watching.
+
+    Args:
+        rule: The rule.
+        inputs: The tensors of the leaves that have a gradient, checked: alike within a leaf, dense
+            in layout (any strides), of floating-point or complex dtype.
+        numbers: The numbers of all leaves, or for each leaf its own. Leaves that share theirs then
+            share the object.
+        options: What is fixed.
+        layout: What is known of the leaves, if anything is.
+    """
+    real = layout.real if layout else not any(map(Tensor.is_complex, inputs.params))
+    if not real and rule.traits.elementwise:
+        outputs = _step(rule, _as_real(inputs), numbers, options, None)
+        return StepOutputs.of(
+            list(map(view_as_complex_like, column, inputs.params)) for column in outputs.columns
+        )
+    rows = numbers if isinstance(numbers, list) else [numbers]
+    if transforms.watched_by_operator(*inputs.columns, *rows):
+        return equations.step(rule, inputs, numbers, options)
+    if transforms.transformed() or torch.is_grad_enabled():
+        if not rule.traits.elementwise:  # members cannot be stacked, nor complex leaves be split
+            return equations.step(rule, inputs, numbers, options)
+        return _by_numbers(rule, inputs, numbers, options)
+    layout = layout or layout_of(inputs)
+    plan = dispatch.plan(rule, inputs, numbers, options, layout, in_place=False)
+    return dispatch.run(inputs, plan, options)
+
+
+def _step_(
+    rule: UpdateRule,
+    inputs: StepInputs,
+    numbers: Any | list[Any],
+    options: Any,
+    layout: Layout | None,
+) -> None:
+    """Move the leaves in place, with the same numbers, while no gradient is recorded."""
+    if layout is None or transforms.observed() or _any_lazy(inputs, layout):
+        write_all(inputs, _step(rule, inputs, numbers, options, layout))
+        return
+    if not layout.real and rule.traits.elementwise:
+        inputs = _as_real(inputs)
+        layout = layout_of(inputs)
+    plan = dispatch.plan(rule, inputs, numbers, options, layout, in_place=True)
+    dispatch.run_(inputs, plan, options, layout)
+
+
+def _by_numbers(
+    rule: UpdateRule, inputs: StepInputs, numbers: Any | list[Any], options: Any
+) -> StepOutputs:
+    """Take one step by the rule of autograd for each set of numbers: it knows one set."""
+    if not isinstance(numbers, list):
+        return autograd.step_by_rule(rule, inputs, numbers, options)
+    groups: dict[int, list[int]] = {}
+    for index, own in enumerate(numbers):
+        groups.setdefault(id(own), []).append(index)
+    columns = [list(column) for column in inputs.targets.columns]
+    for indices in groups.values():
+        own = numbers[indices[0]]
+        part = autograd.step_by_rule(rule, inputs.take(indices), own, options)
+        for column, tensors in zip(columns, part.columns, strict=True):
+            for index, tensor in zip(indices, tensors, strict=True):
+                column[index] = tensor
+    return StepOutputs.of(columns)
+
+
+def _as_real(inputs: StepInputs) -> StepInputs:
+    return StepInputs.of(list(map(view_as_real, column)) for column in inputs.columns)
+
+
+def _any_lazy(inputs: StepInputs, layout: Layout) -> bool:
+    """Whether a tensor to be written is a conjugate view, whose memory does not hold its values."""
+    return not layout.ready and any(
+        any(map(Tensor.is_conj, column)) for column in inputs.targets.columns
+    )
+
+
+class _Routine(NamedTuple):
+    """A step that is like one before, but for its numbers, which must have no history."""
+
+    inputs: StepInputs
+    structure: pytree.Structure  # of every tree
+    layout: Layout
+    count: Tensor  # how many updates were made
+    new_count: float  # and after this one
+
+    def step(self, rule: UpdateRule, numbers: Any, options: Any) -> list[Tree]:
+        """Return the new tree of parameters, the new count, and the new trees of slots."""
+        plan = dispatch.plan(rule, self.inputs, numbers, options, self.layout, in_place=False)
+        outputs = self._run(dispatch.run, plan, options)
+        if self.layout.params_require_grad:
+            keep_requiring(outputs.params, self.inputs.params)
+        new_params, *slots = (
+            pytree.unflatten(self.structure, column) for column in outputs.columns
+        )
+        return [new_params, fresh(self.new_count, self.count), *slots]
+
+    def step_(self, rule: UpdateRule, numbers: Any, options: Any) -> None:
+        """Move the leaves and the count in place."""
+        plan = dispatch.plan(rule, self.inputs, numbers, options, self.layout, in_place=True)
+        self._run(dispatch.run_, plan, options, self.layout)
+        self.count.fill_(self.new_count)
+
+    def _run(self, run: Callable[..., Any], *args: Any) -> Any:
+        if not self.layout.params_require_grad:
+            return run(self.inputs, *args)
+        return modes.without_gradients(run, self.inputs, *args)
+
+
+def _find_routine(
+    opt: Any,
+    rule: UpdateRule,
+    options: Any,
+    grads: Tree,
+    state: Any,
+    params: Tree,
+    *,
+    in_place: bool,
+) -> _Routine | None:
+    """Return the step, if all but the numbers in it is as it was in one before."""
+    if not isinstance(state, rule.state) or options.step_per_leaf or options.differentiable:
+        return None
+    trees = trees_of(opt, rule, rule.kept_slots(opt), grads, state, params)
+    count: object = state.step
+    if transforms.transformed() or transforms.observed():
+        return None
+    if not isinstance(count, Tensor) or count.ndim > 0 or count.is_inference():
+        return None
+    value = value_of(count)
+    recalled = None if isinstance(value, Tensor) else recall(trees)
+    if isinstance(value, Tensor) or recalled is None or not recalled.layout.fast_path_ok:
+        return None
+    inputs, structure, layout = recalled
+    if transforms.may_be_dual() and transforms.any_dual(*inputs.columns, (count,)):
+        return None
+    if options.kernel != "auto" and any(
+        dispatch.unserved(rule, options.kernel, device) for device in layout.devices
+    ):
+        return None
+    tensors = inputs.params
+    if in_place:
+        if layout.params_require_grad and not all(param.is_leaf for param in inputs.params):
+            return None
+        tensors = [*chain.from_iterable(inputs.columns), count]
+    if not are_apart(tensors):
+        return None
+    return _Routine(inputs, structure, layout, count, value + 1)

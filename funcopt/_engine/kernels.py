@@ -1,0 +1,86 @@
+"""What kernels made of torch's own list operators share: whom they serve, and in which dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._core import transforms
+from .._core.arithmetic import compute_dtype
+from .._core.types import Number
+from .rule import Kernel, StepInputs
+
+__all__ = ["foreach", "fused", "fused_lr"]
+
+
+def fused(
+    step_: Callable[..., None], needed: str, paths: Mapping[str, str] = MappingProxyType({})
+) -> Kernel:
+    """Return a kernel that is one operator of torch, which is made for 16-bit leaves, too.
+
+    Args:
+        step_: The step.
+        needed: The operator. Where torch lacks it, the kernel serves nothing.
+        paths: What messages call those numbers that have another name in the rule.
+    """
+    return Kernel(step_, partial(_unsupported_reason, (needed,), paths))
+
+
+def foreach(
+    step_: Callable[..., None],
+    needed: Sequence[str],
+    paths: Mapping[str, str] = MappingProxyType({}),
+) -> Kernel:
+    """Return a kernel that is made of `_foreach_` operators; 16-bit leaves come to it in float32.
+
+    Args:
+        step_: The step.
+        needed: The operators, without `_foreach_`.
+        paths: What messages call those numbers that have another name in the rule.
+    """
+    names = tuple(f"_foreach_{name}" for name in ("copy_", *needed))
+    return Kernel(partial(_widened, step_), partial(_unsupported_reason, names, paths))
+
+
+def fused_lr(lr: Number, device: torch.device) -> Number:
+    """Return a learning rate as torch's fused kernels take it.
+
+    On CUDA they take it as a double, or as a tensor in float32 and in no other dtype. One that
+    could be read without waiting is a Python number by now, and loses nothing. One on the device is
+    rounded, by a part in 2**24 at most.
+    """
+    return lr.to(device, torch.float32) if isinstance(lr, Tensor) else lr
+
+
+def _widened(step_: Callable[..., None], inputs: StepInputs, numbers: Any, options: Any) -> None:
+    dtype = inputs.params[0].dtype
+    if compute_dtype(dtype) is dtype:
+        step_(inputs, numbers, options)
+        return
+    wide = StepInputs.of([tensor.float() for tensor in column] for column in inputs.columns)
+    step_(wide, numbers, options)
+    for column, computed in zip(inputs.targets.columns, wide.targets.columns, strict=True):
+        torch._foreach_copy_(column, computed)
+
+
+def _unsupported_reason(
+    needed: tuple[str, ...], paths: Mapping[str, str], device: torch.device, numbers: Any
+) -> str | None:
+    lacking = [name for name in needed if not hasattr(torch, name)]
+    if lacking:  # pragma: no cover
+        return f"torch {torch.__version__} lacks {', '.join(lacking)}"
+    if device.type not in ("cpu", "cuda"):
+        return f"it serves cpu and cuda, not {device.type}"
+    for name, number in zip(getattr(numbers, "_fields", ()), numbers or (), strict=True):
+        if not isinstance(number, Tensor) or transforms.on_host(number):
+            continue
+        if name == "grad_scale":  # no kernel that asks this is told of it
+            continue
+        if name not in ("step", "lr") or number.ndim > 0 or number.device != device:
+            return f"it takes numbers whose value can be read, and {paths.get(name, name)} is on {number.device}"
+    return None
