@@ -37,7 +37,7 @@ class _Step(NamedTuple):
     leaves: int
 
     @property
-    def count(self) -> int:
+    def number_count(self) -> int:
         """How many numbers there are; `grad_scale` is 1 here, and none of them."""
         return 1 + len(self.rule.hyperparams)
 
@@ -48,8 +48,8 @@ class _Step(NamedTuple):
 
     def split(self, operands: Sequence[Any]) -> tuple[Any, StepInputs]:
         """Return the numbers and the tensors among flat operands."""
-        numbers = self.rule.numbers(*operands[: self.count])
-        return numbers, StepInputs.of(self.columns(operands[self.count :]))
+        numbers = self.rule.numbers(*operands[: self.number_count])
+        return numbers, StepInputs.of(self.columns(operands[self.number_count :]))
 
     def columns(self, flat: Sequence[Any]) -> list[list[Any]]:
         """Cut a flat sequence into columns."""
@@ -59,7 +59,7 @@ class _Step(NamedTuple):
 def step_by_rule(rule: UpdateRule, inputs: StepInputs, numbers: Any, options: Any) -> StepOutputs:
     """Return the leaves after one step with the same numbers, under whatever is watching."""
     step = _Step(rule, options, len(inputs.params))
-    operands = (*numbers[: step.count], *chain(*inputs.columns))
+    operands = (*numbers[: step.number_count], *chain(*inputs.columns))
     if not transforms.in_vmaps_alone():
         return StepOutputs.of(step.columns(_apply(step, *operands)))
 
@@ -79,11 +79,13 @@ def _step_stacked(
     # Decided before anything is moved, since what is moved has a history of its own.
     others = (*chain(*given.slots), *numbers)
     with recording(given.params, given.grads, others, step.options.differentiable):
-        moved = map(_number_to_front, numbers, dims[: step.count])
+        moved = map(_number_to_front, numbers, dims[: step.number_count])
         numbers = _aligned(numbers._make((*moved, numbers.grad_scale)))
         stacked = [
             _leaf_to_front(leaf, dim, size)
-            for leaf, dim in zip(operands[step.count :], dims[step.count :], strict=True)
+            for leaf, dim in zip(
+                operands[step.number_count :], dims[step.number_count :], strict=True
+            )
         ]
         transformed = transforms.transformed()
         if _lead(numbers) and not transformed:
@@ -119,7 +121,7 @@ class _StepFunction(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         step, *operands = inputs
         numbers, leaves = step.split(operands)
-        needs = step.rule.numbers(*ctx.needs_input_grad[1 : 1 + step.count])
+        needs = step.rule.numbers(*ctx.needs_input_grad[1 : 1 + step.number_count])
         kept = step.derivative.keep(leaves, StepOutputs.of(step.columns(output)), needs)
         ctx.step = step
         ctx.lengths = [len(column) for column in kept]
@@ -133,7 +135,7 @@ class _StepFunction(torch.autograd.Function):
         step, tensors = ctx.step, iter(ctx.saved_tensors)
         numbers = step.rule.numbers(*(next(tensors) if n is None else n for n in ctx.numbers))
         kept = [[next(tensors) for _ in range(length)] for length in ctx.lengths]
-        needs = step.rule.numbers(*ctx.needs_input_grad[1 : 1 + step.count])
+        needs = step.rule.numbers(*ctx.needs_input_grad[1 : 1 + step.number_count])
         by_number, by_leaf = step.derivative.pull_back(
             kept, numbers, step.options, needs, step.columns(cotangents)
         )
@@ -153,10 +155,7 @@ _apply: Callable[..., tuple[Tensor, ...]] = _StepFunction.apply
 
 def _of_equations(rule: UpdateRule) -> Adjoint:
     """Return the derivative of the equations, by torch's own, where none is written by hand."""
-    return Adjoint(
-        lambda inputs, outputs, needs: inputs.columns,
-        partial(_pull_back, rule),
-    )
+    return Adjoint(lambda inputs, _outputs, _needs: inputs.columns, partial(_pull_back, rule))
 
 
 def _pull_back(
@@ -177,7 +176,8 @@ def _pull_back(
         return list(chain(*equations.step(rule, inputs, chosen, options).columns))
 
     leaves = list(chain(*columns))
-    results, pull_back = torch.func.vjp(step, [getattr(numbers, n) for n in wanted], leaves)
+    vjp: Any = torch.func.vjp  # which is typed as if it always returned auxiliary output
+    results, pull_back = vjp(step, [getattr(numbers, name) for name in wanted], leaves)
     given = [
         torch.zeros_like(result) if cotangent is None else cotangent
         for result, cotangent in zip(results, chain(*cotangents), strict=True)

@@ -91,7 +91,9 @@ def _update_scaled(
     rule: UpdateRule = opt.rule
     options = rule.options_of(opt)
     routine = _find_routine(opt, rule, options, grads, state, params, in_place=False)
-    numbers = [] if routine is None else numbers_at(rule, opt, [routine.count], [routine.new_count])
+    numbers = (
+        [] if routine is None else numbers_at(rule, opt, [routine.step_count], [routine.new_count])
+    )
     if routine is not None and not _have_history(numbers[0]):
         (own,) = with_grad_scale(numbers, grad_scale)
         new_params, *new_state = routine.step(rule, own, options)
@@ -121,7 +123,9 @@ def _update_scaled_(
     rule: UpdateRule = opt.rule
     options = rule.options_of(opt)
     routine = _find_routine(opt, rule, options, grads, state, params, in_place=True)
-    numbers = [] if routine is None else numbers_at(rule, opt, [routine.count], [routine.new_count])
+    numbers = (
+        [] if routine is None else numbers_at(rule, opt, [routine.step_count], [routine.new_count])
+    )
     if routine is not None and not _have_history(numbers[0]):
         (own,) = with_grad_scale(numbers, grad_scale)
         routine.step_(rule, own, options)
@@ -290,7 +294,7 @@ class _Routine(NamedTuple):
     inputs: StepInputs
     structure: pytree.Structure  # of every tree
     layout: Layout
-    count: Tensor  # how many updates were made
+    step_count: Tensor  # how many updates were made
     new_count: float  # and after this one
 
     def step(self, rule: UpdateRule, numbers: Any, options: Any) -> list[Tree]:
@@ -302,13 +306,13 @@ class _Routine(NamedTuple):
         new_params, *slots = (
             pytree.unflatten(self.structure, column) for column in outputs.columns
         )
-        return [new_params, fresh(self.new_count, self.count), *slots]
+        return [new_params, fresh(self.new_count, self.step_count), *slots]
 
     def step_(self, rule: UpdateRule, numbers: Any, options: Any) -> None:
         """Move the leaves and the count in place."""
         plan = dispatch.plan(rule, self.inputs, numbers, options, self.layout, in_place=True)
         self._run(dispatch.run_, plan, options, self.layout)
-        self.count.fill_(self.new_count)
+        self.step_count.fill_(self.new_count)
 
     def _run(self, run: Callable[..., Any], *args: Any) -> Any:
         if not self.layout.params_require_grad:

@@ -36,7 +36,7 @@ def step(
     rule: UpdateRule, inputs: StepInputs, numbers: Any | list[Any], options: Any
 ) -> StepOutputs:
     """Return the leaves after one step, with the same numbers or each with its own."""
-    rows = []
+    rows: list[list[Tensor]] = []
     for (param, grad, *slots), own in _each(rule, inputs, numbers, options):
         dtype = inputs.params[len(rows)].dtype
         row = rule.equations(param, grad, tuple(slots), own, options)

@@ -152,6 +152,9 @@ def _as_they_are(numbers: Any, _options: Any) -> Any:
 _COMMON = {"kernel": "auto", "differentiable": None, "step_per_leaf": False}
 
 
+_CAREFUL = Traits()
+
+
 @dataclass(frozen=True, eq=False)
 class UpdateRule:
     """All that the engine has to know of an optimizer.
@@ -191,7 +194,7 @@ class UpdateRule:
     options: tuple[str, ...] = ()
     kernels: Mapping[str, Kernel | str] = field(default_factory=dict)
     adjoint: Adjoint | str | None = None
-    traits: Traits = Traits()
+    traits: Traits = _CAREFUL
 
     numbers: Callable[..., Any] = field(init=False, repr=False)
     paths: Mapping[str, str] = field(init=False, repr=False)
@@ -217,9 +220,9 @@ class UpdateRule:
         paths = {"step": "step", **{own.name: own.path for own in self.hyperparams}}
         paths["grad_scale"] = "grad_scale"
         made: dict[str, Any] = {
-            "numbers": namedtuple("Numbers", paths, defaults=[1.0]),  # type: ignore[misc]  # noqa: PYI024
+            "numbers": namedtuple("Numbers", paths, defaults=[1.0]),
             "paths": paths,
-            "_options": namedtuple("_Options", [*self.options, *_COMMON]),  # type: ignore[misc]  # noqa: PYI024
+            "_options": namedtuple("_Options", [*self.options, *_COMMON]),
         }
         made["_places"] = [own.place for own in self.hyperparams]
         for name, value in made.items():

@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from .. import _engine
 from .._core import modes, pytree, transforms
 from .._core.hyperparameters import check_choice
 from .._core.types import Optimizer, Tree
 from .._core.walk import Change, Place, edited
+from .._engine import layout
 from .._engine.checks import check_optimizer
 from .._engine.prepare import flatten_params
 from ._fake_world import in_fake_world
@@ -175,12 +175,12 @@ def _play(
 
 def _looked_on(function: Callable[[DeviceMesh], _Seen], mesh: DeviceMesh) -> _Seen:
     """Make steps as with an onlooker, by what was decided then alone."""
-    _engine.forget()
+    layout.forget()
     try:
         seen = transforms.looked_on(function, mesh)
-        _engine.forget()
+        layout.forget()
     except BaseException:
-        _engine.forget()
+        layout.forget()
         raise
     return seen
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from .._core import pytree
 from .._core.hyperparameters import check_zero_dim
 from .._core.types import Number, Schedule, Tree
-from .._engine.prepare import flatten_params, gather
+from .._engine.prepare import flatten_params, prepare
 from ..optimizers.adamw import AdamW, AdamWState
 from ..optimizers.frozen import Frozen
 from ..wrappers.labels import name_leaves
@@ -135,14 +135,14 @@ def _hand_over(
         )
     leaves, structure = flatten_params(params)
     none = pytree.unflatten(structure, [None] * len(leaves))
-    work = gather(none, state, params, amsgrad=opt.amsgrad, step_per_leaf=opt.step_per_leaf)
-    counts = [float(count.item()) for count in work.counts.tensors]
+    prepared = prepare(opt, opt.rule, none, state, params)
+    counts = [float(count.item()) for count in prepared.counts.tensors]
     flags = _flags(opt, leaves, max(counts, default=0.0))
     names, order = name_leaves(structure), pytree.insertion_order(structure)
     entries: dict[int, dict[str, Tensor]] = {}
     for place, index in enumerate(order, first):
         count = counts[index if opt.step_per_leaf else 0]
-        moments = [_laid_out_as(leaves[index], paired.leaves[index]) for paired in work.moments]
+        moments = [_laid_out_as(leaves[index], paired.leaves[index]) for paired in prepared.slots]
         if count > 0 or any(bool(moment.any()) for moment in moments):
             entries[place] = {"step": _step(count), **dict(zip(MOMENTS, moments, strict=False))}
     return {

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _engine
 from .._core import pytree, transforms
 from .._core.arithmetic import write
+from .._core.recording import recording
 from .._core.traits import traits_of
 from .._core.types import Number, Optimizer, Schedule, Tree, is_dense
 from .._engine.checks import check_alike, check_leaves, kind_of
@@ -320,7 +320,7 @@ def _records(
             return _records(one, two, three, said)
 
         return transforms.beneath_vmap(beneath)
-    with _engine.recording(params, grads, others, said):
+    with recording(params, grads, others, said):
         return torch.is_grad_enabled()
 
 

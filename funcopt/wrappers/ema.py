@@ -15,6 +15,7 @@ from .._core.traits import ELEMENTWISE, Traits
 from .._core.types import Number, Optimizer, Schedule, Tree
 from .._engine.checks import check_optimizer, check_state
 from .._engine.counts import first_count, fresh, place_for_count
+from .._engine.numbers import numbers_of
 from .._engine.registration import register_optimizer
 from .base import check_scalar, gather_gradients, records, settled
 from .shadow_params import Follower, begin

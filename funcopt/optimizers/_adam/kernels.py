@@ -59,9 +59,9 @@ def _foreach_(decoupled: bool, inputs: StepInputs, numbers: Any, options: Any) -
         torch._foreach_mul_(params, fit(own.decay, params[0]))
     elif numbers.weight_decay != 0:
         grads = list(torch._foreach_add(grads, params, alpha=numbers.weight_decay))
-    torch._foreach_lerp_(exp_avgs, grads, own.gain1)
+    torch._foreach_lerp_(exp_avgs, grads, 1 - numbers.beta1)
     torch._foreach_mul_(exp_avg_sqs, numbers.beta2)
-    torch._foreach_addcmul_(exp_avg_sqs, grads, grads, own.gain2)
+    torch._foreach_addcmul_(exp_avg_sqs, grads, grads, 1 - numbers.beta2)
     if maxima:
         torch._foreach_maximum_(maxima[0], exp_avg_sqs)
     denominators = torch._foreach_sqrt(maxima[0] if maxima else exp_avg_sqs)
