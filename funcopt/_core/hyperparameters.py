@@ -102,8 +102,7 @@ class Hyperparam(NamedTuple):
 def check_number(own: Hyperparam, value: float, source: str = "") -> float:
     """Return `value` if it is in the range of this hyperparameter; a NaN is in no range."""
     if not own.range.holds(value):
-        name = own.path.partition("[")[0] if own.path.endswith("]") else own.path
-        raise ValueError(f"{own.path}={value}{source}: {name} {own.range.words}.")
+        raise ValueError(f"{own.path}={value}{source}: {own.path} {own.range.words}.")
     return value
 
 
