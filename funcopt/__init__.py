@@ -3,9 +3,9 @@
 import importlib
 from types import ModuleType
 
-from . import schedules
+from . import extend, schedules
 from ._core.nested import find, replace
-from ._core.types import Optimizer
+from ._core.types import Number, Optimizer, ParamsT, Schedule, Tree
 from .optimizers.adamw import AdamW, AdamWState
 from .optimizers.frozen import Frozen
 from .wrappers.accumulate import Accumulate, AccumulateState
@@ -38,14 +38,19 @@ __all__ = [
     "LookaheadState",
     "LossScale",
     "LossScaleState",
+    "Number",
     "Optimizer",
+    "ParamsT",
     "Partition",
     "PartitionState",
+    "Schedule",
     "SkipNonfinite",
     "SkipNonfiniteState",
+    "Tree",
     "__version__",
     "averaged",
     "decay_label",
+    "extend",
     "find",
     "replace",
     "schedules",

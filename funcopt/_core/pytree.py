@@ -41,6 +41,7 @@ __all__ = [
     "paths",
     "register_node",
     "same",
+    "tree_map",
     "unflatten",
 ]
 
@@ -164,6 +165,12 @@ def flatten_above(tree: Tree, is_leaf: Callable[[Any], bool]) -> tuple[list[Any]
 def unflatten(structure: Structure, leaves: Iterable[Any]) -> Tree:
     """Return the tree of this structure with these leaves."""
     return optree.tree_unflatten(structure, leaves)
+
+
+def tree_map(function: Callable[[Any], Any], tree: Tree) -> Tree:
+    """Return a tree of what a function makes of each leaf; None, as of a gradient, stays None."""
+    leaves, structure = flatten(tree)
+    return unflatten(structure, [None if leaf is None else function(leaf) for leaf in leaves])
 
 
 def same(one: Structure, other: Structure) -> bool:

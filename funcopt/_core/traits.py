@@ -37,6 +37,8 @@ class Traits:
         sees_overflow: It has to see gradients that are infinite or NaN, as a loss scale has: nobody
             around it may take such a step away.
         sends: It sends tensors to other processes.
+        takes_local_gradients: The gradients that it takes are those of this process alone, so that
+            a norm of them, or whether they are finite, differs from process to process.
         tells_leaves_apart: It treats leaves by their names, or counts for each of them, so that
             they must not lie side by side as one.
         decides_on_host: What an update does depends on what the host knows, beyond tensors, so that
@@ -57,6 +59,7 @@ class Traits:
     rests: bool = False
     sees_overflow: bool = False
     sends: bool = False
+    takes_local_gradients: bool = False
     tells_leaves_apart: bool = False
     decides_on_host: bool = False
 
@@ -70,7 +73,9 @@ class Traits:
 ELEMENTWISE = Traits(elementwise=True, linear=True)
 
 # These hold of a wrapper if they hold of it or of an optimizer within it; the others, of both.
-_OF_ANY = frozenset(("sees_overflow", "sends", "tells_leaves_apart", "decides_on_host"))
+_OF_ANY = frozenset(
+    ("decides_on_host", "sees_overflow", "sends", "takes_local_gradients", "tells_leaves_apart")
+)
 
 
 def own_traits(opt: object) -> Traits:

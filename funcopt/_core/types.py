@@ -8,7 +8,7 @@ from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
 import torch
 from torch import Tensor
 
-__all__ = ["Number", "Optimizer", "Schedule", "Tree", "is_dense", "shown_layout"]
+__all__ = ["Number", "Optimizer", "ParamsT", "Schedule", "Tree", "is_dense", "shown_layout"]
 
 Tree: TypeAlias = Any
 """Tensors in any nest of dicts, lists, tuples, NamedTuples or registered pytree nodes.

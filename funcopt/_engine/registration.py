@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from .._core.hyperparameters import check_choice, check_flag, normalize_fields
 from .._core.node import register_dataclass
+from .._core.traits import optimizers_in, own_traits
 from . import driver
 from .entry import wrap_methods
 from .resting import as_inner, leaves_at_rest
@@ -38,7 +41,34 @@ def register_optimizer(cls: type[OptimizerT]) -> type[OptimizerT]:
     driver.serve(cls)
     if "inner" in fields:
         leaves_at_rest(cls, as_inner)
+        dataclass.__init__ = _checking_order(dataclass.__init__)
     return cls
+
+
+def _checking_order(init: Callable[..., None]) -> Callable[..., None]:
+    """Refuse a wrapper that decides by the gradients of one process, where others go on.
+
+    It would decide otherwise on each: where one leaves a step out, processes that go on together by
+    the mean of their gradients are a step apart for good.
+    """
+
+    @functools.wraps(init)
+    def checked(opt: Any, *args: Any, **kwargs: Any) -> None:
+        init(opt, *args, **kwargs)
+        inner = next((p for p in optimizers_in(opt) if own_traits(p).takes_local_gradients), None)
+        if inner is None or inner is opt or own_traits(opt).linear:
+            return
+        name, within = type(opt).__name__, type(inner).__name__
+        raise ValueError(
+            f"{name} is around {within}, which takes the gradients of each process by itself: what "
+            f"{name} makes of them (it does not have the trait `linear`) would differ between "
+            f"processes, which would go apart. Let it be inside, {within}({name}(...), ...); or "
+            f"around Zero1 with gradients that are averaged before: average_gradients(grads, mesh) "
+            f"and Zero1(..., gradients='averaged'); or, if what it hands on depends linearly on "
+            f"the gradients, say so: traits = Traits(linear=True, ...)."
+        )
+
+    return checked
 
 
 def check_fields(opt: Any) -> None:

@@ -3,6 +3,7 @@
 This imports `torch.distributed`, which the rest of funcopt does without.
 """
 
+from ._average import average_gradients
 from ._in_backward import InBackward, update_in_backward
 from ._local_updates import LocalUpdates, LocalUpdatesState
 from ._plan import plan
@@ -18,6 +19,7 @@ __all__ = [
     "PlanRow",
     "Zero1",
     "Zero1State",
+    "average_gradients",
     "gather_state",
     "plan",
     "scatter_state",

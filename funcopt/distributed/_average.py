@@ -12,13 +12,60 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from .._core import pytree
 from .._core.arithmetic import compute_dtype, view_as_complex_like, view_as_real
+from .._core.types import Tree
 from ._collectives import Started, one_ahead, start_sum
+from ._refusals import check_mesh
 
-__all__ = ["means"]
+__all__ = ["average_gradients", "means"]
 
 # The bytes at which a bucket is full. A tensor that is larger has one to itself.
 _FULL = 2**25
+
+
+def average_gradients(grads: Tree, mesh: DeviceMesh | None) -> Tree:
+    """Return the mean of gradients over processes, the same bits on each.
+
+    What clips or skips by the gradients of all leaves has to see these, and every process then
+    decides alike: it goes around `Zero1(..., gradients="averaged")`, with groups in between.
+
+    Args:
+        grads: The gradients of this process: a tree of dense tensors, or None where there is none,
+            with the same shapes and dtypes on every process.
+        mesh: The processes: a `DeviceMesh` of one dimension; None for this one alone.
+
+    Returns:
+        A tree like `grads`, in its dtypes; 16-bit gradients are averaged in float32. Nothing is
+        recorded by autograd.
+
+    Raises:
+        TypeError: If `mesh` is no mesh.
+        ValueError: If it has several dimensions, or this process is not on it.
+
+    Example:
+        >>> import torch, funcopt
+        >>> from funcopt.distributed import Zero1, average_gradients
+        >>> inner = {
+        ...     "decay": Zero1(funcopt.AdamW(weight_decay=0.1), None, gradients="averaged"),
+        ...     "no_decay": Zero1(funcopt.AdamW(weight_decay=0.0), None, gradients="averaged"),
+        ... }
+        >>> opt = funcopt.Clip(funcopt.Partition(inner, funcopt.decay_label), 1.0)
+        >>> params = {"weight": torch.ones(2, 2), "bias": torch.ones(2)}
+        >>> state = opt.init(params)
+        >>> grads = average_gradients({"weight": torch.ones(2, 2), "bias": torch.ones(2)}, None)
+        >>> params, state = opt.update(grads, state, params)
+        >>> state.norm
+        tensor(2.4495)
+    """
+    check_mesh(mesh)
+    leaves, structure = pytree.flatten(grads)
+    given = [index for index, leaf in enumerate(leaves) if leaf is not None]
+    averaged = list(leaves)
+    for position, mean in means([leaves[index] for index in given], mesh):
+        index = given[position]
+        averaged[index] = mean.to(leaves[index].dtype).view_as(leaves[index])
+    return pytree.unflatten(structure, averaged)
 
 
 def means(tensors: Sequence[Tensor], mesh: DeviceMesh | None) -> Iterator[tuple[int, Tensor]]:

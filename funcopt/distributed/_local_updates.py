@@ -119,8 +119,6 @@ class LocalUpdates:
         {'w': tensor([0.7340, 0.7340])} {'w': tensor([0.2000, 0.2000])}
     """
 
-    traits: ClassVar[Traits] = Traits(shardable=True, sends=True, decides_on_host=True)
-
     hyperparams: ClassVar[tuple[Hyperparam, ...]] = (
         Hyperparam("every", COUNT),
         Hyperparam("outer_lr", AT_LEAST_ZERO),
@@ -133,6 +131,18 @@ class LocalUpdates:
     outer_lr: float = 1.0
     outer_momentum: float = 0.0
     nesterov: bool = True
+
+    @property
+    def traits(self) -> Traits:
+        """Between two meetings each process goes its own way, by its own gradients."""
+        local = self.mesh is not None
+        return Traits(
+            shardable=True,
+            linear=True,
+            sends=True,
+            takes_local_gradients=local,
+            decides_on_host=True,
+        )
 
     def __post_init__(self) -> None:
         """Check and normalize every hyperparameter."""

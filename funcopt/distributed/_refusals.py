@@ -17,9 +17,9 @@ from .._engine.inplace import check_apart, check_unwatched, check_writable
 from ..wrappers.base import Gradients, records
 
 __all__ = [
-    "check_packable",
     "check_gradients",
     "check_mesh",
+    "check_packable",
     "check_targets",
     "check_unrecorded",
     "check_untransformed",
@@ -77,14 +77,14 @@ def check_packable(inner: Optimizer[Any]) -> None:
                 f"outside, with a Zero1 for each label: "
                 f'{name}({{"decay": Zero1(...), ...}}, labels). What clips or skips by the '
                 f"gradients of all labels goes around that, with gradients that are averaged "
-                f"already: average(grads, mesh), and Zero1(..., gradients='averaged')."
+                f"already: average_gradients(grads, mesh), and Zero1(..., gradients='averaged')."
             )
         if not traits.packable:
             raise ValueError(
                 f"inner={inner!r} has a {name}, which does not say that leaves may lie in pieces "
                 f"or side by side (by its traits `elementwise` or `packable`), where the inner "
                 f"optimizer sees buckets of many. Let it be outside, around gradients that are "
-                f"averaged already: {name}(Zero1(..., gradients='averaged')); or say it in its "
+                f"averaged already (average_gradients): {name}(Zero1(..., gradients='averaged')); or say it in its "
                 f"class, if it is so."
             )
 

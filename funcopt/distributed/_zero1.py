@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -109,12 +109,16 @@ class Zero1:
         {'bucket 0': tensor([ 0.1000,  0.0500, -0.0500])}
     """
 
-    traits: ClassVar[Traits] = Traits(shardable=True, sends=True)
-
     inner: Optimizer[Any]
     mesh: DeviceMesh | None
     bucket_bytes: int = 25 * 2**20
     gradients: str = "local"
+
+    @property
+    def traits(self) -> Traits:
+        """Buckets lie in pieces on the processes, and gradients may be averaged here."""
+        local = self.gradients == "local" and self.mesh is not None
+        return Traits(shardable=True, linear=True, sends=True, takes_local_gradients=local)
 
     def __post_init__(self) -> None:
         """Check every argument."""

@@ -1,0 +1,139 @@
+'''Optimizers and wrappers of your own, with all that funcopt's have.
+
+**An optimizer** is an `UpdateRule`: the trees of its state, its hyperparameters with their ranges,
+the equations of one step of one leaf in plain differentiable operators, and traits, which say what
+may be done with its leaves. From that the engine makes `init`, `update` and `update_`: under vmap,
+grad and compile, for 16-bit and complex leaves, with schedules and tensors for numbers, with checks
+whose messages name the path. Complete:
+
+    >>> from dataclasses import dataclass
+    >>> from typing import Any, ClassVar, NamedTuple
+    >>> import torch, funcopt
+    >>> from funcopt import extend
+    >>> class SignumState(NamedTuple):
+    ...     step: Any
+    ...     momentum: Any
+    >>> def equations(param, grad, slots, numbers, options):
+    ...     momentum = torch.lerp(slots[0], grad, numbers.gain)
+    ...     return [param - numbers.lr * momentum.sign(), momentum]
+    >>> class Coefficients(NamedTuple):  # what the equations want in place of the numbers
+    ...     lr: Any
+    ...     gain: Any
+    >>> @extend.register_optimizer
+    ... @dataclass(frozen=True)
+    ... class Signum:
+    ...     """Descend by the sign of the running mean of the gradients."""
+    ...
+    ...     rule: ClassVar[extend.UpdateRule] = extend.UpdateRule(
+    ...         state=SignumState,
+    ...         slots=(extend.Slot("momentum"),),
+    ...         hyperparams=(
+    ...             extend.Hyperparam("lr", extend.AT_LEAST_ZERO),
+    ...             extend.Hyperparam("beta", extend.BELOW_ONE),
+    ...         ),
+    ...         coefficients=lambda numbers, options: Coefficients(numbers.lr, 1 - numbers.beta),
+    ...         equations=equations,
+    ...         traits=extend.Traits(elementwise=True),
+    ...     )
+    ...     lr: funcopt.Number | funcopt.Schedule = 1e-3
+    ...     beta: funcopt.Number | funcopt.Schedule = 0.9
+    ...     __post_init__ = extend.check_fields
+    ...     init = extend.init
+    ...     update = extend.update
+    ...     update_ = extend.update_
+    >>> opt, w = Signum(lr=0.1), torch.tensor([1.0, 2.0])
+    >>> opt.update(torch.tensor([0.5, -0.5]), opt.init(w), w)[0]
+    tensor([0.9000, 2.1000])
+    >>> opt.update([torch.ones(2)], opt.init([w]), [torch.ones(3)])
+    Traceback (most recent call last):
+    ValueError: ...
+
+Numbers that are tensors come to `coefficients` in float64, and go from there to the equations in
+the dtype of the leaf; `numbers.step` is the count of updates with this one. Options that are no
+numbers are named in `options=`, and a slot that is kept only with one of them says so:
+`Slot("max_momentum", option="maximum")`. Faster kernels and a derivative by hand can be given to
+the rule, by name; without them the equations are what runs, and what is differentiated.
+
+**Traits** are promises, and what is not promised is not done: without `elementwise`, leaves are
+neither packed nor stacked nor cut, DTensors and `Zero1` are refused, with the trait in the message.
+A class that looks at whole leaves, as Muon does, says `Traits(leafwise=True)`. `funcopt.testing`
+holds an optimizer to what it says: run `check_optimizer(Signum())`.
+
+**A wrapper** has a field `inner`, and hands on what it makes of the gradients:
+
+    >>> @extend.register_optimizer
+    ... @dataclass(frozen=True)
+    ... class Centralized:
+    ...     """Subtract from each gradient of two or more dimensions the mean of each row."""
+    ...
+    ...     traits: ClassVar[extend.Traits] = extend.Traits(leafwise=True, linear=True)
+    ...     inner: funcopt.Optimizer[Any]
+    ...
+    ...     def init(self, params):
+    ...         return self.inner.init(params)
+    ...
+    ...     def update(self, grads, state, params):
+    ...         return self.inner.update(extend.tree_map(self.centralize, grads), state, params)
+    ...
+    ...     def update_(self, grads, state, params):
+    ...         return self.inner.update_(extend.tree_map(self.centralize, grads), state, params)
+    ...
+    ...     @staticmethod
+    ...     def centralize(grad):
+    ...         return grad - grad.mean(-1, keepdim=True) if grad.ndim > 1 else grad
+    >>> opt, w = Centralized(Signum(lr=0.1)), torch.zeros(1, 2)
+    >>> opt.update(torch.tensor([[1.0, 3.0]]), opt.init(w), w)[0]
+    tensor([[ 0.1000, -0.1000]])
+
+One that keeps something of its own has a NamedTuple for its state, with the state of the inner
+optimizer as its field `inner`. Its own numbers may be schedules, too: name them in a class
+attribute `hyperparams`, check them in `__post_init__` with `normalize_fields(self,
+self.hyperparams)`, and ask for their values with `numbers_of(self, state.step)`.
+'''
+
+from ._core.hyperparameters import (
+    ABOVE_ZERO,
+    AT_LEAST_ZERO,
+    BELOW_ONE,
+    COUNT,
+    FRACTION,
+    SHARE,
+    Hyperparam,
+    Range,
+    normalize_fields,
+)
+from ._core.pytree import tree_map
+from ._core.traits import Traits, traits_of
+from ._engine.driver import init, update, update_
+from ._engine.equations import safe_sqrt
+from ._engine.numbers import numbers_of
+from ._engine.registration import check_fields, register_optimizer
+from ._engine.rule import Adjoint, Kernel, Slot, StepInputs, StepOutputs, UpdateRule
+
+__all__ = [
+    "ABOVE_ZERO",
+    "AT_LEAST_ZERO",
+    "BELOW_ONE",
+    "COUNT",
+    "FRACTION",
+    "SHARE",
+    "Adjoint",
+    "Hyperparam",
+    "Kernel",
+    "Range",
+    "Slot",
+    "StepInputs",
+    "StepOutputs",
+    "Traits",
+    "UpdateRule",
+    "check_fields",
+    "init",
+    "normalize_fields",
+    "numbers_of",
+    "register_optimizer",
+    "safe_sqrt",
+    "traits_of",
+    "tree_map",
+    "update",
+    "update_",
+]
