@@ -1,0 +1,259 @@
+"""What others can build by what is public and documented, and what is refused to them."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import pytest
+import torch
+from torch.func import grad, jvp, vmap
+
+from funcopt import (
+    Accumulate,
+    Clip,
+    ClipValue,
+    Ema,
+    Number,
+    Optimizer,
+    Partition,
+    Schedule,
+    SkipNonfinite,
+    extend,
+)
+from funcopt.distributed import LocalUpdates, Zero1
+from funcopt.testing import check_optimizer
+
+from .cases import assert_close, assert_same_bits
+
+
+class SignumState(NamedTuple):
+    step: Any
+    momentum: Any
+
+
+def signum(param, grad, slots, numbers, options):
+    momentum = torch.lerp(slots[0], grad, 1 - numbers.beta)
+    sign = momentum.sign()
+    return [param + numbers.lr * sign if options.maximize else param - numbers.lr * sign, momentum]
+
+
+def rule_of(equations, traits=None):
+    return extend.UpdateRule(
+        state=SignumState,
+        slots=(extend.Slot("momentum"),),
+        hyperparams=(
+            extend.Hyperparam("lr", extend.AT_LEAST_ZERO),
+            extend.Hyperparam("beta", extend.BELOW_ONE),
+        ),
+        options=("maximize",),
+        equations=equations,
+        traits=traits or extend.Traits(),
+    )
+
+
+def optimizer(name, equations, traits=None):
+    """Make the class of an optimizer as one writes it by hand."""
+
+    @extend.register_optimizer
+    @dataclass(frozen=True)
+    class Own:
+        rule: ClassVar[extend.UpdateRule] = rule_of(equations, traits)
+        lr: Number | Schedule = 0.1
+        beta: Number | Schedule = 0.5
+        maximize: bool = False
+        __post_init__ = extend.check_fields
+        init, update, update_ = extend.init, extend.update, extend.update_
+
+    Own.__name__ = name
+    return Own
+
+
+Signum = optimizer("Signum", signum, extend.Traits(elementwise=True, linear=True))
+
+
+def by_norm(param, grad, slots, numbers, options):
+    """A step that looks at a whole leaf: each row is divided by its norm."""
+    momentum = torch.lerp(slots[0], grad, 1 - numbers.beta)
+    norm = momentum.reshape(-1).norm()
+    step = numbers.lr * momentum / (norm + 1e-3)
+    return [param + step if options.maximize else param - step, momentum]
+
+
+Whole = optimizer("Whole", by_norm, extend.Traits(leafwise=True, linear=True))
+Unsaid = optimizer("Unsaid", by_norm)
+
+
+def run(opt, params, steps, in_place=False):
+    state = opt.init(params)
+    for grads in steps:
+        params, state = (opt.update_ if in_place else opt.update)(grads, state, params)
+    return params, state
+
+
+def by_hand(w, steps, lr=0.1, beta=0.5):
+    m = torch.zeros_like(w)
+    for g in steps:
+        m = beta * m + (1 - beta) * g
+        w = w - lr * m.sign()
+    return w
+
+
+def steps_for(w, count=5):
+    return [torch.randn_like(w) for _ in range(count)]
+
+
+def test_an_optimizer_of_ones_own_moves_by_its_equations():
+    w = torch.randn(3, 2, dtype=torch.float64)
+    steps = steps_for(w)
+    assert_close(run(Signum(), w, steps)[0], by_hand(w, steps))
+    assert_close(run(Signum(), w.clone(), steps, in_place=True)[0], by_hand(w, steps))
+    assert_close(run(Signum(lr=lambda step: 0.1 + 0 * step), w, steps)[0], by_hand(w, steps))
+
+
+@pytest.mark.parametrize("opt", [Signum(), Whole(), Unsaid()], ids=["Signum", "Whole", "Unsaid"])
+def test_every_law_that_applies_to_it_holds(opt):
+    report = check_optimizer(opt, max_examples=4)
+    assert report.ok, report
+
+
+@pytest.mark.parametrize("kind", [Signum, Whole, Unsaid])
+def test_members_of_a_vmap_move_as_if_they_were_alone(kind):
+    w, rates = torch.randn(4, 3, 2), torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
+    steps = steps_for(w)
+
+    def train(lr, w, *steps):
+        return run(kind(lr=lr), w, steps)[0]
+
+    mapped = vmap(train)(rates, w, *steps)
+    alone = [
+        train(rate, own, *(g[i] for g in steps)) for i, (rate, own) in enumerate(zip(rates, w))
+    ]
+    assert_close(mapped, torch.stack(alone), rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [Whole, Unsaid])
+def test_an_optimizer_that_sees_whole_leaves_is_given_whole_leaves(kind):
+    """Small leaves of one width would be packed side by side for one that is elementwise."""
+    params = {f"{i}": torch.randn(32, 4) for i in range(20)}
+    steps = [{name: torch.randn(32, 4) for name in params} for _ in range(3)]
+    found = run(kind(), params, steps)[0]
+    for name, w in params.items():
+        assert_close(found[name], run(kind(), w, [g[name] for g in steps])[0])
+
+
+def test_derivatives_go_through_it_in_both_modes():
+    w = torch.randn(5, dtype=torch.float64)
+    steps = steps_for(w, 2)
+
+    def loss(w):
+        return run(Whole(), w, steps)[0].square().sum()
+
+    direction = torch.randn_like(w)
+    eps = 1e-6
+    difference = (loss(w + eps * direction) - loss(w - eps * direction)) / (2 * eps)
+    assert_close(grad(loss)(w) @ direction, difference, rtol=1e-7, atol=1e-7)
+    assert_close(jvp(loss, (w,), (direction,))[1], difference, rtol=1e-7, atol=1e-7)
+    lr = torch.tensor(0.1, dtype=torch.float64)
+
+    def of_lr(lr):
+        return run(Whole(lr=lr), w, steps)[0].square().sum()
+
+    difference = (of_lr(lr + eps) - of_lr(lr - eps)) / (2 * eps)
+    assert_close(grad(of_lr)(lr), difference, rtol=1e-7, atol=1e-7)
+
+
+def test_it_compiles_to_one_graph():
+    torch.compiler.reset()
+    opt, w = Signum(), torch.randn(3)
+    state = opt.init(w)
+    step = torch.compile(opt.update, fullgraph=True, backend="aot_eager")
+    assert_same_bits(step(w, state, w), opt.update(w, state, w))
+
+
+WRAPPED = {
+    "Clip": lambda opt: Clip(opt, 100.0),
+    "ClipValue": lambda opt: ClipValue(opt, 100.0),
+    "SkipNonfinite": SkipNonfinite,
+    "Ema": lambda opt: Ema(opt, 0.9),
+    "Partition": lambda opt: Partition({"all": opt}, lambda name, leaf: "all"),
+    "Accumulate": lambda opt: Accumulate(opt, 1),
+    "Zero1": lambda opt: Zero1(opt, None),
+    "LocalUpdates": lambda opt: LocalUpdates(opt, 10, None),
+}
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("wrap", WRAPPED.values(), ids=WRAPPED.keys())
+def test_it_moves_the_same_within_each_wrapper(wrap, in_place):
+    params = {"w": torch.randn(3, 2)}
+    steps = [{"w": g} for g in steps_for(params["w"])]
+    expected = run(Signum(), params, steps)[0]
+    copy = {"w": params["w"].clone()}
+    assert_close(run(wrap(Signum()), copy, steps, in_place)[0], expected)
+
+
+@pytest.mark.parametrize("kind", [Whole, Unsaid])
+def test_without_the_trait_buckets_are_refused_with_its_name(kind):
+    with pytest.raises(ValueError, match=r"`elementwise` or `packable`.*gradients='averaged'"):
+        Zero1(kind(), None)
+    with pytest.raises(ValueError, match="`elementwise` or `packable`"):
+        Zero1(Clip(kind(), 1.0), None)
+
+
+def scale_of(kind):
+    """Make the class of a wrapper as one writes it by hand."""
+
+    @extend.register_optimizer
+    @dataclass(frozen=True)
+    class Scaled:
+        traits: ClassVar[extend.Traits] = kind
+        hyperparams: ClassVar[tuple[extend.Hyperparam, ...]] = (
+            extend.Hyperparam("scale", extend.AT_LEAST_ZERO),
+        )
+        inner: Optimizer[Any]
+        scale: Number | Schedule = 2.0
+
+        def __post_init__(self):
+            extend.normalize_fields(self, self.hyperparams)
+
+        def init(self, params):
+            return self.inner.init(params)
+
+        def update(self, grads, state, params):
+            return self.inner.update(self.scaled(grads, state), state, params)
+
+        def update_(self, grads, state, params):
+            return self.inner.update_(self.scaled(grads, state), state, params)
+
+        def scaled(self, grads, state):
+            scale = extend.numbers_of(self, state.step)["scale"]
+            return extend.tree_map(lambda grad: grad * scale, grads)
+
+    return Scaled
+
+
+def test_a_wrapper_of_ones_own_hands_on_what_it_makes_of_gradients():
+    kind = scale_of(extend.Traits(elementwise=True, linear=True))
+    w = torch.randn(3, 2)
+    steps = steps_for(w)
+    for scale in (2.0, torch.tensor(2.0), lambda step: 2.0 + 0 * step):
+        found = run(kind(Whole(), scale), w, steps)[0]
+        assert_close(found, run(Whole(), w, [2 * g for g in steps])[0])
+    with pytest.raises(ValueError, match=r"scale=-1.0: scale must be finite and at least 0"):
+        kind(Whole(), -1.0)
+
+
+def test_a_rule_whose_state_does_not_fit_is_refused():
+    with pytest.raises(TypeError, match="NamedTuple with the fields step, velocity"):
+        extend.UpdateRule(
+            state=SignumState,
+            slots=(extend.Slot("velocity"),),
+            hyperparams=(),
+            equations=signum,
+        )
+
+
+def test_a_number_out_of_its_range_is_refused_by_its_words():
+    with pytest.raises(ValueError, match=r"beta=1.0: beta must be at least 0 and below 1"):
+        Signum(beta=1.0)
+    with pytest.raises(TypeError, match="maximize=1: must be True or False"):
+        Signum(maximize=1)
