@@ -124,9 +124,7 @@ def test_members_of_a_vmap_move_as_if_they_were_alone(kind):
         return run(kind(lr=lr), w, steps)[0]
 
     mapped = vmap(train)(rates, w, *steps)
-    alone = [
-        train(rate, own, *(g[i] for g in steps)) for i, (rate, own) in enumerate(zip(rates, w))
-    ]
+    alone = [train(rates[i], w[i], *(g[i] for g in steps)) for i in range(len(w))]
     assert_close(mapped, torch.stack(alone), rtol=1e-5)
 
 
