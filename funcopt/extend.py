@@ -91,24 +91,28 @@ attribute `hyperparams`, check them in `__post_init__` with `normalize_fields(se
 self.hyperparams)`, and ask for their values with `numbers_of(self, state.step)`.
 '''
 
-from ._core.hyperparameters import (
+from ._core.pytree import tree_map
+from ._core.types import Traits, traits_of
+from ._engine.dispatch import safe_sqrt
+from ._engine.driver import init, update, update_
+from ._engine.hyperparameters import normalize_fields, numbers_of
+from ._engine.registration import check_fields, register_optimizer
+from ._engine.rule import (
     ABOVE_ZERO,
     AT_LEAST_ZERO,
     BELOW_ONE,
     COUNT,
     FRACTION,
     SHARE,
+    Adjoint,
     Hyperparam,
+    Kernel,
     Range,
-    normalize_fields,
+    Slot,
+    StepInputs,
+    StepOutputs,
+    UpdateRule,
 )
-from ._core.pytree import tree_map
-from ._core.traits import Traits, traits_of
-from ._engine.driver import init, update, update_
-from ._engine.equations import safe_sqrt
-from ._engine.numbers import numbers_of
-from ._engine.registration import check_fields, register_optimizer
-from ._engine.rule import Adjoint, Kernel, Slot, StepInputs, StepOutputs, UpdateRule
 
 __all__ = [
     "ABOVE_ZERO",

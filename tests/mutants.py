@@ -14,8 +14,9 @@ from torch import Tensor
 
 from funcopt import AdamW
 from funcopt._core import pytree
-from funcopt._engine import Scalars, autograd, checks, counts, layout, memory, prepare
-from funcopt.optimizers._adam import adjoint, equations, foreach, fused
+from funcopt._engine import Scalars, autograd, checks, memory, prepare
+from funcopt._engine.kernels import foreach, fused
+from funcopt.optimizers._adam import adjoint, equations
 from funcopt.testing import laws
 from funcopt.testing._check import check_law
 from funcopt.testing._subject import leaves_of, tree_map
@@ -48,7 +49,7 @@ def caught_by(law: Callable[..., None]) -> Callable[..., Any]:
 @contextlib.contextmanager
 def planted(mutant: Mutant) -> Iterator[None]:
     with Patch.context() as patch:
-        patch.setattr(layout, "_recent", ())  # a defect neither finds nor leaves what is known
+        patch.setattr(memory, "_recent", ())  # a defect neither finds nor leaves what is known
         mutant.plant(patch)
         yield
 
@@ -81,7 +82,7 @@ def numbers(patch: Patch, change: Callable[[Scalars, AdamW], Scalars]) -> None:
     """Change the numbers of a step on their way to the kernel."""
 
     def changed(original: Any, opt: AdamW, work: Any, counts: Any) -> list[Scalars]:
-        return [change(own, opt) for own in original(opt, work, counts)]
+        return [change(own, opt) for own in original(opt, work, prepare)]
 
     wrap(patch, AdamW, "_numbers", changed)
 
@@ -114,7 +115,7 @@ def negates_the_gradients_in_place(patch: Patch) -> None:
 
 @caught_by(laws.never_mutates)
 def counts_in_place(patch: Patch) -> None:
-    patch.setattr(counts.Counts, "after", lambda own, *_: [count.add_(1) for count in own.tensors])
+    patch.setattr(prepare.Counts, "after", lambda own, *_: [count.add_(1) for count in own.tensors])
 
 
 @caught_by(laws.outputs_share_no_memory)
@@ -227,7 +228,7 @@ def broadcasts_gradients(patch: Patch) -> None:
             original(leaf, param, path, what)
 
     wrap(patch, checks, "_refuse_unlike", change)
-    patch.setattr(layout, "_is_ready", lambda tensor: False)
+    patch.setattr(memory, "_is_ready", lambda tensor: False)
     patch.setattr(
         memory,
         "_aligned",
@@ -341,7 +342,7 @@ def sixteen_bits_are_computed_in_sixteen_bits(patch: Patch) -> None:
 
 @caught_by(laws.matches_oracle)
 def strides_are_ignored(patch: Patch) -> None:
-    patch.setattr(layout, "_is_ready", lambda tensor: True)
+    patch.setattr(memory, "_is_ready", lambda tensor: True)
 
 
 @caught_by(laws.matches_oracle)
@@ -476,10 +477,10 @@ def the_adjoint_forgets_weight_decay(patch: Patch) -> None:
 
 @caught_by(laws.compiles_once)
 def the_count_is_read_in_python(patch: Patch) -> None:
-    def after(own: counts.Counts, *_: Any) -> list[Tensor]:
+    def after(own: prepare.Counts, *_: Any) -> list[Tensor]:
         return [torch.full_like(count, float(count) + 1) for count in own.tensors]
 
-    patch.setattr(counts.Counts, "after", after)
+    patch.setattr(prepare.Counts, "after", after)
 
 
 TABLE = pathlib.Path(__file__).with_name("MUTANTS.md")

@@ -14,7 +14,7 @@ from torch.func import grad, vmap
 
 import funcopt
 from funcopt import AdamW, Clip, Ema, Partition, _engine, torchscript
-from funcopt._core import threads
+from funcopt._core import tensors
 from funcopt._dtensor.shards import current_parts
 from funcopt.distributed import (
     Zero1,
@@ -174,8 +174,8 @@ def regathering():
 
 
 def counting_threads():
-    threads._setter.cache_clear()
-    return lambda: [torch.tensor(threads._setter() is not None)]
+    tensors._setter.cache_clear()
+    return lambda: [torch.tensor(tensors._setter() is not None)]
 
 
 def registering():

@@ -6,7 +6,7 @@ from funcopt._engine.routine import Routine
 from torch.func import grad, vmap
 
 from funcopt import AdamW
-from funcopt._engine import layout
+from funcopt._engine import memory
 from funcopt.optimizers import adamw
 
 from .cases import KERNELS, OPTIONS, assert_same_bits, random_like
@@ -17,7 +17,7 @@ SHAPES = {"weight": (40, 30), "bias": (40,), "scale": ()}
 
 @pytest.fixture(autouse=True)
 def nothing_known(monkeypatch):
-    monkeypatch.setattr(layout, "_recent", ())
+    monkeypatch.setattr(memory, "_recent", ())
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from funcopt import AdamW, AdamWState
-from funcopt._engine import entry
+from funcopt._engine import registration
 from funcopt.distributed import Zero1
 
 from .cases import (
@@ -284,7 +284,7 @@ def test_an_optimizer_passed_to_a_compiled_function_may_be_built_in_it():
 
 
 def test_many_leaves_stay_out_of_the_graph_instead_of_compiling_for_hours(monkeypatch):
-    monkeypatch.setattr(entry, "_MOST_TO_COMPILE", 3)
+    monkeypatch.setattr(registration, "_MOST_TO_COMPILE", 3)
     opt = AdamW()
     params = {f"{i}": torch.randn(2) for i in range(4)}
     grads = random_like(params)
@@ -304,7 +304,7 @@ def test_many_leaves_stay_out_of_the_graph_instead_of_compiling_for_hours(monkey
 
 
 def test_many_leaves_go_into_the_graph_where_it_cannot_break(monkeypatch):
-    monkeypatch.setattr(entry, "_MOST_TO_COMPILE", 3)
+    monkeypatch.setattr(registration, "_MOST_TO_COMPILE", 3)
     opt = AdamW(lr=0.1)
     params = {f"{i}": torch.randn(2) for i in range(4)}
     state = opt.init(params)

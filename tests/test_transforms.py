@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from funcopt import Accumulate, AdamW, Clip, ClipAdaptive, Ema, Lookahead, LossScale, Partition
 from funcopt._core import transforms
 from funcopt._dtensor import shards
-from funcopt._engine import entry
+from funcopt._engine import registration
 from funcopt.distributed import LocalUpdates, Zero1
 from funcopt.schedules import Cosine
 
@@ -195,7 +195,7 @@ def undisturbed():
 
 
 def test_a_step_is_as_ever_while_another_thread_is_watched(undisturbed, other_thread, monkeypatch):
-    monkeypatch.setattr(entry, "_MOST_TO_COMPILE", 2)  # of three leaves
+    monkeypatch.setattr(registration, "_MOST_TO_COMPILE", 2)  # of three leaves
     for (name, update), (params, state) in undisturbed.items():
         moved, after = train(OPTIMIZERS[name], update, params_of())
         assert_same_bits((moved, after), (params, state))

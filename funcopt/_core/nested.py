@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from .._engine.hyperparameters import call_schedule
 from . import pytree
-from .hyperparameters import call_schedule
 from .types import Optimizer, Tree
 from .walk import Change, Place, Step, children, edited, text, walk
 

@@ -1,14 +1,34 @@
-"""The shapes of things: what an optimizer is, and what a tree and a schedule are."""
+"""What an optimizer is, what a tree and a schedule are, and what an optimizer says of itself.
+
+Nobody recognizes an optimizer by its class or by the names of its fields. Whoever cuts, packs,
+stacks or shards leaves, or wants to know what a wrapper does with gradients, asks for its traits.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields
 from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
 
-__all__ = ["Number", "Optimizer", "ParamsT", "Schedule", "Tree", "is_dense", "shown_layout"]
+__all__ = [
+    "ELEMENTWISE",
+    "ELEMENTWISE_BY_RULE",
+    "Number",
+    "Optimizer",
+    "ParamsT",
+    "Schedule",
+    "Traits",
+    "Tree",
+    "is_dense",
+    "optimizers_in",
+    "own_traits",
+    "shown_layout",
+    "traits_of",
+]
 
 Tree: TypeAlias = Any
 """Tensors in any nest of dicts, lists, tuples, NamedTuples or registered pytree nodes.
@@ -68,3 +88,104 @@ def is_dense(tensor: Tensor) -> bool:
 def shown_layout(tensor: Tensor) -> str:
     """Return the layout of a tensor that is not dense, as messages have it."""
     return "a nested layout" if tensor.is_nested else f"layout {tensor.layout}"
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What holds of an optimizer. Whatever is not said does not hold.
+
+    A class says it of itself, in its attribute `traits` (or in that of its rule). Where it depends on
+    the arguments, it is a property. A wrapper speaks of what it does on its own; what holds of it together with the optimizers inside holds of each.
+
+    Args:
+        elementwise: Each element moves by its own gradient, value and state, as with Adam. So
+            leaves may be cut, packed side by side, stacked and sharded.
+        leafwise: Each leaf moves by itself, as with Muon. Elementwise optimizers are leafwise.
+        shardable: Leaves may be the local parts of sharded ones: what is computed over a whole leaf,
+            or over several, is reduced over the processes. Elementwise optimizers are shardable.
+        packable: Leaves may lie in pieces, or side by side, in one tensor: it makes no difference,
+            as for a norm over everything. Elementwise optimizers are packable.
+        complex_as_pairs: Complex leaves may come as pairs of real ones, as in such a tensor.
+            Elementwise optimizers see them so anyway.
+        linear: What it hands to the inner optimizer depends linearly on the gradients, so that the
+            mean over processes may be taken before or after. What clips or skips is not linear.
+        by_rule: Its updates are those of its rule and nothing besides, so that what wraps it may
+            go to the engine itself, as with a number to multiply gradients by.
+        rests: It leaves every leaf, and its own state, as they are.
+        sees_overflow: It has to see gradients that are infinite or NaN, as a loss scale has: nobody
+            around it may take such a step away.
+        sends: It sends tensors to other processes.
+        takes_local_gradients: The gradients that it takes are those of this process alone, so that
+            a norm of them, or whether they are finite, differs from process to process.
+        tells_leaves_apart: It treats leaves by their names, or counts for each of them, so that
+            they must not lie side by side as one.
+        decides_on_host: What an update does depends on what the host knows, beyond tensors, so that
+            a CUDA graph would not replay it.
+
+    Example:
+        >>> import funcopt
+        >>> funcopt.AdamW.rule.traits.elementwise
+        True
+    """
+
+    elementwise: bool = False
+    leafwise: bool = False
+    shardable: bool = False
+    packable: bool = False
+    complex_as_pairs: bool = False
+    linear: bool = False
+    by_rule: bool = False
+    rests: bool = False
+    sees_overflow: bool = False
+    sends: bool = False
+    takes_local_gradients: bool = False
+    tells_leaves_apart: bool = False
+    decides_on_host: bool = False
+
+    def __post_init__(self) -> None:
+        """Add what follows from an element's moving by itself."""
+        if self.elementwise:
+            for name in ("leafwise", "shardable", "packable", "complex_as_pairs"):
+                object.__setattr__(self, name, True)
+
+
+ELEMENTWISE = Traits(elementwise=True, linear=True)
+ELEMENTWISE_BY_RULE = Traits(elementwise=True, linear=True, by_rule=True)
+
+# These hold of a wrapper if they hold of it or of an optimizer within it; the others, of both.
+_OF_ANY = frozenset(
+    ("decides_on_host", "sees_overflow", "sends", "takes_local_gradients", "tells_leaves_apart")
+)
+
+
+def own_traits(opt: object) -> Traits:
+    """Return what a class says of itself. A subclass, which may do otherwise, inherits nothing."""
+    said = vars(type(opt))
+    traits = said.get("traits") or getattr(said.get("rule"), "traits", None)
+    if isinstance(traits, property):
+        traits = traits.__get__(opt)
+    traits = traits if isinstance(traits, Traits) else Traits()
+    if getattr(opt, "step_per_leaf", False):
+        return dataclasses.replace(traits, tells_leaves_apart=True)
+    return traits
+
+
+def optimizers_in(opt: Any) -> Iterator[Any]:
+    """Yield an optimizer and all that are within it."""
+    yield opt
+    inner = getattr(opt, "inner", None)
+    for part in inner.values() if isinstance(inner, Mapping) else () if inner is None else (inner,):
+        yield from optimizers_in(part)
+
+
+def traits_of(opt: object) -> Traits:
+    """Return what holds of an optimizer together with all that are within it."""
+    said = [own_traits(part) for part in optimizers_in(opt)]
+    return Traits(
+        **{
+            field.name: (any if field.name in _OF_ANY else all)(
+                getattr(traits, field.name) for traits in said
+            )
+            for field in fields(Traits)
+        }
+    )

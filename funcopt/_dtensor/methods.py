@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from .._core import pytree, transforms
-from .._core.recording import recording
-from .._core.traits import optimizers_in, own_traits
-from .._core.types import Tree
+from .._core.tensors import recording
+from .._core.types import Tree, optimizers_in, own_traits
 from .shards import Parts, dtensor, work_on
 
 __all__ = ["update", "update_"]

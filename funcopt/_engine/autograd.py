@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from .._core import transforms
-from .._core.recording import recording
+from .._core.tensors import recording
 from .._core.types import Number
-from . import dispatch, equations
-from .layout import layout_of
+from . import dispatch
+from .memory import layout_of
 from .rule import Adjoint, StepInputs, StepOutputs, UpdateRule
 
 __all__ = ["step_by_rule"]
@@ -43,7 +43,7 @@ class _Step(NamedTuple):
 
     @property
     def derivative(self) -> Adjoint:
-        """The derivative of the rule: by hand if there is one, else that of the equations."""
+        """The derivative of the rule: by hand if there is one, else that of the dispatch."""
         return self.rule.derivative or _of_equations(self.rule)
 
     def split(self, operands: Sequence[Any]) -> tuple[Any, StepInputs]:
@@ -154,7 +154,7 @@ _apply: Callable[..., tuple[Tensor, ...]] = _StepFunction.apply
 
 
 def _of_equations(rule: UpdateRule) -> Adjoint:
-    """Return the derivative of the equations, by torch's own, where none is written by hand."""
+    """Return the derivative of the dispatch, by torch's own, where none is written by hand."""
     return Adjoint(lambda inputs, _outputs, _needs: inputs.columns, partial(_pull_back, rule))
 
 
@@ -173,7 +173,7 @@ def _pull_back(
     def step(own: list[Tensor], leaves: list[Tensor]) -> list[Tensor]:
         inputs = StepInputs.of(list(_cut(leaves, len(columns))))
         chosen = numbers._replace(**dict(zip(wanted, own, strict=True)))
-        return list(chain(*equations.step(rule, inputs, chosen, options).columns))
+        return list(chain(*dispatch.step(rule, inputs, chosen, options).columns))
 
     leaves = list(chain(*columns))
     vjp: Any = torch.func.vjp  # which is typed as if it always returned auxiliary output

@@ -15,8 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from .._core import pytree
-from .._core.traits import own_traits
-from .._core.types import Tree
+from .._core.types import Tree, own_traits
 from .._core.walk import text, walk
 
 __all__ = ["check_replayed"]

@@ -1,27 +1,37 @@
-"""The checks before a step: what may be a leaf, and what must agree. Messages name the path."""
+"""The checks before a step: what may be a leaf, what must agree, and what may be written in place.
+
+Messages name the path. Everything is refused before anything is written.
+"""
 
 from __future__ import annotations
 
 import numbers
-from collections.abc import Callable, Collection, Iterator, Sequence, Set, ValuesView
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence, Set, ValuesView
+from functools import partial
+from itertools import chain
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from .._core import transforms
-from .._core.types import Optimizer, is_dense, shown_layout
+from .._core.types import Number, Optimizer, is_dense, shown_layout
 from .._dtensor.shards import check_placed, dtensor, local_part
+from .rule import StepInputs, UpdateRule, is_read
 
 __all__ = [
     "are_apart",
     "check_alike",
+    "check_apart",
     "check_count",
     "check_dense",
     "check_distinct",
+    "check_inplace",
     "check_leaves",
     "check_optimizer",
     "check_state",
+    "check_unwatched",
+    "check_writable",
     "is_like",
     "kind_of",
     "of_members",
@@ -261,3 +271,156 @@ def kind_of(value: object) -> str:
 def shown(value: object) -> str:
     """Return a shape, dtype or device as messages have it."""
     return str(tuple(value)) if isinstance(value, torch.Size) else str(value)
+
+
+_FLOAT = frozenset((float,))
+
+
+class Writing(Protocol):
+    """An update in place, laid out flat."""
+
+    @property
+    def inputs(self) -> StepInputs:
+        """The leaves that have a gradient."""
+        ...
+
+    @property
+    def layout(self) -> Any:
+        """What is known of them; None while operators are traced."""
+        ...
+
+    @property
+    def counts(self) -> Any:
+        """The counts of updates."""
+        ...
+
+    def written(self) -> dict[str, list[Tensor]]:
+        """Return the tensors that are written, by the name of their tree."""
+        ...
+
+    def path(self, root: str, index: int) -> str:
+        """Return the path of one of them, or of a gradient, for a message."""
+        ...
+
+
+def check_inplace(
+    rule: UpdateRule, prepared: Writing, counts: list[Number], numbers: list[Any]
+) -> None:
+    """Refuse to write in place where that would lose a derivative or memory.
+
+    Args:
+        rule: The rule of the optimizer.
+        prepared: The update.
+        counts: What is to be written into the counts: a float where the count was read.
+        numbers: The numbers of the leaves that move.
+
+    Raises:
+        RuntimeError: Under a transform of `torch.func` or forward mode, or if anything that goes
+            into the update carries history.
+        ValueError: If a tensor to be written is expanded, or starts where another one or a gradient
+            does.
+    """
+    check_unwatched(*prepared.inputs.columns, prepared.counts.tensors, *numbers)
+    if prepared.layout is not None and _is_plainly_fine(prepared, prepared.layout, counts, numbers):
+        return
+    for name, tensor in _history(rule, prepared, numbers):
+        raise RuntimeError(
+            f"{name} {'has a history' if tensor.grad_fn else 'requires a gradient'}, which writing "
+            f"in place would lose. Use update(), or detach it if no derivative is wanted."
+        )
+    if prepared.layout is not None:  # while operators are traced there is no memory yet
+        for root, tensors in prepared.written().items():
+            check_writable(tensors, partial(prepared.path, root))
+        columns = prepared.written()
+        places = [(root, index) for root, found in columns.items() for index in range(len(found))]
+        check_apart(
+            list(chain.from_iterable(columns.values())),
+            prepared.inputs.grads,
+            lambda position: prepared.path(*places[position]),
+            partial(prepared.path, "grads"),
+        )
+
+
+def check_unwatched(*columns: Iterable[object]) -> None:
+    """Refuse to write in place under a transform, or what is of tensors that have a tangent."""
+    if transforms.watched(*columns):
+        raise RuntimeError(
+            "update_() writes in place, which a transform (vmap, grad, jvp, ...) cannot follow. "
+            "Use update()."
+        )
+
+
+def _is_plainly_fine(
+    prepared: Writing, layout: Any, new_counts: list[Number], numbers: Iterable[Any]
+) -> bool:
+    """Whether nothing can stand against it, as nearly always; else the fault is looked for.
+
+    The layout vouches for the leaves, save for where they start and for parameters' histories. A
+    count that was read vouches for itself: only a plain one without history is.
+    """
+    counts = prepared.counts.tensors
+    tensors = [*chain.from_iterable(prepared.inputs.columns), *counts]
+    return (
+        layout.writable
+        and _FLOAT.issuperset(map(type, new_counts))
+        and all(map(is_read, numbers))
+        and not any(map(Tensor.is_inference, counts))
+        and not (layout.params_require_grad and any(not p.is_leaf for p in prepared.inputs.params))
+        and are_apart(tensors)
+    )
+
+
+def check_apart(
+    targets: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    path: Callable[[int], str],
+    grad_path: Callable[[int], str],
+) -> None:
+    """Refuse tensors that would be written over another one, or over a gradient still read."""
+    pointers = starts([*targets, *grads])
+    if pointers is not None and len(set(pointers)) == len(pointers):
+        return
+    check_distinct(targets, path, "one would be written over the other")
+    if pointers is None:  # fake tensors have no memory to share
+        return
+    taken = {tensor.data_ptr() for tensor in targets if tensor.numel() > 0}
+    for index, grad in enumerate(grads):
+        if grad.numel() > 0 and grad.data_ptr() in taken and not grad.is_meta:
+            raise ValueError(
+                f"{grad_path(index)} shares its memory with a tensor that is to be written. Clone "
+                f"it, or use update()."
+            )
+
+
+def _history(
+    rule: UpdateRule, prepared: Writing, numbers: Iterable[Any]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield what would have its derivative lost, by name."""
+    for own in numbers:
+        for path, number in zip(rule.paths.values(), own, strict=True):
+            if isinstance(number, Tensor) and number.requires_grad:
+                yield path, number
+    columns = {"grads": prepared.inputs.grads, **prepared.written()}
+    for root, tensors in columns.items():
+        for index, tensor in enumerate(tensors):
+            # A parameter that merely requires a gradient is what everyone trains.
+            if tensor.requires_grad and not (root == "params" and tensor.is_leaf):
+                yield prepared.path(root, index), tensor
+
+
+def check_writable(tensors: Sequence[Tensor], path: Callable[[int], str]) -> None:
+    """Refuse tensors of inference mode outside of it, and those whose elements share memory."""
+    if not torch.is_inference_mode_enabled() and any(map(Tensor.is_inference, tensors)):
+        index = [tensor.is_inference() for tensor in tensors].index(True)
+        raise RuntimeError(
+            f"{path(index)} was made in inference mode, outside of which it cannot be written. "
+            f"Use update(), or clone it first."
+        )
+    if all(map(Tensor.is_contiguous, tensors)):
+        return
+    for index, tensor in enumerate(tensors):
+        if any(s == 0 and n > 1 for s, n in zip(tensor.stride(), tensor.shape, strict=True)):
+            raise ValueError(
+                f"{path(index)} has strides {tensor.stride()} at shape {tuple(tensor.shape)}: "
+                f"several elements share one place in memory. Clone it first."
+            )

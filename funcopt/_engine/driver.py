@@ -25,36 +25,38 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._core import modes, pytree, transforms
-from .._core.arithmetic import view_as_complex_like, view_as_real
-from .._core.recording import recording
+from .._core import pytree, transforms
+from .._core.tensors import recording, scaled, view_as_complex_like, view_as_real
 from .._core.types import Tree
-from . import autograd, dispatch, equations
-from .checks import are_apart
-from .counts import first_count, fresh, place_for_count, value_of
-from .inplace import check_inplace
-from .layout import Layout, layout_of
-from .memory import write_all
-from .numbers import numbers_at, with_grad_scale
+from . import autograd, dispatch
+from .checks import are_apart, check_inplace
+from .hyperparameters import numbers_at, with_grad_scale
+from .memory import Layout, layout_of, write_all
 from .prepare import (
     Prepared,
     check_untied,
+    first_count,
     flatten_params,
+    fresh,
     keep_requiring,
+    place_for_count,
     prepare,
     recall,
     trees_of,
+    value_of,
 )
-from .rule import StepInputs, StepOutputs, UpdateRule
-from .scaled import hands_on, multiplied, outside_unless_plain
+from .rule import StepInputs, StepOutputs, UpdateRule, is_read
 
-__all__ = ["check_update_", "init", "serve", "update", "update_"]
-
-
-def serve(cls: Any) -> None:
-    """Let optimizers of a class take gradients and a number to multiply them by, unmultiplied."""
-    if "rule" in vars(cls):
-        hands_on(cls, _update_scaled, _update_scaled_)
+__all__ = [
+    "check_update_",
+    "init",
+    "multiplied",
+    "outside_unless_plain",
+    "update",
+    "update_",
+    "update_scaled",
+    "update_scaled_",
+]
 
 
 def init(opt: Any, params: Tree) -> Any:
@@ -74,15 +76,15 @@ def init(opt: Any, params: Tree) -> Any:
 
 def update(opt: Any, grads: Tree, state: Any, params: Tree) -> tuple[Any, Any]:
     """Return the new parameters and the new state, in fresh memory."""
-    return _update_scaled(opt, grads, None, state, params)
+    return update_scaled(opt, grads, None, state, params)
 
 
 def update_(opt: Any, grads: Tree, state: Any, params: Tree) -> tuple[Any, Any]:
     """Write the new parameters and the new state over the old, which are returned."""
-    return _update_scaled_(opt, grads, None, state, params)
+    return update_scaled_(opt, grads, None, state, params)
 
 
-def _update_scaled(
+def update_scaled(
     opt: Any, grads: Tree, grad_scale: Tensor | None, state: Any, params: Tree
 ) -> tuple[Any, Any]:
     """Update by gradients times a number of shape (); None is 1."""
@@ -103,7 +105,7 @@ def _update_scaled(
     counts = prepared.counts.after(prepared.active, prepared.watched)
     numbers = numbers or numbers_at(rule, opt, *prepared.counts.around(prepared.active, counts))
     if grad_scale is not None and _is_followed(prepared, options, numbers):
-        return _update_scaled(opt, multiplied(grads, grad_scale), None, state, params)
+        return update_scaled(opt, multiplied(grads, grad_scale), None, state, params)
     numbers = with_grad_scale(numbers, grad_scale)
     gradients, slots = prepared.historic()
     others = (*slots, *chain.from_iterable(numbers))
@@ -114,7 +116,7 @@ def _update_scaled(
     return new_params, _state(opt, rule, [prepared.counts.rebuild(counts), *new_slots])
 
 
-def _update_scaled_(
+def update_scaled_(
     opt: Any, grads: Tree, grad_scale: Tensor | None, state: Any, params: Tree
 ) -> tuple[Any, Any]:
     """Do the same in place."""
@@ -134,7 +136,7 @@ def _update_scaled_(
     counts = prepared.counts.after(prepared.active, prepared.watched)
     numbers = numbers or numbers_at(rule, opt, *prepared.counts.around(prepared.active, counts))
     if grad_scale is not None and _is_followed(prepared, options, numbers):
-        return _update_scaled_(opt, multiplied(grads, grad_scale), None, state, params)
+        return update_scaled_(opt, multiplied(grads, grad_scale), None, state, params)
     numbers = with_grad_scale(numbers, grad_scale)
     check_inplace(rule, prepared, counts, numbers)
     # Entering no_grad takes longer than moving a small leaf.
@@ -144,6 +146,22 @@ def _update_scaled_(
         _step_(rule, prepared.inputs, own_numbers, options, prepared.layout)
         prepared.counts.write(counts)
     return params, state
+
+
+def multiplied(grads: Tree, grad_scale: Tensor) -> Tree:
+    """Return gradients times a number, in the dtypes of the gradients and in fresh memory."""
+    leaves, structure = pytree.flatten(grads)
+    products = iter(scaled([leaf for leaf in leaves if leaf is not None], grad_scale))
+    return pytree.unflatten(
+        structure, [None if leaf is None else next(products) for leaf in leaves]
+    )
+
+
+def outside_unless_plain(grads: Tree, grad_scale: Tensor) -> tuple[Tree, Tensor | None]:
+    """Return gradients and a number to multiply them by, done already if it has a history."""
+    if not transforms.has_derivative(grad_scale) and transforms.all_plain([grad_scale]):
+        return grads, grad_scale
+    return multiplied(grads, grad_scale), None
 
 
 def check_update_(opt: Any, grads: Tree, state: Any, params: Tree) -> bool:
@@ -199,7 +217,7 @@ def _is_followed(prepared: Prepared, options: Any, numbers: list[Any]) -> bool:
 
 def _have_history(numbers: Any) -> bool:
     """Whether a derivative of the step may be asked for by way of its numbers."""
-    return not dispatch.is_read(numbers) and any(
+    return not is_read(numbers) and any(
         isinstance(number, Tensor) and transforms.has_derivative(number) for number in numbers
     )
 
@@ -230,10 +248,10 @@ def _step(
         )
     rows = numbers if isinstance(numbers, list) else [numbers]
     if transforms.watched_by_operator(*inputs.columns, *rows):
-        return equations.step(rule, inputs, numbers, options)
+        return dispatch.step(rule, inputs, numbers, options)
     if transforms.transformed() or torch.is_grad_enabled():
         if not rule.traits.elementwise:  # members cannot be stacked, nor complex leaves be split
-            return equations.step(rule, inputs, numbers, options)
+            return dispatch.step(rule, inputs, numbers, options)
         return _by_numbers(rule, inputs, numbers, options)
     layout = layout or layout_of(inputs)
     plan = dispatch.plan(rule, inputs, numbers, options, layout, in_place=False)
@@ -317,7 +335,7 @@ class _Routine(NamedTuple):
     def _run(self, run: Callable[..., Any], *args: Any) -> Any:
         if not self.layout.params_require_grad:
             return run(self.inputs, *args)
-        return modes.without_gradients(run, self.inputs, *args)
+        return transforms.without_gradients(run, self.inputs, *args)
 
 
 def _find_routine(

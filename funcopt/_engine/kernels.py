@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .._core import transforms
-from .._core.arithmetic import compute_dtype
+from .._core.tensors import compute_dtype
 from .._core.types import Number
 from .rule import Kernel, StepInputs
 

@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
-from .._core.hyperparameters import check_choice, check_flag, normalize_fields
-from .._core.node import register_dataclass
-from .._core.traits import optimizers_in, own_traits
-from . import driver
-from .entry import wrap_methods
-from .resting import as_inner, leaves_at_rest
+import torch
+from torch import Tensor
+
+from .._core import pytree, transforms
+from .._core.old_dynamo import let_it_hash
+from .._core.types import Optimizer, Tree, optimizers_in, own_traits
+from .._dtensor.shards import has_sharded
+from .hyperparameters import check_choice, check_flag, normalize_fields
 from .rule import UpdateRule
 
-__all__ = ["check_fields", "register_optimizer"]
+__all__ = [
+    "as_inner",
+    "at_rest",
+    "check_fields",
+    "leaves_at_rest",
+    "may_rest",
+    "register_dataclass",
+    "register_optimizer",
+    "wrap_methods",
+]
 
 OptimizerT = TypeVar("OptimizerT")
 
@@ -38,7 +49,6 @@ def register_optimizer(cls: type[OptimizerT]) -> type[OptimizerT]:
     advice = "Parameters are given to init(): opt = {}; state = opt.init(params)."
     register_dataclass(cls, advice.format(f"{cls.__name__}({'...' if fields else ''})"))
     wrap_methods(cls)
-    driver.serve(cls)
     if "inner" in fields:
         leaves_at_rest(cls, as_inner)
         dataclass.__init__ = _checking_order(dataclass.__init__)
@@ -102,3 +112,254 @@ def _check_group(opt: Any, field: str, length: int) -> None:
         default = next(own.default for own in dataclasses.fields(opt) if own.name == field)
         raise TypeError(f"{field}={value!r}: must be {wanted}, such as {default}.")
     object.__setattr__(opt, field, tuple(value))
+
+
+def wrap_methods(cls: Any) -> None:
+    """Let an optimizer keep out of autocast, and its updates serve DTensors.
+
+    The outermost optimizer replaces each by its local part, and makes of the results DTensors that
+    lie as the old ones do. Optimizers within it are given plain tensors, with which nothing is done
+    here. (`init` needs no such thing: to make zeros and copies is what a DTensor can do by itself.)
+    Where it is being compiled, such an update stays out of the graph, as does one of many leaves.
+    All three leave the thread's gradient mode as it was, whatever ends them.
+    """
+    served: dict[str, Callable[[Any], Any]] = {
+        "init": lambda method: transforms.restoring(transforms.outside_autocast(method)),
+        "update": _serving,
+        "update_": _serving,
+    }
+    for name, serve in served.items():
+        if name in vars(cls):
+            setattr(cls, name, serve(vars(cls)[name]))
+
+
+def _serving(method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def serve(self: Any, grads: Tree, state: Tree, params: Tree) -> Any:
+        sharded = has_sharded(params)
+        own = functools.partial(_on_local_parts, method) if sharded else method
+        if transforms.autocasting():
+            own = functools.partial(transforms.without_autocast, own)
+        if transforms.compiling():
+            if sharded or _too_many_to_compile(params):
+                return transforms.uncompiled(serve, self, grads, state, params)
+            return own(self, grads, state, params)
+        if transforms.capturing():
+            _check_replayed(self, state, params)
+        enabled = torch.is_grad_enabled()
+        try:
+            return own(self, grads, state, params)
+        except BaseException:  # an interrupt may have come before something else put it back
+            transforms.set_grad_enabled(enabled)
+            raise
+
+    return serve
+
+
+def _on_local_parts(method: Callable[..., Any], *args: Any) -> Any:
+    from .._dtensor import methods  # noqa: PLC0415  # which nobody needs who has no DTensors
+
+    return getattr(methods, method.__name__)(method, *args)
+
+
+def _check_replayed(opt: Any, state: Tree, params: Tree) -> None:
+    from .captured import check_replayed  # noqa: PLC0415  # nor this, who captures nothing
+
+    check_replayed(opt, state, params)
+
+
+# Compiling takes a fraction of a second for each leaf, and more for each the more there are.
+_MOST_TO_COMPILE = 400
+
+
+def _too_many_to_compile(params: Tree) -> bool:
+    """Whether an update that is being compiled had better stay out of the graph.
+
+    Where it cannot, within a derivative or a vmap and in an export, it goes in at whatever length.
+    """
+    if transforms.exporting() or transforms.transformed():
+        return False
+    if isinstance(params, (dict, list, tuple)) and len(params) > _MOST_TO_COMPILE:
+        return True  # without a look inside
+    return len(pytree.flatten(params)[0]) > _MOST_TO_COMPILE
+
+
+DataclassT = TypeVar("DataclassT")
+
+
+class _Static(NamedTuple):
+    """What of an optimizer is no leaf: all but the tensors among its fields."""
+
+    structure: pytree.Structure
+    dynamic: tuple[bool, ...]  # for each leaf of that structure, whether it is a tensor
+    leaves: tuple[Any, ...]  # the others
+
+
+def register_dataclass(cls: type[DataclassT], advice: str = "") -> type[DataclassT]:
+    """Make a frozen dataclass a pytree node for `torch.func` and for optree.
+
+    Fields may be trees themselves: of a pair of numbers, or of another such value, the tensors are
+    leaves. Two values are equal if their tensors are, in value, dtype, shape and device, and all
+    else is; a hash knows nothing of the values of tensors, which may be filled with others. A wrong
+    call of the class names the arguments there are.
+
+    Args:
+        cls: The dataclass.
+        advice: What the message of such a call says besides.
+
+    Returns:
+        The class, so that this can stand above its definition.
+    """
+    dataclass: Any = cls  # which is more than its type says
+    fields = [field.name for field in dataclasses.fields(dataclass)]
+
+    def flatten(opt: DataclassT) -> tuple[list[Any], _Static]:
+        if "_placeholders" in vars(opt):
+            children, static = vars(opt)["_placeholders"]
+            return children, static
+        leaves, structure = pytree.flatten({name: getattr(opt, name) for name in fields})
+        return [leaf for leaf in leaves if isinstance(leaf, Tensor)], _Static(
+            structure,
+            tuple(isinstance(leaf, Tensor) for leaf in leaves),
+            tuple(leaf for leaf in leaves if not isinstance(leaf, Tensor)),
+        )
+
+    def unflatten(static: _Static, children: Iterable[Any]) -> DataclassT:
+        # Not through __init__: transforms rebuild a node around placeholders, which no check knows.
+        children = list(children)
+        tensors, others = iter(children), iter(static.leaves)
+        leaves = [next(tensors if dynamic else others) for dynamic in static.dynamic]
+        opt = object.__new__(cls)
+        for name, value in pytree.unflatten(static.structure, leaves).items():
+            object.__setattr__(opt, name, value)
+        if not all(isinstance(child, Tensor) for child in children):
+            # What is no tensor would not be found to be a leaf again, so remember that it is one.
+            object.__setattr__(opt, "_placeholders", (children, static))
+        return opt
+
+    def names(opt: DataclassT) -> list[str]:
+        _, static = flatten(opt)
+        paths = pytree.paths(static.structure, "")
+        return [
+            path.replace("['", "", 1).replace("']", "", 1)
+            for path, dynamic in zip(paths, static.dynamic, strict=True)
+            if dynamic
+        ]
+
+    pytree.register_node(cls, flatten, unflatten, names)
+    dataclass.__eq__, dataclass.__hash__ = _comparing(fields)
+    let_it_hash(cls)
+    dataclass.__init__ = _explaining(dataclass.__init__, cls.__name__, fields, advice)
+    return cls
+
+
+def _comparing(
+    fields: list[str],
+) -> tuple[Callable[[Any, object], Any], Callable[[Any], int]]:
+    """Return what says whether two values with these fields are equal, and what hashes one."""
+
+    def equal(opt: Any, other: object) -> Any:
+        if type(other) is not type(opt):
+            return NotImplemented
+        return all(_are_equal(getattr(opt, name), getattr(other, name)) for name in fields)
+
+    def hashed(opt: Any) -> int:
+        return hash((type(opt), *(_hashable(getattr(opt, name)) for name in fields)))
+
+    return equal, hashed
+
+
+def _are_equal(one: Any, other: Any) -> bool:
+    """Whether two fields are equal, or two parts of them."""
+    for kind in (tuple, list):
+        if isinstance(one, kind) and isinstance(other, kind):
+            return len(one) == len(other) and all(map(_are_equal, one, other))
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_are_equal(one[key], other[key]) for key in one)
+    if one is other:
+        return True
+    if not isinstance(one, Tensor) and not isinstance(other, Tensor):
+        return bool(one == other)
+    if _hashable(one) != _hashable(other):
+        return False
+    try:
+        return torch.equal(one, other)
+    except (NotImplementedError, RuntimeError) as error:
+        raise RuntimeError(
+            "whether two optimizers are equal depends on tensors whose values cannot be read here: "
+            "they are mapped over, traced, or on the meta device. Compare them outside."
+        ) from error
+
+
+def _hashable(value: Any) -> Any:
+    """Return what of a field goes into a hash: of a tensor not the values, which may change."""
+    if isinstance(value, Tensor):
+        return value.dtype, value.shape, value.device
+    if isinstance(value, list | tuple):
+        return tuple(map(_hashable, value))
+    if isinstance(value, dict):
+        return frozenset((key, _hashable(part)) for key, part in value.items())
+    return value if isinstance(value, Hashable) else type(value)
+
+
+def _explaining(
+    init: Callable[..., None], name: str, fields: list[str], advice: str
+) -> Callable[..., None]:
+    """Make the error of a wrong call list the arguments."""
+
+    @functools.wraps(init)
+    def explained(*args: Any, **kwargs: Any) -> None:
+        try:
+            init(*args, **kwargs)
+        except TypeError as error:
+            own = error.__traceback__
+            if own is None or own.tb_next is not None:  # then it is from within
+                raise
+            found = str(error).partition("() ")[2] or str(error)
+            takes = ", ".join(fields) or "no arguments"
+            raise TypeError(f"{name}() {found}. It takes {takes}. {advice}".rstrip()) from None
+
+    return explained
+
+
+Rule: TypeAlias = Callable[[Any, Sequence[Any], pytree.Structure], Collection[int]]
+
+# By the very type: what another wrapper hands on to the optimizer within it is not known.
+_rules: dict[type, Rule] = {}
+
+
+def leaves_at_rest(kind: type, rule: Rule) -> None:
+    """Let a rule say of optimizers of a type which leaves they leave at rest.
+
+    Args:
+        kind: The type.
+        rule: Gives the indices of those leaves, of an optimizer, the leaves and their structure.
+    """
+    _rules[kind] = rule
+
+
+def as_inner(opt: Any, leaves: Sequence[Any], structure: pytree.Structure) -> Collection[int]:
+    """Leave those at rest that the inner optimizer leaves at rest."""
+    return at_rest(opt.inner, leaves, structure)
+
+
+def at_rest(
+    opt: Optimizer[Any], leaves: Sequence[Any], structure: pytree.Structure
+) -> Collection[int]:
+    """Return which of its leaves an optimizer leaves at rest, by their indices."""
+    if own_traits(opt).rests:
+        return range(len(leaves))
+    rule = _rules.get(type(opt))
+    return () if rule is None else rule(opt, leaves, structure)
+
+
+def may_rest(opt: Optimizer[Any]) -> bool:
+    """Whether an optimizer may leave a leaf at rest, found without any."""
+    if own_traits(opt).rests:
+        return True
+    if type(opt) not in _rules:
+        return False
+    inner: Any = getattr(opt, "inner", None)
+    if inner is None:
+        return True
+    return any(map(may_rest, inner.values())) if isinstance(inner, Mapping) else may_rest(inner)

@@ -7,6 +7,7 @@ the class of the optimizer holds as its attribute `rule`.
 from __future__ import annotations
 
 import importlib
+import math
 from collections import namedtuple
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,21 +17,89 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from .._core.hyperparameters import Hyperparam
-from .._core.traits import Traits
+from .._core.types import Traits
 
 __all__ = [
+    "ABOVE_ZERO",
+    "AT_LEAST_ZERO",
+    "BELOW_ONE",
+    "COUNT",
+    "FRACTION",
+    "SHARE",
     "Adjoint",
     "Equations",
+    "Hyperparam",
     "Kernel",
+    "Range",
     "Slot",
     "StepInputs",
     "StepOutputs",
     "UpdateRule",
+    "is_read",
 ]
 
 Equations: TypeAlias = Callable[[Tensor, Tensor, tuple[Tensor, ...], Any, Any], Sequence[Tensor]]
 """`equations(param, grad, slots, numbers, options)` gives the new parameter and the new slots."""
+
+
+class Range(NamedTuple):
+    """What values a hyperparameter may have."""
+
+    words: str  # as a message says it: "must be ..."
+    holds: Callable[[float], bool]  # False for a NaN, which is in no range
+    whole: bool = False  # it counts something
+
+
+AT_LEAST_ZERO = Range("must be finite and at least 0", lambda value: 0.0 <= value < math.inf)
+ABOVE_ZERO = Range("must be finite and above 0", lambda value: 0.0 < value < math.inf)
+BELOW_ONE = Range("must be at least 0 and below 1", lambda value: 0.0 <= value < 1.0)
+FRACTION = Range("must be at least 0 and at most 1", lambda value: 0.0 <= value <= 1.0)
+SHARE = Range("must be above 0 and at most 1", lambda value: 0.0 < value <= 1.0)
+COUNT = Range(
+    "must be a whole number of at least 1",
+    lambda value: 1.0 <= value < math.inf and value == int(value),
+    whole=True,
+)
+
+
+class Hyperparam(NamedTuple):
+    """A number of an optimizer.
+
+    Attributes:
+        name: As the equations call it, such as `"beta1"`.
+        range: What it may be.
+        field: The field of the optimizer that holds it, if that has another name. `"betas[0]"` is
+            the first of a pair.
+    """
+
+    name: str
+    range: Range
+    field: str = ""
+
+    @property
+    def path(self) -> str:
+        """As users and messages call it."""
+        return self.field or self.name
+
+    @property
+    def place(self) -> tuple[str, int | None]:
+        """The field that holds it, and which one of several in there it is."""
+        field, _, index = self.path.partition("[")
+        return field, int(index[:-1]) if index else None
+
+    def of(self, opt: Any) -> Any:
+        """Return what an optimizer was given for it."""
+        field, index = self.place
+        value = getattr(opt, field)
+        return value if index is None else value[index]
+
+    def put(self, opt: Any, value: Any) -> None:
+        """Replace what a frozen optimizer was given for it."""
+        field, index = self.place
+        if index is not None:
+            own = getattr(opt, field)
+            value = (*own[:index], value, *own[index + 1 :])
+        object.__setattr__(opt, field, value)
 
 
 class StepInputs(NamedTuple):
@@ -270,3 +339,11 @@ def _loaded(value: Any) -> Any:
         return value
     module, _, name = value.partition(":")
     return getattr(importlib.import_module(module), name)
+
+
+def is_read(numbers: Any) -> bool:
+    """Whether all numbers are Python numbers."""
+    return _FLOAT.issuperset(map(type, numbers))
+
+
+_FLOAT = frozenset((float,))

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from .._core import pytree
-from .._core.arithmetic import compute_dtype, view_as_complex_like, view_as_real
+from .._core.tensors import compute_dtype, view_as_complex_like, view_as_real
 from .._core.types import Tree
 from ._collectives import Started, one_ahead, start_sum
 from ._refusals import check_mesh

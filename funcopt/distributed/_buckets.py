@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .._core import pytree
-from .._core.arithmetic import view_as_real
+from .._core.tensors import view_as_real
 
 __all__ = ["Bucket", "by_path", "cut", "is_bucketed", "lay_out", "part", "whole"]
 

@@ -7,8 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .._core.traits import own_traits
-from .._core.types import Optimizer
+from .._core.types import Optimizer, own_traits
 from ..wrappers.partition import Partition
 
 __all__ = ["one_for_each"]

@@ -11,21 +11,14 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from .._core import modes, pytree, transforms
-from .._core.arithmetic import compute_dtype, write
-from .._core.hyperparameters import (
-    AT_LEAST_ZERO,
-    BELOW_ONE,
-    COUNT,
-    Hyperparam,
-    check_flag,
-    normalize,
-)
-from .._core.traits import Traits
-from .._core.types import Optimizer, Tree
+from .._core import pytree, transforms
+from .._core.tensors import compute_dtype, write
+from .._core.types import Optimizer, Traits, Tree
 from .._engine.checks import check_optimizer, check_state
+from .._engine.hyperparameters import check_flag, normalize
 from .._engine.prepare import keep_requiring
 from .._engine.registration import register_optimizer
+from .._engine.rule import AT_LEAST_ZERO, BELOW_ONE, COUNT, Hyperparam
 from ..wrappers.base import check_scalar, gather_gradients, gather_params, read
 from ._meeting import Meeting, Outer
 from ._refusals import check_mesh, check_unrecorded, check_untransformed
@@ -217,7 +210,7 @@ class LocalUpdates:
             tensor([0.9500])
         """
         if transforms.compiling():
-            return modes.uncompiled(self.update, grads, state, params)
+            return transforms.uncompiled(self.update, grads, state, params)
         meeting = self._gather(grads, state, params)
         meets = self._meets(state.steps_since_sync)
         new_params, inner = self.inner.update(grads, state.inner, params)
@@ -259,7 +252,7 @@ class LocalUpdates:
             (tensor([0.9000]), tensor(1., dtype=torch.float64))
         """
         if transforms.compiling():
-            return modes.uncompiled(self.update_, grads, state, params)
+            return transforms.uncompiled(self.update_, grads, state, params)
         meeting = self._gather(grads, state, params)
         meeting.check_inplace(state.steps_since_sync)
         meets = self._meets(state.steps_since_sync)

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from .._core import pytree
-from .._core.arithmetic import compute_dtype
+from .._core.tensors import compute_dtype
 from .._core.types import Tree
 from ..wrappers.base import Gradients, check_inplace
 from ..wrappers.shadow_params import Follower

@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from .._core import modes, pytree, transforms
-from .._core.hyperparameters import check_choice
+from .._core import pytree, transforms
 from .._core.types import Optimizer, Tree
 from .._core.walk import Change, Place, edited
-from .._engine import layout
+from .._engine import memory
 from .._engine.checks import check_optimizer
+from .._engine.hyperparameters import check_choice
 from .._engine.prepare import flatten_params
 from ._fake_world import in_fake_world
 from ._onlooker import Onlooker
@@ -28,7 +28,7 @@ __all__ = ["plan"]
 _BACKENDS = ("nccl", "gloo")
 
 
-@modes.restoring
+@transforms.restoring
 def plan(
     opt: Optimizer[Any],
     params: Tree,
@@ -175,12 +175,12 @@ def _play(
 
 def _looked_on(function: Callable[[DeviceMesh], _Seen], mesh: DeviceMesh) -> _Seen:
     """Make steps as with an onlooker, by what was decided then alone."""
-    layout.forget()
+    memory.forget()
     try:
         seen = transforms.looked_on(function, mesh)
-        layout.forget()
+        memory.forget()
     except BaseException:
-        layout.forget()
+        memory.forget()
         raise
     return seen
 

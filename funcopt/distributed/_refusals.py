@@ -11,9 +11,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from .._core import pytree, transforms
-from .._core.traits import optimizers_in, own_traits, traits_of
-from .._core.types import Optimizer, Tree
-from .._engine.inplace import check_apart, check_unwatched, check_writable
+from .._core.types import Optimizer, Tree, optimizers_in, own_traits, traits_of
+from .._engine.checks import check_apart, check_unwatched, check_writable
 from ..wrappers.base import Gradients, records
 
 __all__ = [

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from .._core import modes, pytree
+from .._core import pytree, transforms
 from .._core.types import Tree, is_dense, shown_layout
 from .._engine.checks import check_state, is_like, kind_of
 from .._engine.prepare import flatten_params
@@ -21,8 +21,8 @@ from ._zero1 import Zero1, Zero1State
 __all__ = ["gather_state", "scatter_state"]
 
 
-@modes.restoring
-@modes.outside_autocast
+@transforms.restoring
+@transforms.outside_autocast
 def gather_state(opt: Zero1, state: Zero1State, params: Tree) -> Tree:
     """Return the state of the inner optimizer as if there were no `Zero1`, whole on every process.
 
@@ -78,8 +78,8 @@ def _leaves_of(node: dict[str, Tensor], sharding: Sharding, likes: list[Tensor])
     return leaves
 
 
-@modes.restoring
-@modes.outside_autocast
+@transforms.restoring
+@transforms.outside_autocast
 def scatter_state(opt: Zero1, state: Tree, params: Tree) -> Zero1State:
     """Return the state of a `Zero1` from that of its inner optimizer: undo `gather_state`.
 

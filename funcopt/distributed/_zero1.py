@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from .._core import modes, pytree, transforms
-from .._core.arithmetic import write
-from .._core.hyperparameters import check_choice
-from .._core.traits import Traits, traits_of
-from .._core.types import Optimizer, Tree
+from .._core import pytree, transforms
+from .._core.tensors import write
+from .._core.types import Optimizer, Traits, Tree, traits_of
 from .._dtensor.shards import wholes_in, work_on
 from .._engine.checks import check_optimizer, check_state
+from .._engine.hyperparameters import check_choice
 from .._engine.prepare import flatten_params, keep_requiring
 from .._engine.registration import register_optimizer
 from ..wrappers.base import gather_gradients
@@ -182,7 +181,7 @@ class Zero1:
             tensor([0.8990, 1.0990])
         """
         if transforms.compiling():
-            return modes.uncompiled(self.update, grads, state, params)
+            return transforms.uncompiled(self.update, grads, state, params)
         step = self._gather(grads, state, params)
         news, inner = work_on(None, self._move, step)
         keep_requiring(news, step.leaves)
@@ -217,7 +216,7 @@ class Zero1:
             tensor([0.8990, 1.0990])
         """
         if transforms.compiling():
-            return modes.uncompiled(self.update_, grads, state, params)
+            return transforms.uncompiled(self.update_, grads, state, params)
         step = self._gather(grads, state, params)
         check_targets(step.leaves, step.grads, step.structure)
         work_on(None, self._move_, step)

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .._core import modes, pytree, transforms
+from .._core import pytree, transforms
 from .._core.types import Tree, is_dense, shown_layout
 from .._dtensor.shards import dtensor, local_part
 from ._entries import key_of, recount
@@ -73,7 +73,7 @@ def to_state_dict(state: Tree) -> dict[str, Tensor]:
     return entries
 
 
-@modes.restoring
+@transforms.restoring
 def from_state_dict(template: StateT, d: Mapping[str, Tensor], *, strict: bool = True) -> StateT:
     """Return the state that `to_state_dict` turned into a dict, in fresh memory.
 

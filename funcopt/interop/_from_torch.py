@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._core import modes, pytree
+from .._core import pytree, transforms
 from .._core.types import Tree, is_dense, shown_layout
 from .._engine.checks import shown
 from .._engine.prepare import check_untied, flatten_params
@@ -23,7 +23,7 @@ from ._source import MOMENTS, Source, places, read, within
 __all__ = ["from_torch"]
 
 
-@modes.restoring
+@transforms.restoring
 def from_torch(
     source: torch.optim.Optimizer | Mapping[str, Any],
     params: Tree,

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from .._core import pytree
-from .._core.hyperparameters import check_zero_dim
 from .._core.types import Number, Schedule, Tree
+from .._engine.hyperparameters import check_zero_dim
 from .._engine.prepare import flatten_params, prepare
 from ..optimizers.adamw import AdamW, AdamWState
 from ..optimizers.frozen import Frozen

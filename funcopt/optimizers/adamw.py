@@ -8,13 +8,11 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from .._core.hyperparameters import AT_LEAST_ZERO, BELOW_ONE, Hyperparam
-from .._core.traits import ELEMENTWISE
-from .._core.types import Number, Schedule, Tree
+from .._core.types import ELEMENTWISE_BY_RULE, Number, Schedule, Tree
 from .._engine import driver
-from .._engine.equations import safe_sqrt
+from .._engine.dispatch import safe_sqrt
 from .._engine.registration import check_fields, register_optimizer
-from .._engine.rule import Slot, UpdateRule
+from .._engine.rule import AT_LEAST_ZERO, BELOW_ONE, Hyperparam, Slot, UpdateRule
 
 __all__ = ["AdamW", "AdamWState"]
 
@@ -150,7 +148,7 @@ _RULE = UpdateRule(
         "foreach": "funcopt.optimizers._adam.kernels:ADAMW_FOREACH",
     },
     adjoint="funcopt.optimizers._adam.adjoint:ADAMW_ADJOINT",
-    traits=ELEMENTWISE,
+    traits=ELEMENTWISE_BY_RULE,
 )
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, TypeVar
 
-from .._core.traits import Traits
-from .._core.types import Tree
+from .._core.types import Traits, Tree
 from .._engine.registration import register_optimizer
 
 __all__ = ["Frozen"]

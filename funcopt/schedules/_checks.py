@@ -9,17 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from .._core.hyperparameters import (
-    ABOVE_ZERO,
-    AT_LEAST_ZERO,
-    BELOW_ONE,
-    SHARE,
-    Hyperparam,
-    Range,
-    elements_at_hand,
-    normalize,
-)
 from .._core.types import Number
+from .._engine.hyperparameters import elements_at_hand, normalize
+from .._engine.rule import ABOVE_ZERO, AT_LEAST_ZERO, BELOW_ONE, SHARE, Hyperparam, Range
 
 __all__ = [
     "check_numbers",

@@ -6,9 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from .._core.hyperparameters import AT_LEAST_ZERO, Hyperparam, check_choice, normalize
-from .._core.node import register_dataclass
 from .._core.types import Number, Schedule
+from .._engine.hyperparameters import check_choice, normalize
+from .._engine.registration import register_dataclass
+from .._engine.rule import AT_LEAST_ZERO, Hyperparam
 from ._checks import check_numbers, check_pieces, check_step
 from ._phases import SHAPES, as_given, by_step, choose, known, phases, wide
 

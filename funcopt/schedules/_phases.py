@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .._core import transforms
 from .._core.types import Number
-from .._engine.counts import value_of
+from .._engine.prepare import value_of
 from ._checks import check_step
 
 __all__ = [

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .._core.hyperparameters import check_choice, check_flag
-from .._core.node import register_dataclass
 from .._core.types import Number
+from .._engine.hyperparameters import check_choice, check_flag
+from .._engine.registration import register_dataclass
 from ._checks import check_numbers, check_steps, check_together
 from ._phases import SHAPES, by_step, choose, cosine, linear, phases, wide
 

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from .._core import pytree
-from .._core.traits import optimizers_in
-from .._core.types import Tree
+from .._core.types import Tree, optimizers_in
 from .._engine.dispatch import unserved
 from .._engine.rule import UpdateRule
 from ._compare import NotApplicable

@@ -18,7 +18,7 @@ from typing import Any, ParamSpec, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from .._core import modes
+from .._core import transforms
 from .._engine.checks import check_leaves
 from ..optimizers.adamw import AdamW, AdamWState
 
@@ -121,7 +121,7 @@ def _zeros(param: Tensor, amsgrad: bool, index: int) -> State:
     not be written outside of it.
     """
     check_leaves([param], lambda _: f"params[{index}]")
-    with modes.outside_inference_mode():
+    with transforms.outside_inference_mode():
         step = torch.zeros((), dtype=torch.float64, device="cpu")
         return {"step": step, **{name: torch.zeros_like(param) for name in _names(amsgrad)[1:]}}
 

@@ -8,16 +8,15 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from .._core import arithmetic, pytree, transforms
-from .._core.arithmetic import compute_dtype, write
-from .._core.hyperparameters import COUNT, Hyperparam, normalize_fields
-from .._core.traits import ELEMENTWISE, Traits
-from .._core.types import Number, Optimizer, Schedule, Tree
+from .._core import pytree, tensors, transforms
+from .._core.tensors import compute_dtype, write
+from .._core.types import ELEMENTWISE, Number, Optimizer, Schedule, Traits, Tree
 from .._dtensor.shards import check_placed
 from .._engine.checks import check_optimizer, check_state, is_like, kind_of, of_members
-from .._engine.counts import first_count, next_step
-from .._engine.numbers import has_schedule, numbers_of
+from .._engine.hyperparameters import has_schedule, normalize_fields, numbers_of
+from .._engine.prepare import first_count, next_step
 from .._engine.registration import register_optimizer
+from .._engine.rule import COUNT, Hyperparam
 from .base import (
     Gradients,
     check_inplace,
@@ -282,7 +281,7 @@ class _Work(NamedTuple):
     def sums(self) -> list[Tensor]:
         """Return the sums with the gradients added, in fresh memory."""
         totals = self.acc_grads.leaves
-        added = iter(arithmetic.add(*self._added()))
+        added = iter(tensors.add(*self._added()))
         return [
             total.clone() if grad is None else next(added)
             for total, grad in zip(totals, self.gradients.leaves, strict=True)
@@ -290,7 +289,7 @@ class _Work(NamedTuple):
 
     def add_(self) -> None:
         """Add the gradients to the sums."""
-        arithmetic.add_(*self._added())
+        tensors.add_(*self._added())
 
     def _added(self) -> tuple[list[Tensor], list[Tensor]]:
         pairs = zip(self.acc_grads.leaves, self.gradients.leaves, strict=True)
@@ -352,7 +351,7 @@ def _completes(mini_step: Tensor, every: Number) -> bool | Tensor:
 
 def _mean_of(total: Tensor, count: Number, *, in_place: bool) -> Tensor:
     if isinstance(count, Tensor):
-        count = arithmetic.fit(count, total)
+        count = tensors.fit(count, total)
     return total.div_(count) if in_place else total / count
 
 

@@ -11,16 +11,12 @@ import torch
 from torch import Tensor
 
 from .._core import pytree, transforms
-from .._core.arithmetic import write
-from .._core.recording import recording
-from .._core.traits import traits_of
-from .._core.types import Number, Optimizer, Schedule, Tree, is_dense
-from .._engine.checks import check_alike, check_leaves, kind_of
-from .._engine.counts import first_count, next_step, place_for_count
-from .._engine.inplace import check_unwatched
-from .._engine.numbers import has_schedule
-from .._engine.prepare import check_untied
-from .._engine.resting import at_rest
+from .._core.tensors import recording, write
+from .._core.types import Number, Optimizer, Schedule, Tree, is_dense, traits_of
+from .._engine.checks import check_alike, check_leaves, check_unwatched, kind_of
+from .._engine.hyperparameters import has_schedule
+from .._engine.prepare import check_untied, first_count, next_step, place_for_count
+from .._engine.registration import at_rest
 
 __all__ = [
     "Gradients",

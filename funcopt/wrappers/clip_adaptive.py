@@ -10,15 +10,14 @@ import torch
 from torch import Tensor
 
 from .._core import pytree, transforms
-from .._core.arithmetic import compute_dtype, fit
-from .._core.hyperparameters import AT_LEAST_ZERO, Hyperparam, normalize_fields
-from .._core.traits import Traits
-from .._core.types import Number, Optimizer, Schedule, Tree
+from .._core.tensors import compute_dtype, fit
+from .._core.types import Number, Optimizer, Schedule, Traits, Tree
 from .._dtensor.shards import whole_of
 from .._engine.checks import check_optimizer, check_state
-from .._engine.counts import next_step
-from .._engine.numbers import numbers_of
+from .._engine.hyperparameters import normalize_fields, numbers_of
+from .._engine.prepare import next_step
 from .._engine.registration import register_optimizer
+from .._engine.rule import AT_LEAST_ZERO, Hyperparam
 from .base import (
     Gradients,
     check_inplace,

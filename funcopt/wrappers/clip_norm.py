@@ -9,23 +9,21 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from .._core import arithmetic
-from .._core.arithmetic import write
-from .._core.hyperparameters import (
-    AT_LEAST_ZERO,
-    Hyperparam,
-    Range,
-    check_choice,
-    normalize,
-    normalize_fields,
-)
-from .._core.traits import Traits
-from .._core.types import Number, Optimizer, Schedule, Tree
+from .._core import tensors
+from .._core.tensors import write
+from .._core.types import Number, Optimizer, Schedule, Traits, Tree
 from .._dtensor.reductions import over_shards
 from .._engine.checks import check_optimizer, check_state
-from .._engine.counts import first_count, next_step
-from .._engine.numbers import has_schedule, numbers_of
+from .._engine.hyperparameters import (
+    check_choice,
+    has_schedule,
+    normalize,
+    normalize_fields,
+    numbers_of,
+)
+from .._engine.prepare import first_count, next_step
 from .._engine.registration import register_optimizer
+from .._engine.rule import AT_LEAST_ZERO, Hyperparam, Range
 from .base import (
     Gradients,
     check_inplace,
@@ -278,15 +276,15 @@ def _norm(gradients: Gradients, order: float, like: Tensor) -> Tensor:
     return over_shards(
         gradients.params,
         lambda indices: _norm_here([leaves[index] for index in indices], order, like),
-        lambda norms: arithmetic.vector_norm(norms, order),
+        lambda norms: tensors.vector_norm(norms, order),
     )
 
 
 def _norm_here(grads: list[Tensor | None], order: float, like: Tensor) -> Tensor:
     """Return the norm of tensors, as that of their norms."""
-    norms = arithmetic.norms([g for g in grads if g is not None and g.numel() > 0], order)
+    norms = tensors.norms([g for g in grads if g is not None and g.numel() > 0], order)
     if not norms:
         return torch.zeros_like(like)
     there = like.device, like.dtype
     alike = [n if (n.device, n.dtype) == there else n.to(*there) for n in norms]
-    return arithmetic.vector_norm(torch.stack(alike), order)
+    return tensors.vector_norm(torch.stack(alike), order)

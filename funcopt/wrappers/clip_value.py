@@ -9,15 +9,13 @@ import torch
 from torch import Tensor
 
 from .._core import transforms
-from .._core.arithmetic import view_as_complex_like, view_as_real
-from .._core.hyperparameters import AT_LEAST_ZERO, Hyperparam, normalize_fields
-from .._core.pages import is_mapped
-from .._core.traits import Traits
-from .._core.types import Number, Optimizer, Schedule, Tree
+from .._core.tensors import is_mapped, view_as_complex_like, view_as_real
+from .._core.types import Number, Optimizer, Schedule, Traits, Tree
 from .._engine.checks import check_optimizer, check_state
-from .._engine.counts import next_step
-from .._engine.numbers import numbers_of
+from .._engine.hyperparameters import normalize_fields, numbers_of
+from .._engine.prepare import next_step
 from .._engine.registration import register_optimizer
+from .._engine.rule import AT_LEAST_ZERO, Hyperparam
 from .base import Gradients, check_inplace, first_step, gather_gradients, with_step, write_step
 
 __all__ = ["ClipValue", "ClipValueState"]

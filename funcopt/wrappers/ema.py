@@ -9,14 +9,13 @@ import torch
 from torch import Tensor
 
 from .._core import pytree
-from .._core.arithmetic import compute_dtype, write
-from .._core.hyperparameters import BELOW_ONE, Hyperparam, check_flag, normalize_fields
-from .._core.traits import ELEMENTWISE, Traits
-from .._core.types import Number, Optimizer, Schedule, Tree
+from .._core.tensors import compute_dtype, write
+from .._core.types import ELEMENTWISE, Number, Optimizer, Schedule, Traits, Tree
 from .._engine.checks import check_optimizer, check_state
-from .._engine.counts import first_count, fresh, place_for_count
-from .._engine.numbers import numbers_of
+from .._engine.hyperparameters import check_flag, normalize_fields, numbers_of
+from .._engine.prepare import first_count, fresh, place_for_count
 from .._engine.registration import register_optimizer
+from .._engine.rule import BELOW_ONE, Hyperparam
 from .base import check_scalar, gather_gradients, records, settled
 from .shadow_params import Follower, begin
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._core import arithmetic, transforms
-from .._core.arithmetic import view_as_real
+from .._core import tensors, transforms
+from .._core.tensors import view_as_real
 from .._dtensor.reductions import over_shards
 from .base import Gradients, read
 
@@ -67,7 +67,7 @@ def _extremes(parts: list[Tensor]) -> list[Tensor]:
     if transforms.transformed() or any(part.is_cpu for part in parts):
         # On the CPU, the norm that takes the largest element is twenty times slower.
         return [torch.stack([part.amin(), part.amax()]) for part in parts]
-    return arithmetic.norms(parts, math.inf)
+    return tensors.norms(parts, math.inf)
 
 
 def _are_finite(numbers: list[Tensor]) -> Tensor:

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple, TypeAlias
 from torch import Tensor
 
 from .._core import pytree, transforms
-from .._core.hyperparameters import check_takes
 from .._core.types import Tree
+from .._engine.hyperparameters import check_takes
 
 __all__ = ["Labels", "check_labels", "decay_label", "label_leaves", "name_leaves", "patterns_in"]
 

@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 
 from .._core import pytree
-from .._core.arithmetic import write
-from .._core.hyperparameters import COUNT, FRACTION, Hyperparam, check_flag, normalize_fields
-from .._core.traits import ELEMENTWISE, Traits
-from .._core.types import Number, Optimizer, Schedule, Tree
+from .._core.tensors import write
+from .._core.types import ELEMENTWISE, Number, Optimizer, Schedule, Traits, Tree
 from .._engine.checks import check_optimizer, check_state
-from .._engine.counts import first_count, next_step
-from .._engine.numbers import has_schedule, numbers_of
+from .._engine.hyperparameters import check_flag, has_schedule, normalize_fields, numbers_of
+from .._engine.prepare import first_count, next_step
 from .._engine.registration import register_optimizer
+from .._engine.rule import COUNT, FRACTION, Hyperparam
 from .base import (
     check_scalar,
     gather_gradients,

@@ -10,15 +10,13 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 from torch import Tensor
 
 from .._core import pytree
-from .._core.traits import Traits
-from .._core.types import Optimizer, Tree
+from .._core.types import Optimizer, Traits, Tree
 from .._dtensor.shards import whole_of
 from .._engine.checks import check_dense, check_optimizer, check_state
 from .._engine.prepare import check_untied
-from .._engine.registration import register_optimizer
-from .._engine.resting import at_rest, leaves_at_rest, may_rest
-from .._engine.scaled import hands_on
+from .._engine.registration import at_rest, leaves_at_rest, may_rest, register_optimizer
 from .labels import Labels, check_labels, label_leaves, name_leaves, patterns_in
+from .scaled import hands_on
 from .together import Update, update_together_
 
 __all__ = ["Partition", "PartitionState"]

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from .._core import pytree, transforms
-from .._core.arithmetic import compute_dtype, view_as_complex_like, view_as_real, write
+from .._core.tensors import compute_dtype, view_as_complex_like, view_as_real, write
 from .._core.types import Number, Optimizer, Tree
 from .._dtensor.shards import check_placed
-from .._engine.checks import is_like, kind_of, of_members
-from .._engine.inplace import check_apart, check_writable
+from .._engine.checks import check_apart, check_writable, is_like, kind_of, of_members
 from .base import Gradients, check_inplace, gather_params, records
 
 __all__ = ["Follower", "begin"]

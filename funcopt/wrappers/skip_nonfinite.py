@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 
 from .._core import transforms
-from .._core.arithmetic import write
-from .._core.hyperparameters import Hyperparam, Range, normalize_fields
-from .._core.traits import Traits
-from .._core.types import Number, Optimizer, Schedule, Tree, is_dense
+from .._core.tensors import write
+from .._core.types import Number, Optimizer, Schedule, Traits, Tree, is_dense
 from .._engine.checks import check_count, check_optimizer, check_state, kind_of
-from .._engine.counts import first_count, next_step
-from .._engine.numbers import has_schedule, numbers_of
+from .._engine.hyperparameters import has_schedule, normalize_fields, numbers_of
+from .._engine.prepare import first_count, next_step
 from .._engine.registration import register_optimizer
+from .._engine.rule import Hyperparam, Range
 from .base import (
     Gradients,
     check_inplace,

@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from .._core import pytree, transforms
-from .._core.arithmetic import write
-from .._core.traits import own_traits
-from .._core.types import Optimizer, Tree
+from .._core.tensors import write
+from .._core.types import Optimizer, Tree, own_traits
 from .._dtensor.shards import whole_of
 from .._engine import driver
-from .._engine.inplace import check_apart, check_unwatched, check_writable
-from .._engine.scaled import update_scaled, update_scaled_
+from .._engine.checks import check_apart, check_unwatched, check_writable
+from .scaled import update_scaled, update_scaled_
 
 __all__ = ["Update", "update_together_"]
 
@@ -73,7 +72,7 @@ def _weight(update: Update) -> tuple[int, int]:
     """What it would take to make sure of an update."""
     if own_traits(update.opt).rests:
         return 0, 0
-    kind = 1 if "rule" in vars(type(update.opt)) else 2
+    kind = 1 if own_traits(update.opt).by_rule else 2
     if transforms.tracing():  # when sizes may not be known, and nothing is written yet
         return kind, 0
     # Of wholes, so that the order is the same on every process: in it they may wait for each other.
@@ -106,7 +105,7 @@ def _is_sure(update: Update) -> bool:
     opt, grads, state, params, _ = update
     if own_traits(opt).rests:
         return True
-    if "rule" not in vars(type(opt)) or not params:
+    if not own_traits(opt).by_rule or not params:
         return False
     return driver.check_update_(opt, grads, state, params)
 

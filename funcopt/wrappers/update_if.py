@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from .._core import pytree, transforms
-from .._core.arithmetic import write
-from .._core.pages import copies_of
+from .._core.tensors import copies_of, write
 from .._core.types import Optimizer, Tree
 from .._engine.checks import check_dense
 from .._engine.prepare import keep_requiring
-from .._engine.resting import at_rest
-from .._engine.scaled import update_scaled, update_scaled_
+from .._engine.registration import at_rest
+from .scaled import update_scaled, update_scaled_
 
 __all__ = ["choose", "copies", "keep_leaves_requiring", "update_if", "update_if_"]
 

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from funcopt._engine.kernels import fused
 from funcopt._engine.rule import Leaves, Moved, written
-from funcopt.optimizers._adam import equations, fused
+from funcopt.optimizers._adam import equations
 from funcopt.optimizers._adam import triton as kernel
 
 from ..cases import no_synchronization

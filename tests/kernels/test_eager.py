@@ -5,7 +5,7 @@ import torch
 
 from funcopt import AdamW
 from funcopt._engine import Leaves, Scalars, Variant, dispatch
-from funcopt.optimizers._adam import foreach
+from funcopt._engine.kernels import foreach
 
 from .. import oracle
 from ..cases import (

@@ -7,15 +7,15 @@ import pytest
 import torch
 
 from funcopt import AdamW
-from funcopt._engine import Leaves, layout
-from funcopt._engine.layout import known, layout_of
+from funcopt._engine import Leaves, memory
+from funcopt._engine.memory import known, layout_of
 
 from ..cases import assert_same_bits, clone
 
 
 @pytest.fixture(autouse=True)
 def nothing_known(monkeypatch):
-    monkeypatch.setattr(layout, "_recent", ())
+    monkeypatch.setattr(memory, "_recent", ())
 
 
 def leaves_of(make=torch.randn, count=3) -> Leaves:
@@ -91,13 +91,13 @@ def test_no_tensor_is_kept_alive():
 def test_only_so_many_are_remembered():
     for size in range(100):
         layout_of(leaves_of(lambda *_, size=size: torch.randn(size)))
-    assert len(layout._recent) == layout._REMEMBERED
+    assert len(memory._recent) == memory._REMEMBERED
 
 
 def test_without_the_guard_nothing_is_remembered_and_all_is_found(monkeypatch):
     expected = layout_of(leaves_of())
-    monkeypatch.setattr(layout, "_recent", ())
-    monkeypatch.setattr(layout, "_guard_of", None)
+    monkeypatch.setattr(memory, "_recent", ())
+    monkeypatch.setattr(memory, "_guard_of", None)
     assert layout_of(leaves_of()) == expected
     assert known(leaves_of()) is None
 
@@ -139,7 +139,7 @@ def test_packs_share_no_more_than_fits_in_the_cache():
     (batches,), _ = batches_of(*[(4096,)] * 1000)
     sizes = [sum(batch.sizes) for batch in batches]
     assert sum(sizes) == 4096 * 1000
-    assert max(sizes) <= layout.IN_CACHE
+    assert max(sizes) <= memory.IN_CACHE
 
 
 def test_leaves_among_which_one_tensor_comes_twice_drive_nothing_else_out():
@@ -155,7 +155,7 @@ def test_a_guard_that_cannot_be_made_is_done_without(monkeypatch):
     def changed(*tensors):
         raise AssertionError("this is never called without keywords")
 
-    monkeypatch.setattr(layout, "_guard_of", changed)
+    monkeypatch.setattr(memory, "_guard_of", changed)
     assert layout_of(leaves_of()).ready
     assert known(leaves_of()) is None
 

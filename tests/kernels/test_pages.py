@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from funcopt import AdamW
-from funcopt._core import pages
+from funcopt._core import tensors
 
 from ..cases import assert_same_bits
 
@@ -12,7 +12,7 @@ from ..cases import assert_same_bits
 @pytest.fixture(params=["advised", "not advised"])
 def _system(request, monkeypatch):
     if request.param == "not advised":
-        monkeypatch.setattr(pages, "_advise", lambda: None)
+        monkeypatch.setattr(tensors, "_advise", lambda: None)
 
 
 @pytest.mark.usefixtures("_system")
@@ -21,8 +21,8 @@ def _system(request, monkeypatch):
 def test_a_copy_of_a_large_tensor_is_a_copy(columns, transposed):
     large = torch.randn(10_000, columns)
     large = large.T if transposed else large
-    assert pages.is_mapped(large)
-    copy = pages.copy_of(large)
+    assert tensors.is_mapped(large)
+    copy = tensors.copy_of(large)
     assert_same_bits(copy, large)
     assert copy.stride() == large.stride()
     assert copy.data_ptr() != large.data_ptr()

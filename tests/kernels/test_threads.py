@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from funcopt import AdamW
-from funcopt._core import threads
-from funcopt._core.threads import on_one_thread
-from funcopt.optimizers._adam import fused
+from funcopt._core import tensors
+from funcopt._core.tensors import on_one_thread
+from funcopt._engine.kernels import fused
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def test_no_other_thread_notices_be_it_new_or_old(two_threads):
 
 
 def test_where_the_runtime_is_not_found_nothing_is_done(two_threads, monkeypatch):
-    monkeypatch.setattr(threads, "_setter", lambda: None)
+    monkeypatch.setattr(tensors, "_setter", lambda: None)
     assert on_one_thread(torch.get_num_threads) == 2
 
 

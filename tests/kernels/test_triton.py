@@ -23,8 +23,9 @@ import pytest
 import torch
 
 from funcopt import AdamW
+from funcopt._engine.kernels import foreach
 from funcopt._engine.rule import Leaves, Scalars, Variant, written
-from funcopt.optimizers._adam import equations, foreach
+from funcopt.optimizers._adam import equations
 from funcopt.optimizers._adam import triton as kernel
 
 from .. import oracle

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ..._core import transforms
-from ..._core.arithmetic import compute_dtype, double, fit
+from ..._core.tensors import compute_dtype, double, fit
 from ..._core.types import Number
 from ..._engine.rule import Adjoint, StepInputs, StepOutputs
 from ..adamw import Coefficients, coefficients, new_moments

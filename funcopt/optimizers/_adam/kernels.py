@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._core.arithmetic import double, fit
+from ..._core.tensors import double, fit
 from ..._engine import kernels
 from ..._engine.rule import StepInputs
 from ..adamw import HYPERPARAMS, coefficients

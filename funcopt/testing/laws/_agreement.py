@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from ..._core import pytree
-from ..._core.traits import traits_of
-from ..._core.types import Tree
+from ..._core.types import Tree, traits_of
 from ...optimizers.adamw import AdamW
 from .._compare import EXACT, ROUNDING, NotApplicable, compare
 from .._subject import cast, field, kernels, leaves_of, replace, run, tree_map

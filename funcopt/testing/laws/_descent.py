@@ -8,8 +8,7 @@ from typing import Any
 import torch
 
 from ..._core import pytree
-from ..._core.traits import traits_of
-from ..._core.types import Tree
+from ..._core.types import Tree, traits_of
 from .._compare import LawBroken, NotApplicable, wide
 from .._subject import Step, clone, fields, leaves_of, run, tree_map
 from .._tensors import build

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from ..._core import pytree
-from ..._core.traits import traits_of
-from ..._core.types import Tree
+from ..._core.types import Tree, traits_of
 from .._compare import ROUNDING, NotApplicable, compare
 from .._subject import run
 

@@ -2,7 +2,7 @@
 
 A pass over the gradients that writes them anew takes longer than a step in place, most of it for
 fresh memory. A kernel multiplies on its way through them, where nobody watches. Whoever hands an
-update on to other optimizers can hand on the number, too. Both join with `hands_on`.
+update on to other optimizers can hand on the number, too, and says so with `hands_on`.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from .._core import arithmetic, pytree, transforms
-from .._core.types import Optimizer, Tree
+from .._core.types import Optimizer, Tree, own_traits
+from .._engine import driver
+from .._engine.driver import multiplied
 
-__all__ = ["hands_on", "multiplied", "outside_unless_plain", "update_scaled", "update_scaled_"]
+__all__ = ["hands_on", "update_scaled", "update_scaled_"]
 
 Trees: TypeAlias = tuple[Tree, Tree]
 _Scaled: TypeAlias = Callable[[Any, Tree, Tensor, Tree, Tree], Trees]
@@ -37,13 +38,15 @@ def update_scaled(
     Args:
         opt: The optimizer.
         grads: The gradients, which were checked.
-        grad_scale: The number, of shape (); None for 1. The products are rounded to the dtypes of the
-            gradients.
+        grad_scale: The number, of shape (); None for 1. The products are rounded to the dtypes of
+            the gradients.
         state: The state of the optimizer.
         params: The parameters.
     """
     if grad_scale is None:
         return opt.update(grads, state, params)
+    if own_traits(opt).by_rule:
+        return driver.update_scaled(opt, grads, grad_scale, state, params)
     if type(opt) in _handing_on:
         return _handing_on[type(opt)][0](opt, grads, grad_scale, state, params)
     return opt.update(multiplied(grads, grad_scale), state, params)
@@ -55,22 +58,8 @@ def update_scaled_(
     """Do the same in place. What is to be checked of the tensors, the optimizer checks."""
     if grad_scale is None:
         return opt.update_(grads, state, params)
+    if own_traits(opt).by_rule:
+        return driver.update_scaled_(opt, grads, grad_scale, state, params)
     if type(opt) in _handing_on:
         return _handing_on[type(opt)][1](opt, grads, grad_scale, state, params)
     return opt.update_(multiplied(grads, grad_scale), state, params)
-
-
-def multiplied(grads: Tree, grad_scale: Tensor) -> Tree:
-    """Return gradients times a number, in the dtypes of the gradients and in fresh memory."""
-    leaves, structure = pytree.flatten(grads)
-    products = iter(arithmetic.scaled([leaf for leaf in leaves if leaf is not None], grad_scale))
-    return pytree.unflatten(
-        structure, [None if leaf is None else next(products) for leaf in leaves]
-    )
-
-
-def outside_unless_plain(grads: Tree, grad_scale: Tensor) -> tuple[Tree, Tensor | None]:
-    """Return gradients and a number to multiply them by, done already if it has a history."""
-    if not transforms.has_derivative(grad_scale) and transforms.all_plain([grad_scale]):
-        return grads, grad_scale
-    return multiplied(grads, grad_scale), None

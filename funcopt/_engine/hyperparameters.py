@@ -1,4 +1,9 @@
-"""What a hyperparameter may be: the one table of ranges, and the messages that quote it."""
+"""Hyperparameters: what they may be, and what they are at an update.
+
+Each class declares its own, with their ranges. They are given as numbers, tensors or schedules, and
+checked when an optimizer is built; and again at each update, as far as a value can be read without
+waiting, since a tensor may have been filled with another one.
+"""
 
 from __future__ import annotations
 
@@ -7,24 +12,18 @@ import inspect
 import math
 import numbers
 import reprlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import transforms
-from .types import Number, Schedule, is_dense, shown_layout
+from .._core import transforms
+from .._core.types import Number, Schedule, Tree, is_dense, shown_layout
+from .checks import check_count
+from .rule import Hyperparam, Range, UpdateRule
 
 __all__ = [
-    "ABOVE_ZERO",
-    "AT_LEAST_ZERO",
-    "BELOW_ONE",
-    "COUNT",
-    "FRACTION",
-    "SHARE",
-    "Hyperparam",
-    "Range",
     "call_schedule",
     "check_choice",
     "check_flag",
@@ -33,70 +32,15 @@ __all__ = [
     "check_values",
     "check_zero_dim",
     "elements_at_hand",
+    "has_schedule",
     "normalize",
     "normalize_fields",
+    "number_at",
+    "numbers_at",
+    "numbers_of",
     "short",
+    "with_grad_scale",
 ]
-
-
-class Range(NamedTuple):
-    """What values a hyperparameter may have."""
-
-    words: str  # as a message says it: "must be ..."
-    holds: Callable[[float], bool]  # False for a NaN, which is in no range
-    whole: bool = False  # it counts something
-
-
-AT_LEAST_ZERO = Range("must be finite and at least 0", lambda value: 0.0 <= value < math.inf)
-ABOVE_ZERO = Range("must be finite and above 0", lambda value: 0.0 < value < math.inf)
-BELOW_ONE = Range("must be at least 0 and below 1", lambda value: 0.0 <= value < 1.0)
-FRACTION = Range("must be at least 0 and at most 1", lambda value: 0.0 <= value <= 1.0)
-SHARE = Range("must be above 0 and at most 1", lambda value: 0.0 < value <= 1.0)
-COUNT = Range(
-    "must be a whole number of at least 1",
-    lambda value: 1.0 <= value < math.inf and value == int(value),
-    whole=True,
-)
-
-
-class Hyperparam(NamedTuple):
-    """A number of an optimizer.
-
-    Attributes:
-        name: As the equations call it, such as `"beta1"`.
-        range: What it may be.
-        field: The field of the optimizer that holds it, if that has another name. `"betas[0]"` is
-            the first of a pair.
-    """
-
-    name: str
-    range: Range
-    field: str = ""
-
-    @property
-    def path(self) -> str:
-        """As users and messages call it."""
-        return self.field or self.name
-
-    @property
-    def place(self) -> tuple[str, int | None]:
-        """The field that holds it, and which one of several in there it is."""
-        field, _, index = self.path.partition("[")
-        return field, int(index[:-1]) if index else None
-
-    def of(self, opt: Any) -> Any:
-        """Return what an optimizer was given for it."""
-        field, index = self.place
-        value = getattr(opt, field)
-        return value if index is None else value[index]
-
-    def put(self, opt: Any, value: Any) -> None:
-        """Replace what a frozen optimizer was given for it."""
-        field, index = self.place
-        if index is not None:
-            own = getattr(opt, field)
-            value = (*own[:index], value, *own[index + 1 :])
-        object.__setattr__(opt, field, value)
 
 
 def check_number(own: Hyperparam, value: float, source: str = "") -> float:
@@ -150,9 +94,11 @@ def normalize(
         _check_schedule(name, value)
         return value
     kinds = "a number, a 0-dim tensor or a schedule" if schedule else "a number or a 0-dim tensor"
-    hint = _hint(name, value, owner)
+    from .hints import hint_for  # noqa: PLC0415  # which nobody needs who makes no mistake
+
     raise TypeError(
-        f"{name}={short(value)}{source}: must be {kinds}, not {type(value).__name__}.{hint}"
+        f"{name}={short(value)}{source}: must be {kinds}, not {type(value).__name__}."
+        f"{hint_for(name, value, owner)}"
     )
 
 
@@ -192,37 +138,6 @@ def check_takes(name: str, function: Callable[..., Any], count: int, rule: str) 
 def short(value: object) -> str:
     """Return a repr in a line, whatever it is of."""
     return " ".join(reprlib.repr(value).split())
-
-
-def _hint(name: str, value: object, owner: str) -> str:
-    """Return what to do with several numbers, or with parameters where torch takes them."""
-    if isinstance(value, str):
-        return ""
-    parts = list(value.values()) if isinstance(value, Mapping) else value
-    if isinstance(parts, Sequence) and len(parts) > 0:
-        if all(map(_is_one_number, parts)):
-            return _GROUPS.format(name) + ("" if isinstance(value, Mapping) else _MEMBERS)
-        if all(isinstance(part, Mapping) and "params" in part for part in parts):
-            return _GROUPS.format("options")
-    if owner and isinstance(value, (Mapping, Sequence, Iterator, torch.nn.Module)):
-        return f" Parameters are given to init(): opt = {owner}(); state = opt.init(params)."
-    return ""
-
-
-_GROUPS = (
-    " Give each group of leaves {} of its own by an optimizer of its own: "
-    "Partition({{'body': ..., 'head': ...}}, labels)."
-)
-_MEMBERS = " For the members of a vmap, give one tensor: torch.tensor([...])."
-
-
-def _is_one_number(value: object) -> bool:
-    """Whether a hyperparameter may be this; a parameter of shape () is none."""
-    if isinstance(value, Tensor):
-        return value.ndim == 0 and not isinstance(value, torch.nn.Parameter)
-    return isinstance(value, numbers.Real) or (
-        callable(value) and not isinstance(value, torch.nn.Module)
-    )
 
 
 def _as_float(value: numbers.Real) -> float:
@@ -291,3 +206,140 @@ def call_schedule(name: str, schedule: Schedule, count: Tensor) -> Number:
             f"float(count). Write torch.where(count < 10, a, b) and other functions of torch, or "
             f"take funcopt.schedules.Piecewise or Join. What it failed with is above."
         ) from error
+
+
+_FLOAT = frozenset((float,))
+_INTEGERS = frozenset((torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8))
+
+
+def number_at(own: Hyperparam, given: Number | Schedule, count: Tree) -> Number:
+    """Return the number that a hyperparameter is after so many updates.
+
+    Args:
+        own: The hyperparameter.
+        given: A number, a tensor or a schedule, as `normalize` keeps them.
+        count: How many updates were made: a tensor, if this is a schedule.
+
+    Raises:
+        TypeError: If a schedule returns no number.
+        ValueError: If the number is out of range, as far as it can be read without waiting, or
+            stacked.
+    """
+    if isinstance(given, (float, int, Tensor)):
+        return _checked(own, given)
+    return _from_schedule(own, given, count)
+
+
+def has_schedule(opt: Any) -> bool:
+    """Whether one of the hyperparameters of a wrapper is a schedule."""
+    return any(not isinstance(own.of(opt), (float, int, Tensor)) for own in opt.hyperparams)
+
+
+def numbers_of(opt: Any, step: Tree) -> dict[str, Number]:
+    """Return what the hyperparameters of a wrapper are at an update, by name.
+
+    Args:
+        opt: The wrapper.
+        step: The count of updates in its state, or `()` if there is none.
+
+    Raises:
+        TypeError: As `number_at`.
+        ValueError: As `number_at`, or if there is a schedule and no count.
+    """
+    if isinstance(step, Tensor):
+        check_count(step, lambda: "state.step")
+    numbers = {}
+    for own in opt.hyperparams:
+        given = own.of(opt)
+        if not isinstance(given, (float, int)):
+            if not isinstance(given, Tensor) and not isinstance(step, Tensor):
+                raise ValueError(
+                    f"{own.path} is a schedule, and the state has no count to call it with: "
+                    f"state.step is {step!r}. Make the state with init() of this optimizer, or let "
+                    f"it count from here: "
+                    f"state._replace(step=torch.zeros((), dtype=torch.float64))."
+                )
+            given = number_at(own, given, step)
+        numbers[own.name] = given
+    return numbers
+
+
+def numbers_at(
+    rule: UpdateRule, opt: Any, olds: Sequence[Tensor], news: Sequence[Number]
+) -> list[Any]:
+    """Return the numbers of an update for each count of updates.
+
+    Args:
+        rule: The rule, whose NamedTuple `numbers` they are.
+        opt: The optimizer.
+        olds: The counts before the update, by which schedules go.
+        news: The counts after it. Leaves that share one share the numbers.
+    """
+    given = rule.hyperparams_of(opt)
+    for new in dict.fromkeys(news) if len(news) > 1 else news:
+        _check_count(new)
+    if _FLOAT.issuperset(map(type, given)):
+        if len(news) == 1 or not _FLOAT.issuperset(map(type, news)):
+            return [rule.numbers(_detached(new), *given) for new in news]
+        shared = {new: rule.numbers(new, *given) for new in dict.fromkeys(news)}
+        return [shared[new] for new in news]
+    pairs = list(zip(rule.hyperparams, given, strict=True))
+    for own, number in pairs:
+        if isinstance(number, Tensor):
+            _checked(own, number)  # once, however many counts there are
+    return [
+        rule.numbers(
+            _detached(new),
+            *(
+                n if isinstance(n, (float, Tensor)) else _from_schedule(own, n, old)
+                for own, n in pairs
+            ),
+        )
+        for old, new in zip(olds, news, strict=True)
+    ]
+
+
+def with_grad_scale(numbers: list[Any], grad_scale: Tensor | None) -> list[Any]:
+    """Return the numbers with one that gradients are multiplied by; None is 1."""
+    if grad_scale is None:
+        return numbers
+    value = float(grad_scale.item()) if transforms.on_host(grad_scale) else grad_scale
+    shared = {id(own): own._replace(grad_scale=value) for own in numbers}
+    return [shared[id(own)] for own in numbers]
+
+
+def _detached(count: Number) -> Number:
+    """Return a count without a derivative: none flows through how often was counted.
+
+    It is asked of no count whether it has one: in forward mode it does not require a gradient.
+    """
+    return count.detach() if isinstance(count, Tensor) else count
+
+
+def _check_count(count: Number) -> None:
+    if isinstance(count, Tensor):
+        check_values(_STEP, count)
+    else:
+        check_number(_STEP, count)
+
+
+_STEP = Hyperparam(
+    "step",
+    Range("must be finite and count the updates from 1", lambda value: 1.0 <= value < math.inf),
+)
+
+
+def _from_schedule(own: Hyperparam, schedule: Schedule, count: Tensor) -> Number:
+    value: Any = call_schedule(own.path, schedule, count)
+    if isinstance(value, Tensor) and value.dtype in _INTEGERS:  # as of torch.where(count < 9, 4, 8)
+        value = value.to(torch.float64)
+    number: Number = normalize(own, value, source=" from its schedule")
+    check_zero_dim(own.path, number)
+    return number
+
+
+def _checked(own: Hyperparam, number: Number) -> Number:
+    check_zero_dim(own.path, number)
+    if isinstance(number, Tensor):
+        check_values(own, number)
+    return number

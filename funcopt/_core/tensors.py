@@ -1,0 +1,319 @@
+"""How tensors are computed with, for optimizers and wrappers alike.
+
+In which dtype, by which operators, on how many threads, in what memory, and whether autograd
+records it. The `_foreach_` functions are private in name only: torch documents them as the building
+blocks of its own optimizers. A torch that lacked one would be served tensor by tensor, with the
+same bits.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from typing import ParamSpec, TypeVar, overload
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from . import transforms
+from .types import Number
+
+__all__ = [
+    "add",
+    "add_",
+    "compute_dtype",
+    "copies_of",
+    "copy_of",
+    "double",
+    "fit",
+    "is_mapped",
+    "norms",
+    "on_one_thread",
+    "recording",
+    "scaled",
+    "use_foreach",
+    "vector_norm",
+    "view_as_complex_like",
+    "view_as_real",
+    "write",
+]
+
+vector_norm: Callable[[Tensor, float], Tensor] = torch.linalg.vector_norm
+
+_HAS_FOREACH = all(
+    hasattr(torch, f"_foreach_{name}") for name in ("add", "add_", "lerp", "lerp_", "mul", "norm")
+)
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype to compute in: 16-bit leaves are stored in 16 bits and computed in 32.
+
+    In float16 itself, an eps of 1e-8 is zero, and a zero gradient makes 0 / 0.
+    """
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def double(number: Number) -> Number:
+    """Return a number in float64, as Python's are: `1 - beta**t` loses its digits in less."""
+    return number.double() if isinstance(number, Tensor) else number
+
+
+@overload
+def fit(number: Tensor, leaf: Tensor) -> Tensor: ...
+@overload
+def fit(number: Number, leaf: Tensor) -> Number: ...
+def fit(number: Number, leaf: Tensor) -> Number:
+    """Return a number so that it combines with a leaf: in its dtype, on its device, aligned.
+
+    A number of shape (B,) meets a leaf of shape (B, ...) at the front, where broadcasting would
+    meet it at the back. For a complex leaf it has the dtype of the real part.
+    """
+    if not isinstance(number, Tensor):
+        return number
+    dtype = leaf.real.dtype if leaf.is_complex() else leaf.dtype
+    number = number.to(device=leaf.device, dtype=dtype)
+    if number.ndim == 0:
+        return number
+    return number.reshape(number.shape + (1,) * (leaf.ndim - number.ndim))
+
+
+def view_as_real(tensor: Tensor) -> Tensor:
+    """View a complex tensor as pairs of real ones, which is how elementwise optimizers treat it."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def view_as_complex_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """Undo `view_as_real`, for a tensor that came of `like`."""
+    return torch.view_as_complex(tensor) if like.is_complex() else tensor
+
+
+def write(old: Tensor, new: Tensor) -> None:
+    """Write a tensor's new value into it."""
+    if transforms.tracing():
+        # Compiled by torch 2.13, `copy_` is silently dropped for a float64 tensor of shape (),
+        # which is what a count of updates is. Writing through a view is not.
+        old[...] = new
+    else:
+        old.copy_(new)
+
+
+def norms(tensors: Sequence[Tensor], order: float) -> list[Tensor]:
+    """Return the norm of each tensor, of 16-bit ones in float32. None is empty."""
+    wide = [_wide(tensor) for tensor in tensors]
+    if wide and use_foreach(wide):
+        return list(torch._foreach_norm(wide, order))
+    return [_followed_norm(tensor, order) for tensor in wide]
+
+
+def _followed_norm(tensor: Tensor, order: float) -> Tensor:
+    if not tensor.requires_grad and not transforms.transformed():
+        return vector_norm(tensor, order)
+    # At zero the second derivative is NaN: the first of a norm is 0 / 0 there, which torch sets to
+    # 0, but not its own derivative.
+    zero = (tensor == 0).all()
+    return vector_norm(tensor.masked_fill(zero, 1.0), order).masked_fill(zero, 0.0)
+
+
+def scaled(tensors: Sequence[Tensor], scale: Number) -> list[Tensor]:
+    """Return tensors times a number (if a tensor, of shape ()), each in its own dtype."""
+    results = list(tensors)
+    by_kind: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for index, tensor in enumerate(tensors):
+        by_kind.setdefault((tensor.device, tensor.dtype), []).append(index)
+    for indices in by_kind.values():
+        dtype = tensors[indices[0]].dtype
+        wide = [_wide(tensors[index]) for index in indices]
+        own = fit(scale, wide[0])
+        numbers = [scale] if isinstance(scale, Tensor) else []
+        if use_foreach([*(tensors[index] for index in indices), *numbers]):
+            products = list(torch._foreach_mul(wide, own))
+        else:
+            products = [tensor * own for tensor in wide]
+        for index, product in zip(indices, products, strict=True):
+            results[index] = product.to(dtype)
+    return results
+
+
+def add(tensors: list[Tensor], others: list[Tensor]) -> list[Tensor]:
+    """Return sums, in the dtypes of the first."""
+    if tensors and use_foreach([*tensors, *others]):
+        return list(torch._foreach_add(tensors, others))
+    return [tensor + other for tensor, other in zip(tensors, others, strict=True)]
+
+
+def add_(tensors: list[Tensor], others: list[Tensor]) -> None:
+    """Add to tensors in place."""
+    if tensors and use_foreach([*tensors, *others]):
+        torch._foreach_add_(tensors, others)
+        return
+    for tensor, other in zip(tensors, others, strict=True):
+        tensor.add_(other)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    dtype = compute_dtype(tensor.dtype)
+    return tensor if tensor.dtype is dtype else tensor.to(dtype)
+
+
+def use_foreach(tensors: Sequence[Tensor]) -> bool:
+    """Whether one call for a list will do, since nobody sees each operator."""
+    return (
+        _HAS_FOREACH
+        and not transforms.observed()
+        and not transforms.watched(tensors)
+        and transforms.all_plain(tensors)
+        and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+    )
+
+
+# The size from which on malloc always maps a block by itself, whatever it has learnt.
+_MAPPED = 32 << 20
+
+
+def is_mapped(tensor: Tensor) -> bool:
+    """Whether fresh memory of this size comes from the system, and costs what that costs."""
+    return tensor.nbytes >= _MAPPED and tensor.device.type == "cpu"
+
+
+def copies_of(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return copies of tensors, in the same layout."""
+    return [copy_of(tensor) if is_mapped(tensor) else tensor.clone() for tensor in tensors]
+
+
+def copy_of(tensor: Tensor) -> Tensor:
+    """Return a copy of a large tensor, in the same layout."""
+    copy = torch.empty_like(tensor)
+    advise = _advise()
+    if advise is not None:
+        page = mmap.PAGESIZE
+        start = -(-copy.data_ptr() // page) * page
+        end = (copy.data_ptr() + copy.nbytes) // page * page
+        advise(start, end - start, mmap.MADV_HUGEPAGE)
+    return copy.copy_(tensor)
+
+
+@cache
+def _advise() -> Callable[[int, int, int], int] | None:
+    if sys.platform != "linux" or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return None
+    try:
+        madvise = ctypes.CDLL(None).madvise
+    except (AttributeError, OSError):  # pragma: no cover
+        return None
+    madvise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    return madvise
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def on_one_thread(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """Call a function whose operators start no other threads.
+
+    No context manager: in one that is written in Python, an interrupt (Ctrl-C) may come when it has
+    changed the number and nobody knows of it yet. Here it finds itself within the `try`.
+    """
+    set_count, count = _setter(), torch.get_num_threads()
+    if set_count is None:
+        return function(*args, **kwargs)
+    try:
+        set_count(1)
+        return function(*args, **kwargs)
+    finally:
+        set_count(count)
+
+
+@cache
+def _setter() -> Callable[[int], object] | None:
+    """Find `omp_set_num_threads` of the runtime that torch itself listens to."""
+    try:
+        set_count: Callable[[int], object] = ctypes.PyDLL(None).omp_set_num_threads
+    except (AttributeError, OSError, TypeError):  # pragma: no cover
+        return None
+    count = torch.get_num_threads()
+    try:
+        set_count(count + 1)
+        heard = torch.get_num_threads() == count + 1
+    finally:
+        set_count(count)
+    return set_count if heard else None
+
+
+def recording(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    others: Iterable[object],
+    differentiable: bool | None,
+) -> AbstractContextManager[object]:
+    """Turn gradient recording off unless plain autograd is to record this step.
+
+    Under a transform of `torch.func` nothing is turned off: `grad` and its kin always see the step,
+    and what plain autograd records beneath a vmap is decided where vmap's rule gets to the tensors.
+
+    Args:
+        params: The parameters.
+        grads: Their gradients.
+        others: Whatever else goes into the step: moments and numbers.
+        differentiable: What the user said: yes, no, or None for what the inputs say.
+    """
+    if transforms.transformed() or not torch.is_grad_enabled():
+        return nullcontext()
+    if differentiable is None:
+        differentiable = any(
+            isinstance(other, Tensor) and other.requires_grad for other in others
+        ) or _from_elsewhere(grads, params)
+    return torch.set_grad_enabled(differentiable)
+
+
+def _from_elsewhere(grads: Sequence[Tensor], params: Sequence[Tensor]) -> bool:
+    """Whether the gradients depend on anything that requires a gradient, besides the parameters.
+
+    Parameters that merely require a gradient must not count, or the loop that everyone writes would
+    grow a graph without end. They also give their gradients a history (`torch.func.grad` at an
+    `nn.Parameter` does), so a history that leads back to these very parameters and nowhere else
+    does not count either.
+    """
+    if not any(grad.requires_grad for grad in grads):
+        return False
+    if transforms.tracing():  # no graph to walk: go by the parameters alone
+        return not any(param.requires_grad and param.is_leaf for param in params)
+    own = {id(_origin(param)) for param in params}
+    pending: list[Node] = []
+    for grad in grads:
+        if grad.grad_fn is not None:
+            pending.append(grad.grad_fn)
+        elif grad.requires_grad and id(grad) not in own:
+            return True
+    seen: set[Node] = set()
+    while pending:
+        node = pending.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        leaf = _leaf_of(node)
+        if leaf is not None and id(leaf) not in own:
+            return True
+        pending.extend(following for following, _ in node.next_functions if following is not None)
+    return False
+
+
+def _origin(param: Tensor) -> Tensor:
+    """The leaf of which a parameter is a view: vmap's rule sees views of what the user gave."""
+    node = param.grad_fn if param._is_view() else None
+    while node is not None:
+        leaf = _leaf_of(node)
+        if leaf is not None:
+            return leaf
+        node = node.next_functions[0][0] if len(node.next_functions) == 1 else None
+    return param
+
+
+def _leaf_of(node: Node) -> Tensor | None:
+    """The leaf whose gradient is accumulated at this node, where its graph ends."""
+    return getattr(node, "variable", None)
