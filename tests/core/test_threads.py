@@ -8,7 +8,8 @@ import torch
 from funcopt import AdamW
 from funcopt._core import threads
 from funcopt._core.threads import on_one_thread
-from funcopt.optimizers._adam import fused
+from funcopt._engine import layout
+from funcopt.optimizers._adam import kernels
 
 
 @pytest.fixture
@@ -50,15 +51,14 @@ def test_where_the_runtime_is_not_found_nothing_is_done(two_threads, monkeypatch
 
 def test_small_leaves_are_moved_by_one_thread_and_large_ones_by_all(two_threads, monkeypatch):
     counts = []
-    step_ = fused.step_
-    monkeypatch.setattr(
-        fused,
-        "step_",
-        lambda leaves, *rest: (
-            counts.append((leaves.params[0].numel(), torch.get_num_threads())),
-            step_(leaves, *rest),
-        ),
-    )
+    fused = kernels.ADAMW_FUSED
+
+    def step_(inputs, *rest):
+        counts.append((inputs.params[0].numel(), torch.get_num_threads()))
+        fused.step_(inputs, *rest)
+
+    monkeypatch.setattr(kernels, "ADAMW_FUSED", fused._replace(step_=step_))
+    monkeypatch.setattr(layout, "_recent", ())
     params = [torch.zeros(7) for _ in range(10)] + [torch.zeros(10_000)]
     opt = AdamW()
     state = opt.init(params)

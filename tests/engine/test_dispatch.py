@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from funcopt import AdamW
-from funcopt._engine import Leaves, Scalars, Variant, dispatch
-from funcopt.optimizers._adam import foreach
+from funcopt._engine import layout
+from funcopt._engine.rule import StepInputs
+from funcopt.optimizers._adam import kernels
 
 from .. import oracle
 from ..cases import (
@@ -113,10 +114,12 @@ def test_auto_takes_the_fused_kernel_and_falls_back_where_it_cannot_serve(monkey
     fused = run(opt, params, [params])
     assert_same_bits(fused, run(AdamW(kernel="fused"), params, [params]))
     for kernel in ("foreach", "plain"):
-        gone = "fused" if kernel == "foreach" else "foreach"
-        monkeypatch.setattr(
-            dispatch._BY_NAME[gone], "refusal", lambda device, scalars: "it is not there"
+        gone = "ADAMW_FUSED" if kernel == "foreach" else "ADAMW_FOREACH"
+        lacking = getattr(kernels, gone)._replace(
+            unsupported_reason=lambda device, numbers: "it is not there"
         )
+        monkeypatch.setattr(kernels, gone, lacking)
+        monkeypatch.setattr(layout, "_recent", ())  # nor is it known who served such leaves
         assert_same_bits(run(opt, params, [params]), run(AdamW(kernel=kernel), params, [params]))
 
 
@@ -255,10 +258,11 @@ def test_a_leaf_that_changed_under_the_same_name_is_noticed():
 def test_the_foreach_kernel_takes_count_and_learning_rate_unread(amsgrad, lr):
     def moved(step, lr):
         columns = [[torch.ones(3), torch.full((2, 2), 0.5)] for _ in range(5)]
-        leaves = Leaves(*columns) if amsgrad else Leaves(*columns[:4], [])
-        scalars = Scalars(step, lr, 0.9, 0.999, 1e-8, 0.1)
-        foreach.step_(leaves, scalars, Variant(amsgrad, False, "foreach", None))
-        return list(leaves)
+        inputs = StepInputs.of(columns if amsgrad else columns[:4])
+        numbers = AdamW.rule.numbers(step, lr, 0.9, 0.999, 1e-8, 0.1)
+        options = AdamW.rule.options_of(AdamW(amsgrad=amsgrad))
+        AdamW.rule.kernel("foreach").step_(inputs, numbers, options)
+        return list(inputs.columns)
 
     tensors = torch.tensor(3.0, dtype=torch.float64), torch.tensor(lr, dtype=torch.float64)
     assert_close(moved(*tensors), moved(3.0, lr), rtol=1e-6)

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from funcopt import AdamW
-from funcopt._engine import Leaves, layout
+from funcopt._engine import layout
 from funcopt._engine.layout import known, layout_of
+from funcopt._engine.rule import StepInputs
 
 from ..cases import assert_same_bits, clone
 
@@ -18,8 +19,8 @@ def nothing_known(monkeypatch):
     monkeypatch.setattr(layout, "_recent", ())
 
 
-def leaves_of(make=torch.randn, count=3) -> Leaves:
-    return Leaves(*([make(4, 3) for _ in range(count)] for _ in range(4)), [])
+def leaves_of(make=torch.randn, count=3) -> StepInputs:
+    return StepInputs.of([make(4, 3) for _ in range(count)] for _ in range(4))
 
 
 # What is different about one tensor, in whatever column.
@@ -44,7 +45,7 @@ def test_leaves_that_look_different_are_not_known(difference, column, recording)
         layout_of(leaves_of())
         other = leaves_of()
         assert known(other) is not None
-        other[column][1] = DIFFERENCES[difference]()
+        other.columns[column][1] = DIFFERENCES[difference]()
     assert known(other) is None
 
 
@@ -69,20 +70,20 @@ def test_members_of_a_vmap_are_told_apart_from_tensors():
     layout_of(leaves_of())
     seen = []
     stacked = leaves_of(lambda *shape: torch.randn(2, *shape))
-    torch.func.vmap(lambda leaves: seen.append(known(Leaves(*leaves))) or leaves[0][0])(stacked)
+    torch.func.vmap(lambda leaves: seen.append(known(StepInputs(*leaves))) or leaves[0][0])(stacked)
     assert seen == [None]
 
 
 def test_another_number_of_leaves_is_not_known():
     layout_of(leaves_of(count=3))
     assert known(leaves_of(count=2)) is None
-    assert known(leaves_of()._replace(max_exp_avg_sqs=leaves_of().params)) is None
+    assert known(StepInputs.of([*leaves_of().columns, leaves_of().params])) is None
 
 
 def test_no_tensor_is_kept_alive():
     leaves = leaves_of()
     layout_of(leaves)
-    gone = [weakref.ref(tensor) for column in leaves for tensor in column]
+    gone = [weakref.ref(tensor) for column in leaves.columns for tensor in column]
     del leaves
     gc.collect()
     assert not any(reference() is not None for reference in gone)
@@ -104,7 +105,7 @@ def test_without_the_guard_nothing_is_remembered_and_all_is_found(monkeypatch):
 
 def batches_of(*shapes, **options):
     column = [torch.zeros(shape, **options) for shape in shapes]
-    seen = layout_of(Leaves(column, column[:], column[:], column[:], []))
+    seen = layout_of(StepInputs.of([column, column[:], column[:], column[:]]))
     return seen.batches, seen.batches_in_place
 
 
@@ -125,7 +126,7 @@ def test_only_leaves_without_a_remainder_are_packed():
 
 def test_leaves_that_need_another_layout_are_not_packed():
     column = [torch.zeros(32, 4).T for _ in range(20)]
-    seen = layout_of(Leaves(column, column[:], column[:], column[:], []))
+    seen = layout_of(StepInputs.of([column, column[:], column[:], column[:]]))
     assert not any(batch.sizes for batches in seen.batches for batch in batches)
 
 

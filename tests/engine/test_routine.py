@@ -2,16 +2,14 @@
 
 import pytest
 import torch
-from funcopt._engine.routine import Routine
 from torch.func import grad, vmap
 
 from funcopt import AdamW
-from funcopt._engine import layout
-from funcopt.optimizers import adamw
+from funcopt._engine import driver, layout
 
 from ..cases import KERNELS, OPTIONS, assert_same_bits, random_like
 
-MOVES = {"update": "move", "update_": "move_"}
+STEPS = {"update": "step", "update_": "step_"}
 SHAPES = {"weight": (40, 30), "bias": (40,), "scale": ()}
 
 
@@ -24,14 +22,14 @@ def nothing_known(monkeypatch):
 def taken(monkeypatch):
     """An entry for each update that went the short way."""
     seen = []
-    for name in ("move", "move_"):
-        original = getattr(Routine, name)
+    for name in STEPS.values():
+        original = getattr(driver._Routine, name)
 
         def noted(self, *arguments, original=original):
             seen.append(original.__name__)
             return original(self, *arguments)
 
-        monkeypatch.setattr(Routine, name, noted)
+        monkeypatch.setattr(driver._Routine, name, noted)
     return seen
 
 
@@ -72,8 +70,8 @@ def test_it_gives_the_bits_of_the_long_way(
     opt = AdamW(**{**options, **HYPERPARAMETERS[kind]}, kernel=kernel)
     gradients = gradients_of()
     short = train(opt, params_of(requires_grad), gradients, update)
-    assert taken == [MOVES[update]] * 3  # all but the first, in which the layout is learned
-    monkeypatch.setattr(adamw, "find_routine", lambda *_, **__: None)
+    assert taken == [STEPS[update]] * 3  # all but the first, in which the layout is learned
+    monkeypatch.setattr(driver, "_find_routine", lambda *_, **__: None)
     long = train(opt, params_of(requires_grad), gradients, update)
     assert len(taken) == 3
     assert_same_bits(short, long)

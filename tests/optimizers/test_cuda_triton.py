@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from funcopt._engine.rule import Leaves, Moved, written
-from funcopt.optimizers._adam import equations, fused
-from funcopt.optimizers._adam import triton as kernel
+from funcopt._engine import equations
+from funcopt._engine.rule import StepInputs, StepOutputs
 
 from ..cases import no_synchronization
 from . import test_triton
@@ -13,6 +12,8 @@ from .test_triton import (
     AMSGRAD,
     NUMBERS,
     PLAIN,
+    RULE,
+    TRITON,
     assert_agrees,
     check,
     copy,
@@ -44,21 +45,21 @@ PLACES = {
 
 @pytest.mark.parametrize("name", PLACES)
 def test_nothing_waits_for_the_device(name):
-    scalars = NUMBERS._replace(**{n: number.cuda() for n, number in PLACES[name].items()})
+    numbers = NUMBERS._replace(**{n: number.cuda() for n, number in PLACES[name].items()})
     leaves = make_leaves([(3,), (3, 2000)], "cuda")
-    kernel.step(leaves, scalars, PLAIN)  # which compiles
+    TRITON.step(leaves, numbers, PLAIN)  # which compiles
     with no_synchronization():
-        moved = kernel.step(leaves, scalars, PLAIN)
-    assert_agrees(moved, leaves, scalars, PLAIN)
+        moved = TRITON.step(leaves, numbers, PLAIN)
+    assert_agrees(moved, leaves, numbers, PLAIN)
 
 
 def test_numbers_for_each_member_may_be_on_the_cpu():
-    scalars = NUMBERS._replace(lr=torch.tensor([0.1, 0.2, 0.3]))
+    numbers = NUMBERS._replace(lr=torch.tensor([0.1, 0.2, 0.3]))
     leaves = make_leaves([(3,), (3, 2000)], "cuda")
-    kernel.step(leaves, scalars, PLAIN)
+    TRITON.step(leaves, numbers, PLAIN)
     with no_synchronization():
-        moved = kernel.step(leaves, scalars, PLAIN)
-    assert_agrees(moved, leaves, scalars, PLAIN)
+        moved = TRITON.step(leaves, numbers, PLAIN)
+    assert_agrees(moved, leaves, numbers, PLAIN)
 
 
 def test_runs_of_blocks_are_right():
@@ -68,7 +69,7 @@ def test_runs_of_blocks_are_right():
 def test_consecutive_calls_do_not_disturb_each_other():
     """Their tables pass through the same pinned memory, one after the other."""
     all_leaves = [make_leaves([(1000, 1000), (n,)], "cuda") for n in range(1, 30)]
-    results = [kernel.step(leaves, NUMBERS, PLAIN) for leaves in all_leaves]
+    results = [TRITON.step(leaves, NUMBERS, PLAIN) for leaves in all_leaves]
     for leaves, moved in zip(all_leaves, results, strict=True):
         assert_agrees(moved, leaves, NUMBERS, PLAIN)
 
@@ -76,16 +77,16 @@ def test_consecutive_calls_do_not_disturb_each_other():
 def test_a_graph_replays_with_the_numbers_of_the_day():
     count = torch.ones((), dtype=torch.float64, device="cuda")
     lr = torch.tensor(0.1, device="cuda")
-    scalars = NUMBERS._replace(step=count, lr=lr)
+    numbers = NUMBERS._replace(step=count, lr=lr)
     leaves = make_leaves([(3,), (70, 1000)], "cuda", amsgrad=True)
-    kernel.step(leaves, scalars, AMSGRAD)
+    TRITON.step(leaves, numbers, AMSGRAD)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        moved = kernel.step(leaves, scalars, AMSGRAD)
+        moved = TRITON.step(leaves, numbers, AMSGRAD)
         count += 1
     # Other tables come and go between capture and replay.
     for size in range(1, 20):
-        kernel.step(make_leaves([(size,), (size,)], "cuda"), NUMBERS, PLAIN)
+        TRITON.step(make_leaves([(size,), (size,)], "cuda"), NUMBERS, PLAIN)
     for step, rate in ((1, 0.1), (2, 0.7), (3, 0.01)):
         lr.fill_(rate)
         for grad in leaves.grads:
@@ -98,15 +99,15 @@ def test_a_graph_moves_in_place():
     count = torch.zeros((), dtype=torch.float64, device="cuda")
     leaves = make_leaves([(3,), (70, 1000)], "cuda")
     expected = copy(leaves)
-    kernel.step_(copy(leaves), NUMBERS, PLAIN)
+    TRITON.step_(copy(leaves), NUMBERS, PLAIN)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         count += 1
-        kernel.step_(leaves, NUMBERS._replace(step=count), PLAIN)
+        TRITON.step_(leaves, NUMBERS._replace(step=count), PLAIN)
     for step in range(1, 4):
         graph.replay()
-        equations.step_(expected, NUMBERS._replace(step=step), PLAIN)
-    for one, other in zip(flat(written(leaves)), flat(written(expected)), strict=True):
+        equations.step_(RULE, expected, NUMBERS._replace(step=step), PLAIN)
+    for one, other in zip(flat(leaves.targets), flat(expected.targets), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
@@ -114,7 +115,7 @@ def test_a_graph_moves_in_place():
 def test_after_2000_steps_it_is_as_close_to_the_oracle_as_the_fused_kernel(weight_decay):
     sizes = {"lr": 1e-3, "weight_decay": weight_decay, "steps": 2000, "count": 100_000}
     found = {}
-    for name, step_ in (("triton", kernel.step_), ("fused", fused.step_)):
+    for name, step_ in (("triton", TRITON.step_), ("fused", RULE.kernel("fused").step_)):
         torch.manual_seed(0)
         found[name] = errors(step_, "cuda", **sizes)
     (bias, spread), (_, fused_spread) = found["triton"], found["fused"]
@@ -127,7 +128,7 @@ def test_another_stream_is_served():
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        moved = kernel.step(leaves, NUMBERS, PLAIN)
+        moved = TRITON.step(leaves, NUMBERS, PLAIN)
     torch.cuda.current_stream().wait_stream(stream)
     assert_agrees(moved, leaves, NUMBERS, PLAIN)
 
@@ -137,9 +138,9 @@ def test_a_leaf_may_have_more_elements_than_fit_into_32_bits():
     if torch.cuda.mem_get_info()[0] < 9 * 2 * count:
         pytest.skip("the device has too little memory")
     columns = [[torch.ones(count, dtype=torch.bfloat16, device="cuda")] for _ in range(4)]
-    leaves = Leaves(*columns, [])
-    moved = kernel.step(leaves, NUMBERS, PLAIN)
+    leaves = StepInputs.of(columns)
+    moved = TRITON.step(leaves, NUMBERS, PLAIN)
     for end in (slice(0, 3000), slice(2**31 - 3000, count)):
-        part = Leaves(*([tensor[end] for tensor in column] for column in leaves))
-        result = Moved(*([tensor[end] for tensor in column] for column in moved))
+        part = StepInputs.of([tensor[end] for tensor in column] for column in leaves.columns)
+        result = StepOutputs.of([tensor[end] for tensor in column] for column in moved.columns)
         assert_agrees(result, part, NUMBERS, PLAIN)

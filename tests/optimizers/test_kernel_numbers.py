@@ -9,7 +9,6 @@ from torch import Tensor
 
 from funcopt import AdamW
 from funcopt._core import transforms
-from funcopt._engine import KERNELS
 
 from .. import oracle
 from ..cases import no_synchronization, random_like
@@ -134,7 +133,7 @@ def check(opt, method, place, name, form) -> None:
     [
         (name, kernel)
         for name, place in PLACES.items()
-        for kernel in KERNELS
+        for kernel in AdamW.rule.kernel_names
         if kernel != "triton" or place.params == "cuda"
     ],
     indirect=["place"],

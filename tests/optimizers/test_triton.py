@@ -23,8 +23,9 @@ import pytest
 import torch
 
 from funcopt import AdamW
-from funcopt._engine.rule import Leaves, Scalars, Variant, written
-from funcopt.optimizers._adam import equations, foreach
+from funcopt._core import arithmetic
+from funcopt._engine import equations
+from funcopt._engine.rule import StepInputs
 from funcopt.optimizers._adam import triton as kernel
 
 from .. import oracle
@@ -35,16 +36,17 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from funcopt.optimizers._adam import triton_source as source
+from funcopt.optimizers._adam import triton_source as source  # noqa: E402
 
 INTERPRETED = triton.knobs.runtime.interpret
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # A few units in the last place; in bfloat16 just one, by which the interpreter truncates.
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 8e-3, torch.float32: 1e-6, torch.float64: 1e-13}
-NUMBERS = Scalars(step=3, lr=0.1, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01)
-PLAIN = Variant(amsgrad=False, maximize=False, kernel="triton", differentiable=None)
-AMSGRAD = Variant(amsgrad=True, maximize=False, kernel="triton", differentiable=None)
+RULE, TRITON = AdamW.rule, kernel.ADAMW_TRITON
+NUMBERS = RULE.numbers(step=3, lr=0.1, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01)
+PLAIN = RULE.options_of(AdamW(kernel="triton"))
+AMSGRAD = RULE.options_of(AdamW(amsgrad=True, kernel="triton"))
 
 
 @functools.cache
@@ -101,7 +103,7 @@ def where() -> str:
     return "cpu"
 
 
-def make_leaves(shapes, where, dtype=torch.float32, amsgrad=False, make=torch.empty) -> Leaves:
+def make_leaves(shapes, where, dtype=torch.float32, amsgrad=False, make=torch.empty) -> StepInputs:
     """Random leaves. `make` makes the memory."""
 
     def column(random):
@@ -111,28 +113,29 @@ def make_leaves(shapes, where, dtype=torch.float32, amsgrad=False, make=torch.em
         return torch.rand(shape) + 0.1
 
     columns = [column(random) for random in (torch.randn, torch.randn, torch.randn, positive)]
-    return Leaves(*columns, column(positive) if amsgrad else [])
+    return StepInputs.of([*columns, *([column(positive)] if amsgrad else [])])
 
 
-def flat(columns) -> list[torch.Tensor]:
-    return [tensor for column in columns for tensor in column]
+def flat(own) -> list[torch.Tensor]:
+    """The tensors of `StepInputs` or `StepOutputs`."""
+    return [tensor for column in own.columns for tensor in column]
 
 
-def copy(leaves: Leaves) -> Leaves:
-    return Leaves(*([tensor.clone() for tensor in column] for column in leaves))
+def copy(leaves: StepInputs) -> StepInputs:
+    return StepInputs.of([tensor.clone() for tensor in column] for column in leaves.columns)
 
 
-def assert_agrees(moved, leaves: Leaves, scalars: Scalars, variant: Variant) -> None:
+def assert_agrees(moved, leaves: StepInputs, numbers, options) -> None:
     """Compare with the plain kernel."""
-    expected = equations.step(leaves, [scalars] * len(leaves.params), variant)
+    expected = equations.step(RULE, leaves, numbers, options)
     for one, other in zip(flat(moved), flat(expected), strict=True):
         assert one.stride() == other.stride()
         bound = TOLERANCE[one.dtype]
         torch.testing.assert_close(one, other, rtol=bound, atol=bound, equal_nan=True)
 
 
-def check(leaves: Leaves, scalars: Scalars, variant: Variant = PLAIN) -> None:
-    assert_agrees(kernel.step(leaves, scalars, variant), leaves, scalars, variant)
+def check(leaves: StepInputs, numbers, options=PLAIN) -> None:
+    assert_agrees(TRITON.step(leaves, numbers, options), leaves, numbers, options)
 
 
 @pytest.fixture
@@ -154,10 +157,10 @@ def launches(monkeypatch) -> list[int]:
 @pytest.mark.parametrize("amsgrad", [False, True])
 @pytest.mark.parametrize("maximize", [False, True])
 def test_it_computes_what_the_plain_kernel_does(where, dtype, amsgrad, maximize):
-    variant = Variant(amsgrad, maximize, "triton", None)
+    options = RULE.options_of(AdamW(amsgrad=amsgrad, maximize=maximize))
     for step in (1, 2, 1000, 2**25):
         leaves = make_leaves([(5, 3), (1030,)], where, dtype, amsgrad)
-        check(leaves, NUMBERS._replace(step=step), variant)
+        check(leaves, NUMBERS._replace(step=step), options)
 
 
 ODD_NUMBERS = {
@@ -176,13 +179,12 @@ ODD_NUMBERS = {
 def test_odd_numbers_are_served(where, name):
     for dtype in (torch.float32, torch.float64):
         leaves = make_leaves([(7,)], where, dtype)
-        scalars = NUMBERS._replace(**ODD_NUMBERS[name])
-        exact = Variant(False, False, "triton", None)
-        moved = kernel.step(leaves, scalars, exact)
+        numbers = NUMBERS._replace(**ODD_NUMBERS[name])
+        moved = TRITON.step(leaves, numbers, PLAIN)
         if name == "nearly endless memory":
             # The plain kernel's own digits are lost there; those of the moments are not.
-            moved = moved._replace(params=equations.step(leaves, [scalars], exact).params)
-        assert_agrees(moved, leaves, scalars, exact)
+            moved = moved._replace(params=equations.step(RULE, leaves, numbers, PLAIN).params)
+        assert_agrees(moved, leaves, numbers, PLAIN)
 
 
 @on_any_device
@@ -211,12 +213,14 @@ def test_bias_corrections_have_all_digits(where):
 def test_a_first_step_has_all_digits(where):
     """Where nothing is remembered yet, the moments are what 1 - beta makes of the gradient."""
     leaves = make_leaves([(7,)], where)
-    leaves.exp_avgs[0].zero_()
-    leaves.exp_avg_sqs[0].zero_()
-    scalars = NUMBERS._replace(step=1, beta1=1 - 1e-6, beta2=1 - 1e-6)
-    moved, expected = kernel.step(leaves, scalars, PLAIN), equations.step(leaves, [scalars], PLAIN)
-    for one, other in zip(flat(moved[1:]), flat(expected[1:]), strict=True):
-        torch.testing.assert_close(one, other, rtol=5e-7, atol=0)
+    leaves.slots[0][0].zero_()
+    leaves.slots[1][0].zero_()
+    numbers = NUMBERS._replace(step=1, beta1=1 - 1e-6, beta2=1 - 1e-6)
+    moved, expected = (
+        TRITON.step(leaves, numbers, PLAIN),
+        equations.step(RULE, leaves, numbers, PLAIN),
+    )
+    torch.testing.assert_close(moved.slots, expected.slots, rtol=5e-7, atol=0)
 
 
 def errors(step_, where, lr, weight_decay, steps, count):
@@ -225,14 +229,15 @@ def errors(step_, where, lr, weight_decay, steps, count):
     Returns:
         The part of the error that goes along with the parameters, and the root mean square of all.
     """
-    leaves = make_leaves([(count,)], where)._replace(exp_avgs=[torch.zeros(count, device=where)])
-    leaves.exp_avg_sqs[0].zero_()
+    leaves = make_leaves([(count,)], where)
+    leaves.slots[0][0].zero_()
+    leaves.slots[1][0].zero_()
     start = leaves.params[0].double()
     expected, state = start, oracle.init(leaves.params[0])
     for step in range(1, steps + 1):
         leaves.grads[0].normal_()
-        scalars = NUMBERS._replace(step=float(step), lr=lr, weight_decay=weight_decay)
-        step_(leaves, scalars, PLAIN)
+        numbers = NUMBERS._replace(step=float(step), lr=lr, weight_decay=weight_decay)
+        step_(leaves, numbers, PLAIN)
         grad = leaves.grads[0].double()
         expected, state = oracle.update(grad, state, expected, lr=lr, weight_decay=weight_decay)
     error = leaves.params[0].double() - expected
@@ -243,7 +248,7 @@ def errors(step_, where, lr, weight_decay, steps, count):
 @pytest.mark.parametrize("weight_decay", [1e-2, 1e-4, 3e-5])
 def test_weight_decay_is_not_off_the_same_way_at_each_step(where, weight_decay):
     """A factor of 1 - lr * weight_decay would be, by 1e-8 of a parameter at each, and more."""
-    bias, spread = errors(kernel.step_, where, 1e-3, weight_decay, steps=20, count=2048)
+    bias, spread = errors(TRITON.step_, where, 1e-3, weight_decay, steps=20, count=2048)
     assert abs(bias) < 2e-8
     assert spread < 4e-7
 
@@ -253,10 +258,10 @@ def test_weight_decay_is_not_off_the_same_way_at_each_step(where, weight_decay):
 def test_a_step_keeps_its_digits_whatever_the_weight_decay(where, weight_decay):
     leaves = make_leaves([(7,)], where)
     leaves.params[0].mul_(1e6)
-    param, grad, exp_avg, exp_avg_sq = (column[0].double() for column in leaves[:4])
+    param, grad, exp_avg, exp_avg_sq = (column[0].double() for column in leaves.columns)
     before = oracle.OracleState(NUMBERS.step - 1, exp_avg, exp_avg_sq, exp_avg_sq)
     expected, _ = oracle.update(grad, before, param, lr=0.1, weight_decay=weight_decay)
-    moved = kernel.step(leaves, NUMBERS._replace(weight_decay=weight_decay), PLAIN)
+    moved = TRITON.step(leaves, NUMBERS._replace(weight_decay=weight_decay), PLAIN)
     torch.testing.assert_close(moved.params[0].double(), expected, rtol=3e-7, atol=0)
 
 
@@ -271,9 +276,9 @@ def test_an_infinite_parameter_stays_infinite(where, weight_decay):
 @on_any_device
 def test_no_momentum_forgets_the_largest_past(where):
     leaves = make_leaves([(7,)], where)
-    leaves.exp_avgs[0].fill_(1e30)
-    moved = kernel.step(leaves, NUMBERS._replace(beta1=0.0), PLAIN)
-    assert_same_bits(moved.exp_avgs, leaves.grads)
+    leaves.slots[0][0].fill_(1e30)
+    moved = TRITON.step(leaves, NUMBERS._replace(beta1=0.0), PLAIN)
+    assert_same_bits(moved.slots[0], leaves.grads)
 
 
 @on_any_device
@@ -283,9 +288,9 @@ def test_gradients_are_multiplied_on_the_way_and_left_as_they_are(where, dtype, 
     leaves = make_leaves([(5, 3), (1030,)], where, dtype)
     factor = 0.3 if told == "as a number" else torch.tensor(0.3, dtype=torch.float64, device=where)
     before = [grad.clone() for grad in leaves.grads]
-    moved = kernel.step(leaves, NUMBERS._replace(grad_factor=factor), PLAIN)
+    moved = TRITON.step(leaves, NUMBERS._replace(grad_scale=factor), PLAIN)
     assert_same_bits(leaves.grads, before)
-    multiplied = leaves._replace(grads=foreach.scaled(leaves.grads, 0.3))
+    multiplied = leaves._replace(grads=arithmetic.scaled(leaves.grads, 0.3))
     assert_agrees(moved, multiplied, NUMBERS, PLAIN)
 
 
@@ -318,7 +323,7 @@ def spread(shape, low, high, **options):
 PER_MEMBER = {
     "a learning rate each": {"lr": (3,)},
     "a count each": {"step": (3,)},
-    "all of their own": dict.fromkeys(Scalars._fields[:6], (3,)),
+    "all of their own": dict.fromkeys(RULE.numbers._fields[:6], (3,)),
     "some shared": {"lr": (3,), "eps": (), "beta2": (1,)},
     "nested": {"lr": (2, 3), "weight_decay": (2, 3)},
     "by the outer alone": {"lr": (2, 1)},
@@ -326,7 +331,7 @@ PER_MEMBER = {
     "crossed": {"lr": (2, 1), "weight_decay": (1, 3), "beta2": (), "eps": (1, 1)},
     "one shared by all": {"lr": (1, 1)},
 }
-RANGES = Scalars(
+RANGES = RULE.numbers(
     step=(1, 9), lr=(0.01, 1), beta1=(0.5, 0.95), beta2=(0.9, 0.99), eps=(1e-8, 1e-3),
     weight_decay=(0, 0.5),
 )  # fmt: skip
@@ -381,7 +386,7 @@ def test_tensors_of_any_kind_are_numbers(where, name):
 def test_inputs_keep_their_bits_and_outputs_their_own_memory(where, dtype):
     leaves = make_leaves([(3,), (1030,)], where, dtype, amsgrad=True)
     before = copy(leaves)
-    moved = kernel.step(leaves, NUMBERS, AMSGRAD)
+    moved = TRITON.step(leaves, NUMBERS, AMSGRAD)
     assert_same_bits(flat(leaves), flat(before))
     places = [t.untyped_storage().data_ptr() for t in (*flat(leaves), *flat(moved))]
     assert len(set(places)) == len(places)
@@ -391,12 +396,12 @@ def test_inputs_keep_their_bits_and_outputs_their_own_memory(where, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("amsgrad", [False, True])
 def test_in_place_gives_the_same_bits(where, dtype, amsgrad):
-    variant = AMSGRAD if amsgrad else PLAIN
+    options = AMSGRAD if amsgrad else PLAIN
     leaves = make_leaves([(), (2, 1030)], where, dtype, amsgrad)
-    moved = kernel.step(leaves, NUMBERS, variant)
+    moved = TRITON.step(leaves, NUMBERS, options)
     grads = [grad.clone() for grad in leaves.grads]
-    kernel.step_(leaves, NUMBERS, variant)
-    assert_same_bits(flat(written(leaves)), flat(moved))
+    TRITON.step_(leaves, NUMBERS, options)
+    assert_same_bits(flat(leaves.targets), flat(moved))
     assert_same_bits(leaves.grads, grads)
 
 
@@ -405,20 +410,20 @@ def test_in_place_gives_the_same_bits(where, dtype, amsgrad):
 def test_no_gradient_moves_nothing_but_by_weight_decay(where, dtype):
     params = [torch.randn(3, device=where).to(dtype)]
     zeros = [torch.zeros_like(params[0])]
-    leaves = Leaves(params, zeros, zeros, zeros, zeros)
-    moved = kernel.step(leaves, NUMBERS, AMSGRAD)
+    leaves = StepInputs(params, zeros, (zeros, zeros, zeros))
+    moved = TRITON.step(leaves, NUMBERS, AMSGRAD)
     assert_agrees(moved, leaves, NUMBERS, AMSGRAD)
-    assert all(not tensor.any() for tensor in flat(moved[1:]))
+    assert all(not tensor.any() for column in moved.slots for tensor in column)
 
 
 @on_any_device
 def test_what_is_not_finite_stays_so(where):
     leaves = make_leaves([(5,)], where, amsgrad=True)
     leaves.grads[0][0] = math.nan
-    leaves.max_exp_avg_sqs[0][1] = math.nan
-    leaves.max_exp_avg_sqs[0][2] = math.inf
-    moved = kernel.step(leaves, NUMBERS, AMSGRAD)
-    assert moved.max_exp_avg_sqs[0][:3].isfinite().tolist() == [False, False, False]
+    leaves.slots[2][0][1] = math.nan
+    leaves.slots[2][0][2] = math.inf
+    moved = TRITON.step(leaves, NUMBERS, AMSGRAD)
+    assert moved.slots[2][0][:3].isfinite().tolist() == [False, False, False]
     assert_agrees(moved, leaves, NUMBERS, AMSGRAD)
 
 
@@ -436,8 +441,8 @@ def test_nothing_beside_the_leaves_is_written(where, dtype, shift):
 
     leaves = make_leaves([(1,), (1023,), (1024,), (2049,)], where, dtype, True, make=guarded)
     before = copy(leaves)
-    kernel.step_(leaves, NUMBERS, AMSGRAD)
-    assert_agrees(written(leaves), before, NUMBERS, AMSGRAD)
+    TRITON.step_(leaves, NUMBERS, AMSGRAD)
+    assert_agrees(leaves.targets, before, NUMBERS, AMSGRAD)
     for buffer in around:
         assert (buffer[: guard + shift] == 7).all()
         assert (buffer[buffer.numel() - guard + shift :] == 7).all()
@@ -454,11 +459,13 @@ def test_dense_layouts_are_kept(where):
 @on_any_device
 def test_it_serves_what_lies_where_its_numbers_do(where):
     device = torch.empty(0, device=where).device
-    assert kernel.refusal(device, None) is None
-    assert kernel.refusal(device, NUMBERS._replace(lr=torch.ones((), device=where))) is None
+    assert TRITON.unsupported_reason(device, None) is None
+    assert (
+        TRITON.unsupported_reason(device, NUMBERS._replace(lr=torch.ones((), device=where))) is None
+    )
     beside = NUMBERS._replace(lr=torch.ones((), device="meta"))
-    assert "lr is on meta" in kernel.refusal(device, beside)
-    assert "not meta" in kernel.refusal(torch.device("meta"), None)
+    assert "lr is on meta" in TRITON.unsupported_reason(device, beside)
+    assert "not meta" in TRITON.unsupported_reason(torch.device("meta"), None)
 
 
 # What follows asks about the real compiler.
