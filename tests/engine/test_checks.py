@@ -16,8 +16,8 @@ from funcopt import (
     Lookahead,
     Partition,
     SkipNonfinite,
-    _engine,
 )
+from funcopt._engine import layout
 from funcopt.schedules import Constant
 
 from ..cases import NOT_DENSE, assert_same_bits, clone, not_dense
@@ -335,7 +335,7 @@ def weights():
 @pytest.fixture
 def unknown_leaves():
     """Nothing is known of leaves from the steps of other tests, so that each of them is checked."""
-    _engine.forget()
+    layout.forget()
 
 
 @pytest.mark.usefixtures("unknown_leaves")
@@ -369,7 +369,7 @@ def test_a_state_that_is_not_dense_is_refused_with_its_path(name, kind):
         changed[index] = not_dense(kind, tensor)
         wrong = optree.tree_unflatten(structure, changed)
         for update in (opt.update, opt.update_):
-            _engine.forget()
+            layout.forget()
             with pytest.raises((TypeError, ValueError), match=r"^\S*state\.\S+ .*(nested|sparse)"):
                 update(grads, wrong, params)
     assert_same_bits((params, state), before)

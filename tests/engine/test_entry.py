@@ -8,7 +8,7 @@ import torch
 from torch.func import grad, jvp, vmap
 
 from funcopt import AdamW, LossScale, SkipNonfinite
-from funcopt._core import transforms
+from funcopt._core import modes
 from funcopt.distributed import Zero1, gather_state, scatter_state
 
 from ..cases import assert_same_bits, leaves, tree_map
@@ -185,9 +185,9 @@ def test_an_update_leaves_autocast_on_in_other_threads():
 
 
 def test_without_torchs_private_question_autocast_is_noticed_too():
-    assert not transforms._any_autocast()
+    assert not modes._any_autocast()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert transforms._any_autocast()
+        assert modes._any_autocast()
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from funcopt import AdamW, Clip, Frozen, Partition
-from funcopt._core import arithmetic
-from funcopt._engine import scaled
+from funcopt._engine import driver, scaled
 from funcopt._engine.scaled import update_scaled, update_scaled_
 
 from ..cases import KERNELS, assert_same_bits, clone, leaves, random_like, tree_map, trees
@@ -71,7 +70,8 @@ def test_16_bit_gradients_are_multiplied_in_float32_and_rounded(kernel, dtype):
 def test_no_scaled_copy_of_all_gradients_is_made(name, monkeypatch):
     opt, params = OPTIMIZERS[name], dict_of()
     grads, state = random_like(params), opt.init(params)
-    monkeypatch.setattr(arithmetic, "scaled", None)
+    for module in (scaled, driver):
+        monkeypatch.setattr(module, "multiplied", None)
     update_scaled(opt, grads, HALF, state, params)
     update_scaled_(opt, grads, HALF, state, params)
 
@@ -85,7 +85,8 @@ def test_neither_for_a_nested_tree_nor_where_gradients_are_missing(per_leaf, mon
     state = opt.init(params)
     _, state = opt.update(products, state, params)
     expected = opt.update(products, state, params)
-    monkeypatch.setattr(arithmetic, "scaled", None)
+    for module in (scaled, driver):
+        monkeypatch.setattr(module, "multiplied", None)
     assert_same_bits(update_scaled(opt, grads, HALF, state, params), expected)
     assert_same_bits(update_scaled_(opt, grads, HALF, state, params), expected)
 

@@ -335,7 +335,7 @@ def test_it_cannot_be_changed():
 def test_it_is_an_optimizer_by_its_shape_alone():
     assert isinstance(AdamW(), funcopt.Optimizer)
     public = {name for name in dir(AdamW()) if not name.startswith("_")}
-    methods, said = {"init", "update", "update_"}, {"elementwise"}
+    methods, said = {"init", "update", "update_"}, {"rule"}
     assert public == {f.name for f in dataclasses.fields(AdamW)} | methods | said
 
 

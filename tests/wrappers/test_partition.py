@@ -328,7 +328,7 @@ def test_it_is_an_optimizer_by_its_shape_alone():
     for opt in (two(), Frozen()):
         assert isinstance(opt, funcopt.Optimizer)
         public = {name for name in dir(opt) if not name.startswith("_")}
-        methods, said = {"init", "update", "update_"}, {"elementwise"}
+        methods, said = {"init", "update", "update_"}, {"traits"}
         assert public == {f.name for f in dataclasses.fields(opt)} | methods | said
 
 
