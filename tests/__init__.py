@@ -1,1 +1,1 @@
-"""The tests mirror the package: what `funcopt/x.py` promises is tested in `tests/test_x.py`."""
+"""The tests mirror the package: the tests of a room lie in a folder of its name."""

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from funcopt import AdamW
 from funcopt._core import pytree
-from funcopt._engine import Scalars, autograd, checks, memory, prepare
-from funcopt._engine.kernels import foreach, fused
-from funcopt.optimizers._adam import adjoint, equations
+from funcopt._engine import autograd, checks, dispatch, driver, memory, prepare
+from funcopt._engine import kernels as list_kernels
+from funcopt.optimizers import adamw
+from funcopt.optimizers._adam import adjoint, kernels
 from funcopt.testing import laws
 from funcopt.testing._check import check_law
 from funcopt.testing._subject import leaves_of, tree_map
@@ -72,19 +73,19 @@ def after_update(patch: Patch, change: Callable[..., Any]) -> None:
 def number(patch: Patch, name: str, change: Callable[[Any, AdamW], Any]) -> None:
     """Change a hyperparameter on its way to the kernel."""
 
-    def changed(own: Scalars, opt: AdamW) -> Scalars:
+    def changed(own: Any, opt: AdamW) -> Any:
         return own._replace(**{name: change(getattr(own, name), opt)})
 
     numbers(patch, changed)
 
 
-def numbers(patch: Patch, change: Callable[[Scalars, AdamW], Scalars]) -> None:
+def numbers(patch: Patch, change: Callable[[Any, AdamW], Any]) -> None:
     """Change the numbers of a step on their way to the kernel."""
 
-    def changed(original: Any, opt: AdamW, work: Any, counts: Any) -> list[Scalars]:
-        return [change(own, opt) for own in original(opt, work, prepare)]
+    def changed(original: Any, rule: Any, opt: AdamW, olds: Any, news: Any) -> list[Any]:
+        return [change(own, opt) for own in original(rule, opt, olds, news)]
 
-    wrap(patch, AdamW, "_numbers", changed)
+    wrap(patch, driver, "numbers_at", changed)
 
 
 # What goes in and comes out.
@@ -154,7 +155,7 @@ def adds_noise(patch: Patch) -> None:
 def counts_outside_of_the_state(patch: Patch) -> None:
     calls = []
 
-    def change(own: Scalars, opt: AdamW) -> Scalars:
+    def change(own: Any, opt: AdamW) -> Any:
         calls.append(1)
         return own._replace(step=torch.tensor(float(len(calls))))
 
@@ -218,7 +219,7 @@ def pairs_trees_by_position(patch: Patch) -> None:
     def pair(tree: Any, root: str, structure: Any) -> Any:
         return pytree.Paired(*pytree.flatten(tree), None)
 
-    patch.setattr(prepare._tree, "pair", pair)
+    patch.setattr(prepare.pytree, "pair", pair)
 
 
 @caught_by(laws.bad_trees_raise)
@@ -236,7 +237,7 @@ def broadcasts_gradients(patch: Patch) -> None:
     )
 
 
-# The equations.
+# The dispatch.
 
 
 @caught_by(laws.matches_oracle)
@@ -292,7 +293,7 @@ def decay_comes_after_the_step(patch: Patch) -> None:
 
 @caught_by(laws.kernels_agree)
 def eps_is_inside_the_square_root_of_one_kernel(patch: Patch) -> None:
-    patch.setattr(equations, "root", lambda squares: (squares + 1e-4).sqrt())
+    patch.setattr(adamw, "safe_sqrt", lambda squares: (squares + 1e-4).sqrt())
 
 
 @caught_by(laws.scale_invariant)
@@ -310,33 +311,41 @@ def the_learning_rate_has_a_floor(patch: Patch) -> None:
     number(patch, "lr", lambda lr, _: lr + 0.01)
 
 
-def _without(patch: Patch, kernel: Any, **flags: Any) -> None:
-    def change(original: Any, leaves: Any, scalars: Any, variant: Any) -> None:
-        original(leaves, scalars, variant._replace(**flags))
+def _without(patch: Patch, kernel: str, **flags: Any) -> None:
+    own = getattr(kernels, kernel)
 
-    wrap(patch, kernel, "step_", change)
+    def step_(inputs: Any, numbers: Any, options: Any) -> None:
+        own.step_(inputs, numbers, options._replace(**flags))
+
+    patch.setattr(kernels, kernel, own._replace(step_=step_))
 
 
 @caught_by(laws.maximize_is_minimize_negated)
 def maximize_is_ignored_by_the_foreach_kernel(patch: Patch) -> None:
-    _without(patch, foreach, maximize=False)
+    _without(patch, "ADAMW_FOREACH", maximize=False)
 
 
 @caught_by(laws.maximize_is_minimize_negated)
 def maximize_is_ignored_by_the_fused_kernel(patch: Patch) -> None:
-    _without(patch, fused, maximize=False)
+    _without(patch, "ADAMW_FUSED", maximize=False)
 
 
 @caught_by(laws.matches_torch)
 def amsgrads_maximum_is_dropped_by_the_foreach_kernel(patch: Patch) -> None:
-    _without(patch, foreach, amsgrad=False)
+    own = kernels.ADAMW_FOREACH
+
+    def step_(inputs: Any, numbers: Any, options: Any) -> None:
+        own.step_(inputs._replace(slots=inputs.slots[:2]), numbers, options)
+
+    patch.setattr(kernels, "ADAMW_FOREACH", own._replace(step_=step_))
 
 
 @caught_by(laws.survives_zero_gradients)
 def sixteen_bits_are_computed_in_sixteen_bits(patch: Patch) -> None:
-    for kernel in (equations, foreach):
-        patch.setattr(kernel, "compute_dtype", lambda dtype: dtype)
-    patch.setattr(fused, "refusal", lambda device, scalars: "it is not there")
+    for where in (dispatch, list_kernels):
+        patch.setattr(where, "compute_dtype", lambda dtype: dtype)
+    lacking = kernels.ADAMW_FUSED._replace(unsupported_reason=lambda *_: "it is not there")
+    patch.setattr(kernels, "ADAMW_FUSED", lacking)
     number(patch, "eps", lambda eps, _: 1e-8)
 
 
@@ -441,7 +450,7 @@ def only_the_first_dimension_can_be_mapped(patch: Patch) -> None:
 def the_outer_of_two_maps_reverses_its_members(patch: Patch) -> None:
     def change(original: Any, leaf: Tensor, dim: int | None, size: int) -> Tensor:
         front = original(leaf, dim, size)
-        return front if autograd._transforms.transformed() else front.roll(1, 0)
+        return front if autograd.transforms.transformed() else front.roll(1, 0)
 
     wrap(patch, autograd, "_leaf_to_front", change)
 
@@ -469,8 +478,8 @@ def the_adjoint_forgets_the_second_moment(patch: Patch) -> None:
 
 @caught_by(laws.gradient_matches_differences)
 def the_adjoint_forgets_weight_decay(patch: Patch) -> None:
-    def change(original: Any, leaf: Any, pulled: Any, scalars: Any, variant: Any) -> Any:
-        return (pulled.param, *original(leaf, pulled, scalars, variant)[1:])
+    def change(original: Any, leaf: Any, pulled: Any, *others: Any) -> Any:
+        return (pulled.param, *original(leaf, pulled, *others)[1:])
 
     wrap(patch, adjoint, "_before", change)
 

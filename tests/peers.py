@@ -12,6 +12,7 @@ import optree
 import torch
 from torch import Tensor
 
+from funcopt._core.types import ELEMENTWISE
 from funcopt.testing import check_optimizer, laws, oracles, strategies
 
 Tree = Any
@@ -21,7 +22,7 @@ Tree = Any
 class TorchOptAdamW:
     """`torchopt.adamw`: its updates are applied to the parameters, in place unless told not to."""
 
-    elementwise = True
+    traits = ELEMENTWISE
 
     lr: float = 1e-3
     weight_decay: float = 1e-2
@@ -47,7 +48,7 @@ class TorchOptAdamW:
 class OptaxAdamW:
     """`optax.adamw`, with tensors turned into arrays and back."""
 
-    elementwise = True
+    traits = ELEMENTWISE
 
     lr: float = 1e-3
     weight_decay: float = 1e-4

@@ -13,9 +13,10 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.func import grad, vmap
 
 import funcopt
-from funcopt import AdamW, Clip, Ema, Partition, _engine, torchscript
+from funcopt import AdamW, Clip, Ema, Partition, torchscript
 from funcopt._core import tensors
 from funcopt._dtensor.shards import current_parts
+from funcopt._engine import memory
 from funcopt.distributed import (
     Zero1,
     _fake_world,
@@ -84,7 +85,7 @@ def a_step(opt, update, count=9, known=True):
         params, grads = params_of(count), params_of(count, requires_grad=False)
         state = opt.init(params)
         if not known:
-            _engine.forget()
+            memory.forget()
         return lambda: getattr(opt, update)(grads, state, params)
 
     return make

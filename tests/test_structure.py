@@ -14,111 +14,134 @@ from funcopt import distributed, interop
 ROOT = pathlib.Path(funcopt.__file__).parent
 FILES = {path: path.read_text() for path in sorted(ROOT.rglob("*.py"))}
 
-# From the ground up: a module may import only what stands before it.
+# From the ground up. "" is what `import funcopt` gives.
+ROOMS = [
+    "_core",
+    "_dtensor",
+    "_engine",
+    "optimizers",
+    "schedules",
+    "wrappers",
+    "",
+    "interop",
+    "distributed",
+    "torchscript",
+    "testing",
+]
+
+# Likewise, room by room: a module may import only what stands before it.
 FLOORS = [
-    "_types",
-    "_walk",
-    "_old_dynamo",
-    "_transforms",
-    "_modes",
-    "_tree",
-    "_sharded",
-    "_over_shards",
-    "_captured",
-    "_checks",
-    "_hyperparameters",
-    "_kernels._operands",
-    "_kernels.plain",
-    "_kernels.foreach",
-    "_kernels.fused",
-    "_kernels._threads",
-    "_kernels._layout",
-    "_kernels._pages",
-    "_kernels._memory",
-    "_kernels._triton_source",
-    "_kernels.triton",
-    "_kernels._adjoint",
-    "_kernels._history",
-    "_kernels._eager",
-    "_kernels._rules",
-    "_kernels",
-    "_entry",
-    "_resting",
-    "_node",
-    "_counts",
-    "_work",
-    "_inplace",
-    "_routine",
-    "_numbers",
-    "_lists",
-    "_scaled",
-    "_adamw",
+    "_core",
+    "_core.old_dynamo",
+    "_core.pages",
+    "_core.threads",
+    "_core.traits",
+    "_core.transforms",
+    "_core.modes",
+    "_core.recording",
+    "_core.types",
+    "_core.arithmetic",
+    "_core.hyperparameters",
+    "_core.pytree",
+    "_core.node",
+    "_core.walk",
+    "_core.nested",
+    "_dtensor",
+    "_dtensor.shards",
+    "_dtensor.methods",
+    "_dtensor.reductions",
+    "_engine",
+    "_engine.captured",
+    "_engine.checks",
+    "_engine.counts",
+    "_engine.entry",
+    "_engine.resting",
+    "_engine.rule",
+    "_engine.equations",
+    "_engine.kernels",
+    "_engine.layout",
+    "_engine.memory",
+    "_engine.dispatch",
+    "_engine.autograd",
+    "_engine.numbers",
+    "_engine.prepare",
+    "_engine.inplace",
+    "_engine.scaled",
+    "_engine.driver",
+    "_engine.registration",
+    "optimizers",
+    "optimizers._adam",
+    "optimizers._adam.triton_source",
+    "optimizers.adamw",
+    "optimizers._adam.adjoint",
+    "optimizers._adam.kernels",
+    "optimizers._adam.triton",
+    "optimizers.frozen",
     "schedules._checks",
     "schedules._phases",
+    "schedules._compositions",
     "schedules._curves",
     "schedules._runs",
-    "schedules._compositions",
     "schedules",
-    "_frozen",
-    "_labels",
-    "_together",
-    "_partition",
-    "_update_if",
-    "_wrapping",
-    "_clip",
-    "_clip_value",
-    "_clip_adaptive",
-    "_accumulate",
-    "_averages",
-    "_ema",
-    "_read_average",
-    "_lookahead",
-    "_finite",
-    "_skip_nonfinite",
-    "_loss_scale",
-    "_find",
+    "wrappers",
+    "wrappers.base",
+    "wrappers.clip_adaptive",
+    "wrappers.clip_value",
+    "wrappers.finite",
+    "wrappers.labels",
+    "wrappers.shadow_params",
+    "wrappers.ema",
+    "wrappers.together",
+    "wrappers.partition",
+    "wrappers.averaged",
+    "wrappers.update_if",
+    "wrappers.accumulate",
+    "wrappers.clip_norm",
+    "wrappers.lookahead",
+    "wrappers.loss_scale",
+    "wrappers.skip_nonfinite",
     "",
+    "interop._entries",
+    "interop._checkpoint",
     "interop._getter",
     "interop._peers",
     "interop._source",
     "interop._from_torch",
     "interop._to_torch",
-    "interop._entries",
-    "interop._checkpoint",
     "interop",
     "distributed._buckets",
     "distributed._collectives",
-    "distributed._shards",
-    "distributed._step",
-    "distributed._refusals",
-    "distributed._zero1",
-    "distributed._whole",
     "distributed._average",
-    "distributed._meeting",
-    "distributed._local_updates",
-    "distributed._leafwise",
-    "distributed._reducer",
-    "distributed._in_backward",
     "distributed._fake_world",
+    "distributed._leafwise",
+    "distributed._meeting",
     "distributed._onlooker",
     "distributed._planned",
+    "distributed._reducer",
+    "distributed._in_backward",
+    "distributed._refusals",
+    "distributed._local_updates",
     "distributed._plan",
+    "distributed._shards",
+    "distributed._step",
+    "distributed._zero1",
+    "distributed._whole",
     "distributed",
-    "_operators",
+    "torchscript._operators",
     "torchscript",
-    "testing._tensors",
-    "testing._trees",
-    "testing.strategies",
     "testing._compare",
     "testing._subject",
-    "testing.oracles",
-    "testing.laws._purity",
-    "testing.laws._agreement",
-    "testing.laws._transforms",
+    "testing._tensors",
+    "testing._trees",
     "testing.laws._algebra",
-    "testing.laws._leaves",
     "testing.laws._descent",
+    "testing.laws._leaves",
+    "testing.laws._purity",
+    "testing.laws._transforms",
+    "testing.oracles",
+    "testing.laws._agreement",
     "testing.laws",
+    "testing.strategies",
     "testing._check",
     "testing._machine",
     "testing",
@@ -146,6 +169,12 @@ def test_every_module_has_its_floor():
     assert {name_of(path) for path in FILES} == set(FLOORS)
 
 
+def test_floors_are_in_the_order_of_the_rooms():
+    rooms = [name.split(".")[0] for name in FLOORS]
+    assert rooms == sorted(rooms, key=ROOMS.index)
+    assert set(rooms) == set(ROOMS)
+
+
 def test_imports_point_downward():
     for path in FILES:
         for imported in imports_of(path):
@@ -157,21 +186,27 @@ def places(pattern):
 
 
 def test_one_place_knows_pytrees():
-    assert places(r"\boptree\.\w|_pytree") == {"_tree", "_old_dynamo"}
+    assert places(r"\boptree\.\w|_pytree") == {"_core.pytree", "_core.old_dynamo"}
 
 
 def test_one_place_knows_the_transforms():
     assert places(r"torch\._C(?!\._dynamo)|_functorch|is_compiling|forward_ad") == {
-        "_modes",
-        "_transforms",
+        "_core.modes",
+        "_core.transforms",
     }
-    assert places(r"torch\._C\._dynamo") == {"_kernels._layout"}
-    assert places(r"stream_capturing") == {"_transforms"}
+    assert places(r"torch\._C\._dynamo") == {"_engine.layout"}
+    assert places(r"stream_capturing") == {"_core.transforms"}
 
 
 def test_each_private_operator_is_called_in_one_place():
-    assert places(r"torch\._fused_") == {"_kernels.fused"}
-    assert places(r"torch\._foreach_") == {"_averages", "_kernels.foreach", "_lists"}
+    fused = r"""(?:torch\.|["'])(_fused_\w+)"""
+    names = {name for text in FILES.values() for name in re.findall(fused, text)}
+    assert "_fused_adamw_" in names
+    for name in names:
+        (place,) = places(rf"""(?:torch\.|["']){name}\b""")
+        assert place.startswith("optimizers."), name
+    elsewhere = {name for name in places(r"torch\._foreach_") if name.split(".")[0] != "optimizers"}
+    assert elsewhere == {"_core.arithmetic", "_engine.kernels", "wrappers.shadow_params"}
 
 
 def test_every_tensor_that_is_made_says_where():
@@ -214,8 +249,8 @@ def core_places(pattern):
 
 
 def test_one_place_knows_collectives_and_no_place_imports_them():
-    assert core_places(r"torch\.distributed\.(?!is_)\w+\(|get_group") == {"_over_shards"}
-    assert core_places(r"torch\.distributed\.is_\w+\(") == {"_sharded"}
+    assert core_places(r"torch\.distributed\.(?!is_)\w+\(|get_group") == {"_dtensor.reductions"}
+    assert core_places(r"torch\.distributed\.is_\w+\(") == {"_dtensor.shards"}
     assert not core_places(r"(?m)^\s*(import|from) torch\.distributed")
     collectives = r"\bdist\.\w+\(|all_gather_|all_to_all_|reduce_scatter_"
     assert places(collectives) == {"distributed._collectives"}

@@ -58,6 +58,8 @@ class _Step(NamedTuple):
 
 def step_by_rule(rule: UpdateRule, inputs: StepInputs, numbers: Any, options: Any) -> StepOutputs:
     """Return the leaves after one step with the same numbers, under whatever is watching."""
+    if not inputs.params:  # flat, lists without leaves would be lost
+        return inputs.targets
     step = _Step(rule, options, len(inputs.params))
     operands = (*numbers[: step.number_count], *chain(*inputs.columns))
     if not transforms.in_vmaps_alone():

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from funcopt import Accumulate, AdamW, Clip, ClipValue, Ema, Frozen, Lookahead, Partition, interop
+from funcopt._core.types import Traits
 from funcopt.distributed import LocalUpdates, update_in_backward
 from funcopt.schedules import Linear
 
@@ -211,11 +212,11 @@ class Descent:
 
 
 class Leafwise(Descent):
-    leafwise = True
+    traits = Traits(leafwise=True)
 
 
 class Elementwise(Descent):
-    elementwise = True
+    traits = Traits(elementwise=True)
 
 
 class Heir(Leafwise):
@@ -229,7 +230,7 @@ class Heir(Leafwise):
         (Ema(Clip(AdamW(), 1.0)), "Clip, which needs"),
         (Partition({"a": Clip(AdamW(), 1.0)}, lambda name, leaf: "a"), "Clip, which needs"),
         (LocalUpdates(AdamW(), 2, None), "LocalUpdates, which may look at"),
-        (Descent(), "Descent, which may look at .*leafwise = True"),
+        (Descent(), r"Descent, which may look at .*Traits\(leafwise=True\)"),
         (Heir(), "Heir, which may look at"),
     ],
 )
@@ -437,7 +438,7 @@ def check_refusals():
 
 
 class Broken(Leafwise):
-    leafwise = True
+    traits = Traits(leafwise=True)
 
     def update_(self, grads, state, params):
         raise ZeroDivisionError("the reason")

@@ -16,6 +16,7 @@ from funcopt import (
     LossScale,
     Partition,
 )
+from funcopt._core.types import Traits
 from funcopt.distributed import LocalUpdates, Zero1
 from funcopt.schedules import Cosine
 from funcopt.testing import check_optimizer, laws
@@ -169,7 +170,7 @@ class OneWay(Momentum):
 class Partly(Momentum):
     """Matrices ascend, and all else descends further."""
 
-    leafwise = True
+    traits = Traits(leafwise=True)
 
     def direction(self, grad):
         return -grad if grad.ndim == 2 else 100 * grad

@@ -15,6 +15,7 @@ from funcopt import (
     Partition,
     SkipNonfinite,
 )
+from funcopt._core.types import ELEMENTWISE, Traits
 from funcopt.schedules import Cosine
 from funcopt.testing import laws
 from funcopt.testing._check import check_law
@@ -72,14 +73,14 @@ def test_every_law_applies_to_a_plain_adamw(law, examples):
 @pytest.mark.parametrize("wrapper", [SkipNonfinite, LossScale])
 def test_what_acts_on_overflow_alone_couples_nothing_else(wrapper, law):
     """They say nothing of themselves, since one leaf's overflow stops the others."""
-    said = type("Said", (wrapper,), {"elementwise": True})
+    said = type("Said", (wrapper,), {"traits": ELEMENTWISE})
     assert check_law(law, said(AdamW(lr=0.1)), max_examples=15).status == "holds"
 
 
 class ByRows(AdamW):
     """Takes from each row of a gradient its mean, and says nothing of it."""
 
-    elementwise = None
+    traits = Traits()
 
     def update(self, grads, state, params):
         centred = tree_map(lambda g: g - g.mean(0) if g.ndim == 2 and len(g) else g, grads)
@@ -87,14 +88,13 @@ class ByRows(AdamW):
 
 
 class SaysTooMuch(ByRows):
-    elementwise = True
+    traits = Traits(elementwise=True)
 
 
 class ByNorm(AdamW):
-    """Looks at all gradients together, and says so."""
+    """Looks at all gradients together, and says nothing of it."""
 
-    elementwise = None
-    leafwise = False
+    traits = Traits()
 
     def update(self, grads, state, params):
         size = 1 + sum(g.abs().double().square().sum() for g in leaves(grads))
@@ -102,7 +102,7 @@ class ByNorm(AdamW):
 
 
 class SaysTooMuchOfLeaves(ByNorm):
-    leafwise = True
+    traits = Traits(leafwise=True)
 
 
 def test_an_optimizer_is_held_to_what_it_says_of_leaves_and_elements():
@@ -116,9 +116,15 @@ def test_an_optimizer_is_held_to_what_it_says_of_leaves_and_elements():
     unsaid = check_law(stacked, by_rows)
     assert (unsaid.status, unsaid.detail) == (
         "not applicable",
-        "it does not say that each element moves by itself, by elementwise = True in its class",
+        "it does not say that each element moves by itself, by traits = Traits(elementwise=True) "
+        "in its class",
     )
-    assert check_law(alone, by_norm).detail == "it says leafwise = False"
+    unsaid = check_law(alone, by_norm)
+    assert (unsaid.status, unsaid.detail) == (
+        "not applicable",
+        "it does not say that each leaf moves by itself, by traits = Traits(leafwise=True) in "
+        "its class",
+    )
     assert check_law(stacked, SaysTooMuch(lr=0.1)).status == "fails"
     assert check_law(alone, SaysTooMuchOfLeaves(lr=0.1)).status == "fails"
 

@@ -82,7 +82,7 @@ def _step_(inputs: StepInputs, numbers: Any, options: Any) -> None:
 @functools.cache
 def _source() -> Any:
     """Import Triton and what is written in it. It takes half a second, so who needs it pays it."""
-    return importlib.import_module("._triton_source", __package__)
+    return importlib.import_module(".triton_source", __package__)
 
 
 @functools.cache
