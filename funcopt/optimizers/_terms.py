@@ -1,0 +1,33 @@
+"""Terms that the equations of several optimizers are made of."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._core.arithmetic import fit
+from .._core.types import Number
+
+__all__ = ["add_decay", "add_scaled", "foreach_add_scaled_"]
+
+
+def add_scaled(tensor: Tensor, other: Tensor, scale: Number) -> Tensor:
+    """Return `tensor + scale * other`, by one operator if the number is one of Python's."""
+    if isinstance(scale, Tensor):
+        return tensor + other * scale
+    return torch.add(tensor, other, alpha=scale)
+
+
+def add_decay(grad: Tensor, param: Tensor, weight_decay: Number) -> Tensor:
+    """Return a gradient with coupled weight decay; without any, it is the gradient itself."""
+    if isinstance(weight_decay, Tensor) or weight_decay != 0:
+        return add_scaled(grad, param, weight_decay)
+    return grad
+
+
+def foreach_add_scaled_(tensors: list[Tensor], others: list[Tensor], scale: Number) -> None:
+    """Add `scale * other` to each of several tensors, by torch's list operators."""
+    if isinstance(scale, Tensor):  # on the device, where its value is not read
+        torch._foreach_add_(tensors, torch._foreach_mul(others, fit(scale, others[0])))
+    else:
+        torch._foreach_add_(tensors, others, alpha=scale)
