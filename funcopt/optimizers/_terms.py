@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._core.arithmetic import fit
 from .._core.types import Number
 
-__all__ = ["add_decay", "add_scaled", "foreach_add_scaled_"]
+__all__ = ["add_decay", "add_scaled"]
 
 
 def add_scaled(tensor: Tensor, other: Tensor, scale: Number) -> Tensor:
@@ -23,11 +22,3 @@ def add_decay(grad: Tensor, param: Tensor, weight_decay: Number) -> Tensor:
     if isinstance(weight_decay, Tensor) or weight_decay != 0:
         return add_scaled(grad, param, weight_decay)
     return grad
-
-
-def foreach_add_scaled_(tensors: list[Tensor], others: list[Tensor], scale: Number) -> None:
-    """Add `scale * other` to each of several tensors, by torch's list operators."""
-    if isinstance(scale, Tensor):  # on the device, where its value is not read
-        torch._foreach_add_(tensors, torch._foreach_mul(others, fit(scale, others[0])))
-    else:
-        torch._foreach_add_(tensors, others, alpha=scale)

@@ -8,14 +8,13 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from .._core.arithmetic import double
+from .._core.arithmetic import double, fit
 from .._core.hyperparameters import AT_LEAST_ZERO, BELOW_ONE, Hyperparam
 from .._core.traits import ELEMENTWISE
 from .._core.types import Number, Schedule, Tree
 from .._engine import driver, kernels
 from .._engine.registration import check_fields, register_optimizer
 from .._engine.rule import Slot, StepInputs, UpdateRule
-from ._terms import add_decay, add_scaled, foreach_add_scaled_
 
 __all__ = ["Lion", "LionState"]
 
@@ -58,11 +57,9 @@ def _equations(
     """One step of one leaf, in the order of operations of optax."""
     grad, (exp_avg,) = -grad if options.maximize else grad, slots
     sign = (grad * own.gain1 + exp_avg * own.beta1).sign()
-    direction = add_decay(sign, param, own.weight_decay)
-    return [
-        add_scaled(param, direction, own.descent),
-        grad * own.gain2 + exp_avg * own.beta2,
-    ]
+    # A product and a sum, each rounded, as optax has them: add(alpha=...) rounds once.
+    direction = sign + param * own.weight_decay
+    return [param + direction * own.descent, grad * own.gain2 + exp_avg * own.beta2]
 
 
 def _foreach_(inputs: StepInputs, numbers: Any, options: Any) -> None:
@@ -73,9 +70,9 @@ def _foreach_(inputs: StepInputs, numbers: Any, options: Any) -> None:
     directions = list(torch._foreach_mul(grads, own.gain1))
     torch._foreach_add_(directions, torch._foreach_mul(exp_avgs, own.beta1))
     torch._foreach_sign_(directions)
-    if numbers.weight_decay != 0:
-        torch._foreach_add_(directions, params, alpha=numbers.weight_decay)
-    foreach_add_scaled_(params, directions, own.descent)
+    torch._foreach_add_(directions, torch._foreach_mul(params, own.weight_decay))
+    torch._foreach_mul_(directions, fit(own.descent, params[0]))
+    torch._foreach_add_(params, directions)
     torch._foreach_mul_(exp_avgs, own.beta2)
     torch._foreach_add_(exp_avgs, torch._foreach_mul(grads, own.gain2))
 

@@ -9,14 +9,14 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from .._core.arithmetic import double
+from .._core.arithmetic import double, fit
 from .._core.hyperparameters import AT_LEAST_ZERO, Hyperparam, Range
 from .._core.traits import ELEMENTWISE
 from .._core.types import Number, Schedule, Tree
 from .._engine import driver, kernels
 from .._engine.registration import check_fields, register_optimizer
 from .._engine.rule import Slot, StepInputs, UpdateRule
-from ._terms import add_decay, add_scaled, foreach_add_scaled_
+from ._terms import add_decay, add_scaled
 
 __all__ = ["SGD", "SGDState"]
 
@@ -75,12 +75,19 @@ def _foreach_(inputs: StepInputs, numbers: Any, options: Any) -> None:
         grads = list(torch._foreach_add(grads, params, alpha=numbers.weight_decay))
     for buffers in slots:
         torch._foreach_mul_(buffers, numbers.momentum)
-        foreach_add_scaled_(buffers, grads, own.gain)
+        _add_scaled_(buffers, grads, own.gain)
         if options.nesterov:
             grads = list(torch._foreach_add(grads, buffers, alpha=numbers.momentum))
         else:
             grads = buffers
-    foreach_add_scaled_(params, grads, own.descent)
+    _add_scaled_(params, grads, own.descent)
+
+
+def _add_scaled_(tensors: list[Tensor], others: list[Tensor], scale: Number) -> None:
+    if isinstance(scale, Tensor):  # on the device, where its value is not read
+        torch._foreach_add_(tensors, torch._foreach_mul(others, fit(scale, others[0])))
+    else:
+        torch._foreach_add_(tensors, others, alpha=scale)
 
 
 _FOREACH = kernels.foreach(_foreach_, ("add", "add_", "mul", "mul_", "neg"))
