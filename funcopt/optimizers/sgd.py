@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from .._core.arithmetic import double, fit
+from .._core.arithmetic import compute_dtype, double, fit
 from .._core.hyperparameters import AT_LEAST_ZERO, Hyperparam, Range
 from .._core.traits import ELEMENTWISE
 from .._core.types import Number, Schedule, Tree
@@ -93,8 +93,18 @@ def _add_scaled_(tensors: list[Tensor], others: list[Tensor], scale: Number) -> 
 _FOREACH = kernels.foreach(_foreach_, ("add", "add_", "mul", "mul_", "neg"))
 
 
+def fused_is_wrong(param: Tensor) -> bool:
+    """Whether torch's fused kernel gives wrong numbers for a parameter.
+
+    In torch 2.13 it does for 16-bit ones of 16 elements and more on the CPU.
+    """
+    return param.device.type == "cpu" and compute_dtype(param.dtype) is not param.dtype
+
+
 def _fused_(inputs: StepInputs, numbers: Any, options: Any) -> None:
-    if inputs.slots and numbers.momentum == 0:  # torch's kernel would leave the buffers alone
+    device = inputs.params[0].device
+    if fused_is_wrong(inputs.params[0]) or (inputs.slots and numbers.momentum == 0):
+        # At a momentum of 0 torch's kernel would leave the buffers alone.
         _FOREACH.step_(inputs, numbers, options)
         return
     # Told that this is the first step, torch's kernel copies the gradient into the buffer. The
@@ -106,7 +116,7 @@ def _fused_(inputs: StepInputs, numbers: Any, options: Any) -> None:
         inputs.slots[0] if inputs.slots else [],
         weight_decay=numbers.weight_decay,
         momentum=numbers.momentum,
-        lr=kernels.fused_lr(numbers.lr, inputs.params[0].device),
+        lr=kernels.fused_lr(numbers.lr, device),
         dampening=0.0 if first else numbers.dampening,
         nesterov=options.nesterov,
         maximize=options.maximize,
@@ -168,7 +178,7 @@ class SGD:
     count of updates. The first of them, which takes no dampening, is the one that the count says is
     the first: if a leaf has no gradient then, its own first one is dampened, unless `step_per_leaf`
     counts the updates of each leaf, as torch does in effect. 16-bit leaves are computed in float32
-    by every kernel. A complex leaf is a pair of real ones.
+    by every kernel, where torch's fused one is wrong on the CPU. A complex leaf is a pair of real ones.
 
     Args:
         lr: Learning rate: at least 0; a number, a 0-dim tensor, or a schedule, which is called with
