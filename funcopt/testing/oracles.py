@@ -8,16 +8,29 @@ oracle to its own update, run in float64 one tree after the other.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from .._core import pytree
 from .._core.types import Tree
-from ..optimizers.adamw import AdamW, AdamWState
+from ..optimizers.adam import Adam
+from ..optimizers.adamw import AdamW
+from ..optimizers.lion import Lion
+from ..optimizers.sgd import SGD
 
-__all__ = ["Oracle", "adamw", "oracle_of", "own_update", "register", "registered"]
+__all__ = [
+    "Oracle",
+    "adam",
+    "adamw",
+    "lion",
+    "oracle_of",
+    "own_update",
+    "register",
+    "registered",
+    "sgd",
+]
 
 Oracle = Callable[[Any, Tree, Any, Tree], tuple[Tree, Any]]
 
@@ -52,50 +65,126 @@ def own_update(opt: Any, grads: Tree, state: Any, params: Tree) -> tuple[Tree, A
     return moved
 
 
-def adamw(opt: AdamW, grads: Tree, state: AdamWState, params: Tree) -> tuple[Tree, AdamWState]:
+_Numbers = Mapping[str, Any]
+_Move = Callable[[Any, _Numbers, list[Any]], list[Any]]
+
+
+def adamw(opt: AdamW, grads: Tree, state: Any, params: Tree) -> tuple[Tree, Any]:
     """AdamW from the papers' equations, leaf by leaf."""
+
+    def move(opt: AdamW, n: _Numbers, row: list[Any]) -> list[Any]:
+        p, g, *moments = row
+        step, new_moments = _adam_step(opt, n, g, moments)
+        return [p - n["lr"] * n["weight_decay"] * p - step, *new_moments]
+
+    return _leaf_by_leaf(move, _ADAM, opt, grads, state, params)
+
+
+def adam(opt: Adam, grads: Tree, state: Any, params: Tree) -> tuple[Tree, Any]:
+    """Adam with coupled weight decay, from the papers' equations, leaf by leaf."""
+
+    def move(opt: Adam, n: _Numbers, row: list[Any]) -> list[Any]:
+        p, g, *moments = row
+        step, new_moments = _adam_step(opt, n, g + n["weight_decay"] * p, moments)
+        return [p - step, *new_moments]
+
+    return _leaf_by_leaf(move, _ADAM, opt, grads, state, params)
+
+
+_ADAM = ("lr", "betas", "eps", "weight_decay")
+
+
+def _adam_step(opt: Any, n: _Numbers, g: Any, moments: list[Any]) -> tuple[Any, list[Any]]:
+    """Return what the moments after a gradient take from the parameter, and those moments."""
+    m, v, *largest = moments
+    beta1, beta2 = n["betas"]
+    m = beta1 * m + (1 - beta1) * g
+    v = beta2 * v + (1 - beta2) * g * g
+    largest = [torch.maximum(own, v) for own in largest]
+    spread = ((largest[0] if opt.amsgrad else v) / (1 - beta2 ** n["t"])).sqrt()
+    return n["lr"] * m / (1 - beta1 ** n["t"]) / (spread + n["eps"]), [m, v, *largest]
+
+
+def sgd(opt: SGD, grads: Tree, state: Any, params: Tree) -> tuple[Tree, Any]:
+    """SGD as torch's documentation has it, leaf by leaf."""
+
+    def move(opt: SGD, n: _Numbers, row: list[Any]) -> list[Any]:
+        p, g, *buffers = row
+        g = g + n["weight_decay"] * p
+        first = torch.as_tensor(n["t"] == 1)
+        later = [n["momentum"] * b + (1 - n["dampening"]) * g for b in buffers]
+        buffers = [torch.where(first, g, b) for b in later]
+        for b in buffers:
+            g = g + n["momentum"] * b if opt.nesterov else b
+        return [p - n["lr"] * g, *buffers]
+
+    names = ("lr", "momentum", "dampening", "weight_decay")
+    return _leaf_by_leaf(move, names, opt, grads, state, params)
+
+
+def lion(opt: Lion, grads: Tree, state: Any, params: Tree) -> tuple[Tree, Any]:
+    """Lion as optax has it, leaf by leaf."""
+
+    def move(_opt: Lion, n: _Numbers, row: list[Any]) -> list[Any]:
+        p, g, m = row
+        beta1, beta2 = n["betas"]
+        update = ((1 - beta1) * g + beta1 * m).sign() + n["weight_decay"] * p
+        return [p - n["lr"] * update, (1 - beta2) * g + beta2 * m]
+
+    return _leaf_by_leaf(move, ("lr", "betas", "weight_decay"), opt, grads, state, params)
+
+
+def _leaf_by_leaf(
+    move: _Move, names: Sequence[str], opt: Any, grads: Tree, state: Any, params: Tree
+) -> tuple[Tree, Any]:
+    """Take a step of each leaf.
+
+    Args:
+        move: `move(opt, numbers, [param, grad, *slots])` returns the parameter and the slots after
+            one step. Among the numbers is `t`, the count of updates with this one.
+        names: The numbers of the optimizer.
+        opt: The optimizer.
+        grads: The gradients; a leaf whose gradient is None stands still.
+        state: The state: a count, and the slots, `()` where one is not kept.
+        params: The parameters.
+    """
     leaves, structure = pytree.flatten(params)
 
     def column(tree: Tree, root: str) -> list[Any]:
         return pytree.pair(tree, root, structure).leaves
 
+    slots = {
+        name: tree
+        for name, tree in state._asdict().items()
+        if name != "step" and not (isinstance(tree, tuple) and tree == () and params != ())
+    }
     counts = column(state.step, "step") if opt.step_per_leaf else [state.step] * len(leaves)
-    maxima = column(state.max_exp_avg_sq, "max") if opt.amsgrad else [None] * len(leaves)
-    columns = (column(grads, "grads"), column(state.exp_avg, "m"), column(state.exp_avg_sq, "v"))
-    rows = [_one(opt, list(row)) for row in zip(leaves, *columns, maxima, counts, strict=True)]
-    trees = [pytree.unflatten(structure, [row[i] for row in rows]) for i in range(5)]
-    new_params, exp_avg, exp_avg_sq, largest, count = trees
-    return new_params, AdamWState(
-        count if opt.step_per_leaf else state.step + 1,
-        exp_avg,
-        exp_avg_sq,
-        largest if opt.amsgrad else (),
-    )
+    columns = [leaves, column(grads, "grads"), *(column(slots[name], name) for name in slots)]
+    rows = [_one(move, names, opt, list(row)) for row in zip(counts, *columns, strict=True)]
+    news = [pytree.unflatten(structure, [row[i] for row in rows]) for i in range(2 + len(slots))]
+    count, new_params, *new_slots = news
+    step = count if opt.step_per_leaf else state.step + 1
+    return new_params, state._replace(step=step, **dict(zip(slots, new_slots, strict=True)))
 
 
-def _one(opt: AdamW, row: list[Any]) -> list[Any]:
-    p, g, m, v, largest, t = row
+def _one(move: _Move, names: Sequence[str], opt: Any, row: list[Any]) -> list[Any]:
+    t, p, g, *slots = row
     if g is None:
-        return [p, m, v, largest, t]
+        return [t, p, *slots]
     if p.is_complex():
-        pairs = [
-            None if x is None else torch.view_as_real(x.resolve_conj())
-            for x in (p, g, m, v, largest)
-        ]
-        *moved, t = _one(opt, [*pairs, t])
-        return [*(None if x is None else torch.view_as_complex(x) for x in moved), t]
-    given: tuple[Any, ...] = (opt.lr, *opt.betas, opt.eps, opt.weight_decay)
-    lr, beta1, beta2, eps, weight_decay = (own(t) if callable(own) else own for own in given)
-    t = t + 1
-    if opt.maximize:
-        g = -g
-    m = beta1 * m + (1 - beta1) * g
-    v = beta2 * v + (1 - beta2) * g * g
-    if opt.amsgrad:
-        largest = torch.maximum(largest, v)
-    mean = m / (1 - beta1**t)
-    spread = ((largest if opt.amsgrad else v) / (1 - beta2**t)).sqrt()
-    return [p - lr * weight_decay * p - lr * mean / (spread + eps), m, v, largest, t]
+        pairs = [torch.view_as_real(x.resolve_conj()) for x in (p, g, *slots)]
+        t, *moved = _one(move, names, opt, [t, *pairs])
+        return [t, *map(torch.view_as_complex, moved)]
+    numbers = {name: _at(getattr(opt, name), t) for name in names}
+    return [t + 1, *move(opt, {**numbers, "t": t + 1}, [p, -g if opt.maximize else g, *slots])]
 
 
-register(AdamW, adamw)
+def _at(given: Any, count: Any) -> Any:
+    """Return what a number is after so many updates, or each of a pair of numbers."""
+    if isinstance(given, tuple):
+        return tuple(_at(own, count) for own in given)
+    return given(count) if callable(given) else given
+
+
+for _kind, _oracle in ((AdamW, adamw), (Adam, adam), (SGD, sgd), (Lion, lion)):
+    register(_kind, _oracle)

@@ -19,7 +19,10 @@ from torch import Tensor
 
 from .._core import pytree
 from .._core.types import Optimizer, Tree
+from ..optimizers.adam import Adam
 from ..optimizers.adamw import AdamW
+from ..optimizers.lion import Lion
+from ..optimizers.sgd import SGD
 from ..wrappers.clip_value import ClipValue
 from ..wrappers.ema import Ema
 from ..wrappers.lookahead import Lookahead
@@ -28,13 +31,16 @@ from ._tensors import LAYOUTS, VALUES, build, like
 from ._trees import NODES, assemble
 
 __all__ = [
+    "adams",
     "adamws",
     "dtypes",
     "gradient_sequences",
     "gradients",
     "hyperparameters",
+    "lions",
     "optimizers",
     "params",
+    "sgds",
     "shapes",
     "tensors",
     "trees",
@@ -278,23 +284,47 @@ def gradient_sequences(
     return count.flatmap(lambda n: st.lists(one, min_size=n, max_size=n))
 
 
-def hyperparameters(*, tensor: bool = False) -> st.SearchStrategy[dict[str, Any]]:
-    """The hyperparameters of an `AdamW`, as keyword arguments.
+_DECAY = st.sampled_from([0.0, 1e-2, 0.5])
+_BETAS = st.sampled_from([(0.9, 0.999), (0.5, 0.75), (0.0, 0.0), (0.9, 0.0), (0.0, 0.99)])
+
+# What may be drawn for the numbers of each optimizer.
+_NUMBERS: dict[type[Any], dict[str, st.SearchStrategy[Any]]] = {
+    kind: {
+        "lr": st.sampled_from([0.1, 1e-3, 0.0, 1.0]),
+        "betas": _BETAS,
+        "eps": st.sampled_from([1e-8, 1e-3, 1.0]),
+        "weight_decay": _DECAY,
+    }
+    for kind in (AdamW, Adam)
+}
+_NUMBERS[SGD] = {
+    "lr": st.sampled_from([0.1, 1e-3, 0.0, 1.0]),
+    "momentum": st.sampled_from([0.0, 0.9, 0.5, 1.0]),
+    "dampening": st.sampled_from([0.0, 0.25, 1.0]),
+    "weight_decay": _DECAY,
+}
+_NUMBERS[Lion] = {
+    "lr": st.sampled_from([1e-2, 1e-4, 0.0, 1.0]),
+    "betas": _BETAS,
+    "weight_decay": _DECAY,
+}
+
+
+def hyperparameters(
+    kind: type[Any] = AdamW, *, tensor: bool = False
+) -> st.SearchStrategy[dict[str, Any]]:
+    """The hyperparameters of an optimizer, as keyword arguments.
 
     Args:
-        tensor: Whether lr, betas, eps and weight_decay may be 0-dim float64 tensors.
+        kind: Its class: `AdamW`, `Adam`, `SGD` or `Lion`.
+        tensor: Whether its numbers may be 0-dim float64 tensors.
     """
-    numbers = {
-        "lr": st.sampled_from([0.1, 1e-3, 0.0, 1.0]),
-        "betas": st.sampled_from([(0.9, 0.999), (0.5, 0.75), (0.0, 0.0), (0.9, 0.0), (0.0, 0.99)]),
-        "eps": st.sampled_from([1e-8, 1e-3, 1.0]),
-        "weight_decay": st.sampled_from([0.0, 1e-2, 0.5]),
-    }
+    numbers = _NUMBERS[kind]
     drawn = {
         name: st.one_of(numbers[name], numbers[name].map(_as_tensor)) if tensor else numbers[name]
         for name in numbers
     }
-    flags = {name: st.booleans() for name in ("amsgrad", "maximize", "step_per_leaf")}
+    flags = {name: st.booleans() for name in (*kind.rule.options, "step_per_leaf")}
     return st.fixed_dictionaries({**drawn, **flags})
 
 
@@ -304,6 +334,16 @@ def _as_tensor(value: Any) -> Any:
     return torch.tensor(value, dtype=torch.float64, device="cpu")
 
 
+def _arguments(kind: type[Any], fixed: dict[str, Any]) -> st.SearchStrategy[dict[str, Any]]:
+    tensor = fixed.pop("tensor", False)
+    unknown = [name for name in fixed if name not in kind.__dataclass_fields__]
+    if unknown:
+        raise InvalidArgument(
+            f"{unknown[0]}={fixed[unknown[0]]!r}: {kind.__name__} has no such field."
+        )
+    return hyperparameters(kind, tensor=tensor).map(lambda drawn: {**drawn, **fixed})
+
+
 def adamws(**fixed: Any) -> st.SearchStrategy[AdamW]:
     """`AdamW` optimizers, with some hyperparameters fixed.
 
@@ -311,11 +351,30 @@ def adamws(**fixed: Any) -> st.SearchStrategy[AdamW]:
         fixed: Hyperparameters by name, which are not drawn then; `tensor=True` is passed on to
             `hyperparameters`.
     """
-    tensor = fixed.pop("tensor", False)
-    unknown = [name for name in fixed if name not in AdamW.__dataclass_fields__]
-    if unknown:
-        raise InvalidArgument(f"{unknown[0]}={fixed[unknown[0]]!r}: AdamW has no such field.")
-    return hyperparameters(tensor=tensor).map(lambda drawn: AdamW(**{**drawn, **fixed}))
+    return _arguments(AdamW, fixed).map(lambda own: AdamW(**own))
+
+
+def adams(**fixed: Any) -> st.SearchStrategy[Adam]:
+    """`Adam` optimizers; the arguments are those of `adamws`."""
+    return _arguments(Adam, fixed).map(lambda own: Adam(**own))
+
+
+def sgds(**fixed: Any) -> st.SearchStrategy[SGD]:
+    """`SGD` optimizers; the arguments are those of `adamws`."""
+    return _arguments(SGD, fixed).map(
+        lambda own: SGD(**{**_with_what_nesterov_needs(own), **fixed})
+    )
+
+
+def _with_what_nesterov_needs(own: dict[str, Any]) -> dict[str, Any]:
+    if not own["nesterov"]:
+        return own
+    return {**own, "momentum": own["momentum"] or 0.9, "dampening": 0.0}
+
+
+def lions(**fixed: Any) -> st.SearchStrategy[Lion]:
+    """`Lion` optimizers; the arguments are those of `adamws`."""
+    return _arguments(Lion, fixed).map(lambda own: Lion(**own))
 
 
 # Wrappers that move each leaf by itself, with a state of numbers and of trees like the parameters,
@@ -334,7 +393,7 @@ def optimizers() -> st.SearchStrategy[Optimizer[Any]]:
     """Optimizers of every sort, bare or inside wrappers nested at random."""
     wrappers = st.sampled_from(_WRAPPERS)
     return st.recursive(
-        adamws(),
+        st.one_of(adamws(), adams(), sgds(), lions()),
         lambda inner: st.builds(lambda wrap, opt: wrap(opt), wrappers, inner),
         max_leaves=3,
     )

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from ..._core import pytree
 from ..._core.types import Tree, traits_of
+from ...optimizers.adam import Adam
 from ...optimizers.adamw import AdamW
+from ...optimizers.sgd import SGD
 from .._compare import EXACT, ROUNDING, NotApplicable, compare
 from .._subject import cast, field, kernels, leaves_of, replace, run, tree_map
 from ..oracles import Oracle, own_update, registered
@@ -36,6 +38,11 @@ def kernels_agree(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> None
             compare(law, step.number, "state", new_state, step.new_state, ROUNDING, step.state)
 
 
+_TORCH: dict[type, type[torch.optim.Optimizer]] = {
+    AdamW: torch.optim.AdamW,
+    Adam: torch.optim.Adam,
+    SGD: torch.optim.SGD,
+}
 _TORCH_FLAGS: dict[str, dict[str, bool]] = {
     "plain": {"foreach": False, "fused": False},
     "foreach": {"foreach": True},
@@ -45,10 +52,10 @@ _TORCH_FLAGS: dict[str, dict[str, bool]] = {
 
 def matches_torch(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> None:
     """Each kernel gives the bits of torch.optim on the CPU in float32 and float64."""
-    if not isinstance(opt, AdamW):
+    found = [torchs for kind, torchs in _TORCH.items() if isinstance(opt, kind)]
+    if not found:
         raise NotApplicable(f"torch.optim has no counterpart of {type(opt).__name__}")
-    numbers = (opt.lr, *opt.betas, opt.eps, opt.weight_decay)
-    if any(not isinstance(number, float) for number in numbers):
+    if any(not isinstance(number, float) for number in opt.rule.hyperparams_of(opt)):
         raise NotApplicable("torch.optim takes its bits from Python numbers")
     dtypes = (torch.float32, torch.float64)
     chosen = [i for i, leaf in enumerate(pytree.flatten(params)[0]) if leaf.dtype in dtypes]
@@ -63,9 +70,9 @@ def matches_torch(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> None
         theirs = [torch.nn.Parameter(leaf.detach().clone()) for leaf in pick(params)]
         if not theirs:
             raise NotApplicable("there is no leaf in float32 or float64")
-        shared = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize")
+        shared = [*(own.place[0] for own in opt.rule.hyperparams), *opt.rule.options]
         options: dict[str, Any] = {name: getattr(opt, name) for name in shared}
-        torchs = torch.optim.AdamW(theirs, **{**options, **flags})
+        torchs = found[0](theirs, **{**options, **flags})
         for step in run(ours, pick(params), [pick(grads) for grads in gradient_sequence]):
             for parameter, grad in zip(theirs, step.grads, strict=True):
                 parameter.grad = None if grad is None else grad.clone()
