@@ -1,4 +1,4 @@
-"""funcopt: AdamW as a pure function on PyTorch pytrees, and what a loop needs around it."""
+"""funcopt: optimizers as pure functions on PyTorch pytrees, and what a loop needs around them."""
 
 import importlib
 from types import ModuleType
@@ -6,8 +6,11 @@ from types import ModuleType
 from . import schedules
 from ._core.nested import find, replace
 from ._core.types import Optimizer
+from .optimizers.adam import Adam, AdamState
 from .optimizers.adamw import AdamW, AdamWState
 from .optimizers.frozen import Frozen
+from .optimizers.lion import Lion, LionState
+from .optimizers.sgd import SGD, SGDState
 from .wrappers.accumulate import Accumulate, AccumulateState
 from .wrappers.averaged import averaged
 from .wrappers.clip_adaptive import ClipAdaptive, ClipAdaptiveState
@@ -21,8 +24,11 @@ from .wrappers.partition import Partition, PartitionState
 from .wrappers.skip_nonfinite import SkipNonfinite, SkipNonfiniteState
 
 __all__ = [
+    "SGD",
     "Accumulate",
     "AccumulateState",
+    "Adam",
+    "AdamState",
     "AdamW",
     "AdamWState",
     "Clip",
@@ -34,6 +40,8 @@ __all__ = [
     "Ema",
     "EmaState",
     "Frozen",
+    "Lion",
+    "LionState",
     "Lookahead",
     "LookaheadState",
     "LossScale",
@@ -41,6 +49,7 @@ __all__ = [
     "Optimizer",
     "Partition",
     "PartitionState",
+    "SGDState",
     "SkipNonfinite",
     "SkipNonfiniteState",
     "__version__",

@@ -1,0 +1,204 @@
+"""Lion: its state, its equations, its rule, and the optimizer as a value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from .._core.arithmetic import double, fit
+from .._core.hyperparameters import AT_LEAST_ZERO, BELOW_ONE, Hyperparam
+from .._core.traits import ELEMENTWISE
+from .._core.types import Number, Schedule, Tree
+from .._engine import driver, kernels
+from .._engine.registration import check_fields, register_optimizer
+from .._engine.rule import Slot, StepInputs, UpdateRule
+
+__all__ = ["Lion", "LionState"]
+
+ParamsT = TypeVar("ParamsT")
+
+
+class LionState(NamedTuple):
+    """The state of `Lion`: tensors only, in trees of the shape of the parameters.
+
+    Attributes:
+        step: How many updates were made: a float64 tensor of shape (), on the GPU if all
+            parameters are on one, else on the CPU; with `step_per_leaf` a tree of them.
+        exp_avg: The running mean of the gradients.
+    """
+
+    step: Tree
+    exp_avg: Tree
+
+
+class Coefficients(NamedTuple):
+    """What the numbers of a step come to."""
+
+    beta1: Number
+    beta2: Number
+    gain1: Number  # 1 - beta1
+    gain2: Number  # 1 - beta2
+    weight_decay: Number
+    descent: Number  # minus the learning rate
+
+
+def coefficients(numbers: Any, _options: Any) -> Coefficients:
+    """Return what the numbers of a step come to, in float64."""
+    _, lr, beta1, beta2, weight_decay, _ = numbers
+    return Coefficients(beta1, beta2, 1 - beta1, 1 - beta2, weight_decay, -lr)
+
+
+def _equations(
+    param: Tensor, grad: Tensor, slots: tuple[Tensor, ...], own: Coefficients, options: Any
+) -> list[Tensor]:
+    """One step of one leaf, in the order of operations of optax."""
+    grad, (exp_avg,) = -grad if options.maximize else grad, slots
+    sign = (grad * own.gain1 + exp_avg * own.beta1).sign()
+    # A product and a sum, each rounded, as optax has them: add(alpha=...) rounds once.
+    direction = sign + param * own.weight_decay
+    return [param + direction * own.descent, grad * own.gain2 + exp_avg * own.beta2]
+
+
+def _foreach_(inputs: StepInputs, numbers: Any, options: Any) -> None:
+    params, grads, (exp_avgs,) = inputs
+    own = coefficients(numbers._make(map(double, numbers)), options)
+    if options.maximize:
+        grads = list(torch._foreach_neg(grads))
+    directions = list(torch._foreach_mul(grads, own.gain1))
+    torch._foreach_add_(directions, torch._foreach_mul(exp_avgs, own.beta1))
+    torch._foreach_sign_(directions)
+    torch._foreach_add_(directions, torch._foreach_mul(params, own.weight_decay))
+    torch._foreach_mul_(directions, fit(own.descent, params[0]))
+    torch._foreach_add_(params, directions)
+    torch._foreach_mul_(exp_avgs, own.beta2)
+    torch._foreach_add_(exp_avgs, torch._foreach_mul(grads, own.gain2))
+
+
+_HYPERPARAMS = (
+    Hyperparam("lr", AT_LEAST_ZERO),
+    Hyperparam("beta1", BELOW_ONE, "betas[0]"),
+    Hyperparam("beta2", BELOW_ONE, "betas[1]"),
+    Hyperparam("weight_decay", AT_LEAST_ZERO),
+)
+_FOREACH = kernels.foreach(
+    _foreach_, ("add_", "mul", "mul_", "neg", "sign_"), {own.name: own.path for own in _HYPERPARAMS}
+)
+
+_RULE = UpdateRule(
+    state=LionState,
+    slots=(Slot("exp_avg"),),
+    hyperparams=_HYPERPARAMS,
+    options=("maximize",),
+    coefficients=coefficients,
+    equations=_equations,
+    kernels={"foreach": _FOREACH},
+    traits=ELEMENTWISE,
+)
+
+
+@register_optimizer
+@dataclass(frozen=True)
+class Lion:
+    r"""Lion, which moves every element by the learning rate, in the direction of a running mean.
+
+    With gradient $g_t$, learning rate $\eta$ and weight decay $\lambda$,
+
+    $$ \theta_t = \theta_{t-1}
+       - \eta\,\bigl(\operatorname{sign}(\beta_1 m_{t-1} + (1 - \beta_1) g_t)
+       + \lambda\,\theta_{t-1}\bigr), \qquad
+       m_t = \beta_2 m_{t-1} + (1 - \beta_2) g_t. $$
+
+    It has one slot where Adam has two. Its steps are larger than Adam's, so that its learning rate
+    is three to ten times smaller, and its weight decay as many times larger. A `Lion` is a frozen
+    value and a pytree whose leaves are those hyperparameters that are tensors: map over it with
+    vmap to sweep them, differentiate with respect to it to learn them. Through the sign itself no
+    derivative flows.
+
+    The equations are those of Chen et al., *Symbolic Discovery of Optimization Algorithms* (NeurIPS
+    2023), with the defaults and the order of operations of `optax.lion`. 16-bit leaves are computed
+    in float32 by every kernel. A complex leaf is a pair of real ones, each with a sign of its own;
+    optax divides it by its absolute value.
+
+    Args:
+        lr: Learning rate: at least 0; a number, a 0-dim tensor, or a schedule, which is called with
+            the count of updates made so far (0 at the first) and returns one of the others.
+        betas: How much of the running mean is in the direction, and how much of it is kept: each at
+            least 0 and below 1, and each likewise a number, tensor or schedule.
+        weight_decay: At least 0, multiplied by the learning rate; likewise.
+        maximize: Ascend instead of descending.
+        step_per_leaf: Count the updates of each leaf; a schedule then sees each leaf's own count.
+            Off: one count for the tree, advanced by every update.
+        kernel: `"auto"` takes the fastest that is right for the tensors; `"foreach"` and `"plain"`
+            name one. Tracers and forward mode always see plain operators.
+        differentiable: Whether plain autograd records an update. None: if a state tensor or a
+            hyperparameter requires a gradient, or if a gradient depends on anything that does,
+            other than these parameters. Under a transform of `torch.func` always.
+
+    Raises:
+        TypeError: If a hyperparameter is of the wrong type.
+        ValueError: If one is out of range, NaN or infinite.
+
+    Example:
+        >>> import torch, funcopt
+        >>> opt = funcopt.Lion(lr=0.1, weight_decay=0.0)
+        >>> params = {"w": torch.tensor([1.0, 2.0])}
+        >>> state = opt.init(params)
+        >>> params, state = opt.update({"w": torch.tensor([0.5, -5.0])}, state, params)
+        >>> params
+        {'w': tensor([0.9000, 2.1000])}
+    """
+
+    rule: ClassVar[UpdateRule] = _RULE
+
+    lr: Number | Schedule = 1e-4
+    betas: tuple[Number | Schedule, Number | Schedule] = (0.9, 0.99)
+    weight_decay: Number | Schedule = 1e-3
+    maximize: bool = False
+    step_per_leaf: bool = False
+    kernel: str = "auto"
+    differentiable: bool | None = None
+
+    def __post_init__(self) -> None:
+        """Check and normalize every hyperparameter."""
+        check_fields(self)
+
+    def init(self, params: Tree) -> LionState:
+        """Return the state before the first update: zeros.
+
+        Example:
+            >>> import torch, funcopt
+            >>> funcopt.Lion().init([torch.ones(2)])
+            LionState(step=tensor(0., dtype=torch.float64), exp_avg=[tensor([0., 0.])])
+        """
+        state: LionState = driver.init(self, params)
+        return state
+
+    def update(self, grads: Tree, state: LionState, params: ParamsT) -> tuple[ParamsT, LionState]:
+        """Return the new parameters and the new state, in fresh memory.
+
+        Example:
+            >>> import torch, funcopt
+            >>> opt = funcopt.Lion(lr=0.1)
+            >>> params = [torch.ones(2), torch.ones(2)]
+            >>> params, state = opt.update([torch.ones(2), None], opt.init(params), params)
+            >>> params
+            [tensor([0.8999, 0.8999]), tensor([1., 1.])]
+        """
+        return driver.update(self, grads, state, params)
+
+    def update_(self, grads: Tree, state: LionState, params: ParamsT) -> tuple[ParamsT, LionState]:
+        """Do the same as `update`, written into `params` and `state`, which are returned.
+
+        Example:
+            >>> import torch, funcopt
+            >>> opt = funcopt.Lion(lr=0.1)
+            >>> w = torch.nn.Parameter(torch.ones(2))
+            >>> _ = opt.update_(torch.ones(2), opt.init(w), w)
+            >>> w
+            Parameter containing:
+            tensor([0.8999, 0.8999], requires_grad=True)
+        """
+        return driver.update_(self, grads, state, params)

@@ -1,0 +1,268 @@
+"""SGD: its state, its equations, its kernels, its rule, and the optimizer as a value."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from .._core.arithmetic import double, fit
+from .._core.hyperparameters import AT_LEAST_ZERO, Hyperparam, Range
+from .._core.traits import ELEMENTWISE
+from .._core.types import Number, Schedule, Tree
+from .._engine import driver, kernels
+from .._engine.registration import check_fields, register_optimizer
+from .._engine.rule import Slot, StepInputs, UpdateRule
+from ._terms import add_decay, add_scaled
+
+__all__ = ["SGD", "SGDState"]
+
+ParamsT = TypeVar("ParamsT")
+
+
+class SGDState(NamedTuple):
+    """The state of `SGD`: tensors only, in trees of the shape of the parameters.
+
+    Attributes:
+        step: How many updates were made: a float64 tensor of shape (), on the GPU if all
+            parameters are on one, else on the CPU; with `step_per_leaf` a tree of them.
+        momentum_buffer: The running sum of the gradients; `()` if momentum is the number 0.
+    """
+
+    step: Tree
+    momentum_buffer: Tree
+
+
+class Coefficients(NamedTuple):
+    """What the numbers of a step come to."""
+
+    weight_decay: Number
+    momentum: Number
+    gain: Number  # what the buffer takes of the gradient: at the first update all of it
+    descent: Number  # minus the learning rate
+
+
+def coefficients(numbers: Any, _options: Any) -> Coefficients:
+    """Return what the numbers of a step come to, in float64."""
+    step, lr, momentum, dampening, weight_decay, _ = numbers
+    gain: Number = 1.0
+    if isinstance(dampening, Tensor) or dampening != 0:
+        later = (step != 1).double() if isinstance(step, Tensor) else float(step != 1)
+        gain = 1 - dampening * later
+    return Coefficients(weight_decay, momentum, gain, -lr)
+
+
+def _equations(
+    param: Tensor, grad: Tensor, slots: tuple[Tensor, ...], own: Coefficients, options: Any
+) -> list[Tensor]:
+    """One step of one leaf, in the order of operations of torch.optim's single-tensor SGD."""
+    grad = add_decay(-grad if options.maximize else grad, param, own.weight_decay)
+    buffers = [add_scaled(buffer * own.momentum, grad, own.gain) for buffer in slots]
+    for buffer in buffers:
+        grad = add_scaled(grad, buffer, own.momentum) if options.nesterov else buffer
+    return [add_scaled(param, grad, own.descent), *buffers]
+
+
+def _foreach_(inputs: StepInputs, numbers: Any, options: Any) -> None:
+    params, grads, slots = inputs
+    own = coefficients(numbers._make(map(double, numbers)), options)
+    if options.maximize:
+        grads = list(torch._foreach_neg(grads))
+    if numbers.weight_decay != 0:
+        grads = list(torch._foreach_add(grads, params, alpha=numbers.weight_decay))
+    for buffers in slots:
+        torch._foreach_mul_(buffers, numbers.momentum)
+        _add_scaled_(buffers, grads, own.gain)
+        if options.nesterov:
+            grads = list(torch._foreach_add(grads, buffers, alpha=numbers.momentum))
+        else:
+            grads = buffers
+    _add_scaled_(params, grads, own.descent)
+
+
+def _add_scaled_(tensors: list[Tensor], others: list[Tensor], scale: Number) -> None:
+    if isinstance(scale, Tensor):  # on the device, where its value is not read
+        torch._foreach_add_(tensors, torch._foreach_mul(others, fit(scale, others[0])))
+    else:
+        torch._foreach_add_(tensors, others, alpha=scale)
+
+
+_FOREACH = kernels.foreach(_foreach_, ("add", "add_", "mul", "mul_", "neg"))
+
+
+def _fused_(inputs: StepInputs, numbers: Any, options: Any) -> None:
+    if inputs.slots and numbers.momentum == 0:  # torch's kernel would leave the buffers alone
+        _FOREACH.step_(inputs, numbers, options)
+        return
+    # Told that this is the first step, torch's kernel copies the gradient into the buffer. The
+    # buffer is zeros then, so that adding all of the gradient to it comes to the same.
+    first = isinstance(numbers.step, float) and numbers.step == 1
+    torch._fused_sgd_(
+        inputs.params,
+        inputs.grads,
+        inputs.slots[0] if inputs.slots else [],
+        weight_decay=numbers.weight_decay,
+        momentum=numbers.momentum,
+        lr=kernels.fused_lr(numbers.lr, inputs.params[0].device),
+        dampening=0.0 if first else numbers.dampening,
+        nesterov=options.nesterov,
+        maximize=options.maximize,
+        is_first_step=False,
+    )
+
+
+_FUSED = kernels.fused(_fused_, "_fused_sgd_")
+
+
+def _fused_unsupported_reason(device: torch.device, numbers: Any) -> str | None:
+    if numbers is not None and isinstance(numbers.step, Tensor) and numbers.dampening != 0:
+        return "with dampening it has to know the count of updates, whose value cannot be read"
+    return _FUSED.unsupported_reason(device, numbers)
+
+
+_RULE = UpdateRule(
+    state=SGDState,
+    slots=(Slot("momentum_buffer", option="momentum"),),
+    hyperparams=(
+        Hyperparam("lr", AT_LEAST_ZERO),
+        Hyperparam("momentum", AT_LEAST_ZERO),
+        Hyperparam("dampening", Range("must be finite", math.isfinite)),
+        Hyperparam("weight_decay", AT_LEAST_ZERO),
+    ),
+    options=("nesterov", "maximize"),
+    coefficients=coefficients,
+    equations=_equations,
+    kernels={
+        "fused": _FUSED._replace(unsupported_reason=_fused_unsupported_reason),
+        "foreach": _FOREACH,
+    },
+    traits=ELEMENTWISE,
+)
+
+
+@register_optimizer
+@dataclass(frozen=True)
+class SGD:
+    r"""Stochastic gradient descent, with momentum.
+
+    With gradient $g_t$, learning rate $\eta$, weight decay $\lambda$, momentum $\mu$ and dampening
+    $\tau$,
+
+    $$ d_t = g_t + \lambda\,\theta_{t-1}, \qquad b_1 = d_1, \qquad
+       b_t = \mu\,b_{t-1} + (1 - \tau)\,d_t, $$
+
+    $$ \theta_t = \theta_{t-1} - \eta\,b_t, \qquad \text{with nesterov} \qquad
+       \theta_t = \theta_{t-1} - \eta\,(d_t + \mu\,b_t), $$
+
+    and without momentum $\theta_t = \theta_{t-1} - \eta\,d_t$.
+
+    An `SGD` is a frozen value and a pytree whose leaves are those hyperparameters that are tensors:
+    map over it with vmap to sweep them, differentiate with respect to it to learn them.
+
+    The equations are those of `torch.optim.SGD`; Nesterov's momentum is in the form of Sutskever et
+    al., *On the importance of initialization and momentum in deep learning* (ICML 2013). On the
+    CPU, in float32 and float64, the same kernel gives torch's bits. Unlike torch's, the state has a
+    count of updates. The first of them, which takes no dampening, is the one that the count says is
+    the first: if a leaf has no gradient then, its own first one is dampened, unless `step_per_leaf`
+    counts the updates of each leaf, as torch does in effect. 16-bit leaves are computed in float32
+    by every kernel. A complex leaf is a pair of real ones.
+
+    Args:
+        lr: Learning rate: at least 0; a number, a 0-dim tensor, or a schedule, which is called with
+            the count of updates made so far (0 at the first) and returns one of the others.
+        momentum: At least 0; likewise. At the number 0 there is no buffer, and no dampening. A
+            tensor or a schedule has a buffer, also where its value is 0.
+        dampening: What is kept from the buffer of each gradient but the first: finite; likewise.
+        weight_decay: At least 0, times the parameter added to the gradient; likewise.
+        nesterov: Look ahead by the momentum. It wants momentum, and the number 0 for dampening.
+        maximize: Ascend instead of descending.
+        step_per_leaf: Count the updates of each leaf, so that a leaf whose gradient is None at the
+            first update has its own first one later, as in torch.optim; a schedule then sees each
+            leaf's own count. Off: one count for the tree, advanced by every update.
+        kernel: `"auto"` takes the fastest that is right for the tensors; `"fused"`, `"foreach"` and
+            `"plain"` name one. Tracers and forward mode always see plain operators.
+        differentiable: Whether plain autograd records an update. None: if a state tensor or a
+            hyperparameter requires a gradient, or if a gradient depends on anything that does,
+            other than these parameters. Under a transform of `torch.func` always.
+
+    Raises:
+        TypeError: If a hyperparameter is of the wrong type.
+        ValueError: If one is out of range, NaN or infinite, or if `nesterov` has no momentum, or
+            has dampening.
+
+    Example:
+        >>> import torch, funcopt
+        >>> opt = funcopt.SGD(lr=0.1, momentum=0.9)
+        >>> params = {"w": torch.tensor([1.0, 2.0])}
+        >>> state = opt.init(params)
+        >>> for _ in range(2):
+        ...     params, state = opt.update({"w": torch.tensor([0.5, -0.5])}, state, params)
+        >>> params, state.momentum_buffer
+        ({'w': tensor([0.8550, 2.1450])}, {'w': tensor([ 0.9500, -0.9500])})
+    """
+
+    rule: ClassVar[UpdateRule] = _RULE
+
+    lr: Number | Schedule = 1e-3
+    momentum: Number | Schedule = 0.0
+    dampening: Number | Schedule = 0.0
+    weight_decay: Number | Schedule = 0.0
+    nesterov: bool = False
+    maximize: bool = False
+    step_per_leaf: bool = False
+    kernel: str = "auto"
+    differentiable: bool | None = None
+
+    def __post_init__(self) -> None:
+        """Check and normalize every hyperparameter."""
+        check_fields(self)
+        if self.nesterov and (_is_zero(self.momentum) or not _is_zero(self.dampening)):
+            raise ValueError(
+                f"nesterov=True with momentum={self.momentum} and dampening={self.dampening}: it "
+                f"needs momentum, and no dampening. Give momentum=0.9, say, and dampening=0."
+            )
+
+    def init(self, params: Tree) -> SGDState:
+        """Return the state before the first update: zeros.
+
+        Example:
+            >>> import torch, funcopt
+            >>> funcopt.SGD(momentum=0.9).init([torch.ones(2)])
+            SGDState(step=tensor(0., dtype=torch.float64), momentum_buffer=[tensor([0., 0.])])
+        """
+        state: SGDState = driver.init(self, params)
+        return state
+
+    def update(self, grads: Tree, state: SGDState, params: ParamsT) -> tuple[ParamsT, SGDState]:
+        """Return the new parameters and the new state, in fresh memory.
+
+        Example:
+            >>> import torch, funcopt
+            >>> opt = funcopt.SGD(lr=0.1)
+            >>> params = [torch.ones(2), torch.ones(2)]
+            >>> params, state = opt.update([torch.ones(2), None], opt.init(params), params)
+            >>> params
+            [tensor([0.9000, 0.9000]), tensor([1., 1.])]
+        """
+        return driver.update(self, grads, state, params)
+
+    def update_(self, grads: Tree, state: SGDState, params: ParamsT) -> tuple[ParamsT, SGDState]:
+        """Do the same as `update`, written into `params` and `state`, which are returned.
+
+        Example:
+            >>> import torch, funcopt
+            >>> opt = funcopt.SGD(lr=0.1)
+            >>> w = torch.nn.Parameter(torch.ones(2))
+            >>> _ = opt.update_(torch.ones(2), opt.init(w), w)
+            >>> w
+            Parameter containing:
+            tensor([0.9000, 0.9000], requires_grad=True)
+        """
+        return driver.update_(self, grads, state, params)
+
+
+def _is_zero(given: Number | Schedule) -> bool:
+    return isinstance(given, float) and given == 0.0
