@@ -26,12 +26,16 @@ from .types import Number
 __all__ = [
     "add",
     "add_",
+    "choose",
     "compute_dtype",
     "copies_of",
     "copy_of",
+    "differentiable_norm",
     "double",
     "fit",
     "is_mapped",
+    "lerp",
+    "lerp_",
     "norms",
     "on_one_thread",
     "recording",
@@ -43,7 +47,7 @@ __all__ = [
     "write",
 ]
 
-vector_norm: Callable[[Tensor, float], Tensor] = torch.linalg.vector_norm
+vector_norm: Callable[..., Tensor] = torch.linalg.vector_norm
 
 _HAS_FOREACH = all(
     hasattr(torch, f"_foreach_{name}") for name in ("add", "add_", "lerp", "lerp_", "mul", "norm")
@@ -107,16 +111,45 @@ def norms(tensors: Sequence[Tensor], order: float) -> list[Tensor]:
     wide = [_wide(tensor) for tensor in tensors]
     if wide and use_foreach(wide):
         return list(torch._foreach_norm(wide, order))
-    return [_followed_norm(tensor, order) for tensor in wide]
+    return [
+        differentiable_norm(tensor, order)
+        if tensor.requires_grad or transforms.transformed()
+        else vector_norm(tensor, order)
+        for tensor in wide
+    ]
 
 
-def _followed_norm(tensor: Tensor, order: float) -> Tensor:
-    if not tensor.requires_grad and not transforms.transformed():
-        return vector_norm(tensor, order)
-    # At zero the second derivative is NaN: the first of a norm is 0 / 0 there, which torch sets to
-    # 0, but not its own derivative.
-    zero = (tensor == 0).all()
-    return vector_norm(tensor.masked_fill(zero, 1.0), order).masked_fill(zero, 0.0)
+def differentiable_norm(
+    tensor: Tensor, order: float, dims: tuple[int, ...] | None = None
+) -> Tensor:
+    """Return a norm whose derivatives of every order are 0 where the norm is 0.
+
+    Those of `torch.linalg.vector_norm` are 0 / 0 there. It sets the first one to 0, but the second
+    one is NaN.
+
+    Args:
+        tensor: Of what.
+        order: The order of the norm.
+        dims: The dimensions to take it over, which are kept with size 1. None: over all of them,
+            of which none is kept.
+    """
+    is_zero = tensor == 0
+    zero = is_zero.all() if dims is None else is_zero.all(dims, keepdim=True)
+    filled = tensor.masked_fill(zero, 1.0)
+    return vector_norm(filled, order, dims, keepdim=dims is not None).masked_fill(zero, 0.0)
+
+
+@overload
+def choose(condition: bool | Tensor, yes: Tensor, no: Tensor) -> Tensor: ...
+@overload
+def choose(condition: bool | Tensor, yes: Number, no: Number) -> Number: ...
+def choose(condition: bool | Tensor, yes: Number, no: Number) -> Number:
+    """Return one or the other; element by element, where the condition is a tensor."""
+    if not isinstance(condition, Tensor):
+        return yes if condition else no
+    if not isinstance(yes, Tensor):  # of two numbers, where makes a float32
+        yes = torch.full((), yes, dtype=torch.float64, device=condition.device)
+    return torch.where(condition, yes, no)
 
 
 def scaled(tensors: Sequence[Tensor], scale: Number) -> list[Tensor]:
@@ -153,6 +186,43 @@ def add_(tensors: list[Tensor], others: list[Tensor]) -> None:
         return
     for tensor, other in zip(tensors, others, strict=True):
         tensor.add_(other)
+
+
+def lerp(starts: list[Tensor], ends: list[Tensor], weight: Number) -> list[Tensor]:
+    """Return start + weight * (end - start) of each pair, in the dtypes of the starts.
+
+    The numbers are those of `torch.lerp`: at a weight of 1, each is the end itself.
+    """
+    if isinstance(weight, float) and _use_foreach_lerp(starts, ends):
+        alike = [end.to(start.dtype) for start, end in zip(starts, ends, strict=True)]
+        return list(torch._foreach_lerp(starts, alike, weight))
+    return [_lerp_pair(*pair, weight) for pair in zip(starts, ends, strict=True)]
+
+
+def lerp_(starts: list[Tensor], ends: list[Tensor], weight: Number) -> None:
+    """Do the same, written into the starts."""
+    if not isinstance(weight, float) or not _use_foreach_lerp(starts, ends):
+        for start, end in zip(starts, ends, strict=True):
+            write(start, _lerp_pair(start, end, weight))
+    elif all(start.dtype is end.dtype for start, end in zip(starts, ends, strict=True)):
+        torch._foreach_lerp_(starts, ends, weight)
+    else:
+        # One by one, so that only one end at a time is copied into another dtype.
+        for start, end in zip(starts, ends, strict=True):
+            start.lerp_(end.to(start.dtype), weight)
+
+
+def _lerp_pair(start: Tensor, end: Tensor, weight: Number) -> Tensor:
+    """Return that of one pair: in float32 if in 16 bits, of its two parts if complex."""
+    wide = compute_dtype(start.dtype)
+    origin, goal = view_as_real(start.to(wide)), view_as_real(end.to(wide))
+    own = weight.to(origin) if isinstance(weight, Tensor) else weight
+    return view_as_complex_like(torch.lerp(origin, goal, own), start).to(start.dtype)
+
+
+def _use_foreach_lerp(starts: list[Tensor], ends: list[Tensor]) -> bool:
+    tensors = [*starts, *ends]
+    return bool(starts) and not any(map(Tensor.is_complex, tensors)) and use_foreach(tensors)
 
 
 def _wide(tensor: Tensor) -> Tensor:

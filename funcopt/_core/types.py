@@ -51,7 +51,8 @@ class Optimizer(Protocol[StateT]):
     """What every optimizer here is: a value with three methods.
 
     There is no base class to inherit from: whatever has these methods is an optimizer, and a
-    wrapper around one (gradient clipping, say) is a value with the same three methods.
+    wrapper around one (gradient clipping, say) is a value with the same three methods. What holds
+    of the methods of all of them is said here; a class says what is special about its own.
 
     What may be done with its leaves, a class says in its attribute `traits`: see `Traits`.
 
@@ -62,17 +63,62 @@ class Optimizer(Protocol[StateT]):
     """
 
     def init(self, params: Tree) -> StateT:
-        """Return the state before the first update. Never touches `params`."""
+        """Return the state before the first update. Never touches `params`.
+
+        Args:
+            params: The parameters: any tree of dense floating-point or complex tensors, of which no
+                two share memory. Those that `Frozen` leaves at rest may be anything.
+
+        Raises:
+            TypeError: If a leaf is anything else.
+            ValueError: If two leaves share their memory.
+        """
         ...
 
     def update(self, grads: Tree, state: StateT, params: ParamsT) -> tuple[ParamsT, StateT]:
-        """Return the new parameters and the new state; the inputs are left as they are."""
+        """Return the new parameters and the new state, in fresh memory. The inputs are not changed.
+
+        On the CPU, small leaves of what is returned may share a storage, of up to 2**18 elements:
+        clone one before you save it alone, or call `resize_` on it.
+
+        Args:
+            grads: The gradients: a tree with the keys of `params`, each like its parameter in
+                shape, dtype and device, or None, which leaves that parameter alone.
+            state: The state that `init` or the last update returned.
+            params: The parameters.
+
+        Returns:
+            The pair `(new_params, new_state)`. Leaves of `Frozen` are the very tensors that were
+            given.
+
+        Raises:
+            TypeError: If a leaf is no such tensor, or the state is that of another optimizer.
+            ValueError: If the trees, or a leaf and its parameter, do not match; or if a
+                hyperparameter is not one number, or is out of range, now that it is looked at again
+                or its schedule is called.
+        """
         ...
 
     def update_(self, grads: Tree, state: StateT, params: ParamsT) -> tuple[ParamsT, StateT]:
-        """Do the same, written into `params` and `state`, which are returned.
+        """Do the same as `update`, written into `params` and `state`, which are returned.
 
-        If an interrupt (Ctrl-C) comes in the middle, they are half-written.
+        Everything is checked before anything is written. But if an interrupt (Ctrl-C) comes in the
+        middle, they are half-written.
+
+        Args:
+            grads: The gradients, as for `update`, which are not written.
+            state: The state, which is overwritten.
+            params: The parameters, which are overwritten.
+
+        Returns:
+            The pair `(params, state)`: the trees that were given.
+
+        Raises:
+            RuntimeError: Under a transform of `torch.func`, or if a derivative would be lost: what
+                goes into the update has a history, or requires a gradient and is no parameter.
+            TypeError: As `update`.
+            ValueError: As `update`; or if a tensor to be written is expanded, or starts in memory
+                where another one, or a gradient, does.
         """
         ...
 

@@ -28,6 +28,8 @@ __all__ = [
     "check_distinct",
     "check_inplace",
     "check_leaves",
+    "check_no_history",
+    "check_not_among",
     "check_optimizer",
     "check_state",
     "check_unwatched",
@@ -323,11 +325,7 @@ def check_inplace(
     check_unwatched(*prepared.inputs.columns, prepared.counts.tensors, *numbers)
     if prepared.layout is not None and _is_plainly_fine(prepared, prepared.layout, counts, numbers):
         return
-    for name, tensor in _history(rule, prepared, numbers):
-        raise RuntimeError(
-            f"{name} {'has a history' if tensor.grad_fn else 'requires a gradient'}, which writing "
-            f"in place would lose. Use update(), or detach it if no derivative is wanted."
-        )
+    check_no_history(_history(rule, prepared, numbers))
     if prepared.layout is not None:  # while operators are traced there is no memory yet
         for root, tensors in prepared.written().items():
             check_writable(tensors, partial(prepared.path, root))
@@ -383,13 +381,35 @@ def check_apart(
     check_distinct(targets, path, "one would be written over the other")
     if pointers is None:  # fake tensors have no memory to share
         return
-    taken = {tensor.data_ptr() for tensor in targets if tensor.numel() > 0}
-    for index, grad in enumerate(grads):
-        if grad.numel() > 0 and grad.data_ptr() in taken and not grad.is_meta:
+    check_not_among(grads, targets, grad_path, "a tensor that is to be written")
+
+
+def check_not_among(
+    tensors: Sequence[Tensor], others: Sequence[Tensor], path: Callable[[int], str], what: str
+) -> None:
+    """Refuse tensors that start in memory where one of the others does.
+
+    Args:
+        tensors: The tensors.
+        others: The others.
+        path: Names tensor i.
+        what: What one of the others is, for the message.
+    """
+    taken = {tensor.data_ptr() for tensor in others if tensor.numel() > 0}
+    for index, tensor in enumerate(tensors):
+        if tensor.numel() > 0 and tensor.data_ptr() in taken and not tensor.is_meta:
             raise ValueError(
-                f"{grad_path(index)} shares its memory with a tensor that is to be written. Clone "
-                f"it, or use update()."
+                f"{path(index)} shares its memory with {what}. Clone it, or use update()."
             )
+
+
+def check_no_history(found: Iterable[tuple[str, Tensor]]) -> None:
+    """Refuse the first of these tensors, each of which has a derivative to lose, by its name."""
+    for name, tensor in found:
+        raise RuntimeError(
+            f"{name} {'has a history' if tensor.grad_fn else 'requires a gradient'}, which writing "
+            f"in place would lose. Use update(), or detach it if no derivative is wanted."
+        )
 
 
 def _history(

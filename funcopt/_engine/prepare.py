@@ -104,27 +104,23 @@ class Prepared(NamedTuple):
                 self._filled(paired.leaves, tensors)
                 for paired, tensors in zip(pairs, columns, strict=True)
             ]
-        self._keep_requiring(columns[0])
+        if not (self.all_active and self.layout and not self.layout.params_require_grad):
+            keep_requiring(columns[0], self.params.leaves)
         return [paired.rebuild(own) for paired, own in zip(pairs, columns, strict=True)]
 
     def _filled(self, olds: list[Tensor], news: list[Tensor]) -> list[Tensor]:
         by_index = dict(zip(self.active, news, strict=True))
         return [by_index[i] if i in by_index else old.clone() for i, old in enumerate(olds)]
 
-    def _keep_requiring(self, news: list[Tensor]) -> None:
-        """Let new parameters require a gradient where the old did, but for a transform's sake.
-
-        A compiled graph cannot return a tensor that was told so inside it.
-        """
-        if self.layout is None or (self.all_active and not self.layout.params_require_grad):
-            return
-        if transforms.transformed():
-            return
-        keep_requiring(news, self.params.leaves)
-
 
 def keep_requiring(news: Sequence[Tensor], olds: Sequence[Tensor]) -> None:
-    """Let new parameters require a gradient where the old did."""
+    """Let new parameters require a gradient where the old did.
+
+    Under a transform they do not: it follows them anyway. Nor do they while operators are recorded:
+    a compiled graph cannot return a tensor that was told so inside it.
+    """
+    if transforms.transformed() or transforms.tracing():
+        return
     for new, old in zip(news, olds, strict=True):
         if old.requires_grad and not new.requires_grad:
             new.requires_grad_()

@@ -14,7 +14,7 @@ from .._core import pytree
 from .._core.tensors import compute_dtype
 from .._core.types import Tree
 from ..wrappers.base import Gradients, check_inplace
-from ..wrappers.shadow_params import Follower
+from ..wrappers.shadow_params import ShadowParams
 from ..wrappers.update_if import copies
 from ._average import means
 from ._buckets import by_path
@@ -34,8 +34,8 @@ class Meeting(NamedTuple):
     """Parameters, with the anchor and the outer momentum that a state has beside them, checked."""
 
     gradients: Gradients  # with the parameters
-    anchored: Follower | None
-    moving: Follower | None
+    anchored: ShadowParams | None
+    moving: ShadowParams | None
 
     @classmethod
     def gather(
@@ -62,8 +62,8 @@ class Meeting(NamedTuple):
                 )
         return cls(
             gradients,
-            _follower(gradients, "state.anchor", anchor, anchored),
-            _follower(gradients, "state.momentum_buffer", buffer, moving),
+            _shadow(gradients, "state.anchor", anchor, anchored),
+            _shadow(gradients, "state.momentum_buffer", buffer, moving),
         )
 
     @property
@@ -116,7 +116,7 @@ def _has_mean(leaf: Tensor) -> bool:
     return leaf.is_floating_point() or leaf.is_complex()
 
 
-def _follower(gradients: Gradients, name: str, tree: Tree, wanted: bool) -> Follower | None:
+def _shadow(gradients: Gradients, name: str, tree: Tree, wanted: bool) -> ShadowParams | None:
     """Pair a tree of the state with the parameters, if there is to be one."""
     given = not (isinstance(tree, tuple) and tree == ())
     if given != wanted and len(gradients.params) > 0:
@@ -125,14 +125,14 @@ def _follower(gradients: Gradients, name: str, tree: Tree, wanted: bool) -> Foll
             f"optimizer's outer_lr and outer_momentum. Make the state with init() of this "
             f"optimizer."
         )
-    return Follower.gather(gradients, name, tree, compute_dtype) if wanted else None
+    return ShadowParams.gather(gradients, name, tree, compute_dtype) if wanted else None
 
 
-def _tree_of(follower: Follower | None) -> Tree:
-    return () if follower is None else follower.paired.rebuild(follower.leaves)
+def _tree_of(shadow: ShadowParams | None) -> Tree:
+    return () if shadow is None else shadow.paired.rebuild(shadow.leaves)
 
 
-def _copied(follower: Follower | None) -> Follower | None:
-    if follower is None:
+def _copied(shadow: ShadowParams | None) -> ShadowParams | None:
+    if shadow is None:
         return None
-    return follower._replace(paired=follower.paired._replace(leaves=copies(follower.leaves)))
+    return shadow._replace(paired=shadow.paired._replace(leaves=copies(shadow.leaves)))

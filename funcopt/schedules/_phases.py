@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .._core import transforms
+from .._core.tensors import choose
 from .._core.types import Number
 from .._engine.prepare import value_of
 from ._checks import check_step
@@ -97,15 +98,6 @@ def _progress(elapsed: Number, length: Number) -> Number:
     """How much of a phase is over, from 0 to below 1; outside of it 0."""
     inside = (elapsed >= 0) & (elapsed < length)
     return choose(inside, elapsed / choose(length > 0, length, 1.0), 0.0)
-
-
-def choose(condition: bool | Tensor, yes: Number, no: Number) -> Number:
-    """Return one or the other; by element, where the condition is a tensor."""
-    if not isinstance(condition, Tensor):
-        return yes if condition else no
-    if not isinstance(yes, Tensor):  # of two numbers, where makes a float32
-        yes = torch.full((), yes, dtype=torch.float64, device=condition.device)
-    return torch.where(condition, yes, no)
 
 
 def floor(number: Number) -> Number:

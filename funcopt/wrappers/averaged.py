@@ -1,4 +1,4 @@
-"""Reading the average that an `Ema` keeps, wherever in a state it is."""
+"""Reading the average that an `Ema` keeps, at whatever place in a state."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def _outermost(state: Any, *kinds: type) -> list[Any]:
 
 
 class _Groups(NamedTuple):
-    """What the groups of a `Partition` have of an average."""
+    """The averages of the groups of a `Partition`."""
 
     averages: dict[str, Tensor]  # by the names of leaves
     resting: list[str]  # labels of groups without a state, whose leaves stay what they are

@@ -1,4 +1,10 @@
-"""What wrappers share: gradients beside their parameters, and what they check."""
+"""What the wrappers share: gradients paired with parameters, checks, and the fields of a state.
+
+An update of a wrapper goes the same way in every one of them. It checks its state, finds its
+numbers (`numbers_of`), pairs the gradients with the parameters (`gather_gradients`), decides what
+the inner optimizer is given and whether it makes its update, calls it, and returns its own new
+state. In place, `check_inplace` stands before the call, and `write_state` after it.
+"""
 
 from __future__ import annotations
 
@@ -13,35 +19,51 @@ from torch import Tensor
 from .._core import pytree, transforms
 from .._core.tensors import recording, write
 from .._core.types import Number, Optimizer, Schedule, Tree, is_dense, traits_of
-from .._engine.checks import check_alike, check_leaves, check_unwatched, kind_of
+from .._engine.checks import (
+    are_apart,
+    check_alike,
+    check_distinct,
+    check_leaves,
+    check_no_history,
+    check_not_among,
+    check_unwatched,
+    kind_of,
+)
 from .._engine.hyperparameters import has_schedule
 from .._engine.prepare import check_untied, first_count, next_step, place_for_count
 from .._engine.registration import at_rest
 
 __all__ = [
     "Gradients",
+    "Params",
     "check_inplace",
     "check_overflow_is_seen",
     "check_scalar",
     "first_step",
     "gather_gradients",
     "gather_params",
+    "is_due",
+    "own_tensors",
     "place_of_counts",
+    "place_of_tensors",
     "read",
     "records",
     "settled",
-    "with_step",
-    "write_step",
+    "write_state",
+    "zero_if",
 ]
 
 
 class Gradients(NamedTuple):
-    """Gradients beside their parameters, checked."""
+    """Gradients beside their parameters, checked.
+
+    Leaves at rest are those that the optimizer leaves as they are, as `Frozen` does.
+    """
 
     params: list[Tensor]
     structure: pytree.Structure  # of the parameters
     paired: pytree.Paired
-    resting: Collection[int] = ()  # leaves without a gradient, since the optimizer leaves them so
+    resting: Collection[int] = ()  # the leaves at rest, which have no gradient here
 
     @property
     def leaves(self) -> list[Tensor | None]:
@@ -55,35 +77,38 @@ class Gradients(NamedTuple):
 
     @property
     def tree(self) -> Tree:
-        """The gradients in a tree: that in which they were given, if no leaf is at rest."""
+        """The gradients as a tree: like the one that was given, if no leaf is at rest."""
         return self.paired.rebuild(self.paired.leaves)
 
     def moving(self, leaves: Sequence[Tensor]) -> list[Tensor]:
-        """Return of leaves in the order of the parameters those that are not at rest."""
+        """Return those of these leaves, in the order of the parameters, that are not at rest."""
         if not self.resting:
             return list(leaves)
         return [leaf for index, leaf in enumerate(leaves) if index not in self.resting]
 
-    def but_resting(self, moving: Sequence[Tensor], leaves: Sequence[Tensor]) -> list[Tensor]:
-        """Return these leaves in the order of the parameters, with others for those not at rest."""
+    def with_resting(
+        self, moving: Sequence[Tensor], leaves: Sequence[Tensor] | Mapping[int, Tensor]
+    ) -> list[Tensor]:
+        """Undo `moving`: return its leaves with those at rest, taken from `leaves`, in between."""
         if not self.resting:
             return list(moving)
         others = iter(moving)
-        return [leaf if i in self.resting else next(others) for i, leaf in enumerate(leaves)]
+        count = len(self.params)
+        return [leaves[i] if i in self.resting else next(others) for i in range(count)]
 
     def replace(self, tensors: Iterable[Tensor]) -> Gradients:
-        """Return the gradients with others in place of those that there are."""
+        """Return the gradients with these tensors in place of those that there are."""
         others = iter(tensors)
         leaves = [None if leaf is None else next(others) for leaf in self.paired.leaves]
         return self._replace(paired=self.paired._replace(leaves=leaves))
 
 
 def gather_gradients(opt: Optimizer[Any], grads: Tree, params: Tree) -> Gradients:
-    """Pair gradients with their parameters. Those of leaves at rest are None, whatever was given.
+    """Pair gradients with their parameters.
 
     Args:
         opt: The wrapper, which says what is at rest.
-        grads: The gradients. Those of leaves at rest may be missing.
+        grads: The gradients. Those of leaves at rest may be missing, and are not looked at.
         params: The parameters.
 
     Raises:
@@ -109,7 +134,7 @@ def gather_gradients(opt: Optimizer[Any], grads: Tree, params: Tree) -> Gradient
 def _check_moving(
     opt: Optimizer[Any], leaves: list[Any], structure: pytree.Structure
 ) -> Collection[int]:
-    """Refuse leaves that cannot be moved, if they are to be; return those that are at rest."""
+    """Refuse leaves that no optimizer can move, unless they are at rest; return those that are."""
     resting = at_rest(opt, leaves, structure)
     if not resting:
         check_leaves(leaves, partial(pytree.path, structure, "params"))
@@ -136,7 +161,11 @@ class Params(NamedTuple):
 
 
 def gather_params(opt: Optimizer[Any], params: Tree) -> Params:
-    """Lay out the parameters, of which a wrapper says what is at rest.
+    """Lay out flat the parameters for `init`.
+
+    Args:
+        opt: The wrapper, which says what is at rest.
+        params: The parameters.
 
     Raises:
         TypeError: If a leaf is not a dense floating-point or complex tensor, unless it is at rest.
@@ -149,7 +178,7 @@ def gather_params(opt: Optimizer[Any], params: Tree) -> Params:
 
 
 def check_overflow_is_seen(wrapper: str, inner: Optimizer[Any]) -> None:
-    """Refuse a loss scale within what skips overflows: it would never see one, nor be lowered."""
+    """Refuse a loss scale inside a wrapper that skips overflows: its scale would never fall."""
     if traits_of(inner).sees_overflow:
         raise ValueError(
             f"inner={inner!r} has a LossScale, which must see an overflow to lower its scale, and "
@@ -158,37 +187,53 @@ def check_overflow_is_seen(wrapper: str, inner: Optimizer[Any]) -> None:
         )
 
 
-def check_scalar(name: str, value: object) -> None:
-    """Refuse what is no single floating-point number in a state."""
+def check_scalar(name: str, value: object, dtype: torch.dtype | None = None) -> None:
+    """Refuse what is no single number in a state: of a dtype, or of any floating-point one."""
     if (
         not isinstance(value, Tensor)
         or not is_dense(value)
-        or not value.is_floating_point()
+        or not (value.is_floating_point() if dtype is None else value.dtype is dtype)
         or value.ndim != 0
     ):
+        kind = "floating-point" if dtype is None else str(dtype).removeprefix("torch.")
         raise ValueError(
-            f"{name} is {kind_of(value)}: it must be a floating-point tensor of shape (), as "
-            f"init() makes it. A state that vmap(init) made belongs to vmap(update)."
+            f"{name} is {kind_of(value)}: it must be a {kind} tensor of shape (), as init() makes "
+            f"it. A state that vmap(init) made belongs to vmap(update)."
         )
 
 
-def first_step(opt: object, params: Tree) -> Tree:
-    """Return a count of updates, if one of these hyperparameters is a schedule; else `()`."""
-    if not has_schedule(opt):
-        return ()
-    tensors = [leaf for leaf in pytree.flatten(params)[0] if isinstance(leaf, Tensor)]
-    return first_count(place_for_count(tensors))
+def first_step(opt: Any, place: torch.device) -> Tree:
+    """Return the first count of updates of a wrapper: `()` if none of its numbers is a schedule."""
+    return first_count(place) if has_schedule(opt) else ()
 
 
-def with_step(own: dict[str, Tensor], state: Any) -> dict[str, Tensor]:
-    """Return these tensors of a wrapper's state by their paths, and its count if it has one."""
-    return {**own, "state.step": state.step} if isinstance(state.step, Tensor) else own
+def place_of_tensors(params: Tree) -> torch.device:
+    """Return the device for a count beside those leaves that are tensors."""
+    return place_for_count([x for x in pytree.flatten(params)[0] if isinstance(x, Tensor)])
 
 
-def write_step(state: Any, moves: bool | Tensor = True) -> None:
-    """Write into a wrapper's state, if it counts updates, how many there are after one."""
+def own_tensors(state: Any, *names: str) -> dict[str, Tensor]:
+    """Return these fields of a wrapper's state by their paths, and its count if it has one."""
+    own = {}
+    for name in names:
+        own[f"state.{name}"] = getattr(state, name)
     if isinstance(state.step, Tensor):
-        write(state.step, next_step(state.step, moves))
+        own["state.step"] = state.step
+    return own
+
+
+def write_state(state: Any, updated: bool | Tensor = True, **values: Tensor) -> None:
+    """Write new values into fields of a wrapper's state, and its count if it has one.
+
+    Args:
+        state: The state.
+        updated: Whether the inner update was made, so that the count goes up.
+        values: The new values by the names of the fields.
+    """
+    for name, value in values.items():
+        write(getattr(state, name), value)
+    if isinstance(state.step, Tensor):
+        write(state.step, next_step(state.step, updated))
 
 
 def check_inplace(
@@ -200,10 +245,10 @@ def check_inplace(
     """Refuse to write a wrapper's own tensors where that would lose a derivative or memory.
 
     Args:
-        numbers: Its hyperparameters, by name.
+        numbers: The hyperparameters of the wrapper, by name.
         own: The tensors that it writes itself, by their paths.
-        gradients: What it reads.
-        tree: More of those: a tree like the parameters, by its name and leaves.
+        gradients: The gradients, which it reads.
+        tree: The name and the leaves of a tree like the parameters that it writes besides.
 
     Raises:
         RuntimeError: Under a transform of `torch.func` or forward mode, or if anything here has a
@@ -219,26 +264,17 @@ def check_inplace(
             return pytree.path(gradients.structure, root, index)
         return list(own)[index - len(leaves)]
 
-    for name, tensor in _historic(numbers, written, path, gradients):
-        raise RuntimeError(
-            f"{name} {'has a history' if tensor.grad_fn else 'requires a gradient'}, which writing "
-            f"in place would lose. Use update(), or detach it if no derivative is wanted."
-        )
-    if transforms.tracing() or not transforms.all_plain([*written, *gradients.tensors]):
-        return  # there is no memory to share
-    taken = {grad.data_ptr() for grad in gradients.tensors}
-    for index, tensor in enumerate(written):
-        if tensor.numel() > 0 and tensor.data_ptr() in taken and not tensor.is_meta:
-            raise ValueError(
-                f"{path(index)} shares its memory with a gradient or with other state. Clone it, "
-                f"or use update()."
-            )
-        taken.add(tensor.data_ptr())
+    check_no_history(_history(numbers, written, path, gradients))
+    tensors = [*written, *gradients.tensors]
+    if transforms.tracing() or not transforms.all_plain(tensors) or are_apart(tensors):
+        return  # where operators are recorded there is no memory yet
+    check_distinct(written, path, "one would be written over the other (update() writes neither)")
+    check_not_among(written, gradients.tensors, path, "a gradient")
 
 
-def _historic(
+def _history(
     numbers: Mapping[str, object],
-    own: Sequence[Tensor],
+    written: Sequence[Tensor],
     path: Callable[[int], str],
     gradients: Gradients,
 ) -> Iterator[tuple[str, Tensor]]:
@@ -246,7 +282,7 @@ def _historic(
     for name, number in numbers.items():
         if isinstance(number, Tensor) and number.requires_grad:
             yield name, number
-    for index, tensor in enumerate(own):
+    for index, tensor in enumerate(written):
         if tensor.requires_grad:
             yield path(index), tensor
     for index, grad in enumerate(gradients.leaves):
@@ -255,12 +291,31 @@ def _historic(
 
 
 def place_of_counts(every: Number | Schedule) -> torch.device:
-    """Return the device for a count of the calls up to a number: that of the number, if any."""
+    """Return the device for a count of calls up to a number: that of the number if a tensor."""
     return every.device if isinstance(every, Tensor) else torch.device("cpu")
 
 
+def is_due(count: Tensor, every: Number) -> bool | Tensor:
+    """Whether the call after so many is the last of `every`; a tensor if that cannot be read."""
+    before = read(count)
+    known = read(every) if isinstance(every, Tensor) else every
+    if before is None or known is None:
+        return count.detach() + 1 >= every
+    return before + 1 >= known
+
+
+def zero_if(condition: bool | Tensor, tensor: Tensor) -> Tensor:
+    """Return zeros where a condition holds, else the tensor itself."""
+    if isinstance(condition, Tensor):
+        return tensor.masked_fill(condition.to(tensor.device), 0)
+    return torch.zeros_like(tensor) if condition else tensor
+
+
 def read(number: Tensor) -> float | None:
-    """Return the value of a 0-dim tensor, if it can be read at no price and nobody follows it."""
+    """Return the value of a 0-dim tensor, or None: if to read it would wait, or lose a derivative.
+
+    It is not read for the members of a vmap, nor while operators are recorded.
+    """
     if not transforms.readable() or not transforms.all_plain([number]):
         return None
     if not transforms.on_host(number) or transforms.has_derivative(number):
@@ -269,7 +324,7 @@ def read(number: Tensor) -> float | None:
 
 
 def settled(number: Number) -> float | None:
-    """Return the value of a number, if it can be read at no price and has no derivative to lose."""
+    """Return the value of a number, or None under every transform and wherever `read` does."""
     if isinstance(number, float):
         return number
     return None if transforms.transformed() else read(number)
@@ -281,10 +336,10 @@ def records(
     state: Tree,
     numbers: Mapping[str, object] | None = None,
 ) -> bool:
-    """Whether plain autograd is to record what a wrapper does to its tensors: by `recording`.
+    """Whether plain autograd is to record what a wrapper does to its tensors.
 
-    It is asked of the tensors beneath a vmap, too, where parameters that merely require a gradient
-    would otherwise leave a history in whatever is chosen from them.
+    The rule is that of `recording`. Under vmap, the tensors beneath it are asked: parameters that
+    merely require a gradient would otherwise leave a history in whatever is chosen from them.
 
     Args:
         opt: The wrapper.
@@ -292,20 +347,20 @@ def records(
         state: Its state.
         numbers: What its hyperparameters are at this update, where schedules may give them.
     """
-    own = [*pytree.flatten(state)[0], *(numbers or {}).values()]
-    others = [leaf for leaf in own if isinstance(leaf, Tensor)]
-    asked: set[object] = set()
+    values = [*pytree.flatten(state)[0], *(numbers or {}).values()]
+    others = [value for value in values if isinstance(value, Tensor)]
+    flags: set[object] = set()
     for name, value in _fields(opt):
         if isinstance(value, Tensor):
             others.append(value)
         elif name == "differentiable":
-            asked.add(value)
-    said = True if True in asked else (False if asked == {False} else None)
-    return _records(gradients.params, gradients.tensors, others, said)
+            flags.add(value)
+    differentiable = True if True in flags else (False if flags == {False} else None)
+    return _records(gradients.params, gradients.tensors, others, differentiable)
 
 
 def _records(
-    params: list[Tensor], grads: list[Tensor], others: list[Tensor], said: bool | None
+    params: list[Tensor], grads: list[Tensor], others: list[Tensor], differentiable: bool | None
 ) -> bool:
     if not transforms.tracing() and transforms.in_vmaps_alone():
 
@@ -313,10 +368,10 @@ def _records(
             one, two, three = (
                 [members.unwrap(t)[0] for t in column] for column in (params, grads, others)
             )
-            return _records(one, two, three, said)
+            return _records(one, two, three, differentiable)
 
         return transforms.beneath_vmap(beneath)
-    with recording(params, grads, others, said):
+    with recording(params, grads, others, differentiable):
         return torch.is_grad_enabled()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._core import pytree, transforms
-from .._core.tensors import compute_dtype, fit
+from .._core.tensors import compute_dtype, differentiable_norm, fit, vector_norm
 from .._core.types import Number, Optimizer, Schedule, Traits, Tree
 from .._dtensor.shards import whole_of
 from .._engine.checks import check_optimizer, check_state
@@ -23,16 +23,16 @@ from .base import (
     check_inplace,
     first_step,
     gather_gradients,
+    own_tensors,
+    place_of_tensors,
     records,
-    with_step,
-    write_step,
+    write_state,
 )
 
 __all__ = ["ClipAdaptive", "ClipAdaptiveState"]
 
 ParamsT = TypeVar("ParamsT")
 
-_unit_norm: Callable[..., Tensor] = torch.linalg.vector_norm
 # The least norm that a gradient is divided by, as in optax.
 _LEAST = 1e-6
 
@@ -116,43 +116,14 @@ class ClipAdaptive:
         normalize_fields(self, self.hyperparams)
 
     def init(self, params: Tree) -> ClipAdaptiveState:
-        """Return the state before the first update: the inner state.
-
-        Args:
-            params: The parameters, as for the inner optimizer.
-
-        Example:
-            >>> import torch, funcopt
-            >>> funcopt.ClipAdaptive(funcopt.AdamW()).init(torch.ones(2)).inner.exp_avg
-            tensor([0., 0.])
-        """
-        return ClipAdaptiveState(self.inner.init(params), first_step(self, params))
+        """Return the state before the first update: the inner state."""
+        inner = self.inner.init(params)
+        return ClipAdaptiveState(inner, first_step(self, place_of_tensors(params)))
 
     def update(
         self, grads: Tree, state: ClipAdaptiveState, params: ParamsT
     ) -> tuple[ParamsT, ClipAdaptiveState]:
-        """Return the new parameters and the new state, in fresh memory.
-
-        Args:
-            grads: The gradients: a tree with the keys of `params`, each like its parameter in
-                shape, dtype and device, or None, which is left to the inner optimizer.
-            state: The state that `init` or the last update returned.
-            params: The parameters.
-
-        Returns:
-            The pair `(new_params, new_state)`.
-
-        Raises:
-            TypeError: As the inner optimizer.
-            ValueError: As the inner optimizer, or if a hyperparameter is no single number, or out
-                of range since it was given.
-
-        Example:
-            >>> import torch, funcopt
-            >>> opt = funcopt.ClipAdaptive(funcopt.AdamW(lr=0.1))
-            >>> opt.update(torch.tensor([3.0]), opt.init(torch.ones(1)), torch.ones(1))[0]
-            tensor([0.8990])
-        """
+        """Return the new parameters and the new state, in fresh memory."""
         gradients, numbers = self._gather(grads, state, params)
         with torch.set_grad_enabled(records(self, gradients, state, numbers)):
             clipped = _clip(gradients, **numbers)
@@ -162,35 +133,13 @@ class ClipAdaptive:
     def update_(
         self, grads: Tree, state: ClipAdaptiveState, params: ParamsT
     ) -> tuple[ParamsT, ClipAdaptiveState]:
-        """Do the same as `update`, written into `params` and `state`, which are returned.
-
-        Args:
-            grads: The gradients, as for `update`, which are not written.
-            state: The state, which is overwritten.
-            params: The parameters, which are overwritten.
-
-        Returns:
-            The pair `(params, state)`: the trees that were given.
-
-        Raises:
-            RuntimeError: Under a transform of `torch.func`, or if anything has a history.
-            TypeError: As `update`.
-            ValueError: As `update`, and as the inner optimizer's `update_`.
-
-        Example:
-            >>> import torch, funcopt
-            >>> opt = funcopt.ClipAdaptive(funcopt.AdamW(lr=0.1))
-            >>> w = torch.ones(1)
-            >>> _ = opt.update_(torch.tensor([3.0]), opt.init(w), w)
-            >>> w
-            tensor([0.8990])
-        """
+        """Do the same in place, but for the clipped gradients, which are copies."""
         gradients, numbers = self._gather(grads, state, params)
-        check_inplace(numbers, with_step({}, state), gradients)
+        check_inplace(numbers, own_tensors(state), gradients)
         with torch.no_grad():
             clipped = _clip(gradients, **numbers)
         self.inner.update_(clipped, state.inner, params)
-        write_step(state)
+        write_state(state)
         return params, state
 
     def _gather(
@@ -199,7 +148,7 @@ class ClipAdaptive:
         check_state(state, ClipAdaptiveState)
         numbers = numbers_of(self, state.step)
         gradients = gather_gradients(self, grads, params)
-        _check_units_are_here(gradients)
+        _check_units_are_whole(gradients)
         return gradients, numbers
 
 
@@ -207,7 +156,7 @@ def _clip(gradients: Gradients, clipping: Number, eps: Number) -> Tree:
     grads = gradients.tensors
     pairs = zip(gradients.leaves, gradients.params, strict=True)
     params = [param for grad, param in pairs if grad is not None]
-    # The norms of all leaves of a kind together: what is done with them is a few operators.
+    # The norms of all leaves of a dtype and device are put together: a few operators do for them.
     kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for index, grad in enumerate(grads):
         kinds.setdefault((grad.device, compute_dtype(grad.dtype)), []).append(index)
@@ -223,7 +172,7 @@ def _clip(gradients: Gradients, clipping: Number, eps: Number) -> Tree:
 def _scales(
     grads: list[Tensor], params: list[Tensor], clipping: Number, eps: Number
 ) -> list[Tensor | None]:
-    """Return the factors of the units of each leaf, None where all are known to be 1."""
+    """Return what the units of each leaf are multiplied by, None where all of it is known as 1."""
     norms = _norms(grads)
     sizes = [norm.numel() for norm in norms]
     norm = torch.cat([norm.reshape(-1) for norm in norms])
@@ -238,8 +187,8 @@ def _scales(
     ]
 
 
-def _check_units_are_here(gradients: Gradients) -> None:
-    """Refuse sharded leaves of whose units a process has but a part."""
+def _check_units_are_whole(gradients: Gradients) -> None:
+    """Refuse sharded leaves if a process has only a part of a unit."""
     for index, param in enumerate(gradients.params):
         if index in gradients.resting:
             continue
@@ -256,31 +205,20 @@ def _check_units_are_here(gradients: Gradients) -> None:
 
 def _norms(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return the norms of the units of each tensor, so that they broadcast against it."""
-    followed = transforms.transformed() or (
-        torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    )
+    recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     norms = []
     for tensor in tensors:
-        units = tuple(range(1, tensor.ndim)) or None
+        dims = tuple(range(1, tensor.ndim)) or None
         wide = tensor.to(compute_dtype(tensor.dtype))
-        if followed:
-            norms.append(_followed_norm(wide, units))
+        if recorded or transforms.transformed():
+            norms.append(differentiable_norm(wide, 2.0, dims))
         else:
-            norms.append(_unit_norm(wide, 2.0, units, keepdim=True))
+            norms.append(vector_norm(wide, 2.0, dims, keepdim=True))
     return norms
 
 
-def _followed_norm(tensor: Tensor, units: tuple[int, ...] | None) -> Tensor:
-    """Return the same, with derivatives of any order that are 0 at zero, where torch's are NaN."""
-    by_unit = tensor.flatten(1) if units else tensor.reshape(1, -1)
-    shape = [size if index == 0 and units else 1 for index, size in enumerate(tensor.shape)]
-    zero = (by_unit == 0).all(1).reshape(shape)
-    norm = _unit_norm(tensor.masked_fill(zero, 1.0), 2.0, units, keepdim=True)
-    return norm.masked_fill(zero, 0.0)
-
-
 def _touched(scale: Tensor, sizes: list[int]) -> set[int] | None:
-    """Return which leaves have a unit that is scaled, if that can be read at no price."""
+    """Return which leaves have a unit that is scaled, if that can be read without waiting."""
     plain = transforms.readable() and transforms.all_plain([scale]) and scale.is_cpu
     if not plain or transforms.transformed() or transforms.has_derivative(scale):
         return None

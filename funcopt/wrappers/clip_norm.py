@@ -10,18 +10,11 @@ import torch
 from torch import Tensor
 
 from .._core import tensors
-from .._core.tensors import write
 from .._core.types import Number, Optimizer, Schedule, Traits, Tree
 from .._dtensor.reductions import over_shards
 from .._engine.checks import check_optimizer, check_state
-from .._engine.hyperparameters import (
-    check_choice,
-    has_schedule,
-    normalize,
-    normalize_fields,
-    numbers_of,
-)
-from .._engine.prepare import first_count, next_step
+from .._engine.hyperparameters import check_choice, normalize, normalize_fields, numbers_of
+from .._engine.prepare import next_step
 from .._engine.registration import register_optimizer
 from .._engine.rule import AT_LEAST_ZERO, Hyperparam, Range
 from .base import (
@@ -29,14 +22,16 @@ from .base import (
     check_inplace,
     check_overflow_is_seen,
     check_scalar,
+    first_step,
     gather_gradients,
     gather_params,
+    own_tensors,
     read,
     records,
     settled,
-    with_step,
-    write_step,
+    write_state,
 )
+from .finite import place_for, zeros_unless
 from .update_if import update_if, update_if_
 
 __all__ = ["Clip", "ClipState"]
@@ -128,7 +123,7 @@ class Clip:
 
     @property
     def traits(self) -> Traits:
-        """The norm of parts is that of the whole, and of pairs that of complex numbers if Euclidean."""
+        """The norm of pairs is that of complex numbers if it is Euclidean."""
         return Traits(shardable=True, packable=True, complex_as_pairs=self.norm_type == 2.0)
 
     def __post_init__(self) -> None:
@@ -143,89 +138,27 @@ class Clip:
             check_overflow_is_seen(f"Clip(nonfinite={self.nonfinite!r})", self.inner)
 
     def init(self, params: Tree) -> ClipState:
-        """Return the state before the first update: a norm of 0 and the inner state.
-
-        Args:
-            params: The parameters, as for the inner optimizer.
-
-        Raises:
-            TypeError: If a leaf is not a dense floating-point or complex tensor.
-            ValueError: If two leaves share their memory.
-
-        Example:
-            >>> import torch, funcopt
-            >>> funcopt.Clip(funcopt.AdamW(), max_norm=1.0).init(torch.ones(2)).norm
-            tensor(0.)
-        """
+        """Return the state before the first update: a norm of 0 and the inner state."""
         norm = _zero_norm(gather_params(self, params).moving)
-        step = first_count(norm.device) if has_schedule(self) else ()
-        return ClipState(norm, self.inner.init(params), step)
+        return ClipState(norm, self.inner.init(params), first_step(self, norm.device))
 
     def update(self, grads: Tree, state: ClipState, params: ParamsT) -> tuple[ParamsT, ClipState]:
-        """Return the new parameters and the new state, in fresh memory.
-
-        Args:
-            grads: The gradients: a tree with the keys of `params`, each like its parameter in
-                shape, dtype and device, or None, which counts for nothing in the norm.
-            state: The state that `init` or the last update returned.
-            params: The parameters.
-
-        Returns:
-            The pair `(new_params, new_state)`.
-
-        Raises:
-            TypeError: As the inner optimizer.
-            ValueError: As the inner optimizer, or if `max_norm` is no single number, or out of
-                range since it was given.
-
-        Example:
-            >>> import torch, funcopt
-            >>> opt = funcopt.Clip(funcopt.AdamW(lr=0.1), max_norm=1.0, nonfinite="skip")
-            >>> params = torch.ones(2)
-            >>> state = opt.init(params)
-            >>> params, state = opt.update(torch.tensor([1.0, torch.inf]), state, params)
-            >>> params, state.norm
-            (tensor([1., 1.]), tensor(inf))
-        """
+        """Return the new parameters and state. A gradient of None adds nothing to the norm."""
         gradients, numbers = self._gather(grads, state, params)
-        given, factor, norm, moves = self._clip(gradients, state.norm, **numbers)
-        recorded = moves is not True and records(self, gradients, state, numbers)
+        given, scale, norm, should_update = self._clip(gradients, state.norm, **numbers)
+        recorded = should_update is not True and records(self, gradients, state, numbers)
         new_params, inner = update_if(
-            moves, self.inner, given, state.inner, params, recorded, factor
+            should_update, self.inner, given, state.inner, params, recorded, scale
         )
-        return new_params, ClipState(norm, inner, next_step(state.step, moves))
+        return new_params, ClipState(norm, inner, next_step(state.step, should_update))
 
     def update_(self, grads: Tree, state: ClipState, params: ParamsT) -> tuple[ParamsT, ClipState]:
-        """Do the same as `update`, written into `params` and `state`, which are returned.
-
-        Args:
-            grads: The gradients, as for `update`, which are not written.
-            state: The state, which is overwritten.
-            params: The parameters, which are overwritten.
-
-        Returns:
-            The pair `(params, state)`: the trees that were given.
-
-        Raises:
-            RuntimeError: Under a transform of `torch.func`, or if anything has a history.
-            TypeError: As `update`.
-            ValueError: As `update`, and as the inner optimizer's `update_`.
-
-        Example:
-            >>> import torch, funcopt
-            >>> opt = funcopt.Clip(funcopt.AdamW(lr=0.1), max_norm=1.0)
-            >>> w = torch.ones(2)
-            >>> state = opt.init(w)
-            >>> _ = opt.update_(torch.tensor([3.0, 4.0]), state, w)
-            >>> w, state.norm
-            (tensor([0.8990, 0.8990]), tensor(5.))
-        """
+        """Do the same as `update` in place."""
         gradients, numbers = self._gather(grads, state, params)
-        check_inplace(numbers, with_step({"state.norm": state.norm}, state), gradients)
-        given, factor, norm, moves = self._clip(gradients, state.norm, **numbers)
-        update_if_(moves, self.inner, given, state.inner, params, factor)
-        write(state.norm, norm)
-        write_step(state, moves)
+        check_inplace(numbers, own_tensors(state, "norm"), gradients)
+        given, scale, norm, should_update = self._clip(gradients, state.norm, **numbers)
+        update_if_(should_update, self.inner, given, state.inner, params, scale)
+        write_state(state, should_update, norm=norm)
         return params, state
 
     def _gather(
@@ -239,20 +172,17 @@ class Clip:
     def _clip(
         self, gradients: Gradients, like: Tensor, max_norm: Number
     ) -> tuple[Tree, Tensor | None, Tensor, bool | Tensor]:
-        """Return gradients, what clips them, their norm, and whether the inner update is made."""
+        """Return gradients, what they are multiplied by, their norm, and whether to update."""
         norm = _norm(gradients, self.norm_type, like)
-        found, moves = norm.detach(), self._moves(norm)
-        if isinstance(moves, Tensor):
-            finite = moves
-            # What is not finite must not meet a derivative, not even one that is multiplied by 0.
-            given = gradients.tensors
-            gradients = gradients.replace([torch.where(finite.to(g.device), g, 0) for g in given])
+        found, should_update = norm.detach(), self._should_update(norm)
+        if isinstance(should_update, Tensor):
+            gradients = gradients.replace(zeros_unless(should_update, gradients.tensors))
             norm = _norm(gradients, self.norm_type, like)
         max_norm = max_norm.to(norm) if isinstance(max_norm, Tensor) else max_norm
         scale = (max_norm * (norm + _EPS).reciprocal()).clamp(max=1.0)
-        return gradients.tree, None if settled(scale) == 1.0 else scale, found, moves
+        return gradients.tree, None if settled(scale) == 1.0 else scale, found, should_update
 
-    def _moves(self, norm: Tensor) -> bool | Tensor:
+    def _should_update(self, norm: Tensor) -> bool | Tensor:
         if self.nonfinite == "propagate":
             return True
         value = read(norm)
@@ -262,12 +192,8 @@ class Clip:
 def _zero_norm(params: list[Tensor]) -> Tensor:
     """Return a norm of 0 in a dtype that holds that of every leaf, where none is waited for."""
     double = any(param.dtype in (torch.float64, torch.complex128) for param in params)
-    devices = [param.device for param in params if param.device.type != "cpu"]
-    return torch.zeros(
-        (),
-        dtype=torch.float64 if double else torch.float32,
-        device=devices[0] if devices else "cpu",
-    )
+    dtype = torch.float64 if double else torch.float32
+    return torch.zeros((), dtype=dtype, device=place_for(params))
 
 
 def _norm(gradients: Gradients, order: float, like: Tensor) -> Tensor:

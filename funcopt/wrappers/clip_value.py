@@ -16,7 +16,15 @@ from .._engine.hyperparameters import normalize_fields, numbers_of
 from .._engine.prepare import next_step
 from .._engine.registration import register_optimizer
 from .._engine.rule import AT_LEAST_ZERO, Hyperparam
-from .base import Gradients, check_inplace, first_step, gather_gradients, with_step, write_step
+from .base import (
+    Gradients,
+    check_inplace,
+    first_step,
+    gather_gradients,
+    own_tensors,
+    place_of_tensors,
+    write_state,
+)
 
 __all__ = ["ClipValue", "ClipValueState"]
 
@@ -77,42 +85,14 @@ class ClipValue:
         normalize_fields(self, self.hyperparams)
 
     def init(self, params: Tree) -> ClipValueState:
-        """Return the state before the first update: the inner state.
-
-        Args:
-            params: The parameters, as for the inner optimizer.
-
-        Example:
-            >>> import torch, funcopt
-            >>> funcopt.ClipValue(funcopt.AdamW(), max_value=1.0).init(torch.ones(2)).inner.exp_avg
-            tensor([0., 0.])
-        """
-        return ClipValueState(self.inner.init(params), first_step(self, params))
+        """Return the state before the first update: the inner state."""
+        inner = self.inner.init(params)
+        return ClipValueState(inner, first_step(self, place_of_tensors(params)))
 
     def update(
         self, grads: Tree, state: ClipValueState, params: ParamsT
     ) -> tuple[ParamsT, ClipValueState]:
-        """Return the new parameters and the new state, in fresh memory.
-
-        Args:
-            grads: The gradients, as for the inner optimizer.
-            state: The state that `init` or the last update returned.
-            params: The parameters.
-
-        Returns:
-            The pair `(new_params, new_state)`.
-
-        Raises:
-            TypeError: As the inner optimizer.
-            ValueError: As the inner optimizer, or if `max_value` is no single number, or out of
-                range since it was given.
-
-        Example:
-            >>> import torch, funcopt
-            >>> opt = funcopt.ClipValue(funcopt.AdamW(lr=0.1), max_value=0.5)
-            >>> opt.update(torch.tensor([3.0]), opt.init(torch.ones(1)), torch.ones(1))[0]
-            tensor([0.8990])
-        """
+        """Return the new parameters and the new state, in fresh memory."""
         gradients, numbers = self._gather(grads, state, params)
         clipped = _clip(gradients, **numbers)
         new_params, inner = self.inner.update(clipped, state.inner, params)
@@ -121,33 +101,11 @@ class ClipValue:
     def update_(
         self, grads: Tree, state: ClipValueState, params: ParamsT
     ) -> tuple[ParamsT, ClipValueState]:
-        """Do the same as `update`, written into `params` and `state`, which are returned.
-
-        Args:
-            grads: The gradients, as for `update`, which are not written.
-            state: The state, which is overwritten.
-            params: The parameters, which are overwritten.
-
-        Returns:
-            The pair `(params, state)`: the trees that were given.
-
-        Raises:
-            RuntimeError: Under a transform of `torch.func`, or if anything has a history.
-            TypeError: As `update`.
-            ValueError: As `update`, and as the inner optimizer's `update_`.
-
-        Example:
-            >>> import torch, funcopt
-            >>> opt = funcopt.ClipValue(funcopt.AdamW(lr=0.1), max_value=0.5)
-            >>> w = torch.ones(1)
-            >>> _ = opt.update_(torch.tensor([3.0]), opt.init(w), w)
-            >>> w
-            tensor([0.8990])
-        """
+        """Do the same in place, but for the clipped gradients, which are copies."""
         gradients, numbers = self._gather(grads, state, params)
-        check_inplace(numbers, with_step({}, state), gradients)
+        check_inplace(numbers, own_tensors(state), gradients)
         self.inner.update_(_clip(gradients, **numbers), state.inner, params)
-        write_step(state)
+        write_state(state)
         return params, state
 
     def _gather(
@@ -159,10 +117,10 @@ class ClipValue:
 
 
 def _clip(gradients: Gradients, max_value: Number) -> Tree:
-    return gradients.replace([_held(grad, max_value) for grad in gradients.tensors]).tree
+    return gradients.replace([_clamped(grad, max_value) for grad in gradients.tensors]).tree
 
 
-def _held(grad: Tensor, most: Number) -> Tensor:
+def _clamped(grad: Tensor, most: Number) -> Tensor:
     pair = view_as_real(grad)
     if isinstance(most, Tensor):
         most = most.to(pair)
@@ -173,10 +131,10 @@ def _held(grad: Tensor, most: Number) -> Tensor:
 
 
 def _is_within(grad: Tensor, most: float) -> bool:
-    """Whether a large gradient is known to have no element to hold.
+    """Whether a gradient is known to have no element to clip, so that it need not be copied.
 
-    To look takes a fraction of the time of a copy in memory that is fresh from the system. In
-    other memory a copy takes as long. What is traced has no memory yet, and perhaps no size.
+    It is looked through only where a copy would be in memory fresh from the system, of which it
+    takes a fraction of the time. In other memory a copy takes as long.
     """
     if not transforms.readable() or not transforms.all_plain([grad]):
         return False

@@ -17,7 +17,7 @@ from .._engine.prepare import first_count, fresh, place_for_count
 from .._engine.registration import register_optimizer
 from .._engine.rule import BELOW_ONE, Hyperparam
 from .base import check_scalar, gather_gradients, records, settled
-from .shadow_params import Follower, begin
+from .shadow_params import ShadowParams, copy_params
 
 __all__ = ["Ema", "EmaState"]
 
@@ -113,103 +113,45 @@ class Ema:
         check_flag("debias", self.debias)
 
     def init(self, params: Tree) -> EmaState:
-        """Return the state before the first update: the parameters for an average.
-
-        Args:
-            params: The parameters, as for the inner optimizer.
-
-        Raises:
-            TypeError: If a leaf is not a dense floating-point or complex tensor.
-            ValueError: If two leaves share their memory.
-
-        Example:
-            >>> import torch, funcopt
-            >>> state = funcopt.Ema(funcopt.AdamW()).init([torch.ones(2, dtype=torch.bfloat16)])
-            >>> state.weight, state.average
-            (tensor(0., dtype=torch.float64), [tensor([1., 1.])])
-        """
-        average, leaves = begin(self, params, compute_dtype)
+        """Return the state before the first update: the parameters for an average."""
+        average, leaves = copy_params(self, params, compute_dtype)
         count = first_count(place_for_count(leaves))
         weight = torch.zeros_like(count) if self.debias else torch.ones_like(count)
         return EmaState(count, weight, average, self.inner.init(params))
 
     def update(self, grads: Tree, state: EmaState, params: ParamsT) -> tuple[ParamsT, EmaState]:
-        """Return the new parameters and the new state, in fresh memory.
-
-        Args:
-            grads: The gradients, as for the inner optimizer.
-            state: The state that `init` or the last update returned. It says whether the average
-                is debiased.
-            params: The parameters.
-
-        Returns:
-            The pair `(new_params, new_state)`.
-
-        Raises:
-            TypeError: As the inner optimizer.
-            ValueError: As the inner optimizer, or if `decay` is no single number, or out of range
-                since it was given, or its schedule gives one that is.
-
-        Example:
-            >>> import torch, funcopt
-            >>> opt = funcopt.Ema(funcopt.AdamW(lr=0.1), decay=0.9, debias=False)
-            >>> params, state = opt.update(torch.ones(1), opt.init(torch.ones(1)), torch.ones(1))
-            >>> params, state.average
-            (tensor([0.8990]), tensor([0.9899]))
-        """
-        average = self._gather(grads, state, params)
-        decay = numbers_of(self, state.n_averaged)["decay"]
-        recorded = records(self, average.gradients, state, {"decay": decay})
+        """Return the new parameters and the new state, which says whether it is debiased."""
+        average, numbers = self._gather(grads, state, params)
+        recorded = records(self, average.gradients, state, numbers)
         new_params, inner = self.inner.update(grads, state.inner, params)
         with torch.set_grad_enabled(recorded):
-            weight, share = _advance(state.weight, decay)
-            moved = average.toward(pytree.flatten(new_params)[0], share)
+            weight, share = _advance(state.weight, **numbers)
+            moved = average.lerp(pytree.flatten(new_params)[0], share)
         count, weight = state.n_averaged.detach() + 1, fresh(weight, state.weight)
         return new_params, EmaState(count, weight, average.paired.rebuild(moved), inner)
 
     def update_(self, grads: Tree, state: EmaState, params: ParamsT) -> tuple[ParamsT, EmaState]:
-        """Do the same as `update`, written into `params` and `state`, which are returned.
-
-        Args:
-            grads: The gradients, as for `update`.
-            state: The state, which is overwritten.
-            params: The parameters, which are overwritten.
-
-        Returns:
-            The pair `(params, state)`: the trees that were given.
-
-        Raises:
-            RuntimeError: Under a transform of `torch.func`, or if anything has a history.
-            TypeError: As `update`.
-            ValueError: As `update`, and as the inner optimizer's `update_`.
-
-        Example:
-            >>> import torch, funcopt
-            >>> opt = funcopt.Ema(funcopt.AdamW(lr=0.1), decay=0.9, debias=False)
-            >>> w = torch.ones(1)
-            >>> state = opt.init(w)
-            >>> _ = opt.update_(torch.ones(1), state, w)
-            >>> w, state.average
-            (tensor([0.8990]), tensor([0.9899]))
-        """
-        average = self._gather(grads, state, params)
-        decay = numbers_of(self, state.n_averaged)["decay"]
-        counts = {"state.weight": state.weight, "state.n_averaged": state.n_averaged}
-        average.check_inplace({"decay": decay}, counts)
+        """Do the same as `update` in place."""
+        average, numbers = self._gather(grads, state, params)
+        own = {"state.weight": state.weight, "state.n_averaged": state.n_averaged}
+        average.check_inplace(numbers, own)
         with torch.no_grad():
-            weight, share = _advance(state.weight, decay)
+            weight, share = _advance(state.weight, **numbers)
             self.inner.update_(grads, state.inner, params)
-            average.toward_(average.gradients.params, share)
+            average.lerp_(average.gradients.params, share)
             write(state.weight, fresh(weight, state.weight))
             write(state.n_averaged, state.n_averaged + 1)
         return params, state
 
-    def _gather(self, grads: Tree, state: EmaState, params: Tree) -> Follower:
+    def _gather(
+        self, grads: Tree, state: EmaState, params: Tree
+    ) -> tuple[ShadowParams, dict[str, Number]]:
         check_state(state, EmaState)
         check_scalar("state.n_averaged", state.n_averaged)
         check_scalar("state.weight", state.weight)
         gradients = gather_gradients(self, grads, params)
-        return Follower.gather(gradients, "state.average", state.average, compute_dtype)
+        average = ShadowParams.gather(gradients, "state.average", state.average, compute_dtype)
+        return average, numbers_of(self, state.n_averaged)
 
 
 def _advance(weight: Tensor, decay: Number) -> tuple[Number, Number]:
@@ -222,5 +164,5 @@ def _advance(weight: Tensor, decay: Number) -> tuple[Number, Number]:
 
 def _advanced(weight: Number, decay: Number) -> tuple[Number, Number]:
     new = 1 - decay
-    after = weight + new * (1 - weight)  # so written that a weight of 1 stays just that
+    after = weight + new * (1 - weight)  # in this form, a weight of 1 stays exactly 1
     return after, new / after

@@ -1,4 +1,4 @@
-"""Whether gradients are finite, asked without waiting for a GPU, and what to do if they are not."""
+"""Whether gradients are finite, found out without waiting for a GPU. Wrappers skip steps by it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .base import Gradients, read
 
 __all__ = ["all_finite", "all_finite_everywhere", "decide", "place_for", "zeros_unless"]
 
-# To put a leaf of so many elements beside others takes less time than a call for it alone.
+# A leaf of at most so many elements is copied beside others, which takes less time than a call.
 _SMALL = 1024
 
 
@@ -46,24 +46,24 @@ def all_finite_everywhere(gradients: Gradients, like: Tensor) -> Tensor:
 
 
 def _pooled(parts: list[Tensor]) -> list[Tensor]:
-    """Return the tensors, those small ones of a kind put together."""
+    """Return the tensors, with the small ones of a dtype and device copied into one."""
     large = [part for part in parts if part.numel() > _SMALL]
     small = [part.reshape(-1) for part in parts if part.numel() <= _SMALL]
     return large + [torch.cat(same) for same in _by_kind(small)]
 
 
 def _suspects(parts: list[Tensor]) -> list[Tensor]:
-    """Return those tensors whose sum is not finite.
+    """Return those tensors whose sum is not finite: the only ones that may have such an element.
 
-    What is infinite or NaN makes its sum so. The sum of finite numbers may overflow, too, but
-    seldom does, and takes half the time of an exact answer.
+    An element that is infinite or NaN makes the sum so. A sum of finite numbers may overflow, too,
+    but seldom does. To sum up takes half the time of an exact answer.
     """
     sums = [part.sum() for part in parts]
     return [part for part, total in zip(parts, sums, strict=True) if not math.isfinite(total)]
 
 
 def _extremes(parts: list[Tensor]) -> list[Tensor]:
-    """Return of each tensor numbers that are finite only if all its elements are."""
+    """Return for each tensor numbers that are finite only if all of its elements are."""
     if transforms.transformed() or any(part.is_cpu for part in parts):
         # On the CPU, the norm that takes the largest element is twenty times slower.
         return [torch.stack([part.amin(), part.amax()]) for part in parts]
@@ -82,15 +82,16 @@ def _by_kind(tensors: list[Tensor]) -> list[list[Tensor]]:
 
 
 def decide(condition: Tensor) -> bool | Tensor:
-    """Return the value of a condition if it can be read at no price, else the condition itself."""
+    """Return the value of a condition if it can be read without waiting, else the condition."""
     value = read(condition)
     return condition if value is None else bool(value)
 
 
 def zeros_unless(condition: bool | Tensor, tensors: list[Tensor]) -> list[Tensor]:
-    """Return zeros for tensors where a condition does not hold, if that has to be chosen.
+    """Return tensors, or zeros if a condition does not hold, where its value is not known.
 
-    What is not finite must not meet a derivative, not even one that is multiplied by 0.
+    The update is made in any case then, and its derivative is multiplied by 0 where it is not
+    chosen. With a gradient that is infinite or NaN in it, that would be 0 * NaN.
     """
     if not isinstance(condition, Tensor):
         return tensors
@@ -98,9 +99,9 @@ def zeros_unless(condition: bool | Tensor, tensors: list[Tensor]) -> list[Tensor
 
 
 def place_for(params: Sequence[Tensor]) -> torch.device:
-    """Return the device for what is learnt from gradients, where nobody has to wait for it.
+    """Return the device for what is computed of gradients, so that no device is waited for.
 
-    That is the first there is besides the CPU.
+    It is the first that is not the CPU, if there is one.
     """
     others = [param.device for param in params if param.device.type != "cpu"]
     return others[0] if others else torch.device("cpu")

@@ -26,14 +26,14 @@ _MOST = 5
 def decay_label(name: str, leaf: Tensor) -> str:
     """Label a leaf `"decay"` or `"no_decay"`, by the usual rule of which leaves decay.
 
-    Leaves of less than two dimensions (biases, the scales of norms) do not, nor do embeddings,
-    which are told by their names: `embed`, `emb`, `wte` or `wpe` at the start of a word, as in
-    `token_embedding.weight`, `embed_tokens.weight` or `transformer.wte.weight`. That goes for
-    whatever has such a name, and for no embedding that has none: write a function of your own, with
-    this one inside, where that is not what you mean.
+    Leaves of less than two dimensions (biases, the scales of norms) do not decay. Nor do
+    embeddings, which are known by their names: `embed`, `emb`, `wte` or `wpe` at the start of a
+    word, as in `token_embedding.weight`, `embed_tokens.weight` or `transformer.wte.weight`. Only
+    the name counts: a leaf with such a name does not decay, whatever it is, and an embedding with
+    another name does. Where that is wrong, write a function of your own that calls this one.
 
-    It says in `decay_label.possible_labels` that these are its labels. So either may be without a
-    leaf, as in a model without biases, and its optimizer then moves nothing.
+    The attribute `decay_label.possible_labels` names both labels. So either may be without a leaf,
+    as in a model without biases; its optimizer then moves nothing.
 
     Args:
         name: The leaf's keys joined by dots.
@@ -61,9 +61,9 @@ _own.possible_labels = ("decay", "no_decay")
 
 
 def _possible(labels: Labels) -> Collection[str]:
-    """Return which labels a function says that it may give; nothing if it says nothing.
+    """Return the labels that a function says it may give; nothing if it does not say.
 
-    It need not give them all: that none of them is misspelt is known without a leaf.
+    It need not give all of them: they tell without a leaf that no label is misspelt.
     """
     found = getattr(labels, "possible_labels", ()) if callable(labels) else ()
     if not isinstance(found, (tuple, list, set, frozenset)):
@@ -75,7 +75,7 @@ def _possible(labels: Labels) -> Collection[str]:
 
 
 def check_labels(labels: Labels, known: Iterable[str]) -> None:
-    """Refuse what cannot be labels of any tree, as far as that can be told without one."""
+    """Refuse what cannot be labels of any tree, as far as that is known without a tree."""
     if callable(labels):
         check_takes("labels", labels, 2, "it is called with the name and the leaf")
         possible = _possible(labels)

@@ -1,4 +1,4 @@
-"""Lookahead: slow parameters that follow the fast ones, and call them back."""
+"""Lookahead: slow parameters that go part of the way to the fast ones, which restart there."""
 
 from __future__ import annotations
 
@@ -13,22 +13,24 @@ from .._core import pytree
 from .._core.tensors import write
 from .._core.types import ELEMENTWISE, Number, Optimizer, Schedule, Traits, Tree
 from .._engine.checks import check_optimizer, check_state
-from .._engine.hyperparameters import check_flag, has_schedule, normalize_fields, numbers_of
-from .._engine.prepare import first_count, next_step
+from .._engine.hyperparameters import check_flag, normalize_fields, numbers_of
+from .._engine.prepare import keep_requiring, next_step
 from .._engine.registration import register_optimizer
 from .._engine.rule import COUNT, FRACTION, Hyperparam
 from .base import (
     check_scalar,
+    first_step,
     gather_gradients,
+    is_due,
+    own_tensors,
     place_of_counts,
-    read,
     records,
     settled,
-    with_step,
-    write_step,
+    write_state,
+    zero_if,
 )
-from .shadow_params import Follower, begin
-from .update_if import choose, copies, keep_leaves_requiring
+from .shadow_params import ShadowParams, copy_params
+from .update_if import choose_each, copies
 
 __all__ = ["Lookahead", "LookaheadState"]
 
@@ -41,8 +43,8 @@ class LookaheadState(NamedTuple):
     Attributes:
         steps_since_sync: How many updates were made since slow and fast parameters were the same: a
             float64 tensor of shape (), on the CPU, or where `every` is if that is a tensor.
-        slow_params: The slow parameters: a tree like the parameters, in their dtypes. At a meeting,
-            those of leaves at rest (as under `Frozen`) become these.
+        slow_params: The slow parameters: a tree like the parameters, in their dtypes. Those of
+            leaves at rest (as under `Frozen`) are copied from these when slow and fast are synced.
         inner: The state of the inner optimizer.
         step: How many updates were made, if a hyperparameter is a schedule: likewise a tensor of
             shape () on the CPU; else `()`.
@@ -84,12 +86,12 @@ class Lookahead:
 
     Args:
         inner: The optimizer that moves the fast parameters.
-        every: How many updates lie between two meetings, $k$: a whole number of at least 1. A 0-dim
+        every: How many updates make one sync, $k$: a whole number of at least 1. A 0-dim
             tensor, of a floating-point dtype, may differ between the members of a vmap. A schedule
             is called with the count of updates made so far.
         alpha: How far the slow parameters go: at least 0 (never) and at most 1 (all the way, as if
             there were no `Lookahead`); a number, a 0-dim tensor or a schedule.
-        reset_state: Whether the inner optimizer starts anew at each meeting, from the state that
+        reset_state: Whether the inner optimizer starts anew at each sync, from the state that
             its `init` gives, counts and all: a schedule in it begins again, too.
 
     Raises:
@@ -127,148 +129,84 @@ class Lookahead:
         check_flag("reset_state", self.reset_state)
 
     def init(self, params: Tree) -> LookaheadState:
-        """Return the state before the first update, when slow and fast parameters are the same.
-
-        Args:
-            params: The parameters, as for the inner optimizer.
-
-        Raises:
-            TypeError: If a leaf is not a dense floating-point or complex tensor.
-            ValueError: If two leaves share their memory.
-
-        Example:
-            >>> import torch, funcopt
-            >>> funcopt.Lookahead(funcopt.AdamW()).init([torch.ones(2)]).slow_params
-            [tensor([1., 1.])]
-        """
-        slow_params, _ = begin(self, params, _own)
+        """Return the state before the first update, when slow and fast parameters are the same."""
+        slow_params, _ = copy_params(self, params, _same)
         count = torch.zeros((), dtype=torch.float64, device=place_of_counts(self.every))
-        step = first_count(torch.device("cpu")) if has_schedule(self) else ()
+        step = first_step(self, torch.device("cpu"))
         return LookaheadState(count, slow_params, self.inner.init(params), step)
 
     def update(
         self, grads: Tree, state: LookaheadState, params: ParamsT
     ) -> tuple[ParamsT, LookaheadState]:
-        """Return the new parameters and the new state, in fresh memory.
-
-        Args:
-            grads: The gradients at the fast parameters, as for the inner optimizer.
-            state: The state that `init` or the last update returned.
-            params: The fast parameters.
-
-        Returns:
-            The pair `(new_params, new_state)`.
-
-        Raises:
-            TypeError: As the inner optimizer.
-            ValueError: As the inner optimizer, or if a hyperparameter is no single number, or out
-                of range since it was given.
-
-        Example:
-            >>> import torch, funcopt
-            >>> opt = funcopt.Lookahead(funcopt.AdamW(lr=0.1, weight_decay=0.0), 1, alpha=0.8)
-            >>> opt.update(torch.ones(1), opt.init(torch.ones(1)), torch.ones(1))[0]
-            tensor([0.9200])
-        """
+        """Return the new fast parameters and the new state. Gradients are at the fast ones."""
         slow, numbers = self._gather(grads, state, params)
         recorded = records(self, slow.gradients, state, numbers)
-        meets = _meets(state.steps_since_sync, numbers["every"])
+        syncs = is_due(state.steps_since_sync, numbers["every"])
         new_params, inner = self.inner.update(grads, state.inner, params)
         with torch.set_grad_enabled(recorded):
-            if meets is False:
+            if syncs is False:
                 new_slow = copies(slow.leaves)
             else:
                 fast, structure = pytree.flatten(new_params)
-                met = slow.toward(fast, _known(numbers["alpha"]))
-                new_slow = choose(meets, met, slow.leaves)
-                new_fast = slow.gradients.but_resting(copies(slow.gradients.moving(met)), fast)
-                new_params = pytree.unflatten(structure, choose(meets, new_fast, fast))
-                keep_leaves_requiring(new_params, params)
-                inner = self._restarted(meets, inner, new_params)
-        count = _next(meets, state.steps_since_sync.detach())
+                synced = slow.lerp(fast, _known(numbers["alpha"]))
+                new_slow = choose_each(syncs, synced, slow.leaves)
+                new_fast = slow.gradients.with_resting(copies(slow.gradients.moving(synced)), fast)
+                new_fast = choose_each(syncs, new_fast, fast)
+                new_params = pytree.unflatten(structure, new_fast)
+                keep_requiring(new_fast, slow.gradients.params)
+                inner = self._restarted(syncs, inner, new_params)
+        count = zero_if(syncs, state.steps_since_sync.detach() + 1)
         new_slow_params = slow.paired.rebuild(new_slow)
         return new_params, LookaheadState(count, new_slow_params, inner, next_step(state.step))
 
     def update_(
         self, grads: Tree, state: LookaheadState, params: ParamsT
     ) -> tuple[ParamsT, LookaheadState]:
-        """Do the same as `update`, written into `params` and `state`, which are returned.
-
-        Args:
-            grads: The gradients, as for `update`.
-            state: The state, which is overwritten.
-            params: The fast parameters, which are overwritten.
-
-        Returns:
-            The pair `(params, state)`: the trees that were given.
-
-        Raises:
-            RuntimeError: Under a transform of `torch.func`, or if anything has a history.
-            TypeError: As `update`.
-            ValueError: As `update`, and as the inner optimizer's `update_`.
-
-        Example:
-            >>> import torch, funcopt
-            >>> opt = funcopt.Lookahead(funcopt.AdamW(lr=0.1, weight_decay=0.0), 1, alpha=0.8)
-            >>> w = torch.ones(1)
-            >>> _ = opt.update_(torch.ones(1), opt.init(w), w)
-            >>> w
-            tensor([0.9200])
-        """
+        """Do the same as `update` in place."""
         slow, numbers = self._gather(grads, state, params)
-        counts = {"state.steps_since_sync": state.steps_since_sync}
-        slow.check_inplace(numbers, with_step(counts, state))
-        meets = _meets(state.steps_since_sync, numbers["every"])
+        slow.check_inplace(numbers, own_tensors(state, "steps_since_sync"))
+        syncs = is_due(state.steps_since_sync, numbers["every"])
         self.inner.update_(grads, state.inner, params)
         with torch.no_grad():
-            if meets is not False:
-                self._meet_(meets, _known(numbers["alpha"]), slow, state.inner, params)
-            write(state.steps_since_sync, _next(meets, state.steps_since_sync))
-            write_step(state)
+            if syncs is not False:
+                self._sync_(syncs, _known(numbers["alpha"]), slow, state.inner, params)
+            count = zero_if(syncs, state.steps_since_sync + 1)
+            write_state(state, steps_since_sync=count)
         return params, state
 
     def _gather(
         self, grads: Tree, state: LookaheadState, params: Tree
-    ) -> tuple[Follower, dict[str, Number]]:
+    ) -> tuple[ShadowParams, dict[str, Number]]:
         check_state(state, LookaheadState)
         check_scalar("state.steps_since_sync", state.steps_since_sync)
         numbers = numbers_of(self, state.step)
         gradients = gather_gradients(self, grads, params)
-        slow = Follower.gather(gradients, "state.slow_params", state.slow_params, _own)
+        slow = ShadowParams.gather(gradients, "state.slow_params", state.slow_params, _same)
         return slow, numbers
 
-    def _restarted(self, meets: bool | Tensor, inner: Tree, params: Tree) -> Tree:
-        """Return the inner state, as it is at first if slow and fast met and it is to restart."""
+    def _restarted(self, syncs: bool | Tensor, inner: Tree, params: Tree) -> Tree:
+        """Return the inner state: as it is at first, if this update syncs and it is to restart."""
         if not self.reset_state:
             return inner
         olds, structure = pytree.flatten(inner)
         first = pytree.pair(self.inner.init(params), "state.inner", structure).leaves
-        return pytree.unflatten(structure, choose(meets, first, olds))
+        return pytree.unflatten(structure, choose_each(syncs, first, olds))
 
-    def _meet_(
-        self, meets: bool | Tensor, alpha: Number, slow: Follower, inner: Tree, params: Tree
+    def _sync_(
+        self, syncs: bool | Tensor, alpha: Number, slow: ShadowParams, inner: Tree, params: Tree
     ) -> None:
-        """Let slow and fast meet in place."""
+        """Move the slow parameters, and write them over the fast ones."""
         fast, moving = slow.gradients.params, slow.gradients.moving
-        if meets is True:
-            slow.toward_(fast, alpha)
+        if syncs is True:
+            slow.lerp_(fast, alpha)
             _write_all(moving(fast), moving(slow.leaves))
         else:
-            met = slow.toward(fast, alpha)
-            _write_all(slow.leaves, choose(meets, met, slow.leaves))
-            _write_all(moving(fast), choose(meets, moving(met), moving(fast)))
+            synced = slow.lerp(fast, alpha)
+            _write_all(slow.leaves, choose_each(syncs, synced, slow.leaves))
+            _write_all(moving(fast), choose_each(syncs, moving(synced), moving(fast)))
         if self.reset_state:
-            restarted = self._restarted(meets, inner, params)
+            restarted = self._restarted(syncs, inner, params)
             _write_all(pytree.flatten(inner)[0], pytree.flatten(restarted)[0])
-
-
-def _meets(count: Tensor, every: Number) -> bool | Tensor:
-    """Whether slow and fast meet in this update; a tensor where that is not read."""
-    taken = read(count)
-    known = read(every) if isinstance(every, Tensor) else every
-    if taken is None or known is None:
-        return count.detach() + 1 >= every
-    return taken + 1 >= known
 
 
 def _known(number: Number) -> Number:
@@ -277,18 +215,11 @@ def _known(number: Number) -> Number:
     return number if value is None else value
 
 
-def _own(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of slow parameters: that of the fast ones, whose values they give them."""
+def _same(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of a slow parameter: that of the fast one, over which it is written."""
     return dtype
 
 
 def _write_all(olds: Sequence[Tensor], news: Sequence[Tensor]) -> None:
     for old, new in zip(olds, news, strict=True):
         write(old, new)
-
-
-def _next(meets: bool | Tensor, count: Tensor) -> Tensor:
-    """Return the count after an update."""
-    if isinstance(meets, bool):
-        return torch.zeros_like(count) if meets else count + 1
-    return (count + 1).masked_fill(meets.to(count.device), 0)

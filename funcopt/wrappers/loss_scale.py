@@ -1,4 +1,4 @@
-"""Loss scaling: gradients of a loss times a number, which finds its size by itself."""
+"""Loss scaling: gradients of a loss times a number, which is adapted from step to step."""
 
 from __future__ import annotations
 
@@ -10,28 +10,22 @@ import torch
 from torch import Tensor
 
 from .._core import transforms
-from .._core.tensors import write
 from .._core.types import Number, Optimizer, Schedule, Traits, Tree
 from .._engine.checks import check_count, check_optimizer, check_state
-from .._engine.hyperparameters import (
-    has_schedule,
-    normalize,
-    normalize_fields,
-    number_at,
-    numbers_of,
-)
-from .._engine.prepare import first_count, next_step
+from .._engine.hyperparameters import normalize, normalize_fields, number_at, numbers_of
+from .._engine.prepare import next_step
 from .._engine.registration import register_optimizer
 from .._engine.rule import COUNT, Hyperparam, Range
 from .base import (
     Gradients,
     check_inplace,
     check_scalar,
+    first_step,
     gather_gradients,
     gather_params,
+    own_tensors,
     records,
-    with_step,
-    write_step,
+    write_state,
 )
 from .finite import all_finite_everywhere, decide, place_for, zeros_unless
 from .update_if import update_if, update_if_
@@ -164,20 +158,7 @@ class LossScale:
         normalize_fields(self, self.hyperparams)
 
     def init(self, params: Tree) -> LossScaleState:
-        """Return the state before the first update: the first scale and the inner state.
-
-        Args:
-            params: The parameters, as for the inner optimizer.
-
-        Raises:
-            TypeError: If a leaf is not a dense floating-point or complex tensor.
-            ValueError: If two leaves share their memory, or `init_scale` is no single number.
-
-        Example:
-            >>> import torch, funcopt
-            >>> funcopt.LossScale(funcopt.AdamW()).init(torch.ones(2)).scale
-            tensor(65536.)
-        """
+        """Return the state before the first update: the first scale and the inner state."""
         init_scale = number_at(_INIT_SCALE, self.init_scale, ())
         place = place_for(gather_params(self, params).moving)
         scale = (
@@ -186,91 +167,43 @@ class LossScale:
             else torch.full((), init_scale, dtype=torch.float32, device=place)
         )
         tracker = torch.zeros((), dtype=torch.int64, device=place)
-        step = first_count(place) if has_schedule(self) else ()
-        return LossScaleState(scale, tracker, self.inner.init(params), step)
+        return LossScaleState(scale, tracker, self.inner.init(params), first_step(self, place))
 
     def update(
         self, grads: Tree, state: LossScaleState, params: ParamsT
     ) -> tuple[ParamsT, LossScaleState]:
         """Return the new parameters and the new state, in fresh memory.
 
-        Args:
-            grads: The gradients of the loss times `state.scale`: a tree with the keys of `params`,
-                each like its parameter in shape, dtype and device, or None.
-            state: The state that `init` or the last update returned.
-            params: The parameters.
-
-        Returns:
-            The pair `(new_params, new_state)`. A skipped step has the derivative of doing nothing.
-
-        Raises:
-            TypeError: As the inner optimizer, or if the state is of another type.
-            ValueError: As the inner optimizer, or if a hyperparameter is no single number, or out
-                of range since it was given.
-
-        Example:
-            >>> import torch, funcopt
-            >>> opt = funcopt.LossScale(funcopt.AdamW(lr=0.1))
-            >>> params = torch.ones(1)
-            >>> params, state = opt.update(torch.tensor([torch.inf]), opt.init(params), params)
-            >>> params, state.scale
-            (tensor([1.]), tensor(32768.))
+        The gradients are those of the loss times `state.scale`. A skipped step has the derivative
+        of doing nothing.
         """
         gradients, numbers = self._gather(grads, state, params)
         finite = all_finite_everywhere(gradients, state.scale)
-        moves = decide(finite)
-        recorded = moves is not True and records(self, gradients, state, numbers)
+        should_update = decide(finite)
+        recorded = should_update is not True and records(self, gradients, state, numbers)
         if recorded or transforms.transformed():
-            gradients = gradients.replace(zeros_unless(moves, gradients.tensors))
+            gradients = gradients.replace(zeros_unless(should_update, gradients.tensors))
+        given, inverse = gradients.tree, _inverse(state.scale)
         new_params, inner = update_if(
-            moves,
-            self.inner,
-            gradients.tree,
-            state.inner,
-            params,
-            recorded,
-            factor=_inverse(state.scale),
+            should_update, self.inner, given, state.inner, params, recorded, inverse
         )
         scale, tracker = _rescale(state, finite, numbers)
-        return new_params, LossScaleState(scale, tracker, inner, next_step(state.step, moves))
+        return new_params, LossScaleState(
+            scale, tracker, inner, next_step(state.step, should_update)
+        )
 
     def update_(
         self, grads: Tree, state: LossScaleState, params: ParamsT
     ) -> tuple[ParamsT, LossScaleState]:
-        """Do the same as `update`, written into `params` and `state`, which are returned.
-
-        Args:
-            grads: The gradients, as for `update`, which are not written.
-            state: The state, which is overwritten.
-            params: The parameters, which are overwritten.
-
-        Returns:
-            The pair `(params, state)`: the trees that were given.
-
-        Raises:
-            RuntimeError: Under a transform of `torch.func`, or if anything has a history.
-            TypeError: As `update`.
-            ValueError: As `update`, and as the inner optimizer's `update_`.
-
-        Example:
-            >>> import torch, funcopt
-            >>> opt = funcopt.LossScale(funcopt.AdamW(lr=0.1), growth_interval=1)
-            >>> w = torch.ones(1)
-            >>> state = opt.init(w)
-            >>> _ = opt.update_(torch.ones(1) * state.scale, state, w)
-            >>> w, state.scale
-            (tensor([0.8990]), tensor(131072.))
-        """
+        """Do the same as `update` in place."""
         gradients, numbers = self._gather(grads, state, params)
-        own = {"state.scale": state.scale, "state.growth_tracker": state.growth_tracker}
-        check_inplace(numbers, with_step(own, state), gradients)
+        check_inplace(numbers, own_tensors(state, "scale", "growth_tracker"), gradients)
         finite = all_finite_everywhere(gradients, state.scale)
-        moves = decide(finite)
+        should_update = decide(finite)
         inverse = _inverse(state.scale)
-        update_if_(moves, self.inner, gradients.tree, state.inner, params, inverse)
-        for old, new in zip(own.values(), _rescale(state, finite, numbers), strict=True):
-            write(old, new)
-        write_step(state, moves)
+        update_if_(should_update, self.inner, gradients.tree, state.inner, params, inverse)
+        scale, tracker = _rescale(state, finite, numbers)
+        write_state(state, should_update, scale=scale, growth_tracker=tracker)
         return params, state
 
     def _gather(

@@ -1,4 +1,4 @@
-"""Groups of leaves, each with an optimizer of its own."""
+"""Groups of leaves, each with an optimizer of its own: what torch.optim calls param groups."""
 
 from __future__ import annotations
 
@@ -108,21 +108,10 @@ class Partition:
     def init(self, params: Tree) -> PartitionState:
         """Return the state before the first update: that of each optimizer for its own leaves.
 
-        Args:
-            params: A tree of tensors that the optimizers of their labels take.
-
         Raises:
             TypeError: If an optimizer refuses a leaf, or a label is no string.
             ValueError: If a leaf has no label, an unknown one, or two; if a label or a pattern has
                 no leaf; if two leaves have one name, or start at the same place in memory.
-
-        Example:
-            >>> import torch, funcopt
-            >>> inner = {"a": funcopt.AdamW(), "b": funcopt.Frozen()}
-            >>> opt = funcopt.Partition(inner, labels=["a", "b"])
-            >>> state = opt.init([torch.ones(2), torch.ones(3)])
-            >>> state.inner["a"].exp_avg, state.inner["b"]
-            ({'0': tensor([0., 0.])}, ())
         """
         groups = self._groups(params)
         own = groups.of(groups.leaves)
@@ -133,90 +122,46 @@ class Partition:
     ) -> tuple[ParamsT, PartitionState]:
         """Return the new parameters and the new state, in fresh memory but for frozen leaves.
 
-        Frozen leaves are the very tensors that were given; see `Frozen`.
-
-        Args:
-            grads: The gradients: a tree with the keys of `params`. Those of frozen leaves may be
-                missing.
-            state: The state that `init` or the last update returned.
-            params: The parameters.
-
-        Returns:
-            The pair `(new_params, new_state)`, of which the first is a tree like `params`.
-
-        Raises:
-            TypeError: As `init`, and if `state` is not that of a `Partition`.
-            ValueError: As `init`, and if trees do not match. Messages of the optimizers call leaves
-                by name: `grads['layers.0.weight']`.
-
-        Example:
-            >>> import torch, funcopt
-            >>> inner = {"a": funcopt.AdamW(lr=0.1), "b": funcopt.AdamW(lr=0.2)}
-            >>> opt = funcopt.Partition(inner, labels=lambda name, leaf: name[-1])
-            >>> params = {"w": {"a": torch.ones(2), "b": torch.ones(2)}}
-            >>> params, state = opt.update(params, opt.init(params), params)
-            >>> params
-            {'w': {'a': tensor([0.8990, 0.8990]), 'b': tensor([0.7980, 0.7980])}}
+        Gradients of frozen leaves may be missing. Messages of the optimizers call leaves by their
+        names: `grads['layers.0.weight']`.
         """
-        return self._move(grads, None, state, params)
-
-    def _move(
-        self, grads: Tree, factor: Tensor | None, state: PartitionState, params: ParamsT
-    ) -> tuple[ParamsT, PartitionState]:
-        groups = self._groups(params)
-        updates = self._updates(groups, grads, state, factor)
-        moved = {label: update.out_of_place() for label, update in updates.items()}
-        new_params = groups.rebuild([own for own, _ in moved.values()])
-        return new_params, PartitionState({label: own for label, (_, own) in moved.items()})
+        return self._update_scaled(grads, None, state, params)
 
     def update_(
         self, grads: Tree, state: PartitionState, params: ParamsT
     ) -> tuple[ParamsT, PartitionState]:
-        """Do the same as `update`, written into `params` and `state`, which are returned.
+        """Do the same as `update` in place. Every group is checked before any is written.
 
-        Every group is checked before any is written. Where several groups have optimizers other
-        than `AdamW` and `Frozen`, all but the largest of these are moved out of place first for
-        that purpose, which takes memory of their size; a wrapper around the `Partition` costs none.
-
-        Args:
-            grads: The gradients, as for `update`.
-            state: The state, which is overwritten.
-            params: The parameters, which are overwritten.
-
-        Returns:
-            The pair `(params, state)`: the trees that were given.
-
-        Raises:
-            RuntimeError: Under a transform of `torch.func`, or where a derivative would be lost.
-            TypeError: As `update`.
-            ValueError: As `update`, and if a tensor to be written is expanded, or starts in memory
-                where another one or a gradient does.
-
-        Example:
-            >>> import torch, funcopt
-            >>> model = torch.nn.Linear(2, 1)
-            >>> params = dict(model.named_parameters())
-            >>> inner = {"body": funcopt.Frozen(), "head": funcopt.AdamW()}
-            >>> opt = funcopt.Partition(inner, labels={"weight": "body", "bias": "head"})
-            >>> state = opt.init(params)
-            >>> _ = opt.update_({"bias": torch.ones(1)}, state, params)
-            >>> state.inner["head"].exp_avg["bias"]
-            tensor([0.1000])
+        An optimizer that is made by a rule can be checked by itself. Where there are several others
+        (wrappers, say), all but the largest of these make their updates out of place first for that
+        purpose, which takes memory of their size; a wrapper around the `Partition` costs none.
         """
-        return self._move_(grads, None, state, params)
+        return self._update_scaled_(grads, None, state, params)
 
-    def _move_(
-        self, grads: Tree, factor: Tensor | None, state: PartitionState, params: ParamsT
+    def _update_scaled(
+        self, grads: Tree, grad_scale: Tensor | None, state: PartitionState, params: ParamsT
     ) -> tuple[ParamsT, PartitionState]:
-        update_together_(self._updates(self._groups(params), grads, state, factor))
+        """Update by gradients times a number of shape (); None is 1."""
+        groups = self._groups(params)
+        updates = self._updates(groups, grads, state, grad_scale)
+        moved = {label: update.out_of_place() for label, update in updates.items()}
+        new_params = groups.rebuild([own for own, _ in moved.values()])
+        return new_params, PartitionState({label: own for label, (_, own) in moved.items()})
+
+    def _update_scaled_(
+        self, grads: Tree, grad_scale: Tensor | None, state: PartitionState, params: ParamsT
+    ) -> tuple[ParamsT, PartitionState]:
+        """Do the same in place."""
+        update_together_(self._updates(self._groups(params), grads, state, grad_scale))
         return params, state
 
     def _groups(self, params: Tree) -> _Groups:
         leaves, structure = pytree.flatten(params)
         check_untied(leaves, structure)
-        return self._grouped(leaves, structure)
+        return self._group(leaves, structure)
 
-    def _grouped(self, leaves: Sequence[Any], structure: pytree.Structure) -> _Groups:
+    def _group(self, leaves: Sequence[Any], structure: pytree.Structure) -> _Groups:
+        """Find out which leaf belongs to which optimizer."""
         names = name_leaves(structure)
         wholes = [whole_of(leaf) for leaf in leaves]
         patterns = getattr(self, "_patterns", None)  # a transform rebuilds the fields alone
@@ -228,9 +173,9 @@ class Partition:
         return _Groups(leaves, structure, names, members)
 
     def _updates(
-        self, groups: _Groups, grads: Tree, state: PartitionState, factor: Tensor | None = None
+        self, groups: _Groups, grads: Tree, state: PartitionState, grad_scale: Tensor | None = None
     ) -> dict[str, Update]:
-        """What each optimizer is to do."""
+        """Return the update of each optimizer, by its label."""
         check_state(state, PartitionState)
         if state.inner.keys() != self.inner.keys():
             has, wanted = (", ".join(map(repr, own)) for own in (state.inner, self.inner))
@@ -246,15 +191,17 @@ class Partition:
             check_dense(gradients, partial(groups.path, "grads"), resting)
         own_grads, own_params = groups.of(gradients), groups.of(groups.leaves)
         return {
-            label: Update(opt, own_grads[label], state.inner[label], own_params[label], factor)
+            label: Update(opt, own_grads[label], state.inner[label], own_params[label], grad_scale)
             for label, opt in self.inner.items()
         }
 
     def _at_rest(self, leaves: Sequence[Any], structure: pytree.Structure) -> Collection[int]:
-        """Which of these leaves rest. To find out to which group each one belongs takes long."""
-        return self._resting(self._grouped(leaves, structure)) if may_rest(self) else ()
+        """Return which of these leaves are at rest."""
+        # To label leaves is slow: it is done only if an optimizer may leave some at rest.
+        return self._resting(self._group(leaves, structure)) if may_rest(self) else ()
 
     def _resting(self, groups: _Groups) -> Collection[int]:
+        """Return which leaves the optimizers leave at rest."""
         resting: set[int] = set()
         for label, opt in self.inner.items():
             if may_rest(opt):
@@ -266,7 +213,7 @@ class Partition:
         return resting
 
 
-hands_on(Partition, Partition._move, Partition._move_)
+hands_on(Partition, Partition._update_scaled, Partition._update_scaled_)
 leaves_at_rest(Partition, Partition._at_rest)
 
 

@@ -1,4 +1,4 @@
-"""Bad steps left out: no update where a gradient is infinite or NaN."""
+"""Skipping: no update is made where a gradient is infinite or NaN."""
 
 from __future__ import annotations
 
@@ -10,22 +10,23 @@ import torch
 from torch import Tensor
 
 from .._core import transforms
-from .._core.tensors import write
-from .._core.types import Number, Optimizer, Schedule, Traits, Tree, is_dense
-from .._engine.checks import check_count, check_optimizer, check_state, kind_of
-from .._engine.hyperparameters import has_schedule, normalize_fields, numbers_of
-from .._engine.prepare import first_count, next_step
+from .._core.types import Number, Optimizer, Schedule, Traits, Tree
+from .._engine.checks import check_count, check_optimizer, check_state
+from .._engine.hyperparameters import normalize_fields, numbers_of
+from .._engine.prepare import next_step
 from .._engine.registration import register_optimizer
 from .._engine.rule import Hyperparam, Range
 from .base import (
     Gradients,
     check_inplace,
     check_overflow_is_seen,
+    check_scalar,
+    first_step,
     gather_gradients,
     gather_params,
+    own_tensors,
     records,
-    with_step,
-    write_step,
+    write_state,
 )
 from .finite import all_finite_everywhere, decide, place_for, zeros_unless
 from .update_if import update_if, update_if_
@@ -121,28 +122,14 @@ class SkipNonfinite:
             check_overflow_is_seen("SkipNonfinite", self.inner)
 
     def init(self, params: Tree) -> SkipNonfiniteState:
-        """Return the state before the first update: counts of 0 and the inner state.
-
-        Args:
-            params: The parameters, as for the inner optimizer.
-
-        Raises:
-            TypeError: If a leaf is not a dense floating-point or complex tensor.
-            ValueError: If two leaves share their memory.
-
-        Example:
-            >>> import torch, funcopt
-            >>> state = funcopt.SkipNonfinite(funcopt.AdamW()).init(torch.ones(2))
-            >>> state.consecutive, state.total, state.last_finite
-            (tensor(0), tensor(0), tensor(True))
-        """
+        """Return the state before the first update: counts of 0 and the inner state."""
         place = place_for(gather_params(self, params).moving)
         return SkipNonfiniteState(
             torch.zeros((), dtype=torch.int64, device=place),
             torch.zeros((), dtype=torch.int64, device=place),
             torch.ones((), dtype=torch.bool, device=place),
             self.inner.init(params),
-            first_count(place) if has_schedule(self) else (),
+            first_step(self, place),
         )
 
     def update(
@@ -150,77 +137,29 @@ class SkipNonfinite:
     ) -> tuple[ParamsT, SkipNonfiniteState]:
         """Return the new parameters and the new state, in fresh memory.
 
-        Args:
-            grads: The gradients: a tree with the keys of `params`, each like its parameter in
-                shape, dtype and device, or None.
-            state: The state that `init` or the last update returned.
-            params: The parameters.
-
-        Returns:
-            The pair `(new_params, new_state)`. A skipped step has the derivative of doing nothing.
-
-        Raises:
-            TypeError: As the inner optimizer, or if the state is of another type.
-            ValueError: As the inner optimizer, or if `max_consecutive` is no single number, or out
-                of range since it was given.
-
-        Example:
-            >>> import torch, funcopt
-            >>> opt = funcopt.SkipNonfinite(funcopt.AdamW(lr=0.1), max_consecutive=1)
-            >>> params, nan = torch.ones(1), torch.tensor([torch.nan])
-            >>> state = opt.init(params)
-            >>> params, state = opt.update(nan, state, params)
-            >>> params
-            tensor([1.])
-            >>> params, state = opt.update(nan, state, params)  # the second in a row
-            >>> params
-            tensor([nan])
+        A skipped step has the derivative of doing nothing.
         """
         gradients, numbers = self._gather(grads, state, params)
-        counts, moves = _judge(gradients, state, **numbers)
-        recorded = moves is not True and records(self, gradients, state, numbers)
-        given = gradients.tree
+        counts, should_update = _judge(gradients, state, **numbers)
+        recorded = should_update is not True and records(self, gradients, state, numbers)
         if recorded or transforms.transformed():
-            given = gradients.replace(zeros_unless(moves, gradients.tensors)).tree
-        new_params, inner = update_if(moves, self.inner, given, state.inner, params, recorded)
-        return new_params, SkipNonfiniteState(*counts, inner, next_step(state.step, moves))
+            gradients = gradients.replace(zeros_unless(should_update, gradients.tensors))
+        given = gradients.tree
+        new_params, inner = update_if(
+            should_update, self.inner, given, state.inner, params, recorded
+        )
+        return new_params, SkipNonfiniteState(*counts, inner, next_step(state.step, should_update))
 
     def update_(
         self, grads: Tree, state: SkipNonfiniteState, params: ParamsT
     ) -> tuple[ParamsT, SkipNonfiniteState]:
-        """Do the same as `update`, written into `params` and `state`, which are returned.
-
-        Args:
-            grads: The gradients, as for `update`.
-            state: The state, which is overwritten.
-            params: The parameters, which are overwritten.
-
-        Returns:
-            The pair `(params, state)`: the trees that were given.
-
-        Raises:
-            RuntimeError: Under a transform of `torch.func`, or if anything has a history.
-            TypeError: As `update`.
-            ValueError: As `update`, and as the inner optimizer's `update_`.
-
-        Example:
-            >>> import torch, funcopt
-            >>> opt = funcopt.SkipNonfinite(funcopt.AdamW(lr=0.1))
-            >>> w = torch.ones(1)
-            >>> state = opt.init(w)
-            >>> for grad in (torch.ones(1), torch.tensor([torch.inf])):
-            ...     _ = opt.update_(grad, state, w)
-            >>> w, state.consecutive
-            (tensor([0.8990]), tensor(1))
-        """
+        """Do the same as `update` in place."""
         gradients, numbers = self._gather(grads, state, params)
-        own = {f"state.{name}": getattr(state, name) for name in state._fields[:3]}
-        check_inplace(numbers, with_step(own, state), gradients)
-        counts, moves = _judge(gradients, state, **numbers)
-        update_if_(moves, self.inner, gradients.tree, state.inner, params)
-        for old, new in zip(own.values(), counts, strict=True):
-            write(old, new)
-        write_step(state, moves)
+        names = state._fields[:3]
+        check_inplace(numbers, own_tensors(state, *names), gradients)
+        counts, should_update = _judge(gradients, state, **numbers)
+        update_if_(should_update, self.inner, gradients.tree, state.inner, params)
+        write_state(state, should_update, **dict(zip(names, counts, strict=True)))
         return params, state
 
     def _gather(
@@ -229,7 +168,7 @@ class SkipNonfinite:
         check_state(state, SkipNonfiniteState)
         check_count(state.consecutive, lambda: "state.consecutive")
         check_count(state.total, lambda: "state.total")
-        _check_last_finite(state.last_finite)
+        check_scalar("state.last_finite", state.last_finite, torch.bool)
         numbers = numbers_of(self, state.step)
         return gather_gradients(self, grads, params), numbers
 
@@ -244,16 +183,3 @@ def _judge(
     enough = consecutive > (most.detach() if isinstance(most, Tensor) else most)
     counts = consecutive, state.total.detach() + ~finite, finite
     return counts, decide(finite | enough)
-
-
-def _check_last_finite(value: object) -> None:
-    if (
-        not isinstance(value, Tensor)
-        or not is_dense(value)
-        or value.dtype is not torch.bool
-        or value.ndim != 0
-    ):
-        raise ValueError(
-            f"state.last_finite is {kind_of(value)}: it must be a bool tensor of shape (), as "
-            f"init() makes it. A state that vmap(init) made belongs to vmap(update)."
-        )

@@ -1,4 +1,4 @@
-"""Several optimizers in place, each on its own leaves: all of them move, or none does."""
+"""Several updates in place, each of an optimizer on its own leaves: all are made, or none is."""
 
 from __future__ import annotations
 
@@ -26,25 +26,26 @@ class Update(NamedTuple):
     grads: dict[str, Any]
     state: Tree
     params: dict[str, Any]
-    factor: Tensor | None = None  # what the gradients are multiplied by; None for 1
+    grad_scale: Tensor | None = None  # what the gradients are multiplied by; None for 1
 
     def out_of_place(self) -> tuple[Tree, Tree]:
         """Return the new parameters and the new state."""
-        return update_scaled(self.opt, self.grads, self.factor, self.state, self.params)
+        return update_scaled(self.opt, self.grads, self.grad_scale, self.state, self.params)
 
     def in_place(self) -> None:
         """Write them."""
-        update_scaled_(self.opt, self.grads, self.factor, self.state, self.params)
+        update_scaled_(self.opt, self.grads, self.grad_scale, self.state, self.params)
 
 
 def update_together_(updates: Mapping[str, Update]) -> None:
     """Do the updates in place, by label. If one of them is refused, nothing was written.
 
-    An optimizer checks everything before it writes, but its own leaves only. So one goes first, as
-    the last that may still be refused, and of the others each is made sure of before: one that
-    is made by a rule can be checked without being run; any other is done out of place, by `update`, which
-    finds whatever is wrong, and its results are written in the end. The one that goes first is the
-    largest of those that would have to be done out of place, if there are any.
+    Each optimizer checks everything before it writes, but only for its own leaves. So all but one
+    of the updates are made sure of before anything is written. An optimizer that is made by a rule
+    is checked without being run. Any other makes its update out of place, by `update`, which finds
+    whatever is wrong; its results are written at the end. The remaining update is then made in
+    place as the first one: if it is refused, nothing was written yet. It is the largest of those
+    that would have to be made out of place, if there are any.
 
     Raises:
         Exception: Whatever `update_` of one of the optimizers raises.
@@ -69,7 +70,7 @@ def update_together_(updates: Mapping[str, Update]) -> None:
 
 
 def _weight(update: Update) -> tuple[int, int]:
-    """What it would take to make sure of an update."""
+    """Return how much memory it would take to make sure of an update, in an order to sort by."""
     if own_traits(update.opt).rests:
         return 0, 0
     kind = 1 if own_traits(update.opt).by_rule else 2
@@ -80,7 +81,7 @@ def _weight(update: Update) -> tuple[int, int]:
 
 
 def _check_groups_apart(updates: Mapping[str, Update], moving: Mapping[str, Update]) -> None:
-    """Refuse what no optimizer can see alone: memory that two of them share."""
+    """Refuse memory that two optimizers share, which neither of them can see."""
     params = {name: leaf for update in moving.values() for name, leaf in update.params.items()}
     grads = {
         name: grad
@@ -88,7 +89,7 @@ def _check_groups_apart(updates: Mapping[str, Update], moving: Mapping[str, Upda
         for name, grad in update.grads.items()
         if grad is not None
     }
-    moments, structure = pytree.flatten({label: update.state for label, update in updates.items()})
+    states, structure = pytree.flatten({label: update.state for label, update in updates.items()})
     names, grad_names = list(params), list(grads)
 
     def path(index: int) -> str:
@@ -96,12 +97,12 @@ def _check_groups_apart(updates: Mapping[str, Update], moving: Mapping[str, Upda
             return f"params[{names[index]!r}]"
         return pytree.path(structure, "state.inner", index - len(names))
 
-    targets = [*params.values(), *moments]
+    targets = [*params.values(), *states]
     check_apart(targets, list(grads.values()), path, lambda index: f"grads[{grad_names[index]!r}]")
 
 
 def _is_sure(update: Update) -> bool:
-    """Whether an update in place will go through, which was checked; raises if it will not."""
+    """Check an update in place without making it; return whether it is now sure to succeed."""
     opt, grads, state, params, _ = update
     if own_traits(opt).rests:
         return True
@@ -124,8 +125,8 @@ def _moved(label: str, update: Update) -> tuple[list[Tensor], list[Tensor]]:
 
     olds, news = [old[index] for index in changed], [new[index] for index in changed]
     for position, (own, moved) in enumerate(zip(olds, news, strict=True)):
-        asked = moved.requires_grad and not own.requires_grad
-        if asked or not (own.is_leaf and moved.is_leaf) or transforms.any_dual((moved,)):
+        is_recorded = moved.requires_grad and not own.requires_grad
+        if is_recorded or not (own.is_leaf and moved.is_leaf) or transforms.any_dual((moved,)):
             raise RuntimeError(
                 f"{path(position)} has a history, its own or that of a gradient, a state tensor or "
                 f"a hyperparameter, which writing in place would lose. Use update(), or detach it "

@@ -1,8 +1,11 @@
-"""An inner update that is made if a condition holds, and what stands for it if it does not."""
+"""An inner update that is made if a condition holds, and copies or the old values if it does not.
+
+Wrappers that skip updates, or make one of several calls, go by it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -10,14 +13,14 @@ import torch
 from torch import Tensor
 
 from .._core import pytree, transforms
-from .._core.tensors import copies_of, write
+from .._core.tensors import choose, copies_of, write
 from .._core.types import Optimizer, Tree
 from .._engine.checks import check_dense
 from .._engine.prepare import keep_requiring
 from .._engine.registration import at_rest
 from .scaled import update_scaled, update_scaled_
 
-__all__ = ["choose", "copies", "keep_leaves_requiring", "update_if", "update_if_"]
+__all__ = ["choose_each", "copies", "update_if", "update_if_"]
 
 
 def update_if(
@@ -27,43 +30,45 @@ def update_if(
     state: Tree,
     params: Tree,
     recorded: bool,
-    factor: Tensor | None = None,
+    grad_scale: Tensor | None = None,
 ) -> tuple[Tree, Tree]:
-    """Return what an update makes of parameters and state if a condition holds, else copies.
+    """Return the parameters and the state after an update if a condition holds, else copies.
 
-    Leaves that the optimizer leaves at rest are in either case the very tensors that were given.
+    Leaves at rest are in either case the tensors that were given.
 
     Args:
-        condition: True or False where that is known: then only one thing is done. Where it is not
-            (a tensor of shape (), for each member of a vmap its own, or on a device that is not to
-            be waited for), both are, and one is chosen.
+        condition: True or False where that is known: then only one of the two is done. Else a
+            tensor of shape (), as for the members of a vmap, or on a device that is not to be
+            waited for: then both are done, and one is chosen.
         opt: The optimizer.
         grads: The gradients.
-        state: Its state.
+        state: The state of the optimizer.
         params: The parameters.
         recorded: Whether plain autograd records a copy and a choice, as `records` says.
-        factor: What the gradients are multiplied by, of shape (); None for 1.
+        grad_scale: What the gradients are multiplied by, of shape (); None for 1.
     """
     if condition is True:
-        return update_scaled(opt, grads, factor, state, params)
-    olds, structure = pytree.flatten((params, state))
+        return update_scaled(opt, grads, grad_scale, state, params)
+    olds, structure = pytree.flatten(params)
+    own, state_structure = pytree.flatten(state)
+    before = [*olds, *own]
     if condition is False:
-        leaves, inner = pytree.flatten(
-            state
-        )  # at which the inner optimizer does not look this time
-        check_dense(leaves, partial(pytree.path, inner, "state.inner"))
-        resting = _resting(opt, params)
+        # The inner optimizer, which else checks its state, does not see it this time.
+        check_dense(own, partial(pytree.path, state_structure, "state.inner"))
+        resting = at_rest(opt, olds, structure)
         with torch.set_grad_enabled(recorded):
-            others = iter(copies([old for i, old in enumerate(olds) if i not in resting]))
-        chosen = [old if i in resting else next(others) for i, old in enumerate(olds)]
+            others = iter(copies([old for i, old in enumerate(before) if i not in resting]))
+        after = [old if i in resting else next(others) for i, old in enumerate(before)]
     else:
-        moved = update_scaled(opt, grads, factor, state, params)
-        news, structure = pytree.flatten(moved)
+        new_params, new_state = update_scaled(opt, grads, grad_scale, state, params)
+        news, structure = pytree.flatten(new_params)
+        own, state_structure = pytree.flatten(new_state)
         with torch.set_grad_enabled(recorded):
-            chosen = choose(condition, news, olds)
-    new_params, new_state = pytree.unflatten(structure, chosen)
-    keep_leaves_requiring(new_params, params)
-    return new_params, new_state
+            after = choose_each(condition, [*news, *own], before)
+    count = len(olds)
+    keep_requiring(after[:count], olds)
+    chosen = pytree.unflatten(structure, after[:count])
+    return chosen, pytree.unflatten(state_structure, after[count:])
 
 
 def update_if_(
@@ -72,34 +77,31 @@ def update_if_(
     grads: Tree,
     state: Tree,
     params: Tree,
-    factor: Tensor | None = None,
+    grad_scale: Tensor | None = None,
 ) -> None:
-    """Do the same in place. What is to be checked of the tensors, the optimizer checks."""
+    """Do the same in place. The optimizer checks the tensors, if it makes the update."""
     if condition is True:
-        update_scaled_(opt, grads, factor, state, params)
+        update_scaled_(opt, grads, grad_scale, state, params)
     elif isinstance(condition, Tensor):
-        leaves, resting = pytree.flatten((params, state))[0], _resting(opt, params)
+        resting = at_rest(opt, *pytree.flatten(params))
+        leaves = pytree.flatten((params, state))[0]
         leaves = [leaf for index, leaf in enumerate(leaves) if index not in resting]
         with torch.no_grad():
             olds = copies(leaves)
-        update_scaled_(opt, grads, factor, state, params)
+        update_scaled_(opt, grads, grad_scale, state, params)
         with torch.no_grad():
-            for leaf, chosen in zip(leaves, choose(condition, leaves, olds), strict=True):
+            for leaf, chosen in zip(leaves, choose_each(condition, leaves, olds), strict=True):
                 write(leaf, chosen)
 
 
-def _resting(opt: Optimizer[Any], params: Tree) -> Collection[int]:
-    return at_rest(opt, *pytree.flatten(params))
-
-
-def choose(
+def choose_each(
     condition: bool | Tensor, news: Sequence[Tensor], olds: Sequence[Tensor]
 ) -> list[Tensor]:
-    """Return the new tensors if a condition holds, else the old. What is both is left as it is."""
+    """Return the new tensors if a condition holds, else the old, wherever the two differ."""
     if isinstance(condition, bool):
         return list(news if condition else olds)
     return [
-        old if new is old else torch.where(condition.to(old.device), new, old)
+        old if new is old else choose(condition.to(old.device), new, old)
         for new, old in zip(news, olds, strict=True)
     ]
 
@@ -109,9 +111,3 @@ def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
     if transforms.tracing() or transforms.transformed() or not transforms.all_plain(tensors):
         return [tensor.clone() for tensor in tensors]
     return copies_of(tensors)
-
-
-def keep_leaves_requiring(new_params: Tree, params: Tree) -> None:
-    """Let copies of parameters require a gradient where the old did, but for a transform's sake."""
-    if not transforms.transformed() and not transforms.tracing():
-        keep_requiring(pytree.flatten(new_params)[0], pytree.flatten(params)[0])
