@@ -35,8 +35,8 @@ def test_layouts_change_no_number(param_layout, grad_layout, kernel):
 
 @pytest.mark.parametrize("kernel", ["auto", *KERNELS])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed"])
-def test_dense_layouts_are_kept(memory, kernel):
-    param = layouts()[memory]
+def test_dense_layouts_are_kept(layout, kernel):
+    param = layouts()[layout]
     moved, state = run(AdamW(kernel=kernel), param, [layouts()["contiguous"]] * 2)
     for tensor in (moved, state.exp_avg, state.exp_avg_sq):
         assert tensor.stride() == param.stride()
