@@ -38,7 +38,7 @@ class Optimizer(Protocol[StateT]):
 
     Example:
         >>> import funcopt
-        >>> isinstance(funcopt.AdamW(), funcopt.Optimizer)
+        >>> isinstance(funcopt.SGD(), funcopt.Optimizer)
         True
     """
 
