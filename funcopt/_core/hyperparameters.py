@@ -63,7 +63,7 @@ class Hyperparam(NamedTuple):
     """A number of an optimizer.
 
     Attributes:
-        name: As the equations call it, such as `"momentum"`.
+        name: As the equations call it, such as `"beta1"`.
         range: What it may be.
         field: The field of the optimizer that holds it, if that has another name. `"betas[0]"` is
             the first of a pair.

@@ -1,4 +1,4 @@
-"""A frozen dataclass as a pytree: tensors among its fields are leaves, the rest is structure."""
+"""A frozen dataclass as a pytree: the tensors among its fields are leaves, the rest is structure."""
 
 from __future__ import annotations
 
