@@ -159,7 +159,11 @@ class LossScale:
         normalize_fields(self, self.hyperparams)
 
     def init(self, params: Tree) -> LossScaleState:
-        """Return the state before the first update: the first scale and the inner state."""
+        """Return the state before the first update: the first scale and the inner state.
+
+        Raises:
+            ValueError: If `init_scale` is not a single number.
+        """
         init_scale = number_at(_INIT_SCALE, self.init_scale, ())
         place = place_for(gather_params(self, params).moving)
         scale = (
