@@ -34,8 +34,8 @@ def find(
 
     Args:
         tree: A state or an optimizer.
-        what: The name of a field, such as `"exp_avg"`, `"norm"` or `"lr"`, or a class, such as
-            `AdamWState` or `Clip`.
+        what: The name of a field, such as `"momentum_buffer"`, `"norm"` or `"lr"`, or a class, such
+            as `SGDState` or `Clip`.
         opt: The optimizer to which the state belongs. With it the names of hyperparameters are
             found too, as what they are at the next update: a schedule is called with the count in
             its optimizer's own state, and gives a tree of numbers where each leaf has its count.
@@ -55,8 +55,8 @@ def find(
     Example:
         >>> import torch, funcopt
         >>> from funcopt.schedules import Linear
-        >>> body = funcopt.AdamW(lr=Linear(start=0.0, end=1.0, steps=10))
-        >>> groups = {"body": body, "head": funcopt.AdamW(lr=0.1)}
+        >>> body = funcopt.SGD(lr=Linear(start=0.0, end=1.0, steps=10))
+        >>> groups = {"body": body, "head": funcopt.SGD(lr=0.1, momentum=0.9)}
         >>> opt = funcopt.Clip(funcopt.Partition(groups, ["body", "head"]), max_norm=1.0)
         >>> params = [torch.zeros(2), torch.zeros(1)]
         >>> params, state = opt.update(params, opt.init(params), params)
@@ -64,8 +64,8 @@ def find(
         ...     print(f"{path}: {float(lr):.2f}")
         inner.inner['body'].lr: 0.10
         inner.inner['head'].lr: 0.10
-        >>> funcopt.find(state, "exp_avg", within="head")
-        {"inner.inner['head'].exp_avg": {'1': tensor([0.])}}
+        >>> funcopt.find(state, "momentum_buffer", within="head")
+        {"inner.inner['head'].momentum_buffer": {'1': tensor([0.])}}
         >>> [norm] = funcopt.find(state, "norm").values()
         >>> norm
         tensor(0.)
@@ -120,11 +120,11 @@ def replace(tree: TreeT, what: str | type, new: Any, within: str = "") -> TreeT:
         Of one group, begin again, or change the learning rate:
 
         >>> import torch, funcopt
-        >>> from funcopt import AdamW, AdamWState
-        >>> opt = funcopt.Partition({"body": AdamW(), "head": AdamW()}, ["body", "head"])
+        >>> from funcopt import SGD, SGDState
+        >>> opt = funcopt.Partition({"body": SGD(), "head": SGD()}, ["body", "head"])
         >>> params = [torch.ones(2), torch.ones(1)]
         >>> params, state = opt.update(params, opt.init(params), params)
-        >>> state = funcopt.replace(state, AdamWState, 0, within="head")
+        >>> state = funcopt.replace(state, SGDState, 0, within="head")
         >>> funcopt.find(state, "step")  # doctest: +NORMALIZE_WHITESPACE
         {"inner['body'].step": tensor(1., dtype=torch.float64),
          "inner['head'].step": tensor(0., dtype=torch.float64)}
@@ -277,8 +277,8 @@ def _check_alike(path: str, new: Any, old: Any) -> None:
 def _check_what(what: object) -> None:
     if not isinstance(what, (str, type)):
         raise TypeError(
-            f"what={what!r}: must be the name of a field, such as 'exp_avg' or 'lr', or a class, "
-            f"such as AdamWState."
+            f"what={what!r}: must be the name of a field, such as 'momentum_buffer' or 'lr', or a "
+            f"class, such as SGDState."
         )
 
 

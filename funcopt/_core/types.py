@@ -58,7 +58,7 @@ class Optimizer(Protocol[StateT]):
 
     Example:
         >>> import funcopt
-        >>> isinstance(funcopt.AdamW(), funcopt.Optimizer)
+        >>> isinstance(funcopt.SGD(), funcopt.Optimizer)
         True
     """
 

@@ -84,8 +84,8 @@ class Accumulate:
     `state._replace(mini_step=state.mini_step.cuda(), given=state.given.cuda())`: there it is chosen
     in this way, too.
 
-    The order of wrappers matters. `Accumulate(Clip(AdamW()), 8)` clips the mean of eight gradients,
-    `Clip(Accumulate(AdamW(), 8))` each of the eight.
+    The order of wrappers matters. `Accumulate(Clip(Adam()), 8)` clips the mean of eight gradients,
+    `Clip(Accumulate(Adam(), 8))` each of the eight.
 
     Args:
         inner: The optimizer that is given the mean.
@@ -99,15 +99,15 @@ class Accumulate:
 
     Example:
         >>> import torch, funcopt
-        >>> opt = funcopt.Accumulate(funcopt.AdamW(lr=0.1), every=2)
+        >>> opt = funcopt.Accumulate(funcopt.SGD(lr=0.1), every=2)
         >>> params = {"w": torch.ones(2)}
         >>> state = opt.init(params)
         >>> params, state = opt.update({"w": torch.tensor([3.0, 0.0])}, state, params)
         >>> params
         {'w': tensor([1., 1.])}
         >>> params, state = opt.update({"w": torch.tensor([1.0, 4.0])}, state, params)
-        >>> params, state.inner.exp_avg
-        ({'w': tensor([0.8990, 0.8990])}, {'w': tensor([0.2000, 0.2000])})
+        >>> params  # moved by the mean, which is 2 for both elements
+        {'w': tensor([0.8000, 0.8000])}
     """
 
     traits: ClassVar[Traits] = ELEMENTWISE

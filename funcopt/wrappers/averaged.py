@@ -41,7 +41,7 @@ def averaged(state: Any, params: ParamsT) -> ParamsT:
 
     Example:
         >>> import torch, funcopt
-        >>> opt = funcopt.Clip(funcopt.Ema(funcopt.AdamW(lr=0.1), decay=0.5), max_norm=1.0)
+        >>> opt = funcopt.Clip(funcopt.Ema(funcopt.SGD(lr=0.1), decay=0.5), max_norm=1.0)
         >>> model = torch.nn.Linear(2, 1, dtype=torch.bfloat16)
         >>> params = dict(model.named_parameters())
         >>> state = opt.init(params)
@@ -53,7 +53,7 @@ def averaged(state: Any, params: ParamsT) -> ParamsT:
     if not found:
         raise ValueError(
             f"state is of type {type(state).__name__}, and holds no average: wrap the optimizer, "
-            f"as in Ema(AdamW(), decay=0.999), and give the state that its init() or update() "
+            f"as in Ema(Adam(), decay=0.999), and give the state that its init() or update() "
             f"returned. The order is averaged(state, params)."
         )
     if len(found) > 1:

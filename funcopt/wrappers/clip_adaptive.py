@@ -90,13 +90,13 @@ class ClipAdaptive:
 
     Example:
         >>> import torch, funcopt
-        >>> opt = funcopt.ClipAdaptive(funcopt.AdamW(lr=0.1), clipping=0.1)
+        >>> opt = funcopt.ClipAdaptive(funcopt.SGD(lr=1.0), clipping=0.1)
         >>> weight = torch.tensor([[3.0, 4.0], [30.0, 40.0]])  # units of norms 5 and 50
         >>> grads = torch.tensor([[0.0, 1.0], [0.0, 1.0]])
-        >>> _, state = opt.update(grads, opt.init(weight), weight)
-        >>> state.inner.exp_avg
-        tensor([[0.0000, 0.0500],
-                [0.0000, 0.1000]])
+        >>> weight, state = opt.update(grads, opt.init(weight), weight)
+        >>> weight
+        tensor([[ 3.0000,  3.5000],
+                [30.0000, 39.0000]])
     """
 
     traits: ClassVar[Traits] = Traits(leafwise=True, shardable=True)

@@ -79,12 +79,13 @@ class Clip:
     of 16-bit leaves are taken in float32, where torch rounds them to 16 bits. The norm of a complex
     leaf is that of its absolute values.
 
-    The order of wrappers matters. `Accumulate(Clip(AdamW()), 8)` clips the mean of eight gradients,
-    `Clip(Accumulate(AdamW(), 8))` each of the eight, so that none outweighs the others.
+    The order of wrappers matters. `Accumulate(Clip(Adam()), 8)` clips the mean of eight gradients,
+    `Clip(Accumulate(Adam(), 8))` each of the eight, so that none outweighs the others.
 
-    Nothing is ever read back from a GPU, and the caller's gradients are left as they are. `AdamW`
-    multiplies on its way through them, also within a `Partition`, if the tree is a flat dict and
-    no transform or recording asks for more; anything else is given scaled copies.
+    Nothing is ever read back from a GPU, and the caller's gradients are left as they are. An
+    optimizer that is made by a rule multiplies them on its way through them, also within a
+    `Partition`, if the tree is a flat dict and no transform or recording asks for more. Any other
+    is given scaled copies.
 
     Args:
         inner: The optimizer that is given the clipped gradients.
@@ -104,14 +105,12 @@ class Clip:
 
     Example:
         >>> import torch, funcopt
-        >>> opt = funcopt.Clip(funcopt.AdamW(lr=0.1), max_norm=1.0)
+        >>> opt = funcopt.Clip(funcopt.SGD(lr=0.1), max_norm=1.0)
         >>> params = {"w": torch.tensor([1.0, 2.0])}
         >>> state = opt.init(params)
         >>> params, state = opt.update({"w": torch.tensor([3.0, -4.0])}, state, params)
-        >>> state.norm
-        tensor(5.)
-        >>> state.inner.exp_avg
-        {'w': tensor([ 0.0600, -0.0800])}
+        >>> params, state.norm
+        ({'w': tensor([0.9400, 2.0800])}, tensor(5.))
     """
 
     hyperparams: ClassVar[tuple[Hyperparam, ...]] = (Hyperparam("max_norm", AT_LEAST_ZERO),)

@@ -65,11 +65,11 @@ class ClipValue:
 
     Example:
         >>> import torch, funcopt
-        >>> opt = funcopt.ClipValue(funcopt.AdamW(lr=0.1), max_value=0.5)
+        >>> opt = funcopt.ClipValue(funcopt.SGD(lr=0.1), max_value=0.5)
         >>> params = torch.ones(2)
         >>> params, state = opt.update(torch.tensor([3.0, -0.1]), opt.init(params), params)
-        >>> state.inner.exp_avg
-        tensor([ 0.0500, -0.0100])
+        >>> params
+        tensor([0.9500, 1.0100])
     """
 
     traits: ClassVar[Traits] = Traits(elementwise=True)

@@ -72,9 +72,9 @@ class Ema:
     The average of 16-bit parameters is kept in float32: in 16 bits, a step of a thousandth would
     be rounded away. `averaged` gives it in the parameters' own dtypes.
 
-    The order of wrappers matters. `Accumulate(Ema(AdamW()), 8)` averages when the parameters move,
-    every eighth call; `Ema(Accumulate(AdamW(), 8))` counts the same parameters eight times over.
-    Likewise a step that `Clip(Ema(AdamW()), 1.0, nonfinite="skip")` skips is not averaged.
+    The order of wrappers matters. `Accumulate(Ema(Adam()), 8)` averages when the parameters move,
+    every eighth call; `Ema(Accumulate(Adam(), 8))` counts the same parameters eight times over.
+    Likewise a step that `Clip(Ema(Adam()), 1.0, nonfinite="skip")` skips is not averaged.
 
     Args:
         inner: The optimizer that moves the parameters.
@@ -89,13 +89,13 @@ class Ema:
 
     Example:
         >>> import torch, funcopt
-        >>> opt = funcopt.Ema(funcopt.AdamW(lr=0.1), decay=0.5)
+        >>> opt = funcopt.Ema(funcopt.SGD(lr=0.1), decay=0.5)
         >>> params = {"w": torch.ones(2)}
         >>> state = opt.init(params)
         >>> for _ in range(2):
         ...     params, state = opt.update({"w": torch.ones(2)}, state, params)
-        >>> params, state.average  # (0.5 * 0.8990 + 0.7981) / 1.5
-        ({'w': tensor([0.7981, 0.7981])}, {'w': tensor([0.8317, 0.8317])})
+        >>> params, state.average  # (0.5 * 0.9 + 0.8) / 1.5
+        ({'w': tensor([0.8000, 0.8000])}, {'w': tensor([0.8333, 0.8333])})
     """
 
     traits: ClassVar[Traits] = ELEMENTWISE

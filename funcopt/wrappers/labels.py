@@ -44,13 +44,13 @@ def decay_label(name: str, leaf: Tensor) -> str:
         >>> import torch, funcopt
         >>> opt = funcopt.Partition(
         ...     {
-        ...         "decay": funcopt.AdamW(weight_decay=0.1),
-        ...         "no_decay": funcopt.AdamW(weight_decay=0.0),
+        ...         "decay": funcopt.SGD(momentum=0.9, weight_decay=0.1),
+        ...         "no_decay": funcopt.SGD(momentum=0.9),
         ...     },
         ...     labels=funcopt.decay_label,
         ... )
         >>> state = opt.init(dict(torch.nn.Linear(2, 1).named_parameters()))
-        >>> {label: list(inner.exp_avg) for label, inner in state.inner.items()}
+        >>> {label: list(inner.momentum_buffer) for label, inner in state.inner.items()}
         {'decay': ['weight'], 'no_decay': ['bias']}
     """
     return "no_decay" if leaf.ndim < 2 or _EMBEDDING.search(name) else "decay"

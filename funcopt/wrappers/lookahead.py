@@ -80,9 +80,9 @@ class Lookahead:
     `state._replace(steps_since_sync=state.steps_since_sync.cuda())`: there it is chosen in this
     way, too.
 
-    The order of wrappers matters. `Accumulate(Lookahead(AdamW()), 8)` counts inner updates, of
-    eight calls each; `Lookahead(Accumulate(AdamW(), 8))` counts the calls themselves.
-    `Ema(Lookahead(AdamW()))` averages the fast parameters, after they were called back.
+    The order of wrappers matters. `Accumulate(Lookahead(Adam()), 8)` counts inner updates, of
+    eight calls each; `Lookahead(Accumulate(Adam(), 8))` counts the calls themselves.
+    `Ema(Lookahead(Adam()))` averages the fast parameters, after they were called back.
 
     Args:
         inner: The optimizer that moves the fast parameters.
@@ -100,7 +100,7 @@ class Lookahead:
 
     Example:
         >>> import torch, funcopt
-        >>> opt = funcopt.Lookahead(funcopt.AdamW(lr=0.1, weight_decay=0.0), every=2)
+        >>> opt = funcopt.Lookahead(funcopt.SGD(lr=0.1), every=2)
         >>> params = {"w": torch.ones(2)}
         >>> state = opt.init(params)
         >>> for _ in range(2):

@@ -99,8 +99,8 @@ class LossScale:
     No derivative flows through the scale.
 
     The order of wrappers matters. What is inside of a `LossScale` sees gradients of the true size:
-    `LossScale(Clip(AdamW(), 1.0))` clips these. `LossScale(Accumulate(AdamW(), 8))` leaves a bad
-    gradient out of the sum of eight, and may rescale in between; `Accumulate(LossScale(AdamW()),
+    `LossScale(Clip(Adam(), 1.0))` clips these. `LossScale(Accumulate(Adam(), 8))` leaves a bad
+    gradient out of the sum of eight, and may rescale in between; `Accumulate(LossScale(Adam()),
     8)` keeps one scale, `state.inner.scale`, for all eight, and skips them together.
 
     Args:
@@ -120,7 +120,7 @@ class LossScale:
 
     Example:
         >>> import torch, funcopt
-        >>> opt = funcopt.LossScale(funcopt.AdamW(lr=0.1), init_scale=2.0**10)
+        >>> opt = funcopt.LossScale(funcopt.SGD(lr=0.1), init_scale=2.0**10)
         >>> params = {"w": torch.ones(2)}
         >>> state = opt.init(params)
         >>> def loss(params):
@@ -129,8 +129,8 @@ class LossScale:
         >>> grads
         {'w': tensor([2048., 2048.])}
         >>> params, state = opt.update(grads, state, params)
-        >>> params, state.inner.exp_avg
-        ({'w': tensor([0.8990, 0.8990])}, {'w': tensor([0.2000, 0.2000])})
+        >>> params  # moved by the true gradient, which is 2
+        {'w': tensor([0.8000, 0.8000])}
     """
 
     traits: ClassVar[Traits] = Traits(
@@ -158,7 +158,11 @@ class LossScale:
         normalize_fields(self, self.hyperparams)
 
     def init(self, params: Tree) -> LossScaleState:
-        """Return the state before the first update: the first scale and the inner state."""
+        """Return the state before the first update: the first scale and the inner state.
+
+        Raises:
+            ValueError: If `init_scale` is not a single number.
+        """
         init_scale = number_at(_INIT_SCALE, self.init_scale, ())
         place = place_for(gather_params(self, params).moving)
         scale = (

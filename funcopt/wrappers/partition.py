@@ -30,7 +30,7 @@ class PartitionState(NamedTuple):
     Attributes:
         inner: The state of each optimizer, by its label. Its trees are flat dicts from the names of
             its leaves, so that a checkpoint has entries such as
-            `state.inner['decay'].exp_avg['0.weight']`.
+            `state.inner['decay'].momentum_buffer['0.weight']`.
     """
 
     inner: dict[str, Any]
@@ -71,16 +71,16 @@ class Partition:
     Example:
         >>> import re, torch, funcopt
         >>> opt = funcopt.Partition(
-        ...     {"body": funcopt.Frozen(), "head": funcopt.AdamW(lr=0.1)},
+        ...     {"body": funcopt.Frozen(), "head": funcopt.SGD(lr=0.1, momentum=0.9)},
         ...     labels={re.compile("^body"): "body", re.compile("^head"): "head"},
         ... )
         >>> params = {"body": [torch.ones(2)], "head": torch.ones(2)}
         >>> state = opt.init(params)
         >>> params, state = opt.update({"head": torch.ones(2)}, state, params)
         >>> params
-        {'body': [tensor([1., 1.])], 'head': tensor([0.8990, 0.8990])}
-        >>> state.inner["head"].exp_avg
-        {'head': tensor([0.1000, 0.1000])}
+        {'body': [tensor([1., 1.])], 'head': tensor([0.9000, 0.9000])}
+        >>> state.inner["head"].momentum_buffer
+        {'head': tensor([1., 1.])}
     """
 
     traits: ClassVar[Traits] = Traits(elementwise=True, linear=True, tells_leaves_apart=True)
@@ -93,7 +93,7 @@ class Partition:
         if not isinstance(self.inner, Mapping):
             raise TypeError(
                 f"inner is of type {type(self.inner).__name__}: it must be a dict from labels to "
-                f"optimizers, such as {{'decay': AdamW(weight_decay=0.1)}}."
+                f"optimizers, such as {{'decay': Adam(weight_decay=0.1)}}."
             )
         if not self.inner:
             raise ValueError("inner={}: there must be an optimizer for one label at least.")

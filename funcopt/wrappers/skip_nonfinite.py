@@ -82,9 +82,9 @@ class SkipNonfinite:
     (compile, export), each call makes an inner update, and what holds is chosen element by element.
     On the CPU the gradients are read once more, and a skipped `update_` does nothing else.
 
-    The order of wrappers matters. `SkipNonfinite(Accumulate(AdamW(), 8))` leaves one bad gradient
-    out of the sum, `Accumulate(SkipNonfinite(AdamW()), 8)` all eight. `Clip` makes all gradients
-    NaN or 0 where its norm is not finite: `SkipNonfinite(Clip(AdamW(), 1.0))` sees them before.
+    The order of wrappers matters. `SkipNonfinite(Accumulate(Adam(), 8))` leaves one bad gradient
+    out of the sum, `Accumulate(SkipNonfinite(Adam()), 8)` all eight. `Clip` makes all gradients
+    NaN or 0 where its norm is not finite: `SkipNonfinite(Clip(Adam(), 1.0))` sees them before.
     `LossScale` must see an overflow to lower its scale: it belongs outside.
 
     Args:
@@ -100,7 +100,7 @@ class SkipNonfinite:
 
     Example:
         >>> import torch, funcopt
-        >>> opt = funcopt.SkipNonfinite(funcopt.AdamW(lr=0.1))
+        >>> opt = funcopt.SkipNonfinite(funcopt.SGD(lr=0.1))
         >>> params = {"w": torch.ones(2)}
         >>> state = opt.init(params)
         >>> params, state = opt.update({"w": torch.tensor([1.0, torch.nan])}, state, params)
