@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import operator
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -230,6 +231,9 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype is dtype else tensor.to(dtype)
 
 
+_requires_grad = operator.attrgetter("requires_grad")
+
+
 def use_foreach(tensors: Sequence[Tensor]) -> bool:
     """Whether one call for a list will do, since nobody sees each operator."""
     return (
@@ -237,7 +241,7 @@ def use_foreach(tensors: Sequence[Tensor]) -> bool:
         and not transforms.observed()
         and not transforms.watched(tensors)
         and transforms.all_plain(tensors)
-        and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+        and not (torch.is_grad_enabled() and any(map(_requires_grad, tensors)))
     )
 
 

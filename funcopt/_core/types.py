@@ -209,7 +209,7 @@ def own_traits(opt: object) -> Traits:
     said = vars(type(opt))
     traits = said.get("traits") or getattr(said.get("rule"), "traits", None)
     if isinstance(traits, property):
-        traits = traits.__get__(opt)
+        traits = traits.fget(opt) if traits.fget else None
     traits = traits if isinstance(traits, Traits) else Traits()
     if getattr(opt, "step_per_leaf", False):
         return dataclasses.replace(traits, tells_leaves_apart=True)
@@ -227,11 +227,11 @@ def optimizers_in(opt: Any) -> Iterator[Any]:
 def traits_of(opt: object) -> Traits:
     """Return what holds of an optimizer together with all that are within it."""
     said = [own_traits(part) for part in optimizers_in(opt)]
-    return Traits(
-        **{
-            field.name: (any if field.name in _OF_ANY else all)(
-                getattr(traits, field.name) for traits in said
-            )
-            for field in fields(Traits)
-        }
-    )
+    whole = {}
+    for name in _NAMES:
+        values = [getattr(traits, name) for traits in said]
+        whole[name] = True in values if name in _OF_ANY else False not in values
+    return Traits(**whole)
+
+
+_NAMES = tuple(field.name for field in fields(Traits))

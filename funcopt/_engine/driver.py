@@ -27,7 +27,7 @@ from torch import Tensor
 
 from .._core import pytree, transforms
 from .._core.tensors import recording, scaled, view_as_complex_like, view_as_real
-from .._core.types import Tree
+from .._core.types import Number, Tree
 from . import autograd, dispatch
 from .checks import are_apart, check_inplace
 from .hyperparameters import numbers_at, with_grad_scale
@@ -45,7 +45,7 @@ from .prepare import (
     trees_of,
     value_of,
 )
-from .rule import StepInputs, StepOutputs, UpdateRule, is_read
+from .rule import Setup, StepInputs, StepOutputs, UpdateRule, is_read
 
 __all__ = [
     "check_update_",
@@ -71,7 +71,7 @@ def init(opt: Any, params: Tree) -> Any:
     step: Tree = first_count(place)
     if getattr(opt, "step_per_leaf", False):
         step = pytree.unflatten(structure, [first_count(place) for _ in leaves])
-    return rule.state(step, *(zeros() if slot.is_kept(opt) else () for slot in rule.slots))
+    return rule.state(step, *(zeros() if kept else () for kept in rule.setup_of(opt).kept))
 
 
 def update(opt: Any, grads: Tree, state: Any, params: Tree) -> tuple[Any, Any]:
@@ -88,64 +88,74 @@ def update_scaled(
     opt: Any, grads: Tree, grad_scale: Tensor | None, state: Any, params: Tree
 ) -> tuple[Any, Any]:
     """Update by gradients times a number of shape (); None is 1."""
-    if grad_scale is not None:
-        grads, grad_scale = outside_unless_plain(grads, grad_scale)
-    rule: UpdateRule = opt.rule
-    options = rule.options_of(opt)
-    routine = _find_routine(opt, rule, options, grads, state, params, in_place=False)
-    numbers = (
-        [] if routine is None else numbers_at(rule, opt, [routine.step_count], [routine.new_count])
-    )
-    if routine is not None and not _have_history(numbers[0]):
-        (own,) = with_grad_scale(numbers, grad_scale)
-        new_params, *new_state = routine.step(rule, own, options)
-        return new_params, _state(opt, rule, new_state)
-    prepared = _prepare(opt, rule, options, grads, state, params)
-    check_untied(prepared.params.leaves, prepared.params.structure)
-    counts = prepared.counts.after(prepared.active, prepared.watched)
-    numbers = numbers or numbers_at(rule, opt, *prepared.counts.around(prepared.active, counts))
-    if grad_scale is not None and _is_followed(prepared, options, numbers):
-        return update_scaled(opt, multiplied(grads, grad_scale), None, state, params)
-    numbers = with_grad_scale(numbers, grad_scale)
-    gradients, slots = prepared.historic()
-    others = (*slots, *chain.from_iterable(numbers))
-    with recording(prepared.params.leaves, gradients, others, options.differentiable):
-        own_numbers = prepared.counts.of_leaves(numbers)
-        outputs = _step(rule, prepared.inputs, own_numbers, options, prepared.layout)
-        new_params, *new_slots = prepared.rebuild(outputs)
-    return new_params, _state(opt, rule, [prepared.counts.rebuild(counts), *new_slots])
+    return _update(opt, grads, grad_scale, state, params, in_place=False)
 
 
 def update_scaled_(
     opt: Any, grads: Tree, grad_scale: Tensor | None, state: Any, params: Tree
 ) -> tuple[Any, Any]:
     """Do the same in place."""
+    return _update(opt, grads, grad_scale, state, params, in_place=True)
+
+
+def _update(
+    opt: Any, grads: Tree, grad_scale: Tensor | None, state: Any, params: Tree, *, in_place: bool
+) -> tuple[Any, Any]:
     if grad_scale is not None:
         grads, grad_scale = outside_unless_plain(grads, grad_scale)
     rule: UpdateRule = opt.rule
-    options = rule.options_of(opt)
-    routine = _find_routine(opt, rule, options, grads, state, params, in_place=True)
-    numbers = (
-        [] if routine is None else numbers_at(rule, opt, [routine.step_count], [routine.new_count])
-    )
-    if routine is not None and not _have_history(numbers[0]):
-        (own,) = with_grad_scale(numbers, grad_scale)
-        routine.step_(rule, own, options)
-        return params, state
-    prepared = _prepare(opt, rule, options, grads, state, params)
+    setup = rule.setup_of(opt)
+    routine = _find_routine(opt, rule, setup, grads, state, params, in_place=in_place)
+    if routine is not None:
+        numbers = numbers_at(rule, opt, [routine.step_count], [routine.new_count])
+        if not _have_history(numbers[0]):
+            (own,) = with_grad_scale(numbers, grad_scale)
+            if in_place:
+                routine.step_(rule, own, setup.options)
+                return params, state
+            new_params, *kept = routine.step(rule, own, setup.options)
+            return new_params, _state(rule, setup, kept)
+    prepared = _prepare(opt, rule, setup, grads, state, params)
+    if not in_place:  # there it is refused as what would be written twice
+        check_untied(prepared.params.leaves, prepared.params.structure)
     counts = prepared.counts.after(prepared.active, prepared.watched)
-    numbers = numbers or numbers_at(rule, opt, *prepared.counts.around(prepared.active, counts))
-    if grad_scale is not None and _is_followed(prepared, options, numbers):
-        return update_scaled_(opt, multiplied(grads, grad_scale), None, state, params)
+    # A schedule is asked once: with the numbers of a routine that was left, go on.
+    if routine is None:
+        numbers = numbers_at(rule, opt, *prepared.counts.around(prepared.active, counts))
+    if grad_scale is not None and _is_followed(prepared, setup.options, numbers):
+        scaled_grads = multiplied(grads, grad_scale)
+        return _update(opt, scaled_grads, None, state, params, in_place=in_place)
     numbers = with_grad_scale(numbers, grad_scale)
+    if in_place:
+        _write(rule, setup, prepared, counts, numbers)
+        return params, state
+    return _build(rule, setup, prepared, counts, numbers)
+
+
+def _build(
+    rule: UpdateRule, setup: Setup, prepared: Prepared, counts: list[Number], numbers: list[Any]
+) -> tuple[Any, Any]:
+    """Return the trees after a step."""
+    gradients, slots = prepared.historic()
+    others = (*slots, *chain.from_iterable(numbers))
+    with recording(prepared.params.leaves, gradients, others, setup.options.differentiable):
+        own_numbers = prepared.counts.of_leaves(numbers)
+        outputs = _step(rule, prepared.inputs, own_numbers, setup.options, prepared.layout)
+        new_params, *new_slots = prepared.rebuild(outputs)
+    return new_params, _state(rule, setup, [prepared.counts.rebuild(counts), *new_slots])
+
+
+def _write(
+    rule: UpdateRule, setup: Setup, prepared: Prepared, counts: list[Number], numbers: list[Any]
+) -> None:
+    """Write them over those before it."""
     check_inplace(rule, prepared, counts, numbers)
-    # Entering no_grad takes longer than moving a small leaf.
+    # Entering no_grad takes longer than a step of a small leaf.
     may_record = prepared.layout is None or prepared.layout.params_require_grad
     with torch.no_grad() if may_record else nullcontext():
         own_numbers = prepared.counts.of_leaves(numbers)
-        _step_(rule, prepared.inputs, own_numbers, options, prepared.layout)
+        _step_(rule, prepared.inputs, own_numbers, setup.options, prepared.layout)
         prepared.counts.write(counts)
-    return params, state
 
 
 def multiplied(grads: Tree, grad_scale: Tensor) -> Tree:
@@ -167,13 +177,15 @@ def outside_unless_plain(grads: Tree, grad_scale: Tensor) -> tuple[Tree, Tensor 
 def check_update_(opt: Any, grads: Tree, state: Any, params: Tree) -> bool:
     """Whether an update in place is sure to go through; raises what it would raise."""
     rule: UpdateRule = opt.rule
-    options = rule.options_of(opt)
-    prepared = _prepare(opt, rule, options, grads, state, params)
+    setup = rule.setup_of(opt)
+    prepared = _prepare(opt, rule, setup, grads, state, params)
     counts = prepared.counts.after(prepared.active, prepared.watched)
     numbers = numbers_at(rule, opt, *prepared.counts.around(prepared.active, counts))
     check_inplace(rule, prepared, counts, numbers)
     # A kernel that was asked for by name may yet refuse numbers that it cannot read.
-    return transforms.observed() or options.kernel == "auto" or all(map(_can_be_read, numbers))
+    return (
+        transforms.observed() or setup.options.kernel == "auto" or all(map(_can_be_read, numbers))
+    )
 
 
 def _can_be_read(numbers: Any) -> bool:
@@ -184,24 +196,26 @@ def _can_be_read(numbers: Any) -> bool:
 
 
 def _prepare(
-    opt: Any, rule: UpdateRule, options: Any, grads: Tree, state: Any, params: Tree
+    opt: Any, rule: UpdateRule, setup: Setup, grads: Tree, state: Any, params: Tree
 ) -> Prepared:
-    prepared = prepare(opt, rule, grads, state, params)
-    for index, leaf in enumerate(prepared.inputs.params if options.kernel != "auto" else []):
-        reason = dispatch.unserved(rule, options.kernel, leaf.device)
+    prepared, kernel = prepare(opt, rule, grads, state, params), setup.options.kernel
+    for index, leaf in enumerate(prepared.inputs.params if kernel != "auto" else []):
+        reason = dispatch.unserved(rule, kernel, leaf.device)
         if reason is not None:
             raise ValueError(
                 f"{prepared.path('params', index)} is on {leaf.device}, which kernel="
-                f"{options.kernel!r} cannot serve: {reason}. kernel='auto' takes one that can."
+                f"{kernel!r} cannot serve: {reason}. kernel='auto' takes one that can."
             )
     return prepared
 
 
-def _state(opt: Any, rule: UpdateRule, kept: list[Tree]) -> Any:
+def _state(rule: UpdateRule, setup: Setup, kept: list[Tree]) -> Any:
     """Return the state of a count and of the slots that are kept."""
+    if all(setup.kept):
+        return rule.state(*kept)
     step, *slots = kept
     own = iter(slots)
-    return rule.state(step, *(next(own) if slot.is_kept(opt) else () for slot in rule.slots))
+    return rule.state(step, *[next(own) if is_kept else () for is_kept in setup.kept])
 
 
 def _is_followed(prepared: Prepared, options: Any, numbers: list[Any]) -> bool:
@@ -321,9 +335,8 @@ class _Routine(NamedTuple):
         outputs = self._run(dispatch.run, plan, options)
         if self.layout.params_require_grad:
             keep_requiring(outputs.params, self.inputs.params)
-        new_params, *slots = (
-            pytree.unflatten(self.structure, column) for column in outputs.columns
-        )
+        structure = self.structure
+        new_params, *slots = [pytree.unflatten(structure, own) for own in outputs.columns]
         return [new_params, fresh(self.new_count, self.step_count), *slots]
 
     def step_(self, rule: UpdateRule, numbers: Any, options: Any) -> None:
@@ -341,7 +354,7 @@ class _Routine(NamedTuple):
 def _find_routine(
     opt: Any,
     rule: UpdateRule,
-    options: Any,
+    setup: Setup,
     grads: Tree,
     state: Any,
     params: Tree,
@@ -349,9 +362,10 @@ def _find_routine(
     in_place: bool,
 ) -> _Routine | None:
     """Return the step, if all but the numbers in it is as it was in one before."""
+    options = setup.options
     if not isinstance(state, rule.state) or options.step_per_leaf or options.differentiable:
         return None
-    trees = trees_of(opt, rule, rule.kept_slots(opt), grads, state, params)
+    trees = trees_of(opt, rule, setup.kept, grads, state, params)
     count: object = state.step
     if transforms.transformed() or transforms.observed():
         return None

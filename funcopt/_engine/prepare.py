@@ -143,7 +143,7 @@ def prepare(opt: Any, rule: UpdateRule, grads: Tree, state: Any, params: Tree) -
     check_state(state, rule.state)
     slots = rule.kept_slots(opt)
     per_leaf = getattr(opt, "step_per_leaf", False)
-    trees = trees_of(opt, rule, slots, grads, state, params)
+    trees = trees_of(opt, rule, rule.setup_of(opt).kept, grads, state, params)
     tracing = transforms.tracing()
     prepared = None if tracing else _prepare_known(slots, trees, state.step, per_leaf)
     if prepared is not None:
@@ -174,7 +174,7 @@ def _roots(slots: Sequence[Slot]) -> list[str]:
 
 
 def trees_of(
-    opt: Any, rule: UpdateRule, slots: Sequence[Slot], grads: Tree, state: Any, params: Tree
+    opt: Any, rule: UpdateRule, kept: Sequence[bool], grads: Tree, state: Any, params: Tree
 ) -> list[Tree]:
     """Return all trees of an update that are like the parameters, those first.
 
@@ -182,10 +182,14 @@ def trees_of(
         ValueError: If the state has a slot that the optimizer does not keep, or the other way
             round.
     """
-    for slot in rule.slots:
+    trees = [params, grads]
+    for slot, wanted in zip(rule.slots, kept, strict=True):
+        tree = getattr(state, slot.name)
         if slot.option:
-            _check_kept(opt, slot, getattr(state, slot.name), params, slot in slots)
-    return [params, grads, *(getattr(state, slot.name) for slot in slots)]
+            _check_kept(opt, slot, tree, params, wanted)
+        if wanted:
+            trees.append(tree)
+    return trees
 
 
 def _check_kept(opt: Any, slot: Slot, tree: Tree, params: Tree, wanted: bool) -> None:

@@ -47,6 +47,8 @@ def register_optimizer(cls: type[OptimizerT]) -> type[OptimizerT]:
     dataclass: Any = cls  # which is more than its type says
     fields = [field.name for field in dataclasses.fields(dataclass)]
     advice = "Parameters are given to init(): opt = {}; state = opt.init(params)."
+    if getattr(vars(cls).get("traits"), "rests", False):
+        leaves_at_rest(cls, lambda _, leaves, __: range(len(leaves)))
     register_dataclass(cls, advice.format(f"{cls.__name__}({'...' if fields else ''})"))
     wrap_methods(cls)
     if "inner" in fields:
@@ -102,6 +104,7 @@ def check_fields(opt: Any) -> None:
         check_flag("differentiable", opt.differentiable)
     if "kernel" in defaults:
         check_choice("kernel", opt.kernel, rule.kernel_names)
+    object.__setattr__(opt, "_setup", rule.set_up(opt))
 
 
 def _check_group(opt: Any, field: str, length: int) -> None:
@@ -347,16 +350,12 @@ def at_rest(
     opt: Optimizer[Any], leaves: Sequence[Any], structure: pytree.Structure
 ) -> Collection[int]:
     """Return which of its leaves an optimizer leaves at rest, by their indices."""
-    if own_traits(opt).rests:
-        return range(len(leaves))
     rule = _rules.get(type(opt))
     return () if rule is None else rule(opt, leaves, structure)
 
 
 def may_rest(opt: Optimizer[Any]) -> bool:
     """Whether an optimizer may leave a leaf at rest, found without any."""
-    if own_traits(opt).rests:
-        return True
     if type(opt) not in _rules:
         return False
     inner: Any = getattr(opt, "inner", None)

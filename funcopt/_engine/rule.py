@@ -12,6 +12,7 @@ from collections import namedtuple
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import compress
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -89,6 +90,8 @@ class Hyperparam(NamedTuple):
 
     def of(self, opt: Any) -> Any:
         """Return what an optimizer was given for it."""
+        if not self.field:
+            return getattr(opt, self.name)
         field, index = self.place
         value = getattr(opt, field)
         return value if index is None else value[index]
@@ -217,6 +220,19 @@ def _as_they_are(numbers: Any, _options: Any) -> Any:
     return numbers
 
 
+class Setup(NamedTuple):
+    """What is fixed about an optimizer.
+
+    Attributes:
+        options: A NamedTuple of what the rule names in `options`, and of `kernel`, `differentiable`
+            and `step_per_leaf`, which an optimizer may leave out.
+        kept: For each slot of the rule, whether it is kept.
+    """
+
+    options: Any
+    kept: tuple[bool, ...]
+
+
 # What any optimizer may have as a field, and what holds where it has none.
 _COMMON = {"kernel": "auto", "differentiable": None, "step_per_leaf": False}
 
@@ -297,14 +313,16 @@ class UpdateRule:
         for name, value in made.items():
             object.__setattr__(self, name, value)
 
-    def options_of(self, opt: Any) -> Any:
-        """Return a NamedTuple of what is fixed about an optimizer.
+    def setup_of(self, opt: Any) -> Setup:
+        """Return what is fixed about an optimizer, which one that was built remembers."""
+        remembered: Setup | None = vars(opt).get("_setup")
+        return self.set_up(opt) if remembered is None else remembered
 
-        That is what `options` names, and `kernel`, `differentiable` and `step_per_leaf`, which an
-        optimizer may leave out.
-        """
+    def set_up(self, opt: Any) -> Setup:
+        """Find out what is fixed about an optimizer."""
         own = [getattr(opt, name) for name in self.options]
-        return self._options(*own, *(getattr(opt, *common) for common in _COMMON.items()))
+        options = self._options(*own, *(getattr(opt, *common) for common in _COMMON.items()))
+        return Setup(options, tuple(slot.is_kept(opt) for slot in self.slots))
 
     def hyperparams_of(self, opt: Any) -> list[Any]:
         """Return the hyperparameters of an optimizer as they were given, in order."""
@@ -315,7 +333,7 @@ class UpdateRule:
 
     def kept_slots(self, opt: Any) -> list[Slot]:
         """Return those slots that an optimizer keeps."""
-        return [slot for slot in self.slots if slot.is_kept(opt)]
+        return list(compress(self.slots, self.setup_of(opt).kept))
 
     @cached_property
     def kernel_names(self) -> tuple[str, ...]:

@@ -260,7 +260,7 @@ def test_the_foreach_kernel_takes_count_and_learning_rate_unread(amsgrad, lr):
         columns = [[torch.ones(3), torch.full((2, 2), 0.5)] for _ in range(5)]
         inputs = StepInputs.of(columns if amsgrad else columns[:4])
         numbers = AdamW.rule.numbers(step, lr, 0.9, 0.999, 1e-8, 0.1)
-        options = AdamW.rule.options_of(AdamW(amsgrad=amsgrad))
+        options = AdamW.rule.set_up(AdamW(amsgrad=amsgrad)).options
         AdamW.rule.kernel("foreach").step_(inputs, numbers, options)
         return list(inputs.columns)
 

@@ -45,8 +45,8 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 8e-3, torch.float32: 1e-6, torch.float64: 1e-13}
 RULE, TRITON = AdamW.rule, kernel.ADAMW_TRITON
 NUMBERS = RULE.numbers(step=3, lr=0.1, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01)
-PLAIN = RULE.options_of(AdamW(kernel="triton"))
-AMSGRAD = RULE.options_of(AdamW(amsgrad=True, kernel="triton"))
+PLAIN = RULE.set_up(AdamW(kernel="triton")).options
+AMSGRAD = RULE.set_up(AdamW(amsgrad=True, kernel="triton")).options
 
 
 @functools.cache
@@ -157,7 +157,7 @@ def launches(monkeypatch) -> list[int]:
 @pytest.mark.parametrize("amsgrad", [False, True])
 @pytest.mark.parametrize("maximize", [False, True])
 def test_it_computes_what_the_plain_kernel_does(where, dtype, amsgrad, maximize):
-    options = RULE.options_of(AdamW(amsgrad=amsgrad, maximize=maximize))
+    options = RULE.set_up(AdamW(amsgrad=amsgrad, maximize=maximize)).options
     for step in (1, 2, 1000, 2**25):
         leaves = make_leaves([(5, 3), (1030,)], where, dtype, amsgrad)
         check(leaves, NUMBERS._replace(step=step), options)
