@@ -284,6 +284,7 @@ class UpdateRule:
     numbers: Callable[..., Any] = field(init=False, repr=False)
     paths: Mapping[str, str] = field(init=False, repr=False)
     _options: Callable[..., Any] = field(init=False, repr=False)
+    _loaded: dict[str, Kernel] = field(init=False, repr=False, default_factory=dict)
     _places: Sequence[tuple[str, int | None]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -321,6 +322,8 @@ class UpdateRule:
     def set_up(self, opt: Any) -> Setup:
         """Find out what is fixed about an optimizer."""
         own = [getattr(opt, name) for name in self.options]
+        if (name := getattr(opt, "kernel", "auto")) in self.kernels:
+            self.kernel(name)  # loaded here, since a compiler cannot import it
         options = self._options(*own, *(getattr(opt, *common) for common in _COMMON.items()))
         return Setup(options, tuple(slot.is_kept(opt) for slot in self.slots))
 
@@ -342,7 +345,9 @@ class UpdateRule:
 
     def kernel(self, name: str) -> Kernel:
         """Return the kernel of this name."""
-        kernel: Kernel = _loaded(self.kernels[name])
+        kernel = self._loaded.get(name)
+        if kernel is None:
+            kernel = self._loaded[name] = _loaded(self.kernels[name])
         return kernel
 
     @cached_property
