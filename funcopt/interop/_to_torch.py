@@ -169,8 +169,16 @@ def _hand_over(
         entry.update(zip((slot.name for slot in kept), moments, strict=True))
         if entry and (count > 0 or any(bool(moment.any()) for moment in moments)):
             entries[place] = entry
+    given = {name: _given(name, getattr(opt, name)) for name in kind.fields}
+    for slot in kept:
+        if slot not in kind.kept_slots(given):
+            raise ValueError(
+                f"{slot.option} is 0, at which torch keeps no {slot.name}, and this optimizer "
+                f"does. Hand over dataclasses.replace(opt, {slot.option}=0.0) and "
+                f"state._replace({slot.name}=()), if that is what is meant."
+            )
     return {
-        **{name: _given(name, getattr(opt, name)) for name in kind.fields},
+        **given,
         **flags,
         **{name: value for name, value in kind.constants.items() if name == "capturable"},
         "differentiable": opt.differentiable is True,

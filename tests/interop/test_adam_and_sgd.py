@@ -278,6 +278,12 @@ def test_an_sgd_beside_an_adam_is_no_optimizer_of_torch():
     assert to_torch(SGD(), part, {"b": params["b"]})["state"] == {}
 
 
+def test_a_momentum_of_0_with_a_buffer_is_not_handed_over():
+    params, opt = {"a": torch.ones(2)}, SGD(momentum=torch.tensor(0.0), dampening=0.5)
+    with pytest.raises(ValueError, match="momentum is 0, at which torch keeps no momentum_buffer"):
+        to_torch(opt, opt.init(params), params)
+
+
 def test_a_lion_has_no_counterpart():
     params = {"a": torch.ones(2)}
     with pytest.raises(TypeError, match="got Lion and LionState"):
