@@ -5,13 +5,16 @@ import math
 
 import funcopt
 from funcopt import (
+    SGD,
     Accumulate,
+    Adam,
     AdamW,
     Clip,
     ClipAdaptive,
     ClipValue,
     Ema,
     Frozen,
+    Lion,
     Lookahead,
     LossScale,
     Partition,
@@ -37,6 +40,11 @@ OPTIMIZERS = {
     "AdamW, foreach": adamw(kernel="foreach"),
     "AdamW, plain": adamw(kernel="plain"),
     "AdamW, a schedule": adamw(lr=funcopt.schedules.Cosine(0.1, 10, warmup_steps=2)),
+    "Adam": Adam(lr=0.1, weight_decay=0.1),
+    "SGD": SGD(lr=0.1),
+    "SGD, momentum": SGD(lr=0.1, momentum=0.9, dampening=0.25, weight_decay=0.1),
+    "SGD, nesterov": SGD(lr=0.1, momentum=0.9, nesterov=True, step_per_leaf=True),
+    "Lion": Lion(lr=0.1),
     "Frozen": Frozen(),
     "Partition": Partition({"first": adamw(), "second": adamw(lr=0.01)}, label),
     "Clip": Clip(adamw(), 1.0),

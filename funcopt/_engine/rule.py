@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import weakref
 from collections import namedtuple
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -37,6 +38,7 @@ __all__ = [
     "StepOutputs",
     "UpdateRule",
     "is_read",
+    "is_state",
 ]
 
 Equations: TypeAlias = Callable[[Tensor, Tensor, tuple[Tensor, ...], Any, Any], Sequence[Tensor]]
@@ -170,7 +172,7 @@ class Slot(NamedTuple):
         if not self.option:
             return True
         value = getattr(opt, self.option)
-        return value is not False and not (isinstance(value, float) and value == 0.0)
+        return not (isinstance(value, bool | int | float) and value == 0)
 
 
 def _serves_all(_device: torch.device, _numbers: Any) -> str | None:
@@ -313,6 +315,7 @@ class UpdateRule:
         made["_places"] = [own.place for own in self.hyperparams]
         for name, value in made.items():
             object.__setattr__(self, name, value)
+        _STATES.add(self.state)
 
     def setup_of(self, opt: Any) -> Setup:
         """Return what is fixed about an optimizer, which one that was built remembers."""
@@ -355,6 +358,14 @@ class UpdateRule:
         """The derivative by hand, if there is one."""
         derivative: Adjoint | None = _loaded(self.adjoint)
         return derivative
+
+
+_STATES: weakref.WeakSet[type] = weakref.WeakSet()
+
+
+def is_state(node: object) -> bool:
+    """Whether something is the state of an optimizer that is made by a rule."""
+    return type(node) in _STATES
 
 
 def _loaded(value: Any) -> Any:

@@ -1,6 +1,6 @@
 """The entries of a checkpoint: their keys, and counts of updates of one kind for those of another.
 
-An `AdamW` counts the updates of all leaves at once or, with `step_per_leaf`, those of each.
+An optimizer counts the updates of all leaves at once or, with `step_per_leaf`, those of each.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .._core import pytree
 from .._core.types import Tree
-from ..optimizers.adamw import AdamWState
+from .._engine.rule import is_state
 
 __all__ = ["key_of", "recount"]
 
@@ -40,7 +40,7 @@ def recount(
     entries, faults = dict(d), []
     for keys in _keys_of(template):
         there = [key for key in keys.each if key in d]
-        with_moments = [key for key, moment in keys.each.items() if moment in d]
+        with_moments = [key for key, moment in keys.each.items() if moment is None or moment in d]
         if keys.per_leaf and keys.one in d and not there:
             entries.update(dict.fromkeys(with_moments, entries.pop(keys.one)))
             faults += [_ONE_FOR_EACH.format(keys.one)] * strict
@@ -49,7 +49,8 @@ def recount(
             entries[keys.one] = counts[there[0]]
             faults += list(_differing(counts)) or [_EACH_FOR_ONE.format(keys.one)] * strict
         elif not strict:
-            needed = with_moments if keys.per_leaf else [keys.one][: len(with_moments)]
+            needed = [key for key in with_moments if keys.each[key] is not None]
+            needed = needed if keys.per_leaf else [keys.one][: len(needed)]
             faults += [_NO_COUNT.format(key) for key in needed if key not in d]
     return entries, faults
 
@@ -66,24 +67,27 @@ _NO_COUNT = "{}: missing, and the moments whose updates it counts are there"
 
 
 class _Keys(NamedTuple):
-    """The keys under which the counts of one `AdamWState` may stand in a dict."""
+    """The keys under which the counts of one optimizer may stand in a dict."""
 
     per_leaf: bool  # whether the template has one count for each leaf
     one: str  # of one count for all leaves
-    each: dict[str, str]  # of the count of each leaf, and of its first moment
+    each: dict[str, str | None]  # of the count of each leaf, and of its first moment if any is kept
 
 
 def _keys_of(template: Tree) -> Iterator[_Keys]:
-    nodes, outside = pytree.flatten_above(template, lambda node: isinstance(node, AdamWState))
+    nodes, outside = pytree.flatten_above(template, is_state)
     for path, node in zip(pytree.paths(outside, "state"), nodes, strict=True):
-        if not isinstance(node, AdamWState):
+        if not is_state(node):
             continue
-        moments, structure = pytree.flatten(node.exp_avg)
-        each = {
-            f"{path}.step{own}": key_of(f"{path}.exp_avg{own}", moment)
-            for own, moment in zip(pytree.paths(structure, ""), moments, strict=True)
-        }
-        yield _Keys(not isinstance(node.step, Tensor), f"{path}.step", each)
+        per_leaf = not isinstance(node.step, Tensor)
+        kept = [name for name in node._fields[1:] if pytree.flatten(getattr(node, name))[0]]
+        each: dict[str, str | None] = {}
+        if kept or per_leaf:  # else there is no telling how many leaves there are
+            first, structure = pytree.flatten(getattr(node, kept[0]) if kept else node.step)
+            for own, moment in zip(pytree.paths(structure, ""), first, strict=True):
+                name = key_of(f"{path}.{kept[0]}{own}", moment) if kept else None
+                each[f"{path}.step{own}"] = name
+        yield _Keys(per_leaf, f"{path}.step", each)
 
 
 def _differing(counts: Mapping[str, Any]) -> Iterator[str]:

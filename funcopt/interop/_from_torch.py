@@ -1,4 +1,4 @@
-"""From `torch.optim.AdamW` to a value and its state."""
+"""From `torch.optim.AdamW`, `Adam` and `SGD` to a value and its state."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from .._core import pytree, transforms
 from .._core.types import Tree, is_dense, shown_layout
 from .._engine.checks import shown
 from .._engine.prepare import check_untied, flatten_params
-from ..optimizers.adamw import AdamW, AdamWState
 from ..optimizers.frozen import Frozen
 from ..wrappers.labels import name_leaves
 from ..wrappers.partition import Partition, PartitionState
+from ._counterparts import Counterpart
 from ._getter import warn_if_made_up
-from ._source import MOMENTS, Source, places, read, within
+from ._source import Source, places, read, within
 
 __all__ = ["from_torch"]
 
@@ -31,18 +31,23 @@ def from_torch(
     step_per_leaf: bool | None = None,
     group_names: Sequence[str] | None = None,
     frozen: str | None = None,
-) -> tuple[AdamW | Partition, Any]:
-    """Take over a run of `torch.optim.AdamW`: return the optimizer and its state.
+) -> tuple[Any, Any]:
+    """Take over a run of `torch.optim.AdamW`, `Adam` or `SGD`: return the optimizer and its state.
 
-    Of one param group, that is an `AdamW` and its `AdamWState`; of several, a `Partition` with an
-    `AdamW` for each, and its `PartitionState`. The label of a group is its own `"name"`, if it has
-    that key with a string, else its number: `"0"` for the first. The labels of the leaves are a
+    Of one param group, that is an `AdamW` and its `AdamWState`, say; of several, a `Partition` with
+    an optimizer for each, and its `PartitionState`. The label of a group is its own `"name"`, if it
+    has that key with a string, else its number: `"0"` for the first. The labels of the leaves are a
     tree with the keys of `params`.
 
     Going on with them gives the bits that torch would have, in float32 and float64, and for complex
-    leaves, unless the source is capturable (and not fused) or differentiable or has a tensor for a
-    hyperparameter: it then computes some of its numbers in another order or in float32, funcopt in
-    float64.
+    leaves of an `AdamW`, unless the source is capturable (and not fused) or differentiable or has a
+    tensor for a hyperparameter: it then computes some of its numbers in another order or in
+    float32, funcopt in float64.
+
+    **Torch's `SGD` does not count its updates.** A parameter that has a momentum buffer is taken to
+    have had one update, any other none. That is all the equations ask; but a schedule that is put
+    in place of a number begins there. To begin it elsewhere, write the count into the state:
+    `state._replace(step=torch.tensor(500.0, dtype=torch.float64))`.
 
     Parameters and state are matched by identity if `params` has the tensors of the optimizer
     itself; else by name, if the source was built from `named_parameters()`, where the name of a
@@ -64,8 +69,9 @@ def from_torch(
 
     State dicts that `torch.distributed.checkpoint.state_dict` gives are taken, too. Of an optimizer
     that has made no step yet, its getters make up a state with a count of 1 and moments of zero,
-    from which the next update would have the wrong size: that is warned of. From one that was laid
-    out flat (`flatten_optimizer_state_dict=True`), param groups with the same options come as one.
+    from which the next update would have the wrong size: that is warned of. (Of an `SGD` they make
+    up buffers of zero, with which only dampening comes too early.) From one that was laid out flat
+    (`flatten_optimizer_state_dict=True`), param groups with the same options come as one.
     State dicts of other libraries are refused: `funcopt.interop` says what of them can be used.
 
     Args:
@@ -85,9 +91,10 @@ def from_torch(
 
     Raises:
         TypeError: If the source is neither, or a hyperparameter or leaf is of the wrong type.
-        ValueError: If the source is no AdamW (Adam, say), if two of its param groups have one name,
-            or one of several is empty; if a parameter is missing, extra, on the meta device, or of
-            another shape or dtype, or the order is not certain; if its state is incomplete; if
+        ValueError: If the source is none of the three (RAdam, say), if two of its param groups have
+            one name, or one of several is empty; if a parameter is missing, extra, on the meta
+            device, or of another shape or dtype, or the order is not certain; if its state is
+            incomplete; if
             counts differ and `step_per_leaf` is False; or if `group_names` are too few or many, or
             `frozen` is the label of a group.
 
@@ -144,7 +151,7 @@ def from_torch(
 
 def _take_over(
     theirs: Source, label: str, params: Tree, found: Tree, step_per_leaf: bool | None
-) -> tuple[AdamW, AdamWState]:
+) -> tuple[Any, Any]:
     """Take over one param group.
 
     Args:
@@ -155,9 +162,8 @@ def _take_over(
         step_per_leaf: As for `from_torch`.
     """
     leaves, structure = flatten_params(params)
-    entries = [theirs.entries[place] for place in pytree.flatten(found)[0]]
-    options = theirs.groups[label]
-    amsgrad = options["amsgrad"]
+    kind, options = theirs.kinds[label], theirs.groups[label]
+    entries = [_entry(kind, theirs.entries[place]) for place in pytree.flatten(found)[0]]
     path = partial(pytree.path, structure, "params")
     for index, (leaf, entry) in enumerate(zip(leaves, entries, strict=True)):
         if leaf.is_meta:
@@ -165,88 +171,99 @@ def _take_over(
                 f"{path(index)} is on the meta device, where its moments would hold no values. "
                 f"Give the parameters where they are to be trained."
             )
-        _check_entry(entry, leaf, amsgrad, path, index)
-    counts = [_count(entry, path, index) for index, entry in enumerate(entries)]
+        _check_entry(kind, options, entry, leaf, partial(path, index))
+    counts = [_count(kind, entry, partial(path, index)) for index, entry in enumerate(entries)]
     uneven = len(set(counts)) > 1
     if uneven and step_per_leaf is False:
         raise ValueError(
             f"step_per_leaf=False: the source made {min(counts):g} updates of one parameter and "
             f"{max(counts):g} of another. Leave step_per_leaf out, or say True."
         )
-    opt = _optimizer(options, leaves, uneven if step_per_leaf is None else step_per_leaf)
+    opt = _optimizer(kind, options, leaves, uneven if step_per_leaf is None else step_per_leaf)
     state = opt.init(params)
     for step, count in zip(pytree.flatten(state.step)[0], counts, strict=False):
         step.fill_(count)
     with torch.no_grad():
-        for name in MOMENTS[: 3 if amsgrad else 2]:
-            moments = pytree.flatten(getattr(state, name))[0]
+        for slot in kind.kept_slots(options):
+            moments = pytree.flatten(getattr(state, slot.name))[0]
             for moment, entry in zip(moments, entries, strict=True):
                 if entry:
-                    moment.copy_(entry[name])
+                    moment.copy_(entry[slot.name])
     return opt, state
 
 
+def _entry(kind: Counterpart, entry: Any) -> Any:
+    """Return the state of a parameter. Old versions of SGD wrote None where there is no buffer."""
+    if kind.counts or not isinstance(entry, Mapping):
+        return entry
+    return {} if all(value is None for value in entry.values()) else entry
+
+
 def _check_entry(
-    entry: Mapping[str, Any], leaf: Tensor, amsgrad: bool, path: Callable[[int], str], index: int
+    kind: Counterpart,
+    options: Mapping[str, Any],
+    entry: Mapping[str, Any],
+    leaf: Tensor,
+    path: Callable[[], str],
 ) -> None:
     """Refuse the state of a parameter that is not all there, or not of this parameter."""
-    wanted = {"step", *MOMENTS[: 3 if amsgrad else 2]}
+    slots = {slot.name for slot in kind.kept_slots(options)}
+    wanted = slots | {"step"} if kind.counts else slots
     if not isinstance(entry, Mapping):
         raise TypeError(
-            f"the state for {path(index)} is of type {type(entry).__name__}: it must be a dict of "
+            f"the state for {path()} is of type {type(entry).__name__}: it must be a dict of "
             f"{', '.join(sorted(wanted))}."
         )
     if entry and entry.keys() != wanted:
         lacks, extra = sorted(wanted - entry.keys()), sorted(entry.keys() - wanted)
         found = [f"lacks {', '.join(lacks)}"] * bool(lacks)
         found += [f"has {', '.join(map(str, extra))} beyond it"] * bool(extra)
+        chosen = [slot.option for slot in kind.rule.slots if slot.option]
+        given = " and ".join(f"{option}={options[option]}" for option in chosen)
         raise ValueError(
-            f"the state for {path(index)} {' and '.join(found)}: with amsgrad={amsgrad} it is "
-            f"{', '.join(sorted(wanted))}."
+            f"the state for {path()} {' and '.join(found)}: with {given} it is "
+            f"{', '.join(sorted(wanted)) or 'empty'}."
         )
-    for name in wanted.intersection(entry) - {"step"}:
+    for name in slots.intersection(entry):
         moment = entry[name]
         if not isinstance(moment, Tensor):
             raise TypeError(
-                f"{name} for {path(index)} is of type {type(moment).__name__}, not a tensor."
+                f"{name} for {path()} is of type {type(moment).__name__}, not a tensor."
             )
         if not is_dense(moment):
             raise ValueError(
-                f"{name} for {path(index)}: {shown_layout(moment)}, the parameter is dense. Make "
+                f"{name} for {path()}: {shown_layout(moment)}, the parameter is dense. Make "
                 f"it dense, with .to_dense() say."
             )
         for what in ("shape", "dtype"):
             has, needed = getattr(moment, what), getattr(leaf, what)
             if has != needed:
                 raise ValueError(
-                    f"{name} for {path(index)}: {what} {shown(has)}, the parameter has "
+                    f"{name} for {path()}: {what} {shown(has)}, the parameter has "
                     f"{shown(needed)}. Is it that of another parameter, or another model?"
                 )
-        _check_has_value(f"{name} for {path(index)}", moment)
+        _check_has_value(f"{name} for {path()}", moment)
 
 
-def _count(entry: Mapping[str, Any], path: Callable[[int], str], index: int) -> float:
+def _count(kind: Counterpart, entry: Mapping[str, Any], path: Callable[[], str]) -> float:
+    if not kind.counts:
+        return 1.0 if entry else 0.0
     step = entry.get("step", 0.0)
-    _check_has_value(f"step for {path(index)}", step)
+    _check_has_value(f"step for {path()}", step)
     single = isinstance(step, Tensor) and is_dense(step) and step.numel() == 1
     count = float(step.item()) if single else step
     if not isinstance(count, float | int) or not (count >= 0 and count == count // 1):
         raise ValueError(
-            f"step for {path(index)} is {step!r}: a count of updates is a whole number, at least 0."
+            f"step for {path()} is {step!r}: a count of updates is a whole number, at least 0."
         )
     return float(count)
 
 
-def _optimizer(options: Mapping[str, Any], leaves: list[Tensor], step_per_leaf: bool) -> AdamW:
-    betas = options["betas"]
-    pair = isinstance(betas, tuple | list)
-    return AdamW(
-        lr=_own("lr", options["lr"]),
-        betas=tuple(_own(f"betas[{i}]", beta) for i, beta in enumerate(betas)) if pair else betas,
-        eps=_own("eps", options["eps"]),
-        weight_decay=_own("weight_decay", options["weight_decay"]),
-        amsgrad=options["amsgrad"],
-        maximize=options["maximize"],
+def _optimizer(
+    kind: Counterpart, options: Mapping[str, Any], leaves: list[Tensor], step_per_leaf: bool
+) -> Any:
+    return kind.ours(
+        **{name: _own(name, options[name]) for name in kind.fields},
         step_per_leaf=step_per_leaf,
         kernel=_kernel(options, leaves),
         differentiable=True if options["differentiable"] else None,
@@ -263,6 +280,8 @@ def _check_has_value(name: str, value: object) -> None:
 
 def _own(name: str, number: Any) -> Any:
     """Return a copy of a tensor, which in torch may have one dimension; and a number as it is."""
+    if isinstance(number, tuple | list):
+        return tuple(_own(f"{name}[{index}]", each) for index, each in enumerate(number))
     if not isinstance(number, Tensor) or not is_dense(number):  # which is refused
         return number
     _check_has_value(name, number)
@@ -276,6 +295,6 @@ def _kernel(options: Mapping[str, Any], leaves: list[Tensor]) -> str:
         foreach = (
             all(leaf.is_cuda for leaf in leaves)
             and not options["differentiable"]
-            and (options["capturable"] or not isinstance(options["lr"], Tensor))
+            and (options.get("capturable", True) or not isinstance(options["lr"], Tensor))
         )
     return "fused" if fused else "foreach" if foreach else "plain"

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .._core import pytree
 from .._dtensor.shards import dtensor, local_part
-from ..optimizers.adamw import AdamWState
+from ._counterparts import COUNTERPARTS
 
 __all__ = ["unflattened", "warn_if_made_up"]
 
@@ -77,10 +77,11 @@ def warn_if_made_up(states: Iterable[Any]) -> None:
     state to load into.
 
     Args:
-        states: What came of the source: that of an `AdamW` for each of its groups.
+        states: What came of the source: a state for each of its groups.
     """
-    own = [state for state in states if isinstance(state, AdamWState)]
-    moments = [m for state in own for m in pytree.flatten((state.exp_avg, state.exp_avg_sq))[0]]
+    counting = tuple(kind.rule.state for kind in COUNTERPARTS if kind.counts)
+    own: list[Any] = [state for state in states if isinstance(state, counting)]
+    moments = [moment for state in own for moment in pytree.flatten(tuple(state[1:]))[0]]
     parts = [part for part in map(_here, moments) if part.numel() > 0]
     if not parts or any(bool(part.any()) for part in parts):
         return

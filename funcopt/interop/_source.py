@@ -1,4 +1,4 @@
-"""What a `torch.optim.AdamW` or its state dict holds, and for which parameter."""
+"""What an optimizer of torch or its state dict holds, and for which parameter."""
 
 from __future__ import annotations
 
@@ -12,19 +12,13 @@ from torch import Tensor
 
 from .._core import pytree
 from ..wrappers.labels import name_leaves
+from ._counterparts import COUNTERPARTS, Counterpart, counterpart_of_group
 from ._getter import unflattened
 from ._peers import advice_on
 
-__all__ = ["MOMENTS", "Source", "places", "read", "within"]
+__all__ = ["Source", "places", "read", "within"]
 
-MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
-
-# What a param group of AdamW has. Others of the family lack some of it: RAdam and NAdam know no
-# amsgrad. What is there beside it belongs to a scheduler, or to the user.
-_OPTIONS = (
-    *("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize"),
-    *("foreach", "fused", "capturable", "differentiable"),
-)
+_SERVED = "torch.optim.AdamW, Adam or SGD"
 
 # The most names in a message.
 _MOST = 5
@@ -34,6 +28,7 @@ class Source(NamedTuple):
     """Param groups and their state; parameters in the order of torch, one group after the other."""
 
     groups: Mapping[str, Mapping[str, Any]]  # by label
+    kinds: Mapping[str, Counterpart]  # whose groups they are
     owners: list[str]  # for each parameter, the label of its group
     entries: list[Mapping[str, Any]]  # for each parameter; empty if it never had a gradient
     names: list[str] | None  # of the parameters, if they were given with names
@@ -41,7 +36,7 @@ class Source(NamedTuple):
 
 
 def read(source: Any, group_names: Sequence[str] | None) -> Source:
-    """Read an optimizer or its state dict, and make sure that it is an AdamW.
+    """Read an optimizer or its state dict, and make sure that it is one of those we know.
 
     Raises:
         TypeError: If it is neither, or `group_names` is no sequence of strings.
@@ -56,29 +51,30 @@ def read(source: Any, group_names: Sequence[str] | None) -> Source:
         listed, state = source["param_groups"], source["state"]
     else:
         raise TypeError(
-            f"the source is of type {type(source).__name__}: it must be a torch.optim.AdamW or its "
+            f"the source is of type {type(source).__name__}: it must be a {_SERVED} or its "
             f"state_dict(), with a dict under 'state' and a list of dicts under 'param_groups'."
             f"{_own_checkpoint(source)}"
         )
     groups = dict(zip(_label(listed, group_names), listed, strict=True))
+    kinds = {label: counterpart_of_group(group) for label, group in groups.items()}
     for label, group in groups.items():
         with within(f"param group {label!r}" if len(groups) > 1 else None):
-            _check_is_adamw(group, state)
+            _check_kind(kinds[label], group, state)
             _check_lists_params(group)
             if len(groups) > 1 and not len(group["params"]):
                 raise ValueError("it has no parameters. Take it out of 'param_groups'.")
-    if isinstance(source, torch.optim.Optimizer) and not isinstance(
-        source, torch.optim.Adam | torch.optim.AdamW
-    ):
-        # One around an AdamW, as ZeroRedundancyOptimizer is, shows its groups and not its state.
+    served = tuple(kind.torch for kind in COUNTERPARTS)
+    if isinstance(source, torch.optim.Optimizer) and not isinstance(source, served):
+        # One around another, as ZeroRedundancyOptimizer is, shows its groups and not its state.
         raise ValueError(
             f"the source is a {type(source).__name__}, which may keep its state elsewhere. Give "
-            f"the torch.optim.AdamW itself, or the (consolidated) state_dict()."
+            f"the {_SERVED} itself, or the (consolidated) state_dict()."
         )
     known = [own for group in groups.values() for own in group["params"]]
     _check_listed(known, state, "group does" if len(groups) == 1 else "groups do")
     return Source(
         groups,
+        kinds,
         [label for label, group in groups.items() for _ in group["params"]],
         [state.get(own, {}) for own in known],
         _names(groups),
@@ -142,26 +138,28 @@ def _own_checkpoint(source: Any) -> str:
     return " What to_state_dict() made is read by from_state_dict()."
 
 
-def _check_is_adamw(group: Mapping[str, Any], state: Mapping[Any, Any]) -> None:
-    lacking = [name for name in _OPTIONS if name not in group]
+def _check_kind(kind: Counterpart, group: Mapping[str, Any], state: Mapping[Any, Any]) -> None:
+    # Others of a family lack some options: RAdam and NAdam know no amsgrad. What is there beside
+    # them belongs to a scheduler, or to the user.
+    lacking = [name for name in kind.options if name not in group]
     entries = [entry for entry in state.values() if isinstance(entry, Mapping) and entry]
-    if lacking or not all(entry.keys() >= set(MOMENTS[:2]) for entry in entries):
+    always = {slot.name for slot in kind.rule.slots if not slot.option}
+    if lacking or not all(entry.keys() >= always for entry in entries):
         advice = advice_on(group, entries)
         if advice is not None:
-            raise ValueError(f"the source is not that of a torch.optim.AdamW, but of {advice}")
+            raise ValueError(f"the source is not that of a {_SERVED}, but of {advice}")
     if lacking:
         raise ValueError(
             f"the source has no {_some(lacking)} in its param group: it is not that of a "
-            f"torch.optim.AdamW. If an old torch wrote it, load it into torch.optim.AdamW of a new "
-            f"one first, and take over that."
+            f"{_SERVED}. If an old torch wrote it, load it into that optimizer of a new one first, "
+            f"and take over that."
         )
-    decoupled = group.get("decoupled_weight_decay")
-    if decoupled is not True:
-        has = "does not say" if decoupled is None else f"says {decoupled}, as torch.optim.Adam does"
+    wanted = kind.constants.get("decoupled_weight_decay")
+    if group.get("decoupled_weight_decay") is not wanted:
         raise ValueError(
-            f"whether its weight decay is decoupled, the source {has}: only AdamW's is served. If "
-            f"it is an AdamW, or its weight decay is 0, where the two are the same, set "
-            f"['decoupled_weight_decay'] = True in its param group."
+            "whether its weight decay is decoupled, the source does not say. If it is an AdamW, "
+            "or its weight decay is 0, where the two are the same, set "
+            "['decoupled_weight_decay'] = True in its param group; if it is an Adam, set False."
         )
 
 
@@ -169,7 +167,7 @@ def _check_lists_params(group: Mapping[str, Any]) -> None:
     if "params" not in group:
         raise ValueError(
             "the source has no 'params' in its param group, which says whose state is whose. Give "
-            "the whole state_dict() of a torch.optim.AdamW."
+            "the whole state_dict() of the optimizer."
         )
     if not isinstance(group["params"], list | tuple):
         raise TypeError(
@@ -185,7 +183,7 @@ def _check_listed(known: Sequence[Any], state: Mapping[Any, Any], they: str) -> 
     if extra:
         raise ValueError(
             f"the source has state for {_some(extra)}, which its param {they} not list: it is "
-            f"no whole state dict of torch.optim.AdamW."
+            f"no whole state dict of an optimizer of torch."
         )
     if len(listed) < len(known):
         twice = [own for own, times in Counter(known).items() if times > 1]

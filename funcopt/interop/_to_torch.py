@@ -1,4 +1,4 @@
-"""From a value and its state to a state dict of `torch.optim.AdamW`."""
+"""From a value and its state to a state dict of `torch.optim.AdamW`, `Adam` or `SGD`."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from .._core import pytree
 from .._core.types import Number, Schedule, Tree
 from .._engine.hyperparameters import check_zero_dim
 from .._engine.prepare import flatten_params, prepare
-from ..optimizers.adamw import AdamW, AdamWState
 from ..optimizers.frozen import Frozen
 from ..wrappers.labels import name_leaves
 from ..wrappers.partition import Partition, PartitionState
-from ._source import MOMENTS, within
+from ._counterparts import Counterpart, counterpart_of
+from ._source import within
 
 __all__ = ["to_torch"]
 
@@ -23,12 +23,10 @@ __all__ = ["to_torch"]
 _FLOAT32_STOPS = 2**24
 
 
-def to_torch(
-    opt: AdamW | Partition, state: AdamWState | PartitionState, params: Tree
-) -> dict[str, Any]:
-    """Hand a run over to torch: return a state dict that `torch.optim.AdamW` loads.
+def to_torch(opt: Any, state: Any, params: Tree) -> dict[str, Any]:
+    """Hand a run over to torch: return a state dict that `AdamW`, `Adam` or `SGD` there loads.
 
-    An `AdamW` becomes one param group, a `Partition` one for each of its optimizers, in their
+    One of these becomes one param group, a `Partition` one for each of its optimizers, in their
     order, but none for `Frozen()`, whose leaves are then no parameters of torch's optimizer, and
     none where a label has no leaf, since torch takes no group of names without one. The
     label stands under `"name"`, unless it is the number that the group has in torch anyway.
@@ -39,11 +37,14 @@ def to_torch(
     options from the dict too, the kernel among them. `"auto"` and `"triton"` are handed over as
     `fused=True`, which is what `"auto"` runs on the CPU. Where torch's fused kernel refuses, they
     become both flags False, and the results of all leaves of that group differ by rounding: if one
-    is complex, `differentiable` is True, or a count is 2**24 or more.
+    is complex, `differentiable` is True, a count is 2**24 or more, or a leaf of an `SGD` is of 16
+    bits on the CPU, where torch's fused kernel is wrong. Complex leaves of an `SGD`, or of an
+    `Adam` with weight decay, differ by rounding whatever the kernel. The count of an `SGD` is lost,
+    since torch's has none.
 
     A scheduler that keeps numbers of its own in the param groups, as OneCycleLR does, loses them
-    when the dict is loaded, since they are no part of an AdamW. Keep them by adding what lacks to
-    each group before: `d["param_groups"][0] = {**theirs.param_groups[0], **d["param_groups"][0]}`.
+    when the dict is loaded, since they are no part of an optimizer. Keep them by adding what lacks
+    to each group: `d["param_groups"][0] = {**theirs.param_groups[0], **d["param_groups"][0]}`.
 
     torch loads by order, not by name: the parameters of its optimizer must come in the order of
     `params`, where that of a dict is the order in which it was filled, `model.parameters()`'s own
@@ -58,12 +59,14 @@ def to_torch(
         params: The parameters.
 
     Raises:
-        TypeError: If `opt` or `state` is not that of an AdamW, or of a Partition of them. Of a
+        TypeError: If `opt` or `state` is not that of an AdamW, Adam or SGD, or of a Partition of
+            them. Of a
             wrapper around one hand over what is in it: `to_torch(opt.inner, state.inner, params)`.
-        ValueError: If a hyperparameter is a schedule or stacked, if state and parameters do not
-            match, if two leaves have one name, if all are frozen, or if torch's kernel of the name
-            that was asked for cannot go on: fused refuses complex leaves and counts to 2**24, and
-            neither it nor foreach serves `differentiable`.
+        ValueError: If a Partition has an SGD beside one of the others; if a hyperparameter is a
+            schedule or stacked, if state and parameters do not match, if two leaves have one name,
+            if all are frozen, or if torch's kernel of the name that was asked for cannot go on:
+            fused refuses complex leaves and counts to 2**24, and is wrong for an SGD's leaves of 16
+            bits on the CPU, and neither it nor foreach serves `differentiable`.
 
     Example:
         >>> import torch, funcopt
@@ -97,7 +100,9 @@ def to_torch(
         return {"state": entries, "param_groups": [group]}
     groups: list[dict[str, Any]] = []
     entries, first = {}, 0
-    for label, (own_opt, own_state, own_params) in _parts(opt, state, params).items():
+    parts = _parts(opt, state, params)
+    _check_alike({label: own_opt for label, (own_opt, _, _) in parts.items()})
+    for label, (own_opt, own_state, own_params) in parts.items():
         with within(f"inner[{label!r}]"):
             group, own_entries = _hand_over(own_opt, own_state, own_params, first)
         groups.append(group if label == str(len(groups)) else {**group, "name": label})
@@ -123,50 +128,74 @@ def _parts(
     return parts
 
 
+def _check_alike(opts: dict[str, Any]) -> None:
+    """Refuse optimizers that torch cannot have in one: their groups must have the same state."""
+    kinds = {label: counterpart_of(opt) for label, opt in opts.items()}
+    known = {label: kind for label, kind in kinds.items() if kind is not None}
+    first = next(iter(known), "")
+    for label, kind in known.items():
+        if kind.rule.slots != known[first].rule.slots:
+            raise ValueError(
+                f"inner[{first!r}] is of {known[first].ours.__name__} and inner[{label!r}] of "
+                f"{kind.ours.__name__}, which no optimizer of torch is at once. Hand them over one "
+                f"by one, each with its own leaves and the state state.inner[{label!r}]."
+            )
+
+
 def _hand_over(
     opt: Any, state: Any, params: Tree, first: int
 ) -> tuple[dict[str, Any], dict[int, dict[str, Tensor]]]:
     """Return a param group, and the state of its parameters by their numbers, from `first` on."""
-    if not isinstance(opt, AdamW) or not isinstance(state, AdamWState):
+    kind = counterpart_of(opt)
+    if kind is None or not isinstance(state, kind.rule.state):
         raise TypeError(
-            f"got {type(opt).__name__} and {type(state).__name__}: torch.optim.AdamW can go on "
-            f"from an AdamW, or a Partition of AdamWs, and its state. For a wrapper around "
-            f"one, hand over opt.inner and state.inner. The order is to_torch(opt, state, params)."
+            f"got {type(opt).__name__} and {type(state).__name__}: torch.optim can go on from an "
+            f"AdamW, Adam or SGD, or a Partition of AdamWs, Adams or SGDs, and its state. For a "
+            f"wrapper around one, hand over opt.inner and state.inner. The order is to_torch(opt, "
+            f"state, params)."
         )
     leaves, structure = flatten_params(params)
     none = pytree.unflatten(structure, [None] * len(leaves))
     prepared = prepare(opt, opt.rule, none, state, params)
     counts = [float(count.item()) for count in prepared.counts.tensors]
-    flags = _flags(opt, leaves, max(counts, default=0.0))
+    flags = _flags(kind, opt, leaves, max(counts, default=0.0))
     names, order = name_leaves(structure), pytree.insertion_order(structure)
     entries: dict[int, dict[str, Tensor]] = {}
+    kept = kind.rule.kept_slots(opt)
     for place, index in enumerate(order, first):
         count = counts[index if opt.step_per_leaf else 0]
         moments = [_laid_out_as(leaves[index], paired.leaves[index]) for paired in prepared.slots]
-        if count > 0 or any(bool(moment.any()) for moment in moments):
-            entries[place] = {"step": _step(count), **dict(zip(MOMENTS, moments, strict=False))}
+        entry = {"step": _step(count)} if kind.counts else {}
+        entry.update(zip((slot.name for slot in kept), moments, strict=True))
+        if entry and (count > 0 or any(bool(moment.any()) for moment in moments)):
+            entries[place] = entry
+    given = {name: _given(name, getattr(opt, name)) for name in kind.fields}
+    for slot in kept:
+        if slot not in kind.kept_slots(given):
+            raise ValueError(
+                f"{slot.option} is 0, at which torch keeps no {slot.name}, and this optimizer "
+                f"does. Hand over dataclasses.replace(opt, {slot.option}=0.0) and "
+                f"state._replace({slot.name}=()), if that is what is meant."
+            )
     return {
-        "lr": _number("lr", opt.lr),
-        "betas": (_number("betas[0]", opt.betas[0]), _number("betas[1]", opt.betas[1])),
-        "eps": _number("eps", opt.eps),
-        "weight_decay": _number("weight_decay", opt.weight_decay),
-        "amsgrad": opt.amsgrad,
-        "maximize": opt.maximize,
+        **given,
         **flags,
-        "capturable": False,
+        **{name: value for name, value in kind.constants.items() if name == "capturable"},
         "differentiable": opt.differentiable is True,
-        "decoupled_weight_decay": True,
+        **{name: value for name, value in kind.constants.items() if name != "capturable"},
         "params": list(range(first, first + len(order))),
         "param_names": [names[index] for index in order],
     }, entries
 
 
-def _flags(opt: AdamW, leaves: list[Tensor], count: float) -> dict[str, bool]:
+def _flags(kind: Counterpart, opt: Any, leaves: list[Tensor], count: float) -> dict[str, bool]:
     """What torch calls the kernel."""
     refusals = {"differentiable is True": opt.differentiable is True}
     if opt.kernel != "foreach":
         refusals["a leaf is complex"] = any(map(Tensor.is_complex, leaves))
-        refusals[f"a count is {count:.0f}, at least 2**24"] = count >= _FLOAT32_STOPS
+        refusals["a leaf is of 16 bits on the CPU"] = any(map(kind.fused_is_wrong, leaves))
+        far = kind.counts and count >= _FLOAT32_STOPS
+        refusals[f"a count is {count:.0f}, at least 2**24"] = far
     refused = next((reason for reason, holds in refusals.items() if holds), None)
     if opt.kernel in ("foreach", "fused") and refused is not None:
         raise ValueError(
@@ -175,6 +204,13 @@ def _flags(opt: AdamW, leaves: list[Tensor], count: float) -> dict[str, bool]:
         )
     fused = opt.kernel in ("auto", "triton", "fused") and refused is None
     return {"foreach": opt.kernel == "foreach", "fused": fused}
+
+
+def _given(name: str, given: Any) -> Any:
+    """Return what torch has in a param group for what an optimizer was given."""
+    if isinstance(given, tuple):
+        return tuple(_given(f"{name}[{index}]", own) for index, own in enumerate(given))
+    return given if isinstance(given, bool) else _number(name, given)
 
 
 def _number(name: str, given: Number | Schedule) -> float:

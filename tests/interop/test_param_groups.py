@@ -523,10 +523,10 @@ REFUSED = {
     "no strings": (saved(), {"group_names": [1, 2]}, "must be a list of strings"),
     "frozen alike": (saved(), {"frozen": "y"}, "frozen='y': a param group has that label"),
     "empty": (saved(emptied), {}, "param group 'z': it has no parameters"),
-    "not decoupled": (
-        saved(lambda d, x, y: y.update(decoupled_weight_decay=False)),
+    "old": (
+        saved(lambda d, x, y: y.pop("decoupled_weight_decay")),
         {},
-        "param group 'y': whether its weight decay is decoupled, the source says False",
+        "param group 'y': whether its weight decay is decoupled, the source does not say",
     ),
     "no amsgrad": (saved(lambda d, x, y: y.pop("amsgrad")), {}, "group 'y': the source has no 'am"),
     "range": (saved(lambda d, x, y: y.update(lr=-1.0)), {}, "param group 'y': lr=-1.0"),

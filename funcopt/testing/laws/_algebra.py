@@ -9,7 +9,9 @@ from torch import Tensor
 
 from ..._core import pytree
 from ..._core.types import Tree
+from ...optimizers.adam import Adam
 from ...optimizers.adamw import AdamW
+from ...optimizers.lion import Lion
 from .._compare import ROUNDING, NotApplicable, compare, wide
 from .._subject import field, kernels, last, replace, run, tree_map
 
@@ -52,14 +54,15 @@ def _kernels(opt: Any) -> list[Any]:
     return [replace(opt, kernel=name) for name in names if name != "auto"]
 
 
-def _only_adamw(opt: Any) -> None:
-    if not isinstance(opt, AdamW):
-        raise NotApplicable(f"it holds for AdamW, and this is a {type(opt).__name__}")
+def _only(opt: Any, *kinds: type) -> None:
+    if not isinstance(opt, kinds):
+        names = " and ".join(kind.__name__ for kind in kinds)
+        raise NotApplicable(f"it holds for {names}, and this is a {type(opt).__name__}")
 
 
 def decay_is_decoupled(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> None:
     """Weight decay shrinks the parameters by 1 - lr * decay, and touches nothing else."""
-    _only_adamw(opt)
+    _only(opt, AdamW, Lion)
     lr = field(opt, "lr")
     if callable(lr):
         raise NotApplicable("its lr is a schedule")
@@ -79,7 +82,7 @@ _LOOSE = {dtype: 2 * ulps for dtype, ulps in ROUNDING.items()}
 
 def scale_invariant(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> None:
     """Without eps, gradients four times as large move the parameters by the same."""
-    _only_adamw(opt)
+    _only(opt, AdamW)
     bare = replace(opt, eps=0.0)
     nonzero = [tree_map(_nonzero, grads) for grads in gradient_sequence]
     scaled = [tree_map(lambda g: g * 4, grads) for grads in nonzero]
@@ -97,7 +100,7 @@ _MOMENTS_TOO = {dtype: 64 * ulps for dtype, ulps in ROUNDING.items()}
 
 def first_step_is_sign(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> None:
     """Without eps and decay, the first step has the size of lr and the sign of the gradient."""
-    _only_adamw(opt)
+    _only(opt, AdamW, Adam)
     lr = field(opt, "lr")
     if callable(lr):
         raise NotApplicable("its lr is a schedule")
