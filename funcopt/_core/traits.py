@@ -78,7 +78,7 @@ def own_traits(opt: object) -> Traits:
     said = vars(type(opt))
     traits = said.get("traits") or getattr(said.get("rule"), "traits", None)
     if isinstance(traits, property):
-        traits = traits.__get__(opt)
+        traits = getattr(opt, "traits", None)  # which Dynamo follows, and not `__get__`
     traits = traits if isinstance(traits, Traits) else Traits()
     if getattr(opt, "step_per_leaf", False):
         return dataclasses.replace(traits, tells_leaves_apart=True)
