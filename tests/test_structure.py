@@ -275,6 +275,6 @@ parts = ["distributed", "interop", "testing", "torchscript"]
 assert not any(f"funcopt.{part}" in sys.modules for part in parts)
 assert "hypothesis" not in sys.modules
 assert all(getattr(funcopt, part).__name__ == f"funcopt.{part}" for part in parts)
-assert not hasattr(funcopt, "Adam")
+assert not hasattr(funcopt, "Nadir")
 """
     subprocess.run([sys.executable, "-c", code], check=True)
