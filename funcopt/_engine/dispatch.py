@@ -40,9 +40,9 @@ def _plain(rule: UpdateRule) -> Kernel:
 
 def unserved(rule: UpdateRule, name: str, device: torch.device) -> str | None:
     """Say why a kernel that was asked for by name cannot serve leaves on a device, if so."""
-    if name == "auto":
+    if name in ("auto", "plain"):
         return None
-    return _kernel(rule, name).unsupported_reason(transforms.stand_in(device), None)
+    return rule.unsupported_reason(name, transforms.stand_in(device))
 
 
 class Part(NamedTuple):

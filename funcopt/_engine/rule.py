@@ -255,18 +255,33 @@ class UpdateRule:
 
     def kernel(self, name: str) -> Kernel:
         """Return the kernel of this name."""
-        kernel: Kernel = _loaded(self.kernels[name])
-        return kernel
+        kernel = self.kernels[name]
+        return _imported(kernel) if isinstance(kernel, str) else kernel
+
+    def unsupported_reason(self, name: str, device: torch.device) -> str | None:
+        """Say why the kernel of this name cannot serve leaves on a device, if so."""
+        kernel = self.kernels[name]
+        if isinstance(kernel, str):
+            return _unsupported_reason(kernel, device)
+        return kernel.unsupported_reason(device, None)
 
     @cached_property
     def derivative(self) -> Adjoint | None:
         """The derivative by hand, if there is one."""
-        derivative: Adjoint | None = _loaded(self.adjoint)
-        return derivative
+        return _imported(self.adjoint) if isinstance(self.adjoint, str) else self.adjoint
 
 
-def _loaded(value: Any) -> Any:
-    if not isinstance(value, str):
-        return value
-    module, _, name = value.partition(":")
+def _imported(place: str) -> Any:
+    module, _, name = place.partition(":")
     return getattr(importlib.import_module(module), name)
+
+
+def _unsupported_reason(place: str, device: torch.device) -> str | None:
+    kernel: Kernel = _imported(place)
+    return kernel.unsupported_reason(device, None)
+
+
+# Dynamo traces no import: it is to call this, and take the answer as a constant. So says
+# `torch.compiler.assume_constant_result`, which would import Dynamo together with this package.
+# Where torch does not know the mark, a kernel asked for by name breaks a graph in two.
+vars(_unsupported_reason)["_dynamo_marked_constant"] = True
