@@ -275,6 +275,13 @@ parts = ["distributed", "interop", "testing", "torchscript"]
 assert not any(f"funcopt.{part}" in sys.modules for part in parts)
 assert "hypothesis" not in sys.modules
 assert all(getattr(funcopt, part).__name__ == f"funcopt.{part}" for part in parts)
-assert not hasattr(funcopt, "Adam")
+assert not hasattr(funcopt, "Nadir")
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_no_optimizer_is_named_where_all_are_served():
+    """Nor a slot or a number of one: what an optimizer is, its rule says."""
+    serving = ("_core", "_dtensor", "_engine", "wrappers", "distributed")
+    named = places(r"exp_avg|AdamW|beta1")
+    assert not {name for name in named if name.split(".")[0] in serving}

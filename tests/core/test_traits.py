@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+import torch
 
 from funcopt import (
     Accumulate,
@@ -96,3 +97,11 @@ def test_what_holds_of_one_within_may_hold_of_all():
     assert not traits_of(Ema(AdamW())).sees_overflow
     assert own_traits(AdamW(step_per_leaf=True)).tells_leaves_apart
     assert not own_traits(AdamW()).tells_leaves_apart
+
+
+def test_a_compiler_follows_what_is_said_by_a_property():
+    opt = Clip(AdamW(), 1.0)
+    compiled = torch.compile(
+        lambda x: x if own_traits(opt).packable else x + 1, backend="eager", fullgraph=True
+    )
+    assert compiled(torch.zeros(())) == 0
