@@ -70,8 +70,8 @@ class InBackward:
             if not is_like(leaf, own.shape, own.dtype, own.device):
                 where = f", on {leaf.device}" if isinstance(leaf, Tensor) else ""
                 raise ValueError(
-                    f"{pytree.path(wanted, 'state', index)} is {kind_of(leaf)}{where}: it must be a "
-                    f"dense tensor of {own.dtype}, shape {tuple(own.shape)}, on {own.device}. "
+                    f"{pytree.path(wanted, 'state', index)} is {kind_of(leaf)}{where}: it must be "
+                    f"a dense tensor of {own.dtype}, shape {tuple(own.shape)}, on {own.device}. "
                     f"Give the state of the same optimizer and parameters."
                 )
         self._state = pytree.unflatten(wanted, leaves)

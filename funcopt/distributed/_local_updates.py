@@ -20,8 +20,8 @@ from .._engine.prepare import keep_requiring
 from .._engine.registration import register_optimizer
 from .._engine.rule import AT_LEAST_ZERO, BELOW_ONE, COUNT, Hyperparam
 from ..wrappers.base import check_scalar, gather_gradients, gather_params, read
-from ._meeting import Meeting, Outer
-from ._refusals import check_mesh, check_unrecorded, check_untransformed
+from ._checks import check_mesh, check_unrecorded, check_untransformed
+from ._sync import Outer, Sync
 
 __all__ = ["LocalUpdates", "LocalUpdatesState"]
 
@@ -78,7 +78,7 @@ class LocalUpdates:
 
     All processes must make the same number of calls. So what skips an update by what a process
     alone has seen belongs inside: `LocalUpdates(Clip(AdamW(), 1.0, nonfinite="skip"), 100, mesh)`.
-    The other way round, the others would wait for one that skips a meeting.
+    The other way round, the others would wait for one that skips a sync.
 
     Between meetings the processes differ. A checkpoint has one entry for each path, for which any
     of them may speak: save after a meeting, when only inner states differ, or give each process a
@@ -197,7 +197,7 @@ class LocalUpdates:
         Raises:
             RuntimeError: Under a transform of `torch.func` or a tracer, in the capture of a CUDA
                 graph, or where the update would be recorded by autograd: no derivative goes through
-                a meeting.
+                a sync.
             TypeError: As the inner optimizer.
             ValueError: As the inner optimizer.
 
@@ -211,17 +211,17 @@ class LocalUpdates:
         """
         if transforms.compiling():
             return transforms.uncompiled(self.update, grads, state, params)
-        meeting = self._gather(grads, state, params)
-        meets = self._meets(state.steps_since_sync)
+        sync = self._gather(grads, state, params)
+        due = self._is_due(state.steps_since_sync)
         new_params, inner = self.inner.update(grads, state.inner, params)
-        meeting = meeting.copied()
-        if meets:
+        sync = sync.copied()
+        if due:
             leaves, structure = pytree.flatten(new_params)
-            own = _fresh(leaves, meeting.gradients.params)
-            meeting.hold_(own, self.mesh, self._outer)
+            own = _fresh(leaves, sync.gradients.params)
+            sync.run_(own, self.mesh, self._outer)
             new_params = pytree.unflatten(structure, own)
-        count = _next(meets, state.steps_since_sync)
-        return new_params, LocalUpdatesState(count, *meeting.trees, inner)
+        count = _next(due, state.steps_since_sync)
+        return new_params, LocalUpdatesState(count, *sync.trees, inner)
 
     def update_(
         self, grads: Tree, state: LocalUpdatesState, params: ParamsT
@@ -253,13 +253,13 @@ class LocalUpdates:
         """
         if transforms.compiling():
             return transforms.uncompiled(self.update_, grads, state, params)
-        meeting = self._gather(grads, state, params)
-        meeting.check_inplace(state.steps_since_sync)
-        meets = self._meets(state.steps_since_sync)
+        sync = self._gather(grads, state, params)
+        sync.check_inplace(state.steps_since_sync)
+        due = self._is_due(state.steps_since_sync)
         self.inner.update_(grads, state.inner, params)
-        if meets:
-            meeting.hold_(meeting.gradients.params, self.mesh, self._outer)
-        write(state.steps_since_sync, _next(meets, state.steps_since_sync))
+        if due:
+            sync.run_(sync.gradients.params, self.mesh, self._outer)
+        write(state.steps_since_sync, _next(due, state.steps_since_sync))
         return params, state
 
     @property
@@ -271,16 +271,16 @@ class LocalUpdates:
     def _outer(self) -> Outer:
         return Outer(self.outer_lr, self.outer_momentum, self.nesterov)
 
-    def _gather(self, grads: Tree, state: LocalUpdatesState, params: Tree) -> Meeting:
+    def _gather(self, grads: Tree, state: LocalUpdatesState, params: Tree) -> Sync:
         check_state(state, LocalUpdatesState)
         check_scalar("state.steps_since_sync", state.steps_since_sync)
-        check_untransformed(self, grads, state, params)
+        check_untransformed(type(self).__name__, self, grads, state, params)
         gradients = gather_gradients(self, grads, params)
         check_unrecorded(self, gradients, state)
         anchored, moving = self._kept
-        return Meeting.gather(gradients, state.anchor, state.momentum_buffer, anchored, moving)
+        return Sync.gather(gradients, state.anchor, state.momentum_buffer, anchored, moving)
 
-    def _meets(self, count: Tensor) -> bool:
+    def _is_due(self, count: Tensor) -> bool:
         taken = read(count)
         if taken is None:
             raise RuntimeError(
@@ -295,9 +295,9 @@ def _origin(leaf: Tensor) -> Tensor:
     return leaf.detach().to(compute_dtype(leaf.dtype), copy=True)
 
 
-def _next(meets: bool, count: Tensor) -> Tensor:
+def _next(due: bool, count: Tensor) -> Tensor:
     """Return the count after an update."""
-    return torch.zeros_like(count) if meets else count.detach() + 1
+    return torch.zeros_like(count) if due else count.detach() + 1
 
 
 def _fresh(leaves: Sequence[Tensor], olds: Sequence[Tensor]) -> list[Tensor]:

@@ -18,10 +18,10 @@ from .._engine import memory
 from .._engine.checks import check_optimizer
 from .._engine.hyperparameters import check_choice
 from .._engine.prepare import flatten_params
+from ._checks import check_whole_number
+from ._cost_counter import CostCounterMode
 from ._fake_world import in_fake_world
-from ._onlooker import Onlooker
 from ._planned import Plan, PlanRow
-from ._refusals import check_whole_number
 
 __all__ = ["plan"]
 
@@ -100,18 +100,18 @@ def plan(
     for index, leaf in enumerate(leaves):
         if isinstance(leaf, DTensor):
             raise TypeError(
-                f"{pytree.path(structure, 'params', index)} is a DTensor: plan() shares out what is "
-                f"whole. Give plain tensors, such as torch.empty(shape, device='meta')."
+                f"{pytree.path(structure, 'params', index)} is a DTensor: plan() shares out what "
+                f"is whole. Give plain tensors, such as torch.empty(shape, device='meta')."
             )
     rows = tuple(_row(opt, leaves, structure, size, backend, steps) for size in sizes)
     return Plan(opt, sum(leaf.nbytes for leaf in leaves), backend, steps, rows)
 
 
-class _Seen(NamedTuple):
-    """What was seen on one process."""
+class _Cost(NamedTuple):
+    """What the steps of one process cost."""
 
     state: int
-    onlooker: Onlooker
+    counter: CostCounterMode
 
 
 def _row(
@@ -124,11 +124,11 @@ def _row(
 ) -> PlanRow:
     """Play the first and the last of so many processes."""
 
-    def play(rank: int, method: str) -> _Seen:
-        def alone(mesh: DeviceMesh) -> _Seen:
+    def play(rank: int, method: str) -> _Cost:
+        def alone(mesh: DeviceMesh) -> _Cost:
             return _play(_over(opt, mesh), method, leaves, structure, size, steps)
 
-        return in_fake_world(size, rank, backend, partial(_looked_on, alone))
+        return in_fake_world(size, rank, backend, partial(_counted, alone))
 
     first, last = play(0, "update"), play(size - 1, "update")
     in_place = [play(rank, "update_") for rank in (0, size - 1)]
@@ -136,10 +136,10 @@ def _row(
         size,
         max(first.state, last.state),
         min(first.state, last.state),
-        dict(first.onlooker.calls),
-        dict(first.onlooker.sent),
-        max(seen.onlooker.peak for seen in (first, last)),
-        max(seen.onlooker.peak for seen in in_place),
+        dict(first.counter.calls),
+        dict(first.counter.sent),
+        max(cost.counter.peak for cost in (first, last)),
+        max(cost.counter.peak for cost in in_place),
     )
 
 
@@ -150,7 +150,7 @@ def _play(
     structure: pytree.Structure,
     size: int,
     steps: int,
-) -> _Seen:
+) -> _Cost:
     """Make the steps of one process."""
 
     def start() -> tuple[Tree, Tree, Tree]:
@@ -165,24 +165,26 @@ def _play(
             params, state = getattr(opt, method)(grads, state, params)
 
     # The first by itself, in which there is more to find out than in others.
-    transforms.seen_by(Onlooker(size, []), train, 1)
+    transforms.seen_by(CostCounterMode(size, []), train, 1)
     grads, state, params = start()
     nbytes = sum(own.nbytes for own in _locals(state))
-    onlooker = Onlooker(size, [own for tree in (params, grads, state) for own in _locals(tree)])
-    transforms.seen_by(onlooker, train, steps)
-    return _Seen(nbytes, onlooker)
+    counter = CostCounterMode(
+        size, [own for tree in (params, grads, state) for own in _locals(tree)]
+    )
+    transforms.seen_by(counter, train, steps)
+    return _Cost(nbytes, counter)
 
 
-def _looked_on(function: Callable[[DeviceMesh], _Seen], mesh: DeviceMesh) -> _Seen:
-    """Make steps as with an onlooker, by what was decided then alone."""
+def _counted(function: Callable[[DeviceMesh], _Cost], mesh: DeviceMesh) -> _Cost:
+    """Make steps while they are counted. What is remembered of them serves no other step."""
     memory.forget()
     try:
-        seen = transforms.looked_on(function, mesh)
+        cost = transforms.looked_on(function, mesh)
         memory.forget()
     except BaseException:
         memory.forget()
         raise
-    return seen
+    return cost
 
 
 def _on_meta(leaf: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from .._engine.hyperparameters import check_choice
 from .._engine.prepare import flatten_params, keep_requiring
 from .._engine.registration import register_optimizer
 from ..wrappers.base import gather_gradients
-from ._refusals import (
+from ._checks import (
     check_gradients,
     check_mesh,
     check_packable,
@@ -144,7 +144,7 @@ class Zero1:
             >>> Zero1(funcopt.AdamW(), mesh=None).init([torch.ones(2)]).inner.exp_avg
             {'bucket 0': tensor([0., 0.])}
         """
-        check_untransformed(self, params)
+        check_untransformed(type(self).__name__, self, params)
         leaves, structure = self._leaves(params)
         sharding = Sharding.of(leaves, structure, self.bucket_bytes, self.mesh)
         with torch.no_grad():
@@ -245,7 +245,7 @@ class Zero1:
 
     def _gather(self, grads: Tree, state: Zero1State, params: Tree) -> Step:
         check_state(state, Zero1State)
-        check_untransformed(self, grads, state, params)
+        check_untransformed(type(self).__name__, self, grads, state, params)
         leaves, structure = self._leaves(params)
         gradients = gather_gradients(self, grads, params)
         if gradients.resting:  # all of them are: zeros fill the buckets, and nobody looks at them

@@ -1,4 +1,4 @@
-"""Looks on while operators are called: what memory is alive at once, and what is sent."""
+"""Counts what operators cost while they run: memory that is alive at once, and bytes sent."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["Onlooker"]
+__all__ = ["CostCounterMode"]
 
 # As torch's operators call them, once underscores and what says how buffers lie are taken off.
 _KINDS = {
@@ -28,7 +28,7 @@ _FORMS = ("_base", "_into_tensor", "_tensor", "_single")
 _SILENT = ("wait_tensor", "barrier")
 
 
-class Onlooker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # which torch left untyped
+class CostCounterMode(TorchDispatchMode):  # type: ignore[no-untyped-call]  # which torch left untyped
     """Adds up storages that are alive, and collectives, from one call of an operator to the next.
 
     Attributes:
