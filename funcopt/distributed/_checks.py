@@ -167,7 +167,8 @@ def check_gradients(grads: Sequence[Tensor | None], structure: pytree.Structure)
         if isinstance(grad, DTensor):
             raise TypeError(
                 f"{pytree.path(structure, 'grads', index)} is a DTensor, the parameter is not: "
-                f"give what each process has of its own (.to_local()), or the whole (.full_tensor())."
+                f"give what each process has of its own (.to_local()), or the whole "
+                f"(.full_tensor())."
             )
 
 
