@@ -31,7 +31,7 @@ class Outer(NamedTuple):
 
 
 class Sync(NamedTuple):
-    """Parameters, with the anchor and the outer momentum that a state has beside them, checked."""
+    """Parameters, with the anchor and the outer momentum of a state, checked."""
 
     gradients: Gradients  # with the parameters
     anchored: ShadowParams | None
@@ -41,14 +41,9 @@ class Sync(NamedTuple):
     def gather(
         cls, gradients: Gradients, anchor: Tree, buffer: Tree, anchored: bool, moving: bool
     ) -> Sync:
-        """Pair what the state has with the parameters.
+        """Pair the anchor and the momentum of a state, trees or `()`, with the parameters.
 
-        Args:
-            gradients: The gradients, with the parameters.
-            anchor: The tree of the state, or `()`.
-            buffer: Likewise.
-            anchored: Whether there is to be an anchor.
-            moving: Whether there is to be a momentum.
+        `anchored` and `moving` say whether there are to be such trees.
 
         Raises:
             TypeError: If a parameter is sharded.

@@ -1,4 +1,4 @@
-"""Optimizers that look at whole leaves: DTensors are refused by the trait, and nothing is written."""
+"""Optimizers that look at whole leaves: DTensors are refused with the trait, before any write."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
