@@ -1,7 +1,6 @@
-"""The mean of tensors over processes: in flat buckets, so that traffic goes by bytes, not leaves.
+"""The mean of tensors over processes, in flat buckets of one dtype and device.
 
-A bucket holds tensors of one dtype and device. Its reduction runs while the one before it is being
-used, so that no more than two are there at a time.
+While one bucket is reduced the one before it is used, so that only two are in memory at a time.
 """
 
 from __future__ import annotations
@@ -79,13 +78,8 @@ def average_gradients(grads: Tree, mesh: DeviceMesh | None) -> Tree:
 def means(tensors: Sequence[Tensor], mesh: DeviceMesh | None) -> Iterator[tuple[int, Tensor]]:
     """Yield for each tensor its index and its mean over the processes, the same bits on each.
 
-    Every process must come here with tensors of the same shapes and dtypes in the same order, and
-    take all that there are. Nothing is recorded by autograd.
-
-    Args:
-        tensors: What is averaged, and not written. 16-bit tensors are averaged in float32, and
-            their mean stays in it.
-        mesh: The processes, in one dimension; None for this one alone.
+    Every process must give tensors of the same shapes and dtypes in the same order, and take all
+    results. 16-bit tensors have a mean in float32. Nothing is written or recorded by autograd.
     """
     buckets = list(_filled(tensors))
     flats = one_ahead(_start([tensors[i] for i in indices], mesh) for indices in buckets)

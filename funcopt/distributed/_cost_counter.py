@@ -38,12 +38,7 @@ class CostCounterMode(TorchDispatchMode):  # type: ignore[no-untyped-call]  # wh
     """
 
     def __init__(self, size: int, held: Iterable[Tensor]) -> None:
-        """Begin with what is alive already.
-
-        Args:
-            size: How many processes take part in a collective.
-            held: Tensors whose memory is alive. They are not kept.
-        """
+        """Count for so many processes, and begin with the memory of these tensors."""
         super().__init__()  # type: ignore[no-untyped-call]  # likewise
         self.peak = 0
         self.calls: Counter[str] = Counter()
@@ -103,10 +98,9 @@ class CostCounterMode(TorchDispatchMode):  # type: ignore[no-untyped-call]  # wh
 
 
 def _read(func: Any, args: Any, kwargs: dict[str, Any]) -> Tensor | None:
-    """Return what stands for values that leave the meta device, which has none, for another.
+    """Return ones for values that leave the meta device, which has none, for another device.
 
-    They are numbers and conditions made of gradients. Of these, 1 stands for what a step finds as
-    long as all is well.
+    They are numbers and conditions made of gradients, and 1 is what a step finds if all is well.
     """
     if func is torch.ops.aten._to_copy.default and args[0].is_meta:
         device = torch.device(kwargs.get("device") or "meta")

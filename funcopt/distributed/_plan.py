@@ -1,4 +1,4 @@
-"""Planning a run on many processes without any: what it takes of memory and of the network."""
+"""Planning a run on many processes without them: its memory and its traffic."""
 
 from __future__ import annotations
 
@@ -39,50 +39,49 @@ def plan(
 ) -> Plan:
     r"""Return what a run on many processes takes of each, found by making its steps on none.
 
-    The first and the last process are played by this one, in a world of torch's fake process group,
-    with tensors on the meta device, which have shapes and no memory. So 70 billion parameters are
+    This process plays the first and the last one, in a world of torch's fake process group, with
+    tensors on the meta device, which have shapes and no memory. So 70 billion parameters are
     planned for 1,024 processes in seconds. What is counted is what the optimizer does there, not
     what a formula says of it.
 
-    *State* is the bytes of the state's tensors that one process holds. *Sent* is what one process
-    sends, where $W$ of them take part by the usual ring or pairwise algorithms: of a whole buffer
-    $(W-1)/W$ in a reduce-scatter, an all-gather or an all-to-all, and twice that in an all-reduce.
-    *Peak* is the largest sum, at any time in a step, of the bytes of all storages that are alive,
-    each once: parameters and gradients, which the caller holds, the old state, the new parameters
-    and state if `update` makes some, and all buffers on the way. It is that of a step that is like
-    one before; the first may take more.
+    *State* is the bytes of the state's tensors that one process holds. *Sent* is what one of $W$
+    processes sends by the usual ring or pairwise algorithms: of a whole buffer $(W-1)/W$ in a
+    reduce-scatter, an all-gather or an all-to-all, and twice that in an all-reduce. *Peak* is the
+    largest sum, at any time in a step, of the bytes of all storages that are alive, each once:
+    parameters and gradients, which the caller holds, the old state, the new parameters and state of
+    `update`, and all buffers. It is that of a step that is like one before; the first may take
+    more.
 
-    What is not there: activations; what an allocator rounds up; what a backend or an operator
-    takes within itself (gloo one more bucket in an all-gather); and traffic that is not the
-    optimizer's, such as the all-reduce of gradients around an `AdamW`.
+    Not counted: activations; what an allocator rounds up; what a backend or an operator takes
+    within itself (gloo one more bucket in an all-gather); and traffic that is not the optimizer's,
+    such as the all-reduce of gradients around it.
 
-    The kernels are the fused ones, but for gradients that are clipped or scaled: these are
-    multiplied within the kernel, as on a GPU, where the CPU takes up to a megabyte for pieces of
-    them. Where values decide what is done, they count as out of reach, as on a GPU:
+    The kernels are the fused ones. Those that can clip or scale gradients do so, as on a GPU, where
+    the CPU takes up to a megabyte for pieces of them. Values cannot be read, as on a GPU:
     `SkipNonfinite` makes both ways and chooses.
 
     Args:
-        opt: The optimizer. In place of its `mesh`, and that of any optimizer within, which are best
-            left None, there is one of so many processes.
+        opt: The optimizer. A mesh of so many processes takes the place of its `mesh`, and of that
+            of any optimizer within, which are best left None.
         params: The parameters: a tree of plain tensors, of which only shapes, dtypes and strides
             are looked at. Make them on the meta device to spare memory.
         mesh: How many processes, at least 1, or several such numbers. A `DeviceMesh` would need
             as many to exist.
         backend: Which one is planned for: `"nccl"`, or `"gloo"`, with which `Zero1` takes an
             all-to-all in place of a reduce-scatter.
-        steps: How many updates to make, at least 1: for those of which not each is like the other,
-            as with `Accumulate(every=8)`. What is sent is that in all of them.
+        steps: How many updates to make, at least 1, for those that are not all alike, as with
+            `Accumulate(every=8)`. What is sent is that in all of them.
 
     Raises:
         RuntimeError: If `torch.distributed` is initialized in this process.
         TypeError: If an argument is of the wrong type, or a parameter is a DTensor.
-        ValueError: If a number is out of range.
+        ValueError: If a number is out of range, or the optimizer is refused on a mesh.
 
     Example:
         >>> import torch, funcopt
         >>> from funcopt.distributed import Zero1, plan
         >>> params = {"w": torch.empty(1000, 1000, device="meta")}
-        >>> print(plan(Zero1(funcopt.AdamW(), mesh=None), params, (8, 64)))
+        >>> print(plan(Zero1(funcopt.Adam(), mesh=None), params, (8, 64)))
         parameters 3.8 MiB, gradients as much; nccl, a step
         ranks      state    (least)      peak  in place  reduce_scatter sent  all_gather sent
             8  976.6 KiB  976.6 KiB  18.6 MiB  17.2 MiB         1 x, 3.3 MiB     1 x, 3.3 MiB
