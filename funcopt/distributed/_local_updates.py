@@ -225,7 +225,7 @@ class LocalUpdates:
         taken = read(count)
         if taken is None:
             raise RuntimeError(
-                "state.steps_since_sync cannot be read, which says whether a sync is due: "
+                "state.steps_since_sync cannot be read, as it must to know whether a sync is due: "
                 "it is traced, or not on the CPU. Take the update outside of the tracer, and leave "
                 "this count on the CPU."
             )
