@@ -1,7 +1,6 @@
-"""The mean of tensors over processes: in flat buckets, so that traffic goes by bytes, not leaves.
+"""The mean of tensors over processes, in flat buckets of one dtype and device.
 
-A bucket holds tensors of one dtype and device. Its reduction runs while the one before it is being
-used, so that no more than two are there at a time.
+While one bucket is reduced the one before it is used, so that only two are in memory at a time.
 """
 
 from __future__ import annotations
@@ -12,11 +11,12 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from .._core import pytree
+from .._core import pytree, transforms
 from .._core.tensors import compute_dtype, view_as_complex_like, view_as_real
 from .._core.types import Tree
+from ._buckets import by_path
+from ._checks import check_averageable, check_mesh, check_untransformed
 from ._collectives import Started, one_ahead, start_sum
-from ._refusals import check_mesh
 
 __all__ = ["average_gradients", "means"]
 
@@ -27,28 +27,31 @@ _FULL = 2**25
 def average_gradients(grads: Tree, mesh: DeviceMesh | None) -> Tree:
     """Return the mean of gradients over processes, the same bits on each.
 
-    What clips or skips by the gradients of all leaves has to see these, and every process then
-    decides alike: it goes around `Zero1(..., gradients="averaged")`, with groups in between.
+    Give it to an optimizer that clips or skips by the gradients of all leaves, around
+    `Zero1(..., gradients="averaged")`, with a `Partition` in between if there are groups: then all
+    processes see the same gradients, and clip or skip alike.
 
     Args:
-        grads: The gradients of this process: a tree of dense tensors, or None where there is none,
-            with the same shapes and dtypes on every process.
+        grads: The gradients of this process: a tree of dense tensors, which is not written. Keys,
+            shapes and dtypes are the same on every process, and None is at the same places.
         mesh: The processes: a `DeviceMesh` of one dimension; None for this one alone.
 
     Returns:
-        A tree like `grads`, in its dtypes; 16-bit gradients are averaged in float32. Nothing is
-        recorded by autograd.
+        A tree like `grads`, in its dtypes and in fresh memory; 16-bit gradients are averaged in
+        float32. Nothing is recorded by autograd.
 
     Raises:
-        TypeError: If `mesh` is no mesh.
-        ValueError: If it has several dimensions, or this process is not on it.
+        RuntimeError: Under a transform of `torch.func`.
+        TypeError: If `mesh` is no mesh, or a gradient is sharded, or no dense floating-point or
+            complex tensor.
+        ValueError: If `mesh` has several dimensions, or this process is not on it.
 
     Example:
         >>> import torch, funcopt
         >>> from funcopt.distributed import Zero1, average_gradients
         >>> inner = {
-        ...     "decay": Zero1(funcopt.AdamW(weight_decay=0.1), None, gradients="averaged"),
-        ...     "no_decay": Zero1(funcopt.AdamW(weight_decay=0.0), None, gradients="averaged"),
+        ...     "decay": Zero1(funcopt.Adam(weight_decay=0.1), None, gradients="averaged"),
+        ...     "no_decay": Zero1(funcopt.Adam(weight_decay=0.0), None, gradients="averaged"),
         ... }
         >>> opt = funcopt.Clip(funcopt.Partition(inner, funcopt.decay_label), 1.0)
         >>> params = {"weight": torch.ones(2, 2), "bias": torch.ones(2)}
@@ -58,9 +61,13 @@ def average_gradients(grads: Tree, mesh: DeviceMesh | None) -> Tree:
         >>> state.norm
         tensor(2.4495)
     """
+    if transforms.compiling():
+        return transforms.uncompiled(average_gradients, grads, mesh)
     check_mesh(mesh)
+    check_untransformed("average_gradients", grads)
     leaves, structure = pytree.flatten(grads)
-    given = [index for index, leaf in enumerate(leaves) if leaf is not None]
+    given = [index for index in by_path(structure) if leaves[index] is not None]
+    check_averageable([leaves[index] for index in given], structure, given)
     averaged = list(leaves)
     for position, mean in means([leaves[index] for index in given], mesh):
         index = given[position]
@@ -71,13 +78,8 @@ def average_gradients(grads: Tree, mesh: DeviceMesh | None) -> Tree:
 def means(tensors: Sequence[Tensor], mesh: DeviceMesh | None) -> Iterator[tuple[int, Tensor]]:
     """Yield for each tensor its index and its mean over the processes, the same bits on each.
 
-    Every process must come here with tensors of the same shapes and dtypes in the same order, and
-    take all that there are. Nothing is recorded by autograd.
-
-    Args:
-        tensors: What is averaged, and not written. 16-bit tensors are averaged in float32, and
-            their mean stays in it.
-        mesh: The processes, in one dimension; None for this one alone.
+    Every process must give tensors of the same shapes and dtypes in the same order, and take all
+    results. 16-bit tensors have a mean in float32. Nothing is written or recorded by autograd.
     """
     buckets = list(_filled(tensors))
     flats = one_ahead(_start([tensors[i] for i in indices], mesh) for indices in buckets)

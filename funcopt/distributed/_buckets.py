@@ -38,8 +38,7 @@ class Bucket(NamedTuple):
 def by_path(structure: pytree.Structure) -> list[int]:
     """Return the leaves of a tree in the order of their paths, which is the same everywhere.
 
-    That in which dicts happen to have been filled may be another one on another process, or where
-    a checkpoint is loaded.
+    Another process, or a checkpoint, may have filled its dicts in another order.
     """
     paths = pytree.paths(structure, "")
     return sorted(range(len(paths)), key=paths.__getitem__)
@@ -57,9 +56,8 @@ def is_bucketed(node: object) -> bool:
 def lay_out(leaves: Sequence[Tensor], order: Sequence[int], bucket_bytes: int) -> list[Bucket]:
     """Return buckets that hold the leaves in this order, each of one dtype and device.
 
-    A bucket is closed once it holds so many bytes. All but the last of a dtype hold at least as
-    many, so that their number depends on bytes, and the processes among which they are shared out
-    have no part in it.
+    A bucket is closed once it holds so many bytes. So the layout depends on the leaves alone, and
+    not on the number of processes.
     """
     buckets: list[list[int]] = []
     filling: dict[tuple[torch.dtype, torch.device], tuple[list[int], int]] = {}
@@ -113,13 +111,11 @@ def _pieces(bucket: Bucket, leaves: Sequence[Tensor], start: int, stop: int) -> 
 
 
 def cut(bucket: Bucket, flat: Tensor, likes: Sequence[Tensor]) -> list[Tensor]:
-    """Return the leaves that lie side by side in a flat tensor, which they share.
+    """Return the leaves of a bucket, which share the memory of this flat tensor.
 
-    Args:
-        bucket: Where they lie.
-        flat: The tensor. It may be longer, and of another dtype than these leaves.
-        likes: All leaves of the tree. Those of the bucket give the shapes, and say which are
-            complex; one that is not contiguous is given memory of its own in the same layout.
+    The tensor may be longer than the bucket, and of another dtype than the leaves. All leaves of
+    the tree, `likes`, give the shapes, and say which are complex; one that is not contiguous gets
+    memory of its own in the same layout.
     """
     sizes = [end - begin for begin, end in pairwise(bucket.offsets)]
     parts = torch.unsafe_split_with_sizes(flat[: bucket.numel], sizes)

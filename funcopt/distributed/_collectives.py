@@ -58,7 +58,7 @@ class Started(NamedTuple):
     finish: Callable[[], Tensor]
 
     def wait(self) -> Tensor:
-        """Return its result. Waits for it, on a GPU only what is computed there."""
+        """Return the result, after waiting for it; on a GPU only its stream waits."""
         if self.work is not None:
             self.work.wait()
         return self.finish()
@@ -67,9 +67,7 @@ class Started(NamedTuple):
 def start_mean(flat: Tensor, ranks: Ranks) -> Started:
     """Begin to average a flat tensor over all processes, of which each gets its share.
 
-    Args:
-        flat: The tensor, of one length on all, a multiple of their number. It may be written.
-        ranks: The processes.
+    Its length is the same on all, and a multiple of their number. It may be written.
     """
     if ranks.size == 1 or flat.numel() == 0:
         return Started(None, lambda: flat[: flat.numel() // ranks.size])
@@ -90,13 +88,7 @@ def start_sum(flat: Tensor, group: Any) -> Any:
 
 
 def start_all_gather(share: Tensor, length: int, ranks: Ranks) -> Started:
-    """Begin to put the shares of all processes together, on each of them.
-
-    Args:
-        share: This one's, which may be shorter than the others'.
-        length: That of the longest.
-        ranks: The processes.
-    """
+    """Begin to put the shares of all processes together; `length` is that of the longest share."""
     if ranks.size == 1 or length == 0:
         return Started(None, lambda: share)
     if share.numel() < length:
@@ -119,8 +111,7 @@ def _keep(_: Tensor, result: Tensor) -> Tensor:
 def one_ahead(started: Iterable[Started]) -> Iterator[Tensor]:
     """Yield the results of collectives in order, each once the next has been started.
 
-    What is done with a result goes on while the next is under way, and no more than two are held
-    in memory at a time.
+    So a result is used while the next is under way, and only two are in memory at a time.
     """
     before: Started | None = None
     for current in started:

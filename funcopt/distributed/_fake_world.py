@@ -23,13 +23,9 @@ _FAKE = "torch.testing._internal.distributed.fake_pg"
 
 
 def in_fake_world(size: int, rank: int, backend: str, function: Callable[[DeviceMesh], R]) -> R:
-    """Call a function with a mesh of so many processes, of which this one is one.
+    """Call a function with a mesh of `size` processes, of which this one is `rank`.
 
-    Args:
-        size: How many.
-        rank: Which of them this one is.
-        backend: What is called is what would be called with this one.
-        function: What is called.
+    What the function sends is what it would send by this backend.
 
     Raises:
         RuntimeError: If this process has a group already, beside which there can be no other world.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -11,24 +12,24 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from .._core import pytree
-from .._core.types import Optimizer
+from .._core.types import Optimizer, own_traits
 from .._engine.checks import check_optimizer, is_like, kind_of
-from ._leafwise import one_for_each
+from ..wrappers.partition import Partition
 from ._reducer import BucketHook, check_reducer
 
 __all__ = ["InBackward", "update_in_backward"]
 
 
 class InBackward:
-    """A module whose parameters move in its backward pass: the state, and the way back.
+    """A module whose parameters move in its backward pass: their state, and how to end it.
 
-    `update_in_backward` makes it. It is its own context manager, which ends in `remove`.
+    `update_in_backward` makes it. It is a context manager, which ends in `remove`.
 
     Example:
         >>> import torch, funcopt
         >>> from funcopt.distributed import update_in_backward
         >>> model = torch.nn.Linear(2, 1, bias=False)
-        >>> with update_in_backward(model, funcopt.AdamW()) as handle:
+        >>> with update_in_backward(model, funcopt.SGD()) as handle:
         ...     model(torch.ones(2)).sum().backward()
         >>> handle.state["weight"].step
         tensor(1., dtype=torch.float64)
@@ -47,7 +48,7 @@ class InBackward:
         """The state of each parameter's own optimizer, by the name of the parameter.
 
         Backward passes write into it. Set it to go on from another one, such as that of a
-        checkpoint. It is checked, and written into from then on.
+        checkpoint, which is checked, and written into from then on.
 
         Raises:
             TypeError: If it is no mapping.
@@ -70,14 +71,14 @@ class InBackward:
             if not is_like(leaf, own.shape, own.dtype, own.device):
                 where = f", on {leaf.device}" if isinstance(leaf, Tensor) else ""
                 raise ValueError(
-                    f"{pytree.path(wanted, 'state', index)} is {kind_of(leaf)}{where}: it must be a "
-                    f"dense tensor of {own.dtype}, shape {tuple(own.shape)}, on {own.device}. "
+                    f"{pytree.path(wanted, 'state', index)} is {kind_of(leaf)}{where}: it must be "
+                    f"a dense tensor of {own.dtype}, shape {tuple(own.shape)}, on {own.device}. "
                     f"Give the state of the same optimizer and parameters."
                 )
         self._state = pytree.unflatten(wanted, leaves)
 
     def remove(self) -> None:
-        """Let backward passes leave gradients again, and parameters where they are."""
+        """Let backward passes leave gradients again, and move no parameters."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -105,19 +106,13 @@ class InBackward:
 
     def _attach(self, reduced: DistributedDataParallel | None) -> None:
         """Begin to move the parameters."""
-        names = (
-            {}
-            if reduced is None
-            else {
-                id(param): name
-                for name, param in self._params.items()
-                if name not in getattr(reduced, "parameters_to_ignore", ())
-            }
-        )
+        names: dict[int, str] = {}  # of the parameters that the module averages
         if reduced is not None:
-            own = [param for param in self._params.values() if id(param) in names]
+            ignored = getattr(reduced, "parameters_to_ignore", ())
+            own = {name: param for name, param in self._params.items() if name not in ignored}
+            names = {id(param): name for name, param in own.items()}
             self._hook = BucketHook(
-                reduced, own, lambda param, grad: self._move(names[id(param)], grad)
+                reduced, list(own.values()), lambda param, grad: self._move(names[id(param)], grad)
             )
         for name, param in self._params.items():
             if id(param) not in names:
@@ -132,26 +127,26 @@ def update_in_backward(
 ) -> InBackward:
     """Let the backward pass move each parameter of a module as soon as its gradient is there.
 
-    The gradient is freed with that, so that never all of them are there at once: what is saved is
-    about the memory of the parameters. Each parameter that requires a gradient now is moved by
-    `opt.update_` as the only leaf of a tree, `{name: parameter}`, with a state of its own. So it
-    counts its own updates, of the backward passes that reached it, as with `step_per_leaf=True`.
-    The bits are those of a loop that updates after the backward pass.
+    The gradient is freed then, so that never all gradients are there at once: that saves about the
+    memory of the parameters. Each parameter that requires a gradient now is moved by `opt.update_`
+    as the only leaf of a tree, `{name: parameter}`, with a state of its own. So it counts its own
+    updates, of the backward passes that reached it, as with `step_per_leaf=True`. The bits are
+    those of a loop that updates after the backward pass.
 
-    An optimizer that looks at several leaves at once is refused. `AdamW`, `ClipValue`,
-    `ClipAdaptive`, `Ema`, `Lookahead`, `Accumulate`, `Frozen`, and a `Partition` of such do not;
-    nor does one of yours whose traits are `leafwise` or `elementwise`. One backward
-    pass is one update: to have several for one, wrap in `Accumulate`.
+    The optimizer must move each leaf by itself: `SGD`, `ClipValue`, `ClipAdaptive`, `Ema`,
+    `Lookahead`, `Accumulate`, `Frozen`, a `Partition` of such, and all whose traits are `leafwise`
+    or `elementwise`. Others, such as `Clip`, are refused. One backward pass is one update: to have
+    several for one, wrap in `Accumulate`.
 
-    A `DistributedDataParallel` averages gradients by buckets, and parameters move a bucket at a
-    time, once it is averaged and while the next one is; the numbers are those that the module
-    itself gives. It keeps its buckets, of the size of all parameters, so that what is freed are
-    the gradients beside them: with `gradient_as_bucket_view=True` there are none, and nothing is
-    saved. Within `no_sync()` gradients add up, and nothing moves. A module takes such a
-    hook only once, before its first backward pass, and `remove` lets it average as before. Give
-    the `DistributedDataParallel` itself: the parameters of the module within it would move before
-    gradients are averaged, which cannot be seen from there. Of FSDP2's modules, give one whose
-    parameters are sharded, as they are before the first forward pass or after `reshard()`.
+    A `DistributedDataParallel` averages gradients by buckets. Parameters move a bucket at a time,
+    once it is averaged and while the next one is; the numbers are those that the module itself
+    gives. It keeps its buckets, of the size of all parameters; only the gradients beside them are
+    freed, and with `gradient_as_bucket_view=True` there are none. Within `no_sync()` gradients add
+    up, and nothing moves. A module takes such a hook only once, before its first backward pass, and
+    `remove` lets it average as before. Give the `DistributedDataParallel` itself: the parameters of
+    the module within it would move before gradients are averaged, which cannot be seen from there.
+    Of FSDP2's modules, give one whose parameters are sharded, as they are before the first forward
+    pass or after `reshard()`.
 
     An error in an update comes out of `backward()`, when other parameters have moved already. If
     checkpointed segments share a parameter, use `use_reentrant=False`: with reentrant checkpointing
@@ -162,10 +157,9 @@ def update_in_backward(
     `to_state_dict(handle.state)` before.
 
     Args:
-        module: The module, which goes on to be used as it is. Do not zero gradients: there are
-            none.
+        module: The module, which goes on to be used as it is. There are no gradients to zero.
         opt: The optimizer.
-        state: Where to go on from: the `state` of another one, which is written into.
+        state: The `state` of another handle to go on from, which is written into.
 
     Returns:
         A handle, with the `state`, a dict by the names of the parameters, and `remove()`.
@@ -181,13 +175,13 @@ def update_in_backward(
         >>> from funcopt.distributed import update_in_backward
         >>> model = torch.nn.Linear(2, 1, bias=False)
         >>> _ = torch.nn.init.ones_(model.weight)
-        >>> handle = update_in_backward(model, funcopt.AdamW(lr=0.1, weight_decay=0.0))
+        >>> handle = update_in_backward(model, funcopt.SGD(lr=0.1, momentum=0.9))
         >>> model(torch.ones(2)).sum().backward()
         >>> model.weight, model.weight.grad
         (Parameter containing:
         tensor([[0.9000, 0.9000]], requires_grad=True), None)
-        >>> handle.state["weight"].exp_avg
-        {'weight': tensor([[0.1000, 0.1000]])}
+        >>> handle.state["weight"].momentum_buffer
+        {'weight': tensor([[1., 1.]])}
         >>> handle.remove()
     """
     check_optimizer("opt", opt)
@@ -207,7 +201,7 @@ def update_in_backward(
     params = {name: param for name, param in own.named_parameters() if param.requires_grad}
     if not params:
         raise ValueError("module has no parameter that requires a gradient: nothing would move.")
-    handle = InBackward(one_for_each(opt, params), params)
+    handle = InBackward(_one_for_each(opt, params), params)
     if state is not None:
         handle.state = state
     try:
@@ -216,3 +210,34 @@ def update_in_backward(
     except BaseException:  # also an interrupt: nobody would have the handle
         handle.remove()
         raise
+
+
+def _one_for_each(opt: Optimizer[Any], params: dict[str, Tensor]) -> dict[str, Optimizer[Any]]:
+    """Return for each leaf, by its name, the optimizer that moves it as `opt` would with the rest.
+
+    In place of a `Partition` comes the optimizer of the leaf's label.
+
+    Raises:
+        ValueError: If an optimizer is not `leafwise`.
+    """
+    if type(opt) is Partition:
+        groups = opt._groups(params)
+        found = {}
+        for label, indices in groups.members.items():
+            own = {groups.names[index]: groups.leaves[index] for index in indices}
+            found.update(_one_for_each(opt.inner[label], own))
+        return {name: found[name] for name in params}
+    if not own_traits(opt).leafwise:
+        raise ValueError(
+            f"opt has a {type(opt).__name__}, which may look at the gradients of several leaves at "
+            f"once, as for a norm over all of them: the first would have moved when the last is "
+            f"known. If it moves each leaf by itself, say `traits = Traits(leafwise=True)` in its "
+            f"class. ClipValue bounds each element by itself; or update after the backward pass."
+        )
+    wrapped: Any = opt
+    if not hasattr(opt, "inner"):
+        return dict.fromkeys(params, opt)
+    return {
+        name: opt if inner is wrapped.inner else dataclasses.replace(wrapped, inner=inner)
+        for name, inner in _one_for_each(wrapped.inner, params).items()
+    }

@@ -1,4 +1,4 @@
-"""Planning a run on many processes without any: what it takes of memory and of the network."""
+"""Planning a run on many processes without them: its memory and its traffic."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from .._engine import memory
 from .._engine.checks import check_optimizer
 from .._engine.hyperparameters import check_choice
 from .._engine.prepare import flatten_params
+from ._checks import check_whole_number
+from ._cost_counter import CostCounterMode
 from ._fake_world import in_fake_world
-from ._onlooker import Onlooker
 from ._planned import Plan, PlanRow
-from ._refusals import check_whole_number
 
 __all__ = ["plan"]
 
@@ -39,50 +39,49 @@ def plan(
 ) -> Plan:
     r"""Return what a run on many processes takes of each, found by making its steps on none.
 
-    The first and the last process are played by this one, in a world of torch's fake process group,
-    with tensors on the meta device, which have shapes and no memory. So 70 billion parameters are
+    This process plays the first and the last one, in a world of torch's fake process group, with
+    tensors on the meta device, which have shapes and no memory. So 70 billion parameters are
     planned for 1,024 processes in seconds. What is counted is what the optimizer does there, not
     what a formula says of it.
 
-    *State* is the bytes of the state's tensors that one process holds. *Sent* is what one process
-    sends, where $W$ of them take part by the usual ring or pairwise algorithms: of a whole buffer
-    $(W-1)/W$ in a reduce-scatter, an all-gather or an all-to-all, and twice that in an all-reduce.
-    *Peak* is the largest sum, at any time in a step, of the bytes of all storages that are alive,
-    each once: parameters and gradients, which the caller holds, the old state, the new parameters
-    and state if `update` makes some, and all buffers on the way. It is that of a step that is like
-    one before; the first may take more.
+    *State* is the bytes of the state's tensors that one process holds. *Sent* is what one of $W$
+    processes sends by the usual ring or pairwise algorithms: of a whole buffer $(W-1)/W$ in a
+    reduce-scatter, an all-gather or an all-to-all, and twice that in an all-reduce. *Peak* is the
+    largest sum, at any time in a step, of the bytes of all storages that are alive, each once:
+    parameters and gradients, which the caller holds, the old state, the new parameters and state of
+    `update`, and all buffers. It is that of a step that is like one before; the first may take
+    more.
 
-    What is not there: activations; what an allocator rounds up; what a backend or an operator
-    takes within itself (gloo one more bucket in an all-gather); and traffic that is not the
-    optimizer's, such as the all-reduce of gradients around an `AdamW`.
+    Not counted: activations; what an allocator rounds up; what a backend or an operator takes
+    within itself (gloo one more bucket in an all-gather); and traffic that is not the optimizer's,
+    such as the all-reduce of gradients around it.
 
-    The kernels are the fused ones, but for gradients that are clipped or scaled: these are
-    multiplied within the kernel, as on a GPU, where the CPU takes up to a megabyte for pieces of
-    them. Where values decide what is done, they count as out of reach, as on a GPU:
+    The kernels are the fused ones. Those that can clip or scale gradients do so, as on a GPU, where
+    the CPU takes up to a megabyte for pieces of them. Values cannot be read, as on a GPU:
     `SkipNonfinite` makes both ways and chooses.
 
     Args:
-        opt: The optimizer. In place of its `mesh`, and that of any optimizer within, which are best
-            left None, there is one of so many processes.
+        opt: The optimizer. A mesh of so many processes takes the place of its `mesh`, and of that
+            of any optimizer within, which are best left None.
         params: The parameters: a tree of plain tensors, of which only shapes, dtypes and strides
             are looked at. Make them on the meta device to spare memory.
         mesh: How many processes, at least 1, or several such numbers. A `DeviceMesh` would need
             as many to exist.
         backend: Which one is planned for: `"nccl"`, or `"gloo"`, with which `Zero1` takes an
             all-to-all in place of a reduce-scatter.
-        steps: How many updates to make, at least 1: for those of which not each is like the other,
-            as with `Accumulate(every=8)`. What is sent is that in all of them.
+        steps: How many updates to make, at least 1, for those that are not all alike, as with
+            `Accumulate(every=8)`. What is sent is that in all of them.
 
     Raises:
         RuntimeError: If `torch.distributed` is initialized in this process.
         TypeError: If an argument is of the wrong type, or a parameter is a DTensor.
-        ValueError: If a number is out of range.
+        ValueError: If a number is out of range, or the optimizer is refused on a mesh.
 
     Example:
         >>> import torch, funcopt
         >>> from funcopt.distributed import Zero1, plan
         >>> params = {"w": torch.empty(1000, 1000, device="meta")}
-        >>> print(plan(Zero1(funcopt.AdamW(), mesh=None), params, (8, 64)))
+        >>> print(plan(Zero1(funcopt.Adam(), mesh=None), params, (8, 64)))
         parameters 3.8 MiB, gradients as much; nccl, a step
         ranks      state    (least)      peak  in place  reduce_scatter sent  all_gather sent
             8  976.6 KiB  976.6 KiB  18.6 MiB  17.2 MiB         1 x, 3.3 MiB     1 x, 3.3 MiB
@@ -100,18 +99,18 @@ def plan(
     for index, leaf in enumerate(leaves):
         if isinstance(leaf, DTensor):
             raise TypeError(
-                f"{pytree.path(structure, 'params', index)} is a DTensor: plan() shares out what is "
-                f"whole. Give plain tensors, such as torch.empty(shape, device='meta')."
+                f"{pytree.path(structure, 'params', index)} is a DTensor: plan() shares out what "
+                f"is whole. Give plain tensors, such as torch.empty(shape, device='meta')."
             )
     rows = tuple(_row(opt, leaves, structure, size, backend, steps) for size in sizes)
     return Plan(opt, sum(leaf.nbytes for leaf in leaves), backend, steps, rows)
 
 
-class _Seen(NamedTuple):
-    """What was seen on one process."""
+class _Cost(NamedTuple):
+    """What the steps of one process cost."""
 
     state: int
-    onlooker: Onlooker
+    counter: CostCounterMode
 
 
 def _row(
@@ -124,11 +123,11 @@ def _row(
 ) -> PlanRow:
     """Play the first and the last of so many processes."""
 
-    def play(rank: int, method: str) -> _Seen:
-        def alone(mesh: DeviceMesh) -> _Seen:
+    def play(rank: int, method: str) -> _Cost:
+        def alone(mesh: DeviceMesh) -> _Cost:
             return _play(_over(opt, mesh), method, leaves, structure, size, steps)
 
-        return in_fake_world(size, rank, backend, partial(_looked_on, alone))
+        return in_fake_world(size, rank, backend, partial(_counted, alone))
 
     first, last = play(0, "update"), play(size - 1, "update")
     in_place = [play(rank, "update_") for rank in (0, size - 1)]
@@ -136,10 +135,10 @@ def _row(
         size,
         max(first.state, last.state),
         min(first.state, last.state),
-        dict(first.onlooker.calls),
-        dict(first.onlooker.sent),
-        max(seen.onlooker.peak for seen in (first, last)),
-        max(seen.onlooker.peak for seen in in_place),
+        dict(first.counter.calls),
+        dict(first.counter.sent),
+        max(cost.counter.peak for cost in (first, last)),
+        max(cost.counter.peak for cost in in_place),
     )
 
 
@@ -150,7 +149,7 @@ def _play(
     structure: pytree.Structure,
     size: int,
     steps: int,
-) -> _Seen:
+) -> _Cost:
     """Make the steps of one process."""
 
     def start() -> tuple[Tree, Tree, Tree]:
@@ -165,24 +164,26 @@ def _play(
             params, state = getattr(opt, method)(grads, state, params)
 
     # The first by itself, in which there is more to find out than in others.
-    transforms.seen_by(Onlooker(size, []), train, 1)
+    transforms.seen_by(CostCounterMode(size, []), train, 1)
     grads, state, params = start()
     nbytes = sum(own.nbytes for own in _locals(state))
-    onlooker = Onlooker(size, [own for tree in (params, grads, state) for own in _locals(tree)])
-    transforms.seen_by(onlooker, train, steps)
-    return _Seen(nbytes, onlooker)
+    counter = CostCounterMode(
+        size, [own for tree in (params, grads, state) for own in _locals(tree)]
+    )
+    transforms.seen_by(counter, train, steps)
+    return _Cost(nbytes, counter)
 
 
-def _looked_on(function: Callable[[DeviceMesh], _Seen], mesh: DeviceMesh) -> _Seen:
-    """Make steps as with an onlooker, by what was decided then alone."""
+def _counted(function: Callable[[DeviceMesh], _Cost], mesh: DeviceMesh) -> _Cost:
+    """Make steps while they are counted. What is remembered of them serves no other step."""
     memory.forget()
     try:
-        seen = transforms.looked_on(function, mesh)
+        cost = transforms.looked_on(function, mesh)
         memory.forget()
     except BaseException:
         memory.forget()
         raise
-    return seen
+    return cost
 
 
 def _on_meta(leaf: Tensor) -> Tensor:

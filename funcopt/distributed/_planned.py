@@ -1,4 +1,4 @@
-"""What a plan says: its rows, as a table and as a picture."""
+"""The result of a plan: its rows, as a table and as a picture."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ class PlanRow(NamedTuple):
 
     Attributes:
         ranks: How many processes.
-        state: The state on the one that has most of it, the first.
-        least_state: The state on the one that has least, the last.
+        state: The state on the first process, which has most of it.
+        least_state: The state on the last one, which has least.
         collectives: How many collectives all planned steps make together, by kind.
         sent: How much one process sends in them, by kind.
         peak: The most that is alive at once in a step by `update`.
-        peak_in_place: And in one by `update_`.
+        peak_in_place: The same in one by `update_`.
 
     Example:
         >>> import torch, funcopt
         >>> from funcopt.distributed import plan
-        >>> plan(funcopt.AdamW(), {"w": torch.empty(1000)}, 2).rows[0].peak_in_place
+        >>> plan(funcopt.Adam(), {"w": torch.empty(1000)}, 2).rows[0].peak_in_place
         16012
     """
 
@@ -57,7 +57,7 @@ class Plan:
     Example:
         >>> import torch, funcopt
         >>> from funcopt.distributed import Zero1, plan
-        >>> found = plan(Zero1(funcopt.AdamW(), None), {"w": torch.empty(1000, device="meta")}, 8)
+        >>> found = plan(Zero1(funcopt.Adam(), None), {"w": torch.empty(1000, device="meta")}, 8)
         >>> found.params, found.rows[0].state
         (4000, 1008)
     """
@@ -87,8 +87,7 @@ class Plan:
     def draw(self, path: str | os.PathLike[str]) -> None:
         """Write a picture of memory and traffic over the number of processes.
 
-        Args:
-            path: Where to. Its ending says in which format, such as `.png` or `.svg`.
+        The ending of the path says in which format, such as `.png` or `.svg`.
 
         Raises:
             ImportError: If matplotlib is not installed, which the extra `funcopt[plot]` brings.

@@ -16,11 +16,7 @@ __all__ = ["BucketHook", "check_reducer"]
 
 
 def check_reducer(module: DistributedDataParallel) -> None:
-    """Refuse ways of reducing that do not say in time which gradients there are.
-
-    Raises:
-        ValueError: If the module goes one.
-    """
+    """Refuse ways of reducing that do not say in time which gradients there are."""
     for name in ("find_unused_parameters", "static_graph", "mixed_precision"):
         if getattr(module, name, None):
             raise ValueError(
@@ -41,8 +37,8 @@ class _Pending(NamedTuple):
 class BucketHook:
     """What a module calls with each bucket in place of its own reduction, whose bits it has.
 
-    While a bucket is being reduced, the one before it is used. A module takes one such hook, for
-    life: `closed`, as it is at first, this one does what the module would.
+    While one bucket is reduced, the one before it is used. A module takes one such hook for life;
+    while it is `closed`, as at first, it does what the module would.
     """
 
     def __init__(
@@ -51,12 +47,9 @@ class BucketHook:
         params: Sequence[Tensor],
         move: Callable[[Tensor, Tensor], None],
     ) -> None:
-        """Become the hook of a module.
+        """Become the hook of a module that moves these parameters.
 
-        Args:
-            module: The module.
-            params: The parameters that are to be moved.
-            move: Called with each parameter and its averaged gradient, which it may not keep.
+        `move` is called with each of them and its averaged gradient, which it may not keep.
         """
         self.closed = True
         self._params = params

@@ -26,8 +26,8 @@ _REMEDY = (
 class Sharding(NamedTuple):
     """How leaves are laid in buckets, and these shared out among processes.
 
-    A bucket as a whole is a tensor of one dimension, of as many elements as its leaves have, and
-    knows nothing of how many processes there are: a checkpoint of it fits any number.
+    A whole bucket is a tensor of one dimension, of as many elements as its leaves have. It does not
+    depend on the number of processes, so that a checkpoint of it fits any number.
     """
 
     buckets: dict[str, Bucket]
@@ -68,7 +68,7 @@ class Sharding(NamedTuple):
         )
 
     def local(self, tree: Tree, root: str) -> Tree:
-        """Return a tree with this process's shares of its buckets, the memory that is in them.
+        """Return a tree with this process's shares of its buckets, in the same memory.
 
         Raises:
             TypeError: If one is no such tensor.
@@ -120,11 +120,8 @@ class Sharding(NamedTuple):
 def separate(state: Tree, names: Sequence[str], *, writing: bool) -> Iterator[Tree]:
     """Yield for each bucket the state of an optimizer that has that one alone.
 
-    Args:
-        state: The state.
-        names: The buckets.
-        writing: Whether each of these optimizers writes into its state. What is beside the buckets,
-            such as a count, is then a copy for all but the last, to be written once.
+    What is beside the buckets, such as a count, is written once: if `writing`, all but the last
+    have a copy of it.
     """
     nodes, structure = pytree.flatten_above(state, is_bucketed)
     for name in names:

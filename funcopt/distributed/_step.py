@@ -17,11 +17,10 @@ __all__ = ["Step"]
 
 
 class Step(NamedTuple):
-    """What goes into an update, checked.
+    """The checked inputs of an update.
 
-    It goes through generators: each bucket is asked for by what comes after it, and no sooner, so
-    that its collectives begin just before the arithmetic of the one before. The order in which they
-    do depends on the buckets alone, and is the same on every process.
+    Generators hand on its buckets, and each begins its collectives just before the arithmetic of
+    the one before. Their order depends on the buckets alone, and is the same on every process.
     """
 
     sharding: Sharding
@@ -37,12 +36,10 @@ class Step(NamedTuple):
     def move(
         self, update: Callable[..., Any], states: list[Tree], *, writing: bool = False
     ) -> Iterator[tuple[Bucket, Tensor]]:
-        """Yield each bucket with the new parameters in it, of all processes.
+        """Yield each bucket with the new parameters of all processes in it.
 
-        Args:
-            update: That of the inner optimizer, or its `update_`.
-            states: To this list the new inner states are added: this process's shares of it.
-            writing: Whether it is `update_`.
+        `update` is that of the inner optimizer, or its `update_` if `writing`. To `states` the new
+        inner states are added, with this process's shares.
         """
         buckets, ranks = self.sharding.buckets.values(), self.sharding.ranks
         # Without a bucket there is a count to advance all the same.

@@ -28,13 +28,8 @@ def gather_state(opt: Zero1, state: Zero1State, params: Tree) -> Tree:
 
     All processes must call it alike. It takes a collective for each bucket of each tree in the
     state, and the memory of the whole state. To save a state, this is not needed:
-    `torch.distributed.checkpoint` takes it as it is by way of `to_state_dict`, and loads it on any
+    `torch.distributed.checkpoint` takes what `to_state_dict` makes of it, and loads it on any
     number of processes.
-
-    Args:
-        opt: The optimizer.
-        state: Its state.
-        params: The parameters, which give structure and shapes.
 
     Returns:
         A state like `opt.inner.init(params)`, whose leaves are plain tensors. Those of one bucket
@@ -47,9 +42,9 @@ def gather_state(opt: Zero1, state: Zero1State, params: Tree) -> Tree:
     Example:
         >>> import torch, funcopt
         >>> from funcopt.distributed import Zero1, gather_state
-        >>> opt = Zero1(funcopt.AdamW(), mesh=None)
+        >>> opt = Zero1(funcopt.SGD(momentum=0.9), mesh=None)
         >>> params = {"w": torch.ones(2, 2), "b": torch.ones(1)}
-        >>> gather_state(opt, opt.init(params), params).exp_avg
+        >>> gather_state(opt, opt.init(params), params).momentum_buffer
         {'w': tensor([[0., 0.],
                 [0., 0.]]), 'b': tensor([0.])}
     """
@@ -83,13 +78,9 @@ def _leaves_of(node: dict[str, Tensor], sharding: Sharding, likes: list[Tensor])
 def scatter_state(opt: Zero1, state: Tree, params: Tree) -> Zero1State:
     """Return the state of a `Zero1` from that of its inner optimizer: undo `gather_state`.
 
-    Nothing is sent: each process takes its share of what it has whole. With `gather_state` before
-    it, a state goes from one mesh, bucket size or way of sharding to another.
-
-    Args:
-        opt: The optimizer.
-        state: A state like `opt.inner.init(params)`, the same on every process.
-        params: The parameters.
+    Nothing is sent: each process takes its share of a state like `opt.inner.init(params)`, which
+    must be the same on every process. With `gather_state` before it, a state goes from one mesh,
+    bucket size or way of sharding to another.
 
     Raises:
         ValueError: If the state is not like that, or a leaf of it not as the inner optimizer keeps
@@ -98,10 +89,10 @@ def scatter_state(opt: Zero1, state: Tree, params: Tree) -> Zero1State:
     Example:
         >>> import torch, funcopt
         >>> from funcopt.distributed import Zero1, scatter_state
-        >>> inner, params = funcopt.AdamW(), {"w": torch.ones(2)}
+        >>> inner, params = funcopt.SGD(momentum=0.9), {"w": torch.ones(2)}
         >>> _, state = inner.update({"w": torch.ones(2)}, inner.init(params), params)
-        >>> scatter_state(Zero1(inner, mesh=None), state, params).inner.exp_avg
-        {'bucket 0': tensor([0.1000, 0.1000])}
+        >>> scatter_state(Zero1(inner, mesh=None), state, params).inner.momentum_buffer
+        {'bucket 0': tensor([1., 1.])}
     """
     template = opt.init(params)
     leaves, structure = flatten_params(params)

@@ -18,7 +18,7 @@ from .._engine.hyperparameters import check_choice
 from .._engine.prepare import flatten_params, keep_requiring
 from .._engine.registration import register_optimizer
 from ..wrappers.base import gather_gradients
-from ._refusals import (
+from ._checks import (
     check_gradients,
     check_mesh,
     check_packable,
@@ -55,29 +55,31 @@ class Zero1State(NamedTuple):
 class Zero1:
     r"""Share the state and the arithmetic of an optimizer out among processes, as in ZeRO-1.
 
-    Every one of $W$ processes has all parameters, and keeps $1/W$ of the state. In an update each
-    gets the mean gradient of its share (a reduce-scatter), moves its share of the parameters, and
-    all put theirs together (an all-gather): the new parameters are the same everywhere, and those
-    that the inner optimizer would make of the mean gradients in one process. Nothing is
-    differentiated through it: an update that autograd would record is refused.
+    Each of $W$ processes has all parameters, and keeps $1/W$ of the state. In an update it gets the
+    mean gradient of its share (a reduce-scatter) and moves its share of the parameters; then all
+    put their shares together (an all-gather). The new parameters are the same on every process,
+    and equal to what the inner optimizer makes of the mean gradients in one process. An update
+    that autograd would record is refused: no derivative goes through it.
 
-    The leaves are laid side by side, in the order of their paths, in flat buckets of one dtype,
-    complex ones as pairs of real numbers. What is sent are buckets, two collectives for each, and
-    $2(W-1)/W$ of the parameters' bytes in all, half of it where gradients are averaged already.
-    While one bucket is under way the next is being packed or the last one moved; the whole tree is
-    at no time in memory twice, but for the new parameters of `update`. Those share the storages of
-    their buckets, each its own part: clone one to keep it alone, or before it grows by `resize_`.
+    The leaves lie side by side, in the order of their paths, in flat buckets of one dtype, complex
+    ones as pairs of real numbers. Each bucket takes two collectives; together they send
+    $2(W-1)/W$ of the parameters' bytes, half of it where gradients are averaged already. While one
+    bucket is sent, the next is packed or the last one moved. The new parameters of `update` share
+    the storages of their buckets: clone one to keep it alone, or before `resize_`.
 
-    The inner optimizer sees a dict of buckets in place of the tree. `AdamW`, `Frozen`, and
-    `ClipValue`, `Ema` and `Lookahead` around one are given bucket after bucket; any other is given
-    all at once, as DTensors, so that `Zero1(Clip(AdamW()))` clips by the norm over all processes.
-    What tells leaves from each other must be outside: `Partition({"decay": Zero1(...), ...})`. A
-    wrapper that looks at values, as `Clip` or `SkipNonfinite`, must be inside, unless gradients are
-    averaged before: each process would see other ones, and one might go on where another waits.
+    The inner optimizer sees a dict of buckets in place of the tree. One that is `elementwise`, with
+    all that are within it, gets bucket after bucket; any other gets all buckets at once, as
+    DTensors, so that `Zero1(Clip(opt, 1.0))` clips by the norm over all processes. What tells
+    leaves apart must be outside: `Partition({"decay": Zero1(...), ...})`. What clips or skips must
+    be inside: outside, each process would decide by its own gradients. To clip or skip by several
+    groups, average first: see `average_gradients`.
+
+    All processes must call `update` alike. If one of them finds a fault, it alone raises, and the
+    others wait for it: let whatever started them end them together, as torchrun does.
 
     From Rajbhandari et al., *ZeRO: Memory Optimizations Toward Training Trillion Parameter Models*
-    (SC 2020); `torch.distributed.optim.ZeroRedundancyOptimizer` shares out whole parameters, and
-    leaves gradients to be averaged by `DistributedDataParallel`.
+    (SC 2020). `torch.distributed.optim.ZeroRedundancyOptimizer` shares out whole parameters, and
+    leaves the averaging of gradients to `DistributedDataParallel`.
 
     Args:
         inner: The optimizer that moves the buckets.
@@ -85,27 +87,27 @@ class Zero1:
             along which data differ: `mesh["data"]`. None: this process alone, with no traffic.
         bucket_bytes: How many bytes of parameters fill a bucket: at least 1. A bucket takes whole
             leaves, and is closed once it holds so many.
-        gradients: What gradients come in. `"local"`: each process has its own, of its own data,
-            which are averaged here. `"averaged"`: all have the same, as from
-            `DistributedDataParallel`; then they are not sent at all.
+        gradients: `"local"`: each process gives the gradients of its own data, which are averaged
+            here. `"averaged"`: all give the same, as from `DistributedDataParallel` or
+            `average_gradients`; then gradients are not sent.
 
     Raises:
         TypeError: If `inner` is no optimizer, or an argument is of the wrong type.
-        ValueError: If `inner` tells leaves from each other, or sends something itself, or an
-            argument is out of range.
+        ValueError: If `inner` tells leaves apart, or sends something itself, or an argument is out
+            of range.
 
     Example:
         >>> import torch, funcopt
         >>> from funcopt.distributed import Zero1
-        >>> opt = Zero1(funcopt.AdamW(lr=0.1), mesh=None)
+        >>> opt = Zero1(funcopt.SGD(lr=0.1, momentum=0.9), mesh=None)
         >>> params = {"w": torch.tensor([1.0, 2.0]), "b": torch.zeros(1)}
         >>> state = opt.init(params)
         >>> grads = {"w": torch.tensor([0.5, -0.5]), "b": torch.ones(1)}
         >>> params, state = opt.update(grads, state, params)
         >>> params
-        {'w': tensor([0.8990, 2.0980]), 'b': tensor([-0.1000])}
-        >>> state.inner.exp_avg
-        {'bucket 0': tensor([ 0.1000,  0.0500, -0.0500])}
+        {'w': tensor([0.9500, 2.0500]), 'b': tensor([-0.1000])}
+        >>> state.inner.momentum_buffer
+        {'bucket 0': tensor([ 1.0000,  0.5000, -0.5000])}
     """
 
     inner: Optimizer[Any]
@@ -130,55 +132,25 @@ class Zero1:
     def init(self, params: Tree) -> Zero1State:
         """Return the state before the first update, of which this process holds its share.
 
-        Args:
-            params: The parameters, the same on every process: a tree of plain tensors.
-
         Raises:
             RuntimeError: Under a transform of `torch.func`.
-            TypeError: If a leaf is not a dense floating-point or complex tensor, or is sharded.
-            ValueError: If two leaves share their memory, or one is not where the mesh is.
-
-        Example:
-            >>> import torch, funcopt
-            >>> from funcopt.distributed import Zero1
-            >>> Zero1(funcopt.AdamW(), mesh=None).init([torch.ones(2)]).inner.exp_avg
-            {'bucket 0': tensor([0., 0.])}
+            TypeError: If a parameter is sharded.
+            ValueError: If one is not where the mesh is.
         """
-        check_untransformed(self, params)
+        check_untransformed(type(self).__name__, self, params)
         leaves, structure = self._leaves(params)
         sharding = Sharding.of(leaves, structure, self.bucket_bytes, self.mesh)
         with torch.no_grad():
             return Zero1State(sharding.distributed(self.inner.init(sharding.parts(leaves))))
 
     def update(self, grads: Tree, state: Zero1State, params: ParamsT) -> tuple[ParamsT, Zero1State]:
-        """Return the new parameters and the new state, in fresh memory.
-
-        All processes must call it alike. If one of them finds a fault, it alone raises, and the
-        others wait for it: let whatever started them end them together, as torchrun does.
-
-        Args:
-            grads: The gradients: a tree with the keys of `params`, each like its parameter in
-                shape, dtype and device. None is refused.
-            state: The state that `init` or the last update returned.
-            params: The parameters, the same on every process.
-
-        Returns:
-            The pair `(new_params, new_state)`.
+        """Return the new parameters, the same on every process, and the new state.
 
         Raises:
-            RuntimeError: Under a transform of `torch.func`, or where the update would be recorded:
-                if the state, a hyperparameter or a gradient asks for a derivative.
-            TypeError: As the inner optimizer, and if a leaf is sharded.
-            ValueError: As the inner optimizer, if a gradient is None, or if the state was made for
-                other buckets.
-
-        Example:
-            >>> import torch, funcopt
-            >>> from funcopt.distributed import Zero1
-            >>> opt = Zero1(funcopt.AdamW(lr=0.1), mesh=None)
-            >>> w = torch.ones(2)
-            >>> opt.update(torch.tensor([1.0, -1.0]), opt.init(w), w)[0]
-            tensor([0.8990, 1.0990])
+            RuntimeError: Under a transform of `torch.func`, or if the state, a hyperparameter or a
+                gradient asks for a derivative.
+            TypeError: If a parameter or a gradient is sharded.
+            ValueError: If a gradient is None, or the state was made for other buckets.
         """
         if transforms.compiling():
             return transforms.uncompiled(self.update, grads, state, params)
@@ -190,31 +162,7 @@ class Zero1:
     def update_(
         self, grads: Tree, state: Zero1State, params: ParamsT
     ) -> tuple[ParamsT, Zero1State]:
-        """Do the same as `update`, written into `params` and `state`, which are returned.
-
-        Args:
-            grads: The gradients, as for `update`, which are not written.
-            state: The state, which is overwritten.
-            params: The parameters, which are overwritten.
-
-        Returns:
-            The pair `(params, state)`: the trees that were given.
-
-        Raises:
-            RuntimeError: As `update`, or if a parameter or gradient has a history.
-            TypeError: As `update`.
-            ValueError: As `update`, and if a parameter is expanded, or shares memory with a
-                gradient.
-
-        Example:
-            >>> import torch, funcopt
-            >>> from funcopt.distributed import Zero1
-            >>> opt = Zero1(funcopt.AdamW(lr=0.1), mesh=None)
-            >>> w = torch.ones(2)
-            >>> _ = opt.update_(torch.tensor([1.0, -1.0]), opt.init(w), w)
-            >>> w
-            tensor([0.8990, 1.0990])
-        """
+        """Do the same as `update` in place."""
         if transforms.compiling():
             return transforms.uncompiled(self.update_, grads, state, params)
         step = self._gather(grads, state, params)
@@ -245,7 +193,7 @@ class Zero1:
 
     def _gather(self, grads: Tree, state: Zero1State, params: Tree) -> Step:
         check_state(state, Zero1State)
-        check_untransformed(self, grads, state, params)
+        check_untransformed(type(self).__name__, self, grads, state, params)
         leaves, structure = self._leaves(params)
         gradients = gather_gradients(self, grads, params)
         if gradients.resting:  # all of them are: zeros fill the buckets, and nobody looks at them

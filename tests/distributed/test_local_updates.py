@@ -1,4 +1,4 @@
-"""LocalUpdates: apart between meetings, one at them; the numbers of torch and of DiLoCo."""
+"""LocalUpdates: apart between syncs, one at them; the numbers of torch and of DiLoCo."""
 
 import copy
 import math
@@ -55,7 +55,7 @@ def mean(tensors):
     return sum(wide) / len(wide)
 
 
-def check_meetings(rank, mesh, options, in_place):
+def check_syncs(rank, mesh, options, in_place):
     """Follow the equations step by step on the whole, and compare."""
     opt, inner = LocalUpdates(AdamW(lr=0.1), 3, mesh, **options), AdamW(lr=0.1)
     params = start()
@@ -113,7 +113,7 @@ class Counted:
 
 
 def check_traffic(mesh):
-    """Reductions go by bytes and kinds, none between meetings, whatever the bucket's size."""
+    """Reductions go by bytes and kinds, none between syncs, whatever the bucket's size."""
     params = {f"{i}": torch.randn(100) for i in range(50)}
     params |= {"half": torch.randn(1000).half(), "double": torch.randn(10, dtype=torch.float64)}
     opt = LocalUpdates(AdamW(), 2, mesh)
@@ -123,11 +123,11 @@ def check_traffic(mesh):
         own, state = clone(params), opt.init(params)
         with Counted() as between:
             own, state = opt.update(params, state, own)
-        with Counted() as meeting:
+        with Counted() as counted:
             own, state = opt.update(params, state, own)
         _average._FULL = kept
         assert between.calls == 0
-        assert (meeting.calls, meeting.bytes) == (calls, 4 * 6000 + 8 * 10)
+        assert (counted.calls, counted.bytes) == (calls, 4 * 6000 + 8 * 10)
         results.append(own)
     for other in results[1:]:
         for key, leaf in other.items():  # of half, the last bit may round the other way
@@ -148,7 +148,7 @@ def check_frozen(rank, mesh):
 
 
 def check_none_on_one_rank(rank, mesh):
-    """Processes meet in every leaf, though one of them had no gradient for it."""
+    """Processes average every leaf, though one of them had no gradient for it."""
     opt = LocalUpdates(AdamW(lr=0.1, weight_decay=0.0), 1, mesh)
     grads = {"a": torch.ones(2), "b": torch.ones(2) if rank == 0 else None}
     params = tree_map(torch.ones_like, {"a": torch.ones(2), "b": torch.ones(2)})
@@ -157,7 +157,7 @@ def check_none_on_one_rank(rank, mesh):
 
 
 def check_another_order(rank, mesh):
-    """Leaves meet by their paths, not in the order in which each process filled its dict."""
+    """Leaves are averaged by their paths, not in the order in which each dict was filled."""
     opt = LocalUpdates(AdamW(lr=0.0), 1, mesh, **DILOCO)
     params = {"a": torch.full((2,), 1.0 + rank), "b": torch.full((2,), 10.0)}
     if rank == 1:
@@ -170,7 +170,7 @@ def check_another_order(rank, mesh):
 
 
 def check_torch(rank, mesh, warmup):
-    """Torch's own optimizer beside it, after a warmup without meetings.
+    """Torch's own optimizer beside it, after a warmup without syncs.
 
     On two ranks to the bit. On more, the order of a sum goes by an element's place in the buffer.
     """
@@ -225,12 +225,12 @@ def check_diloco(rank, mesh):
 
 
 def check_order(rank, mesh):
-    """Wrappers inside and around it, and a checkpoint between meetings."""
+    """Wrappers inside and around it, and a checkpoint between syncs."""
     opt = Accumulate(LocalUpdates(Clip(AdamW(lr=0.1), 0.5, nonfinite="skip"), 2, mesh, **DILOCO), 2)
     params = {"w": torch.ones(3)}
     gradients = gradients_of(rank, params, 8)
     if rank == 0:
-        gradients[2]["w"][0] = math.nan  # this rank's inner update is skipped, and it still meets
+        gradients[2]["w"][0] = math.nan  # this rank's inner update is skipped, and it still syncs
     state, resumed = opt.init(params), None
     for number, grads in enumerate(gradients):
         if number == 6:
@@ -264,7 +264,7 @@ def on_each_rank(rank):
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for options in OUTER:
         for in_place in (False, True):
-            check_meetings(rank, mesh, options, in_place)
+            check_syncs(rank, mesh, options, in_place)
     check_traffic(mesh)
     check_frozen(rank, mesh)
     check_none_on_one_rank(rank, mesh)
@@ -279,14 +279,14 @@ def on_each_rank(rank):
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])
-def test_processes_go_apart_and_meet_in_the_same_bits(world_size):
+def test_processes_train_apart_and_sync_to_the_same_bits(world_size):
     assert all("every=2" in found for found in run_ranks(world_size, on_each_rank))
 
 
 def with_a_mesh_of_one(rank):
     mesh = init_device_mesh("cpu", (1,))
     for options in OUTER:
-        check_meetings(rank, mesh, options, False)
+        check_syncs(rank, mesh, options, False)
         one, alone = (LocalUpdates(AdamW(), 2, of, **options) for of in (mesh, None))
         assert_same_bits(one.init(start()), alone.init(start()))
 
@@ -349,7 +349,7 @@ def test_parameters_that_require_a_gradient_grow_no_graph():
         assert not any(leaf.requires_grad for leaf in leaves(state))
 
 
-def test_what_would_need_a_derivative_of_a_meeting_is_refused():
+def test_what_would_need_a_derivative_of_a_sync_is_refused():
     params = torch.ones(2)
     opt = LocalUpdates(AdamW(), 1, None)
     state = opt.init(params)
@@ -366,12 +366,12 @@ def test_what_would_need_a_derivative_of_a_meeting_is_refused():
 
 
 @pytest.mark.parametrize("above_autograd", [False, True])
-def test_a_tracer_is_refused_since_it_must_know_whether_processes_meet(above_autograd):
+def test_a_tracer_is_refused_since_it_must_know_whether_a_sync_is_due(above_autograd):
     opt = LocalUpdates(AdamW(), 2, None)
     params = torch.ones(3)
     state = opt.init(params)
     trace = make_fx(lambda w: opt.update(w, state, w)[0], pre_dispatch=above_autograd)
-    with pytest.raises(RuntimeError, match="cannot be read, as it must to know whether"):
+    with pytest.raises(RuntimeError, match="cannot be read, as it must to know whether a sync is"):
         trace(params)
 
 

@@ -13,12 +13,15 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from funcopt import (
+    SGD,
     Accumulate,
+    Adam,
     AdamW,
     Clip,
     ClipAdaptive,
     Ema,
     Frozen,
+    Lion,
     Lookahead,
     LossScale,
     Partition,
@@ -238,7 +241,20 @@ def test_adamw_sends_nothing_and_its_peak_is_its_trees():
     assert row == PlanRow(8, state, state, {}, {}, peak, 4 * BIG_BYTES + count + count // 2)
 
 
+def test_sgd_can_be_planned_though_its_fused_kernel_has_no_meta_kernel():
+    count = 8  # bytes
+    (row,) = plan(SGD(momentum=0.9), BIG, 8).rows
+    peak = 5 * BIG_BYTES + 2 * count  # gradients; old and new parameters and momentum
+    assert row == PlanRow(
+        8, BIG_BYTES + count, BIG_BYTES + count, {}, {}, peak, 3 * BIG_BYTES + count
+    )
+
+
 OTHERS = {
+    "SGD": SGD(),
+    "SGD, fused": Zero1(SGD(momentum=0.9, nesterov=True, kernel="fused"), None),
+    "Adam": Zero1(Adam(), None),
+    "Lion": Clip(Lion(), 1.0),
     "Clip or skip": Clip(AdamW(), 1.0, nonfinite="skip"),
     "ClipAdaptive": ClipAdaptive(AdamW()),
     "Frozen": Frozen(),

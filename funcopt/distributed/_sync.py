@@ -1,4 +1,4 @@
-"""A meeting of processes that trained apart: where they go on from, and what they keep of it."""
+"""A sync of processes that trained apart: their mean, and the step of an outer SGD from it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..wrappers.update_if import copies
 from ._average import means
 from ._buckets import by_path
 
-__all__ = ["Meeting", "Outer"]
+__all__ = ["Outer", "Sync"]
 
 
 class Outer(NamedTuple):
@@ -30,8 +30,8 @@ class Outer(NamedTuple):
     nesterov: bool
 
 
-class Meeting(NamedTuple):
-    """Parameters, with the anchor and the outer momentum that a state has beside them, checked."""
+class Sync(NamedTuple):
+    """Parameters, with the anchor and the outer momentum of a state, checked."""
 
     gradients: Gradients  # with the parameters
     anchored: ShadowParams | None
@@ -40,15 +40,10 @@ class Meeting(NamedTuple):
     @classmethod
     def gather(
         cls, gradients: Gradients, anchor: Tree, buffer: Tree, anchored: bool, moving: bool
-    ) -> Meeting:
-        """Pair what the state has with the parameters.
+    ) -> Sync:
+        """Pair the anchor and the momentum of a state, trees or `()`, with the parameters.
 
-        Args:
-            gradients: The gradients, with the parameters.
-            anchor: The tree of the state, or `()`.
-            buffer: Likewise.
-            anchored: Whether there is to be an anchor.
-            moving: Whether there is to be a momentum.
+        `anchored` and `moving` say whether there are to be such trees.
 
         Raises:
             TypeError: If a parameter is sharded.
@@ -58,7 +53,7 @@ class Meeting(NamedTuple):
             if isinstance(leaf, DTensor):
                 raise TypeError(
                     f"{pytree.path(gradients.structure, 'params', index)} is a DTensor: processes "
-                    f"that meet have whole parameters each. Give it as a plain tensor."
+                    f"that average their parameters have whole ones. Give it as a plain tensor."
                 )
         return cls(
             gradients,
@@ -71,7 +66,7 @@ class Meeting(NamedTuple):
         """The anchor and the momentum, as they are in a state."""
         return _tree_of(self.anchored), _tree_of(self.moving)
 
-    def copied(self) -> Meeting:
+    def copied(self) -> Sync:
         """Return the same with anchor and momentum in fresh memory."""
         return self._replace(anchored=_copied(self.anchored), moving=_copied(self.moving))
 
@@ -86,22 +81,21 @@ class Meeting(NamedTuple):
             others.update(zip(paths, self.moving.leaves, strict=True))
         self.anchored.check_inplace({}, others)
 
-    def hold_(self, params: Sequence[Tensor], mesh: DeviceMesh | None, outer: Outer) -> None:
-        """Write where the processes go on from into these parameters, anchor and momentum.
+    def run_(self, params: Sequence[Tensor], mesh: DeviceMesh | None, outer: Outer) -> None:
+        """Average parameters, make the outer step, and write the parameters, anchor and momentum.
 
-        What is at rest and has no mean, such as integers, stays what it is.
-
-        The operators are those of `torch.optim.SGD`, so that the bits are its bits.
+        Leaves at rest that have no mean, such as integers, are left as they are. The operators are
+        those of `torch.optim.SGD`, so that the bits are its bits.
         """
         unmeant = {i for i in self.gradients.resting if not _has_mean(params[i])}
         order = [i for i in by_path(self.gradients.structure) if i not in unmeant]
         with torch.no_grad():
             for position, mean in means([params[index] for index in order], mesh):
                 index = order[position]
-                params[index].copy_(self._moved_(index, mean, outer))
+                params[index].copy_(self._stepped_(index, mean, outer))
 
-    def _moved_(self, index: int, mean: Tensor, outer: Outer) -> Tensor:
-        """Return where the processes go on from with a leaf, whose mean this is."""
+    def _stepped_(self, index: int, mean: Tensor, outer: Outer) -> Tensor:
+        """Return a leaf after the outer step, given its mean."""
         if self.anchored is None:
             return mean
         anchor = self.anchored.leaves[index]

@@ -1,4 +1,4 @@
-"""What `Zero1` refuses: optimizers that tell leaves apart, and tensors that it cannot share out."""
+"""The checks of what goes to other processes: optimizers, meshes, parameters and gradients."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from torch.distributed.tensor import DTensor
 
 from .._core import pytree, transforms
 from .._core.types import Optimizer, Tree, optimizers_in, own_traits, traits_of
-from .._engine.checks import check_apart, check_unwatched, check_writable
+from .._engine.checks import check_apart, check_leaves, check_unwatched, check_writable
 from ..wrappers.base import Gradients, records
 
 __all__ = [
+    "check_averageable",
     "check_gradients",
     "check_mesh",
     "check_packable",
@@ -35,11 +36,11 @@ def check_whole_number(name: str, value: object, or_what: str = "") -> None:
         raise ValueError(f"{name}={value}: must be at least 1.")
 
 
-def check_untransformed(opt: Optimizer[Any], *trees: Tree) -> None:
+def check_untransformed(name: str, *trees: Tree) -> None:
     """Refuse to send anything under a transform, or what is of tensors that have a tangent."""
-    if transforms.watched(leaf for tree in (opt, *trees) for leaf in pytree.flatten(tree)[0]):
+    if transforms.watched(leaf for tree in trees for leaf in pytree.flatten(tree)[0]):
         raise RuntimeError(
-            f"{type(opt).__name__} sends tensors to other processes, which a transform (vmap, "
+            f"{name} sends tensors to other processes, which a transform (vmap, "
             f"grad, jvp, ...) cannot follow. Take it outside."
         )
 
@@ -50,7 +51,7 @@ def check_unrecorded(opt: Optimizer[Any], gradients: Gradients, state: Tree) -> 
         raise RuntimeError(
             f"The update would be recorded by autograd, and no derivative goes through what "
             f"{type(opt).__name__} sends. Detach the gradients, the state and the "
-            f"hyperparameters, or say differentiable=False to the AdamW inside."
+            f"hyperparameters, or say differentiable=False to the optimizer inside."
         )
 
 
@@ -83,8 +84,8 @@ def check_packable(inner: Optimizer[Any]) -> None:
                 f"inner={inner!r} has a {name}, which does not say that leaves may lie in pieces "
                 f"or side by side (by its traits `elementwise` or `packable`), where the inner "
                 f"optimizer sees buckets of many. Let it be outside, around gradients that are "
-                f"averaged already (average_gradients): {name}(Zero1(..., gradients='averaged')); or say it in its "
-                f"class, if it is so."
+                f"averaged already (average_gradients): {name}(Zero1(..., gradients='averaged')); "
+                f"or say it in its class, if it is so."
             )
 
 
@@ -137,6 +138,23 @@ def check_whole(
             )
 
 
+def check_averageable(
+    grads: Sequence[Tensor], structure: pytree.Structure, indices: Sequence[int]
+) -> None:
+    """Refuse gradients without a mean, and sharded ones, given their indices in a tree."""
+
+    def path(position: int) -> str:
+        return pytree.path(structure, "grads", indices[position])
+
+    check_leaves(grads, path)
+    for position, grad in enumerate(grads):
+        if isinstance(grad, DTensor):
+            raise TypeError(
+                f"{path(position)} is a DTensor, which has a mesh of its own: give what each "
+                f"process has of its own (.to_local()), or the whole (.full_tensor())."
+            )
+
+
 def check_gradients(grads: Sequence[Tensor | None], structure: pytree.Structure) -> None:
     """Refuse a gradient that is missing or sharded."""
     for index, grad in enumerate(grads):
@@ -148,8 +166,9 @@ def check_gradients(grads: Sequence[Tensor | None], structure: pytree.Structure)
             )
         if isinstance(grad, DTensor):
             raise TypeError(
-                f"{pytree.path(structure, 'grads', index)} is a DTensor, the parameter is not: give "
-                f"what each process has of its own (.to_local()), or the whole (.full_tensor())."
+                f"{pytree.path(structure, 'grads', index)} is a DTensor, the parameter is not: "
+                f"give what each process has of its own (.to_local()), or the whole "
+                f"(.full_tensor())."
             )
 
 

@@ -1,4 +1,4 @@
-"""Looks on while operators are called: what memory is alive at once, and what is sent."""
+"""Counts what operators cost while they run: memory that is alive at once, and bytes sent."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["Onlooker"]
+__all__ = ["CostCounterMode"]
 
 # As torch's operators call them, once underscores and what says how buffers lie are taken off.
 _KINDS = {
@@ -28,7 +28,7 @@ _FORMS = ("_base", "_into_tensor", "_tensor", "_single")
 _SILENT = ("wait_tensor", "barrier")
 
 
-class Onlooker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # which torch left untyped
+class CostCounterMode(TorchDispatchMode):  # type: ignore[no-untyped-call]  # which torch left untyped
     """Adds up storages that are alive, and collectives, from one call of an operator to the next.
 
     Attributes:
@@ -38,12 +38,7 @@ class Onlooker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # which tor
     """
 
     def __init__(self, size: int, held: Iterable[Tensor]) -> None:
-        """Begin with what is alive already.
-
-        Args:
-            size: How many processes take part in a collective.
-            held: Tensors whose memory is alive. They are not kept.
-        """
+        """Count for so many processes, and begin with the memory of these tensors."""
         super().__init__()  # type: ignore[no-untyped-call]  # likewise
         self.peak = 0
         self.calls: Counter[str] = Counter()
@@ -61,6 +56,8 @@ class Onlooker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # which tor
         if DTensor in types:
             return NotImplemented  # so that it calls others on its local part, which are seen
         kwargs = kwargs or {}
+        if func.overloadpacket.__name__.startswith("_fused_"):
+            return None  # it writes in place and allocates nothing; not each has a meta kernel
         result = _read(func, args, kwargs)
         if result is None:
             result = func(*args, **kwargs)
@@ -101,10 +98,9 @@ class Onlooker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # which tor
 
 
 def _read(func: Any, args: Any, kwargs: dict[str, Any]) -> Tensor | None:
-    """Return what stands for values that leave the meta device, which has none, for another.
+    """Return ones for values that leave the meta device, which has none, for another device.
 
-    They are numbers and conditions made of gradients. Of these, 1 stands for what a step finds as
-    long as all is well.
+    They are numbers and conditions made of gradients, and 1 is what a step finds if all is well.
     """
     if func is torch.ops.aten._to_copy.default and args[0].is_meta:
         device = torch.device(kwargs.get("device") or "meta")
