@@ -15,8 +15,6 @@ from . import pytree
 from .types import Optimizer, Tree
 from .walk import Change, Place, Step, children, edited, text, walk
 
-__all__ = ["find", "replace"]
-
 TreeT = TypeVar("TreeT")
 
 # What a state calls the count at which its optimizer calls a schedule.

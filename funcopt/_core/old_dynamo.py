@@ -17,8 +17,6 @@ from typing import Any
 import optree
 import torch
 
-__all__ = ["OLD", "exporting", "let_it_hash", "let_it_trace", "same"]
-
 # Whether Dynamo is one of those.
 OLD = torch.__version__ < "2.13"
 

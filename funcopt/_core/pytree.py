@@ -28,23 +28,6 @@ with contextlib.suppress(ImportError):
 from . import old_dynamo, transforms
 from .types import Tree
 
-__all__ = [
-    "Paired",
-    "Structure",
-    "columns_of_dicts",
-    "flatten",
-    "flatten_above",
-    "insertion_order",
-    "names",
-    "pair",
-    "path",
-    "paths",
-    "register_node",
-    "same",
-    "tree_map",
-    "unflatten",
-]
-
 _NAMESPACE = "torch"
 old_dynamo.let_it_trace(_NAMESPACE)
 

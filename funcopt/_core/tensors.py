@@ -24,30 +24,6 @@ from torch.autograd.graph import Node
 from . import transforms
 from .types import Number
 
-__all__ = [
-    "add",
-    "add_",
-    "choose",
-    "compute_dtype",
-    "copies_of",
-    "copy_of",
-    "differentiable_norm",
-    "double",
-    "fit",
-    "is_mapped",
-    "lerp",
-    "lerp_",
-    "norms",
-    "on_one_thread",
-    "recording",
-    "scaled",
-    "use_foreach",
-    "vector_norm",
-    "view_as_complex_like",
-    "view_as_real",
-    "write",
-]
-
 vector_norm: Callable[..., Tensor] = torch.linalg.vector_norm
 
 _HAS_FOREACH = all(

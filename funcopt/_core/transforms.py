@@ -29,39 +29,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import old_dynamo
 
-__all__ = [
-    "Members",
-    "all_plain",
-    "any_dual",
-    "autocasting",
-    "beneath_vmap",
-    "capturing",
-    "compiling",
-    "exporting",
-    "followed",
-    "has_derivative",
-    "in_vmaps_alone",
-    "looked_on",
-    "may_be_dual",
-    "observed",
-    "on_host",
-    "outside_autocast",
-    "outside_inference_mode",
-    "readable",
-    "restoring",
-    "seen_by",
-    "set_grad_enabled",
-    "stand_in",
-    "tracing",
-    "transformed",
-    "uncompiled",
-    "values_at_hand",
-    "watched",
-    "watched_by_operator",
-    "without_autocast",
-    "without_gradients",
-]
-
 P = ParamSpec("P")
 R = TypeVar("R")
 

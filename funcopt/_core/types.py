@@ -14,22 +14,6 @@ from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
 import torch
 from torch import Tensor
 
-__all__ = [
-    "ELEMENTWISE",
-    "ELEMENTWISE_BY_RULE",
-    "Number",
-    "Optimizer",
-    "ParamsT",
-    "Schedule",
-    "Traits",
-    "Tree",
-    "is_dense",
-    "optimizers_in",
-    "own_traits",
-    "shown_layout",
-    "traits_of",
-]
-
 Tree: TypeAlias = Any
 """Tensors in any nest of dicts, lists, tuples, NamedTuples or registered pytree nodes.
 
@@ -140,15 +124,17 @@ def shown_layout(tensor: Tensor) -> str:
 class Traits:
     """What holds of an optimizer. Whatever is not said does not hold.
 
-    A class says it of itself, in its attribute `traits` (or in that of its rule). Where it depends on
-    the arguments, it is a property. A wrapper speaks of what it does on its own; what holds of it together with the optimizers inside holds of each.
+    A class says it of itself, in its attribute `traits` (or in that of its rule). Where it depends
+    on the arguments, it is a property. A wrapper speaks of what it does on its own; what holds of
+    it together with the optimizers inside holds of each.
 
     Args:
         elementwise: Each element moves by its own gradient, value and state, as with Adam. So
             leaves may be cut, packed side by side, stacked and sharded.
         leafwise: Each leaf moves by itself, as with Muon. Elementwise optimizers are leafwise.
-        shardable: Leaves may be the local parts of sharded ones: what is computed over a whole leaf,
-            or over several, is reduced over the processes. Elementwise optimizers are shardable.
+        shardable: Leaves may be the local parts of sharded ones: what is computed over a whole
+            leaf, or over several, is reduced over the processes. Elementwise optimizers are
+            shardable.
         packable: Leaves may lie in pieces, or side by side, in one tensor: it makes no difference,
             as for a norm over everything. Elementwise optimizers are packable.
         complex_as_pairs: Complex leaves may come as pairs of real ones, as in such a tensor.
@@ -170,7 +156,7 @@ class Traits:
 
     Example:
         >>> import funcopt
-        >>> funcopt.AdamW.rule.traits.elementwise
+        >>> funcopt.SGD.rule.traits.elementwise
         True
     """
 

@@ -11,8 +11,6 @@ from torch import Tensor
 
 from .types import Optimizer
 
-__all__ = ["Change", "Place", "Step", "children", "edited", "text", "walk"]
-
 
 class Step(NamedTuple):
     """One step into a tree: to a field, or to an item."""

@@ -13,8 +13,6 @@ from .._core.tensors import recording
 from .._core.types import Tree, optimizers_in, own_traits
 from .shards import Parts, dtensor, work_on
 
-__all__ = ["update", "update_"]
-
 
 def check_shardable(opt: Any) -> None:
     """Refuse an optimizer that has to see whole leaves, of which each process has a part.
@@ -91,16 +89,16 @@ def _take_apart(opt: Any, grads: Tree, state: Tree, params: Tree, *, followed: b
             place = parts.place(leaf) if isinstance(leaf, Tensor) else None
             if place is not None and any(own.is_partial() for own in place.placements):
                 raise ValueError(
-                    f"{pytree.path(structure, root, index)} has {place}: each process has a summand "
-                    f"of it alone. Reduce it first, with .redistribute(placements=...) to those of "
-                    f"its parameter."
+                    f"{pytree.path(structure, root, index)} has {place}: each process has a "
+                    f"summand of it alone. Reduce it first, with .redistribute(placements=...) to "
+                    f"those of its parameter."
                 )
         trees.append(pytree.unflatten(structure, leaves))
     return _TakenApart(parts, trees)
 
 
 def _is_recorded(grads: Tree, state: Tree, params: Tree) -> bool:
-    """Whether autograd would record the update, by the rule of `AdamW`: `_wholes` refuses it."""
+    """Whether autograd would record the update, by `recording`: `_wholes` refuses it."""
     own_grads, own_state, own_params = (
         [leaf for leaf in pytree.flatten(tree)[0] if isinstance(leaf, Tensor)]
         for tree in (grads, state, params)
@@ -130,8 +128,8 @@ def _wholes(parts: Parts, tree: Tree, olds: Tree, root: str) -> Tree:
                 wholes.append(_whole(new, old, kind))
             else:
                 raise RuntimeError(
-                    f"{pytree.path(structure, root, index)} is a DTensor, and the update of one has "
-                    f"no derivative, for which a gradient, a state tensor, a hyperparameter or "
+                    f"{pytree.path(structure, root, index)} is a DTensor, and the update of one "
+                    f"has no derivative, for which a gradient, a state tensor, a hyperparameter or "
                     f"differentiable=True asks. Detach what asks for it."
                 )
     return paired.rebuild(wholes)

@@ -14,8 +14,6 @@ from torch import Tensor
 
 from .shards import Parts, current_parts
 
-__all__ = ["over_shards"]
-
 
 def over_shards(
     params: Sequence[Tensor],

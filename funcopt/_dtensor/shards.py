@@ -20,19 +20,6 @@ from torch import Tensor
 from .._core import pytree, transforms
 from .._core.types import Tree
 
-__all__ = [
-    "Parts",
-    "agree",
-    "check_placed",
-    "current_parts",
-    "dtensor",
-    "has_sharded",
-    "local_part",
-    "whole_of",
-    "wholes_in",
-    "work_on",
-]
-
 P = ParamSpec("P")
 R = TypeVar("R")
 

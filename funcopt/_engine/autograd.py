@@ -26,8 +26,6 @@ from . import dispatch
 from .memory import layout_of
 from .rule import Adjoint, StepInputs, StepOutputs, UpdateRule
 
-__all__ = ["step_by_rule"]
-
 
 class _Step(NamedTuple):
     """What is fixed about a step."""

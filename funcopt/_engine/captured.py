@@ -18,8 +18,6 @@ from .._core import pytree
 from .._core.types import Tree, own_traits
 from .._core.walk import text, walk
 
-__all__ = ["check_replayed"]
-
 
 def check_replayed(opt: Any, state: Tree, params: Tree) -> None:
     """Refuse an update of which a CUDA graph, which is being captured, would replay but a part.
@@ -37,8 +35,8 @@ def check_replayed(opt: Any, state: Tree, params: Tree) -> None:
         if own_traits(place.value).decides_on_host:
             raise RuntimeError(
                 f"{text(place.steps) or 'the optimizer'} is a {type(place.value).__name__}, which "
-                f"decides on the host what an update does: each replay of the CUDA graph that is being captured would do what it "
-                f"does now. Leave this update out of the capture."
+                f"decides on the host what an update does: each replay of the CUDA graph that is "
+                f"being captured would do what it does now. Leave this update out of the capture."
             )
     leaves, structure = pytree.flatten(state)
     paths = pytree.paths(structure, "state")

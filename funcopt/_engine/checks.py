@@ -19,28 +19,6 @@ from .._core.types import Number, Optimizer, is_dense, shown_layout
 from .._dtensor.shards import check_placed, dtensor, local_part
 from .rule import StepInputs, UpdateRule, is_read
 
-__all__ = [
-    "are_apart",
-    "check_alike",
-    "check_apart",
-    "check_count",
-    "check_dense",
-    "check_distinct",
-    "check_inplace",
-    "check_leaves",
-    "check_no_history",
-    "check_not_among",
-    "check_optimizer",
-    "check_state",
-    "check_unwatched",
-    "check_writable",
-    "is_like",
-    "kind_of",
-    "of_members",
-    "shown",
-    "starts",
-]
-
 _DTYPES = frozenset(
     (
         torch.float16,
@@ -61,7 +39,7 @@ def check_optimizer(name: str, value: object) -> None:
     if not isinstance(value, Optimizer) or isinstance(value, type):
         raise TypeError(
             f"{name}={value!r}: must be an optimizer, which has init, update and update_. Give an "
-            f"instance, such as AdamW()."
+            f"instance, such as SGD()."
         )
 
 

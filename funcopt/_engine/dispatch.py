@@ -22,8 +22,6 @@ from . import memory
 from .memory import Batch, Layout, layout_of
 from .rule import Kernel, StepInputs, StepOutputs, UpdateRule, is_read
 
-__all__ = ["numbers_for_each", "plan", "run", "run_", "safe_sqrt", "step", "step_", "unserved"]
-
 # Below this many elements in the average leaf of a member, a kernel call for each member costs
 # more than the equations on all members at once.
 _WORTH_A_CALL = 512
@@ -166,9 +164,10 @@ def _parts(
     in_place: bool,
 ) -> list[Part]:
     parts = []
-    for batches in layout.batches_in_place if in_place else layout.batches:
+    for found in layout.batches_in_place if in_place else layout.batches:
+        batches = found
         if not rule.traits.elementwise:  # then each leaf is to be seen as it is
-            batches = [Batch(sorted(chain.from_iterable(batch.indices for batch in batches)))]
+            batches = [Batch(sorted(chain.from_iterable(batch.indices for batch in found)))]
         device = inputs.params[batches[0].indices[0]].device
         kernel = _choose(rule, device, numbers, options, layout, in_place)
         stacked = not is_read(numbers) and any(map(_is_stacked, numbers))

@@ -47,17 +47,6 @@ from .prepare import (
 )
 from .rule import Setup, StepInputs, StepOutputs, UpdateRule, is_read
 
-__all__ = [
-    "check_update_",
-    "init",
-    "multiplied",
-    "outside_unless_plain",
-    "update",
-    "update_",
-    "update_scaled",
-    "update_scaled_",
-]
-
 
 def init(opt: Any, params: Tree) -> Any:
     """Return the state before the first update: a count of 0, and zeros."""
@@ -365,28 +354,34 @@ def _find_routine(
     options = setup.options
     if not isinstance(state, rule.state) or options.step_per_leaf or options.differentiable:
         return None
-    trees = trees_of(opt, rule, setup.kept, grads, state, params)
-    count: object = state.step
-    if transforms.transformed() or transforms.observed():
+    trees, count = trees_of(opt, rule, setup.kept, grads, state, params), state.step
+    if transforms.transformed() or transforms.observed() or not _is_plain_count(count):
         return None
-    if not isinstance(count, Tensor) or count.ndim > 0 or count.is_inference():
-        return None
-    value = value_of(count)
-    recalled = None if isinstance(value, Tensor) else recall(trees)
+    value, recalled = value_of(count), recall(trees)
     if isinstance(value, Tensor) or recalled is None or not recalled.layout.fast_path_ok:
         return None
-    inputs, structure, layout = recalled
-    if transforms.may_be_dual() and transforms.any_dual(*inputs.columns, (count,)):
-        return None
-    if options.kernel != "auto" and any(
-        dispatch.unserved(rule, options.kernel, device) for device in layout.devices
-    ):
-        return None
+    inputs, layout = recalled.inputs, recalled.layout
     tensors = inputs.params
     if in_place:
         if layout.params_require_grad and not all(param.is_leaf for param in inputs.params):
             return None
         tensors = [*chain.from_iterable(inputs.columns), count]
-    if not are_apart(tensors):
+    if not are_apart(tensors) or _is_dual(inputs, count) or _is_unserved(rule, options, layout):
         return None
-    return _Routine(inputs, structure, layout, count, value + 1)
+    return _Routine(*recalled, count, value + 1)
+
+
+def _is_plain_count(count: object) -> bool:
+    return isinstance(count, Tensor) and count.ndim == 0 and not count.is_inference()
+
+
+def _is_dual(inputs: StepInputs, count: Tensor) -> bool:
+    return transforms.may_be_dual() and transforms.any_dual(*inputs.columns, (count,))
+
+
+def _is_unserved(rule: UpdateRule, options: Any, layout: Layout) -> bool:
+    """Whether a kernel that was asked for by name cannot serve the leaves."""
+    kernel = options.kernel
+    return kernel != "auto" and any(
+        dispatch.unserved(rule, kernel, device) for device in layout.devices
+    )

@@ -8,8 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["hint_for"]
-
 
 def hint_for(name: str, value: object, owner: str) -> str:
     """Return what to do with several numbers, or with parameters where torch takes them."""

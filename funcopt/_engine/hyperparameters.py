@@ -23,25 +23,6 @@ from .._core.types import Number, Schedule, Tree, is_dense, shown_layout
 from .checks import check_count
 from .rule import Hyperparam, Range, UpdateRule
 
-__all__ = [
-    "call_schedule",
-    "check_choice",
-    "check_flag",
-    "check_number",
-    "check_takes",
-    "check_values",
-    "check_zero_dim",
-    "elements_at_hand",
-    "has_schedule",
-    "normalize",
-    "normalize_fields",
-    "number_at",
-    "numbers_at",
-    "numbers_of",
-    "short",
-    "with_grad_scale",
-]
-
 
 def check_number(own: Hyperparam, value: float, source: str = "") -> float:
     """Return `value` if it is in the range of this hyperparameter; a NaN is in no range."""

@@ -15,8 +15,6 @@ from .._core.tensors import compute_dtype
 from .._core.types import Number
 from .rule import Kernel, StepInputs
 
-__all__ = ["foreach", "fused", "fused_lr"]
-
 
 def fused(
     step_: Callable[..., None], needed: str, paths: Mapping[str, str] = MappingProxyType({})
@@ -82,5 +80,6 @@ def _unsupported_reason(
         if name == "grad_scale":  # no kernel that asks this is told of it
             continue
         if name not in ("step", "lr") or number.ndim > 0 or number.device != device:
-            return f"it takes numbers whose value can be read, and {paths.get(name, name)} is on {number.device}"
+            path = paths.get(name, name)
+            return f"it takes numbers whose value can be read, and {path} is on {number.device}"
     return None

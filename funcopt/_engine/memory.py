@@ -26,23 +26,6 @@ from .._core.tensors import copies_of, is_mapped, scaled, write
 from .._core.types import Number
 from .rule import StepInputs, StepOutputs
 
-__all__ = [
-    "IN_CACHE",
-    "Batch",
-    "Layout",
-    "borrow",
-    "copies",
-    "cut",
-    "forget",
-    "give_back",
-    "known",
-    "layout_of",
-    "packed",
-    "scaled_pieces",
-    "unpacked",
-    "write_all",
-]
-
 
 def copies(inputs: StepInputs, *, aligned: bool) -> StepInputs:
     """Return the leaves in memory that a kernel may write, aligned; the gradients as they are.

@@ -17,24 +17,6 @@ from .checks import check_alike, check_count, check_distinct, check_leaves, chec
 from .memory import Layout, known, layout_of
 from .rule import Slot, StepInputs, StepOutputs, UpdateRule
 
-__all__ = [
-    "Counts",
-    "Prepared",
-    "Recalled",
-    "check_untied",
-    "first_count",
-    "flatten_params",
-    "fresh",
-    "gather_counts",
-    "keep_requiring",
-    "next_step",
-    "place_for_count",
-    "prepare",
-    "recall",
-    "trees_of",
-    "value_of",
-]
-
 T = TypeVar("T")
 
 

@@ -17,17 +17,6 @@ from .._dtensor.shards import has_sharded
 from .hyperparameters import check_choice, check_flag, normalize_fields
 from .rule import UpdateRule
 
-__all__ = [
-    "as_inner",
-    "at_rest",
-    "check_fields",
-    "leaves_at_rest",
-    "may_rest",
-    "register_dataclass",
-    "register_optimizer",
-    "wrap_methods",
-]
-
 OptimizerT = TypeVar("OptimizerT")
 
 

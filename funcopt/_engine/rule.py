@@ -21,26 +21,6 @@ from torch import Tensor
 
 from .._core.types import Traits
 
-__all__ = [
-    "ABOVE_ZERO",
-    "AT_LEAST_ZERO",
-    "BELOW_ONE",
-    "COUNT",
-    "FRACTION",
-    "SHARE",
-    "Adjoint",
-    "Equations",
-    "Hyperparam",
-    "Kernel",
-    "Range",
-    "Slot",
-    "StepInputs",
-    "StepOutputs",
-    "UpdateRule",
-    "is_read",
-    "is_state",
-]
-
 Equations: TypeAlias = Callable[[Tensor, Tensor, tuple[Tensor, ...], Any, Any], Sequence[Tensor]]
 """`equations(param, grad, slots, numbers, options)` gives the new parameter and the new slots."""
 
@@ -69,7 +49,7 @@ class Hyperparam(NamedTuple):
     """A number of an optimizer.
 
     Attributes:
-        name: As the equations call it, such as `"beta1"`.
+        name: As the equations call it, such as `"momentum"`.
         range: What it may be.
         field: The field of the optimizer that holds it, if that has another name. `"betas[0]"` is
             the first of a pair.
@@ -267,9 +247,9 @@ class UpdateRule:
         traits: What may be done with its leaves; none is the careful answer.
 
     Example:
-        >>> from funcopt import AdamW
-        >>> [slot.name for slot in AdamW.rule.slots], AdamW.rule.traits.elementwise
-        (['exp_avg', 'exp_avg_sq', 'max_exp_avg_sq'], True)
+        >>> from funcopt import SGD
+        >>> [slot.name for slot in SGD.rule.slots], SGD.rule.traits.elementwise
+        (['momentum_buffer'], True)
     """
 
     state: type[Any]

@@ -18,8 +18,6 @@ from ._buckets import by_path
 from ._checks import check_averageable, check_mesh, check_untransformed
 from ._collectives import Started, one_ahead, start_sum
 
-__all__ = ["average_gradients", "means"]
-
 # The bytes at which a bucket is full. A tensor that is larger has one to itself.
 _FULL = 2**25
 

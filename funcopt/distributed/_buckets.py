@@ -13,8 +13,6 @@ from torch import Tensor
 from .._core import pytree
 from .._core.tensors import view_as_real
 
-__all__ = ["Bucket", "by_path", "cut", "is_bucketed", "lay_out", "part", "whole"]
-
 _PREFIX = "bucket "
 
 

@@ -15,18 +15,6 @@ from .._core.types import Optimizer, Tree, optimizers_in, own_traits, traits_of
 from .._engine.checks import check_apart, check_leaves, check_unwatched, check_writable
 from ..wrappers.base import Gradients, records
 
-__all__ = [
-    "check_averageable",
-    "check_gradients",
-    "check_mesh",
-    "check_packable",
-    "check_targets",
-    "check_unrecorded",
-    "check_untransformed",
-    "check_whole",
-    "check_whole_number",
-]
-
 
 def check_whole_number(name: str, value: object, or_what: str = "") -> None:
     """Refuse what is no whole number of at least 1."""

@@ -11,16 +11,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = [
-    "Ranks",
-    "Started",
-    "one_ahead",
-    "planned_backend",
-    "start_all_gather",
-    "start_mean",
-    "start_sum",
-]
-
 T = TypeVar("T")
 
 # What a fake group stands for.

@@ -12,8 +12,6 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["CostCounterMode"]
-
 # As torch's operators call them, once underscores and what says how buffers lie are taken off.
 _KINDS = {
     "allreduce": "all_reduce",

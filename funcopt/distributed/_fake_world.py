@@ -13,8 +13,6 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ._collectives import planned_backend
 
-__all__ = ["in_fake_world"]
-
 R = TypeVar("R")
 
 # Private to torch, which tests its own sharding with it. To import it registers a backend whose

@@ -17,8 +17,6 @@ from .._engine.checks import check_optimizer, is_like, kind_of
 from ..wrappers.partition import Partition
 from ._reducer import BucketHook, check_reducer
 
-__all__ = ["InBackward", "update_in_backward"]
-
 
 class InBackward:
     """A module whose parameters move in its backward pass: their state, and how to end it.

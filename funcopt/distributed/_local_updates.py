@@ -23,8 +23,6 @@ from ..wrappers.base import check_scalar, gather_gradients, gather_params, read
 from ._checks import check_mesh, check_unrecorded, check_untransformed
 from ._sync import Outer, Sync
 
-__all__ = ["LocalUpdates", "LocalUpdatesState"]
-
 ParamsT = TypeVar("ParamsT")
 
 

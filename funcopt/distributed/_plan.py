@@ -23,8 +23,6 @@ from ._cost_counter import CostCounterMode
 from ._fake_world import in_fake_world
 from ._planned import Plan, PlanRow
 
-__all__ = ["plan"]
-
 _BACKENDS = ("nccl", "gloo")
 
 

@@ -10,8 +10,6 @@ from typing import Any, NamedTuple
 
 from .._core.types import Optimizer
 
-__all__ = ["Plan", "PlanRow"]
-
 _COLORS = ("#0072b2", "#e69f00", "#cc79a7")
 
 

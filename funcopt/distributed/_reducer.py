@@ -12,8 +12,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ._collectives import start_sum
 
-__all__ = ["BucketHook", "check_reducer"]
-
 
 def check_reducer(module: DistributedDataParallel) -> None:
     """Refuse ways of reducing that do not say in time which gradients there are."""

@@ -15,8 +15,6 @@ from .._core.types import Tree, is_dense, shown_layout
 from ._buckets import Bucket, by_path, is_bucketed, lay_out, part
 from ._collectives import Ranks
 
-__all__ = ["Sharding", "join", "separate"]
-
 _REMEDY = (
     "the state was made with another bucket_bytes, or for other parameters. Make it with init() of "
     "this optimizer, or move it over with gather_state and scatter_state."

@@ -13,8 +13,6 @@ from ._buckets import Bucket, cut, part, whole
 from ._collectives import one_ahead, start_all_gather, start_mean
 from ._shards import Sharding, separate
 
-__all__ = ["Step"]
-
 
 class Step(NamedTuple):
     """The checked inputs of an update.

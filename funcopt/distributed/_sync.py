@@ -19,8 +19,6 @@ from ..wrappers.update_if import copies
 from ._average import means
 from ._buckets import by_path
 
-__all__ = ["Outer", "Sync"]
-
 
 class Outer(NamedTuple):
     """The outer optimizer: SGD."""

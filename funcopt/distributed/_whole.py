@@ -18,8 +18,6 @@ from ._buckets import cut, is_bucketed
 from ._shards import Sharding
 from ._zero1 import Zero1, Zero1State
 
-__all__ = ["gather_state", "scatter_state"]
-
 
 @transforms.restoring
 @transforms.outside_autocast

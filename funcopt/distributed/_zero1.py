@@ -31,8 +31,6 @@ from ._checks import (
 from ._shards import Sharding, join
 from ._step import Step
 
-__all__ = ["Zero1", "Zero1State"]
-
 ParamsT = TypeVar("ParamsT")
 
 _GRADIENTS = ("local", "averaged")

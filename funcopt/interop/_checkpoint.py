@@ -13,8 +13,6 @@ from .._core.types import Tree, is_dense, shown_layout
 from .._dtensor.shards import dtensor, local_part
 from ._entries import key_of, recount
 
-__all__ = ["from_state_dict", "to_state_dict"]
-
 StateT = TypeVar("StateT")
 
 # Every other key begins with "state" or "torch", so that no path can be taken for this one.

@@ -14,8 +14,6 @@ from ..optimizers.adam import Adam
 from ..optimizers.adamw import AdamW
 from ..optimizers.sgd import SGD, fused_is_wrong
 
-__all__ = ["COUNTERPARTS", "Counterpart", "counterpart_of", "counterpart_of_group"]
-
 
 def _never(_leaf: Tensor) -> bool:
     return False

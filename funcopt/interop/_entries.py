@@ -14,8 +14,6 @@ from .._core import pytree
 from .._core.types import Tree
 from .._engine.rule import is_state
 
-__all__ = ["key_of", "recount"]
-
 
 def key_of(path: str, leaf: Tensor) -> str:
     """Return the key of the entry for a leaf: a complex one is stored as pairs of real numbers."""

@@ -20,8 +20,6 @@ from ._counterparts import Counterpart
 from ._getter import warn_if_made_up
 from ._source import Source, places, read, within
 
-__all__ = ["from_torch"]
-
 
 @transforms.restoring
 def from_torch(

@@ -15,8 +15,6 @@ from .._core import pytree
 from .._dtensor.shards import dtensor, local_part
 from ._counterparts import COUNTERPARTS
 
-__all__ = ["unflattened", "warn_if_made_up"]
-
 _SECTIONS = ("state", "param_groups")
 
 

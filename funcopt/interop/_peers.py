@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-__all__ = ["advice_on"]
-
 
 class _Peer(NamedTuple):
     name: str

@@ -16,8 +16,6 @@ from ._counterparts import COUNTERPARTS, Counterpart, counterpart_of_group
 from ._getter import unflattened
 from ._peers import advice_on
 
-__all__ = ["Source", "places", "read", "within"]
-
 _SERVED = "torch.optim.AdamW, Adam or SGD"
 
 # The most names in a message.

@@ -17,8 +17,6 @@ from ..wrappers.partition import Partition, PartitionState
 from ._counterparts import Counterpart, counterpart_of
 from ._source import within
 
-__all__ = ["to_torch"]
-
 # From here on float32, in which torch counts, no longer holds every count.
 _FLOAT32_STOPS = 2**24
 

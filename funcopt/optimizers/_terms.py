@@ -7,8 +7,6 @@ from torch import Tensor
 
 from .._core.types import Number
 
-__all__ = ["add_decay", "add_scaled"]
-
 
 def add_scaled(tensor: Tensor, other: Tensor, scale: Number) -> Tensor:
     """Return `tensor + scale * other`, by one operator if the number is one of Python's."""

@@ -14,8 +14,6 @@ from .._engine.rule import UpdateRule
 from ._terms import add_decay
 from .adamw import HYPERPARAMS, SLOTS, Coefficients, coefficients, descend, descend_
 
-__all__ = ["Adam", "AdamState"]
-
 ParamsT = TypeVar("ParamsT")
 
 

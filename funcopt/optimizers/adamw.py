@@ -14,8 +14,6 @@ from .._engine.dispatch import safe_sqrt
 from .._engine.registration import check_fields, register_optimizer
 from .._engine.rule import AT_LEAST_ZERO, BELOW_ONE, Hyperparam, Slot, UpdateRule
 
-__all__ = ["AdamW", "AdamWState"]
-
 ParamsT = TypeVar("ParamsT")
 
 

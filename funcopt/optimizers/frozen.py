@@ -8,8 +8,6 @@ from typing import ClassVar, TypeVar
 from .._core.types import Traits, Tree
 from .._engine.registration import register_optimizer
 
-__all__ = ["Frozen"]
-
 ParamsT = TypeVar("ParamsT")
 
 

@@ -14,8 +14,6 @@ from .._engine import driver, kernels
 from .._engine.registration import check_fields, register_optimizer
 from .._engine.rule import AT_LEAST_ZERO, BELOW_ONE, Hyperparam, Slot, StepInputs, UpdateRule
 
-__all__ = ["Lion", "LionState"]
-
 ParamsT = TypeVar("ParamsT")
 
 

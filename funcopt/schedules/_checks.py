@@ -13,15 +13,6 @@ from .._core.types import Number
 from .._engine.hyperparameters import elements_at_hand, normalize
 from .._engine.rule import ABOVE_ZERO, AT_LEAST_ZERO, BELOW_ONE, SHARE, Hyperparam, Range
 
-__all__ = [
-    "check_numbers",
-    "check_pieces",
-    "check_step",
-    "check_steps",
-    "check_together",
-]
-
-
 _RANGES: dict[str, Range] = {
     "value": AT_LEAST_ZERO,
     "values": AT_LEAST_ZERO,

@@ -6,14 +6,13 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from .._core.tensors import choose
 from .._core.types import Number, Schedule
 from .._engine.hyperparameters import check_choice, normalize
 from .._engine.registration import register_dataclass
 from .._engine.rule import AT_LEAST_ZERO, Hyperparam
 from ._checks import check_numbers, check_pieces, check_step
-from ._phases import SHAPES, as_given, by_step, choose, known, phases, wide
-
-__all__ = ["Decoupled", "Join", "Piecewise"]
+from ._phases import SHAPES, as_given, by_step, known, phases, wide
 
 # Half of what float64 can hold, so that rounding leads nowhere beyond that.
 _LARGEST = 2.0**1023

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .._core.tensors import choose
 from .._core.types import Number
 from .._engine.hyperparameters import check_flag
 from .._engine.registration import register_dataclass
 from ._checks import check_numbers, check_steps, check_together
-from ._phases import by_step, choose, falling_power, floor, linear, phases, wide
-
-__all__ = ["Constant", "Exponential", "InverseSquareRoot", "Linear", "Polynomial"]
+from ._phases import by_step, falling_power, floor, linear, phases, wide
 
 
 @register_dataclass

@@ -21,21 +21,6 @@ from .._core.types import Number
 from .._engine.prepare import value_of
 from ._checks import check_step
 
-__all__ = [
-    "SHAPES",
-    "Shape",
-    "as_given",
-    "by_step",
-    "choose",
-    "cosine",
-    "falling_power",
-    "floor",
-    "known",
-    "linear",
-    "phases",
-    "wide",
-]
-
 ScheduleT = TypeVar("ScheduleT")
 
 Shape: TypeAlias = Callable[[Number], Number]

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .._core.tensors import choose
 from .._core.types import Number
 from .._engine.hyperparameters import check_choice, check_flag
 from .._engine.registration import register_dataclass
 from ._checks import check_numbers, check_steps, check_together
-from ._phases import SHAPES, by_step, choose, cosine, linear, phases, wide
-
-__all__ = ["Cosine", "OneCycle", "OneCycleMomentum", "WarmupStableDecay"]
+from ._phases import SHAPES, by_step, cosine, linear, phases, wide
 
 
 @register_dataclass

@@ -16,8 +16,6 @@ from . import strategies
 from ._compare import NotApplicable
 from .laws import LAWS, Law, compiles_once
 
-__all__ = ["Report", "Verdict", "check_law", "check_optimizer", "parametrize_laws", "problems"]
-
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:

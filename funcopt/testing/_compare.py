@@ -10,8 +10,6 @@ from torch import Tensor
 from .._core import pytree
 from .._core.types import Tree
 
-__all__ = ["EXACT", "ROUNDING", "LawBroken", "NotApplicable", "compare", "wide"]
-
 # How many units in the last place two results of the same equations may differ by, per step: in the
 # element itself, and in the largest element of its leaf. They collect the roundings of some ten
 # operations; of fewer in 16 bits, where these are large enough to hide a defect.

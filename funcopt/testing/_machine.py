@@ -20,8 +20,6 @@ from ._compare import NotApplicable, compare
 from ._subject import clone, kernels, replace, tree_map
 from .oracles import oracle_of
 
-__all__ = ["OptimizerMachine"]
-
 # The machine runs in float64 against a model in float64, so that many updates drift by rounding
 # alone, and what is wrong stands out. The drift is some ulp an update, amplified by division.
 _DRIFT = {torch.float64: 2.0**20, torch.complex128: 2.0**20}

@@ -16,20 +16,6 @@ from .._engine.dispatch import unserved
 from .._engine.rule import UpdateRule
 from ._compare import NotApplicable
 
-__all__ = [
-    "Step",
-    "cast",
-    "clone",
-    "field",
-    "fields",
-    "kernels",
-    "last",
-    "leaves_of",
-    "replace",
-    "run",
-    "tree_map",
-]
-
 
 class Step(NamedTuple):
     """One update of a run: what went in, and what came out."""

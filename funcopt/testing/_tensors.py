@@ -7,8 +7,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["LAYOUTS", "VALUES", "build", "like"]
-
 
 def _sparse(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     keep = torch.randint(0, 2, shape, generator=generator, device="cpu")

@@ -9,8 +9,6 @@ from typing import Any, NamedTuple
 from .._core import pytree
 from .._core.types import Tree
 
-__all__ = ["NODES", "Box", "Pair", "assemble"]
-
 
 class Pair(NamedTuple):
     """A NamedTuple node."""

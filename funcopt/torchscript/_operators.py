@@ -22,8 +22,6 @@ from .._core import transforms
 from .._engine.checks import check_leaves
 from ..optimizers.adamw import AdamW, AdamWState
 
-__all__: list[str] = []  # they are called as torch.ops.funcopt.adamw_step_ and so on
-
 T = TypeVar("T")
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -34,8 +34,6 @@ from .base import (
 from .shadow_params import ShadowParams
 from .update_if import update_if, update_if_
 
-__all__ = ["Accumulate", "AccumulateState"]
-
 ParamsT = TypeVar("ParamsT")
 
 

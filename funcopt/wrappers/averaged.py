@@ -12,8 +12,6 @@ from .ema import EmaState
 from .labels import name_leaves
 from .partition import PartitionState
 
-__all__ = ["averaged"]
-
 ParamsT = TypeVar("ParamsT")
 
 

@@ -33,26 +33,6 @@ from .._engine.hyperparameters import has_schedule
 from .._engine.prepare import check_untied, first_count, next_step, place_for_count
 from .._engine.registration import at_rest
 
-__all__ = [
-    "Gradients",
-    "Params",
-    "check_inplace",
-    "check_overflow_is_seen",
-    "check_scalar",
-    "first_step",
-    "gather_gradients",
-    "gather_params",
-    "is_due",
-    "own_tensors",
-    "place_of_counts",
-    "place_of_tensors",
-    "read",
-    "records",
-    "settled",
-    "write_state",
-    "zero_if",
-]
-
 
 class Gradients(NamedTuple):
     """Gradients beside their parameters, checked.

@@ -29,8 +29,6 @@ from .base import (
     write_state,
 )
 
-__all__ = ["ClipAdaptive", "ClipAdaptiveState"]
-
 ParamsT = TypeVar("ParamsT")
 
 # The least norm that a gradient is divided by, as in optax.

@@ -34,8 +34,6 @@ from .base import (
 from .finite import place_for, zeros_unless
 from .update_if import update_if, update_if_
 
-__all__ = ["Clip", "ClipState"]
-
 ParamsT = TypeVar("ParamsT")
 
 _NONFINITE = ("propagate", "skip")

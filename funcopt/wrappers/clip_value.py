@@ -26,8 +26,6 @@ from .base import (
     write_state,
 )
 
-__all__ = ["ClipValue", "ClipValueState"]
-
 ParamsT = TypeVar("ParamsT")
 
 

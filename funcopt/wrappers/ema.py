@@ -19,8 +19,6 @@ from .._engine.rule import BELOW_ONE, Hyperparam
 from .base import check_scalar, gather_gradients, records, settled
 from .shadow_params import ShadowParams, copy_params
 
-__all__ = ["Ema", "EmaState"]
-
 ParamsT = TypeVar("ParamsT")
 
 

@@ -13,8 +13,6 @@ from .._core.tensors import view_as_real
 from .._dtensor.reductions import over_shards
 from .base import Gradients, read
 
-__all__ = ["all_finite", "all_finite_everywhere", "decide", "place_for", "zeros_unless"]
-
 # A leaf of at most so many elements is copied beside others, which takes less time than a call.
 _SMALL = 1024
 

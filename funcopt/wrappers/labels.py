@@ -12,8 +12,6 @@ from .._core import pytree, transforms
 from .._core.types import Tree
 from .._engine.hyperparameters import check_takes
 
-__all__ = ["Labels", "check_labels", "decay_label", "label_leaves", "name_leaves", "patterns_in"]
-
 Labels: TypeAlias = Callable[[str, Any], str] | Mapping[re.Pattern[str], str] | Tree
 """A function `label(name, leaf)`, a dict from compiled pattern to label, or a tree of labels."""
 

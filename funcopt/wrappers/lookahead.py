@@ -32,8 +32,6 @@ from .base import (
 from .shadow_params import ShadowParams, copy_params
 from .update_if import choose_each, copies
 
-__all__ = ["Lookahead", "LookaheadState"]
-
 ParamsT = TypeVar("ParamsT")
 
 

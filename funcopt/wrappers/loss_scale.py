@@ -30,8 +30,6 @@ from .base import (
 from .finite import all_finite_everywhere, decide, place_for, zeros_unless
 from .update_if import update_if, update_if_
 
-__all__ = ["LossScale", "LossScaleState"]
-
 ParamsT = TypeVar("ParamsT")
 
 

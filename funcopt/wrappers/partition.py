@@ -19,8 +19,6 @@ from .labels import Labels, check_labels, label_leaves, name_leaves, patterns_in
 from .scaled import hands_on
 from .together import Update, update_together_
 
-__all__ = ["Partition", "PartitionState"]
-
 ParamsT = TypeVar("ParamsT")
 
 

@@ -16,8 +16,6 @@ from .._core.types import Optimizer, Tree, own_traits
 from .._engine import driver
 from .._engine.driver import multiplied
 
-__all__ = ["hands_on", "update_scaled", "update_scaled_"]
-
 Trees: TypeAlias = tuple[Tree, Tree]
 _Scaled: TypeAlias = Callable[[Any, Tree, Tensor, Tree, Tree], Trees]
 

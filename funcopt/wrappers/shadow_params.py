@@ -19,8 +19,6 @@ from .._dtensor.shards import check_placed
 from .._engine.checks import check_apart, check_writable, is_like, kind_of, of_members
 from .base import Gradients, check_inplace, gather_params, records
 
-__all__ = ["ShadowParams", "copy_params"]
-
 DtypeOf: TypeAlias = Callable[[torch.dtype], torch.dtype]
 """Gives the dtype of a leaf of the tree, from that of its parameter."""
 

@@ -16,8 +16,6 @@ from .._engine import driver
 from .._engine.checks import check_apart, check_unwatched, check_writable
 from .scaled import update_scaled, update_scaled_
 
-__all__ = ["Update", "update_together_"]
-
 
 class Update(NamedTuple):
     """One update: the optimizer and what it takes."""

@@ -20,8 +20,6 @@ from .._engine.prepare import keep_requiring
 from .._engine.registration import at_rest
 from .scaled import update_scaled, update_scaled_
 
-__all__ = ["choose_each", "copies", "update_if", "update_if_"]
-
 
 def update_if(
     condition: bool | Tensor,

@@ -29,8 +29,6 @@ from ..._core.types import Number
 from ..._engine.rule import Adjoint, StepInputs, StepOutputs
 from ..adamw import Coefficients, coefficients, new_moments
 
-__all__ = ["ADAMW_ADJOINT"]
-
 
 class _Kept(NamedTuple):
     """What is kept between a step and its adjoint: the gradient and, at the least, two moments."""

@@ -20,8 +20,6 @@ from ..._engine import kernels
 from ..._engine.rule import StepInputs
 from ..adamw import HYPERPARAMS, coefficients
 
-__all__ = ["ADAMW_FOREACH", "ADAMW_FUSED", "ADAM_FOREACH", "ADAM_FUSED"]
-
 
 def _fused_(operator: str, inputs: StepInputs, numbers: Any, options: Any) -> None:
     exp_avgs, exp_avg_sqs, *maxima = inputs.slots

@@ -28,8 +28,6 @@ from ..._core.types import Number
 from ..._engine.rule import Kernel, StepInputs, StepOutputs
 from ..adamw import HYPERPARAMS
 
-__all__ = ["ADAMW_TRITON"]
-
 _PATHS = {own.name: own.path for own in HYPERPARAMS}
 
 # The step is bound by memory, so what counts is how much is under way. By its data sheet and a

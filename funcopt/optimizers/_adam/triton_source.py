@@ -24,8 +24,6 @@ try:
 except ImportError:  # pragma: no cover
     triton = None
 
-__all__ = ["step_kernel", "tl", "triton"]
-
 
 def _jit(function: Any) -> Any:
     # Without Triton this file can be imported, and nothing in it run.

@@ -16,14 +16,6 @@ from .._compare import EXACT, ROUNDING, NotApplicable, compare
 from .._subject import cast, field, kernels, leaves_of, replace, run, tree_map
 from ..oracles import Oracle, own_update, registered
 
-__all__ = [
-    "agrees_with_itself_in_float64",
-    "compiles_once",
-    "kernels_agree",
-    "matches_oracle",
-    "matches_torch",
-]
-
 
 def kernels_agree(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> None:
     """Every kernel takes the same step, to a few ulp."""

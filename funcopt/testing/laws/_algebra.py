@@ -15,14 +15,6 @@ from ...optimizers.lion import Lion
 from .._compare import ROUNDING, NotApplicable, compare, wide
 from .._subject import field, kernels, last, replace, run, tree_map
 
-__all__ = [
-    "decay_is_decoupled",
-    "first_step_is_sign",
-    "maximize_is_minimize_negated",
-    "scale_invariant",
-    "zero_lr_moves_nothing",
-]
-
 
 def zero_lr_moves_nothing(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> None:
     """With a learning rate of zero the parameters keep their bits."""

@@ -13,8 +13,6 @@ from .._compare import LawBroken, NotApplicable, wide
 from .._subject import Step, clone, fields, leaves_of, run, tree_map
 from .._tensors import build
 
-__all__ = ["goes_downhill"]
-
 # An optimizer may take several gradients for one step, and may take a step back now and then.
 _UPDATES = 10
 

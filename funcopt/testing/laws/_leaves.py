@@ -13,8 +13,6 @@ from ..._core.types import Tree, traits_of
 from .._compare import ROUNDING, NotApplicable, compare
 from .._subject import run
 
-__all__ = ["elements_are_independent", "leaves_are_independent", "names_do_not_matter"]
-
 
 def names_do_not_matter(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> None:
     """A leaf moves as it would under another name, elsewhere in the tree."""

@@ -14,17 +14,6 @@ from ..._core.types import Tree
 from .._compare import ROUNDING, LawBroken, NotApplicable, compare
 from .._subject import Step, cast, clone, leaves_of, run, tree_map
 
-__all__ = [
-    "bad_trees_raise",
-    "deterministic",
-    "inplace_is_pure",
-    "keeps_structure",
-    "never_mutates",
-    "outputs_share_no_memory",
-    "round_trips",
-    "survives_zero_gradients",
-]
-
 
 def never_mutates(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> None:
     """`init` and `update` change no bit of what they are given."""

@@ -14,14 +14,6 @@ from ..._core.types import Tree
 from .._compare import ROUNDING, LawBroken, NotApplicable, compare
 from .._subject import cast, field, last, leaves_of, replace, tree_map
 
-__all__ = [
-    "gradient_is_finite",
-    "gradient_matches_differences",
-    "nested_vmap_is_loop",
-    "per_member_hyperparameters",
-    "vmap_is_loop",
-]
-
 _MEMBERS = 3
 
 
