@@ -178,7 +178,8 @@ class SGD:
     count of updates. The first of them, which takes no dampening, is the one that the count says is
     the first: if a leaf has no gradient then, its own first one is dampened, unless `step_per_leaf`
     counts the updates of each leaf, as torch does in effect. 16-bit leaves are computed in float32
-    by every kernel, where torch's fused one is wrong on the CPU. A complex leaf is a pair of real ones.
+    by every kernel, where torch's fused one is wrong on the CPU. A complex leaf is a pair of real
+    ones, which rounds otherwise than torch's complex products.
 
     Args:
         lr: Learning rate: at least 0; a number, a 0-dim tensor, or a schedule, which is called with
