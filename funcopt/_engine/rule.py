@@ -135,6 +135,9 @@ class StepOutputs(NamedTuple):
         return cls(params, tuple(slots))
 
 
+_NUMBERS = (int, float)  # False is one, too
+
+
 class Slot(NamedTuple):
     """A tree of the state that is like the parameters.
 
@@ -152,7 +155,7 @@ class Slot(NamedTuple):
         if not self.option:
             return True
         value = getattr(opt, self.option)
-        return not (isinstance(value, bool | int | float) and value == 0)
+        return not (isinstance(value, _NUMBERS) and value == 0)
 
 
 def _serves_all(_device: torch.device, _numbers: Any) -> str | None:

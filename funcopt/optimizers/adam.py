@@ -7,7 +7,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from torch import Tensor
 
-from .._core.types import ELEMENTWISE, Number, Schedule, Tree
+from .._core.types import ELEMENTWISE_BY_RULE, Number, Schedule, Tree
 from .._engine import driver
 from .._engine.registration import check_fields, register_optimizer
 from .._engine.rule import UpdateRule
@@ -61,7 +61,7 @@ _RULE = UpdateRule(
         "fused": "funcopt.optimizers._adam.kernels:ADAM_FUSED",
         "foreach": "funcopt.optimizers._adam.kernels:ADAM_FOREACH",
     },
-    traits=ELEMENTWISE,
+    traits=ELEMENTWISE_BY_RULE,
 )
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._core.tensors import double, fit
-from .._core.types import ELEMENTWISE, Number, Schedule, Tree
+from .._core.types import ELEMENTWISE_BY_RULE, Number, Schedule, Tree
 from .._engine import driver, kernels
 from .._engine.registration import check_fields, register_optimizer
 from .._engine.rule import AT_LEAST_ZERO, BELOW_ONE, Hyperparam, Slot, StepInputs, UpdateRule
@@ -91,7 +91,7 @@ _RULE = UpdateRule(
     coefficients=coefficients,
     equations=_equations,
     kernels={"foreach": _FOREACH},
-    traits=ELEMENTWISE,
+    traits=ELEMENTWISE_BY_RULE,
 )
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._core.tensors import compute_dtype, double, fit
-from .._core.types import ELEMENTWISE, Number, Schedule, Tree
+from .._core.types import ELEMENTWISE_BY_RULE, Number, Schedule, Tree
 from .._engine import driver, kernels
 from .._engine.registration import check_fields, register_optimizer
 from .._engine.rule import AT_LEAST_ZERO, Hyperparam, Range, Slot, StepInputs, UpdateRule
@@ -145,7 +145,7 @@ _RULE = UpdateRule(
         "fused": _FUSED._replace(unsupported_reason=_fused_unsupported_reason),
         "foreach": _FOREACH,
     },
-    traits=ELEMENTWISE,
+    traits=ELEMENTWISE_BY_RULE,
 )
 
 
@@ -175,7 +175,7 @@ class SGD:
     the first: if a leaf has no gradient then, its own first one is dampened, unless `step_per_leaf`
     counts the updates of each leaf, as torch does in effect. 16-bit leaves are computed in float32
     by every kernel, where torch's fused one is wrong on the CPU. A complex leaf is a pair of real
-    ones.
+    ones, which rounds otherwise than torch's complex products.
 
     Args:
         lr: Learning rate: at least 0; a number, a 0-dim tensor, or a schedule, which is called with
