@@ -4,7 +4,6 @@ import importlib
 from types import ModuleType
 
 from . import extend, schedules
-from ._core.nested import find, replace
 from ._core.types import Number, Optimizer, ParamsT, Schedule, Tree
 from .optimizers.adam import Adam, AdamState
 from .optimizers.adamw import AdamW, AdamWState
@@ -20,6 +19,7 @@ from .wrappers.ema import Ema, EmaState
 from .wrappers.labels import decay_label
 from .wrappers.lookahead import Lookahead, LookaheadState
 from .wrappers.loss_scale import LossScale, LossScaleState
+from .wrappers.nested import find, replace
 from .wrappers.partition import Partition, PartitionState
 from .wrappers.skip_nonfinite import SkipNonfinite, SkipNonfiniteState
 

@@ -17,9 +17,6 @@ from typing import Any
 import optree
 import torch
 
-# Whether Dynamo is one of those.
-OLD = torch.__version__ < "2.13"
-
 # How optree flattens what is registered with it: by type, or by namespace and type.
 _nodes: Any = getattr(optree.registry, "_NODETYPE_REGISTRY", None)
 # How it flattens dicts in a namespace where they keep the order in which they were filled.
@@ -48,8 +45,7 @@ def let_it_hash(cls: type) -> None:
     def hash_of(value: Any) -> int:
         return int(own(value)) if vars(value) else 0
 
-    if OLD:
-        cls.__hash__ = hash_of  # type: ignore[assignment]
+    cls.__hash__ = hash_of  # type: ignore[assignment]
 
 
 def let_it_trace(namespace: str) -> None:
@@ -59,7 +55,7 @@ def let_it_trace(namespace: str) -> None:
         namespace: One in which dicts keep the order in which they were filled.
     """
     registered: Any = optree.register_pytree_node.get
-    if OLD and _nodes is not None:
+    if _nodes is not None:
         for kind in (dict, defaultdict):
             _ordered[kind] = registered(kind, namespace=namespace)
         with contextlib.suppress(ValueError):  # by which it says that it was told before

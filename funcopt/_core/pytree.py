@@ -25,11 +25,14 @@ from torch import Tensor
 with contextlib.suppress(ImportError):
     importlib.import_module("torch.utils._cxx_pytree")
 
-from . import old_dynamo, transforms
+from . import transforms
 from .types import Tree
 
 _NAMESPACE = "torch"
-old_dynamo.let_it_trace(_NAMESPACE)
+if transforms.OLD_DYNAMO:
+    from . import old_dynamo
+
+    old_dynamo.let_it_trace(_NAMESPACE)
 
 Structure: TypeAlias = optree.PyTreeSpec
 """The shape of a tree without its leaves: hashable, comparable, enough to rebuild the tree."""
@@ -158,7 +161,7 @@ def tree_map(function: Callable[[Any], Any], tree: Tree) -> Tree:
 
 def same(one: Structure, other: Structure) -> bool:
     """Whether two trees have the same structure."""
-    if old_dynamo.OLD and transforms.compiling():
+    if transforms.OLD_DYNAMO and transforms.compiling():
         return old_dynamo.same(one, other)
     return one is other or bool(one == other)
 

@@ -27,8 +27,6 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import old_dynamo
-
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -62,7 +60,12 @@ compiling = torch.compiler.is_dynamo_compiling
 
 # Whether code that is being compiled is compiled for an export: a flag of the process, for want of
 # one of the thread. It decides how long compiling takes, and no number.
-exporting = old_dynamo.exporting if old_dynamo.OLD else torch.compiler.is_exporting
+exporting = torch.compiler.is_exporting
+
+# Whether Dynamo is one that has to be told more, by `old_dynamo`, which nobody else needs.
+OLD_DYNAMO = torch.__version__ < "2.13"
+if OLD_DYNAMO:
+    pass
 
 
 def tracing() -> bool:

@@ -107,6 +107,15 @@ class Optimizer(Protocol[StateT]):
         ...
 
 
+def check_optimizer(name: str, value: object) -> None:
+    """Refuse what is no optimizer to wrap."""
+    if not isinstance(value, Optimizer) or isinstance(value, type):
+        raise TypeError(
+            f"{name}={value!r}: must be an optimizer, which has init, update and update_. Give an "
+            f"instance, such as SGD()."
+        )
+
+
 def is_dense(tensor: Tensor) -> bool:
     """Whether a tensor is strided and not nested: some nested tensors have that layout, too.
 
@@ -118,6 +127,21 @@ def is_dense(tensor: Tensor) -> bool:
 def shown_layout(tensor: Tensor) -> str:
     """Return the layout of a tensor that is not dense, as messages have it."""
     return "a nested layout" if tensor.is_nested else f"layout {tensor.layout}"
+
+
+def kind_of(value: object) -> str:
+    """Return what something is, as messages have it."""
+    if not isinstance(value, Tensor):
+        return "None" if value is None else f"of type {type(value).__name__}"
+    if value.is_nested:
+        return f"a nested tensor of {value.dtype}"
+    layout = "" if is_dense(value) else f" and layout {value.layout}"
+    return f"of {value.dtype} and shape {tuple(value.shape)}{layout}"
+
+
+def shown(value: object) -> str:
+    """Return a shape, dtype or device as messages have it."""
+    return str(tuple(value)) if isinstance(value, torch.Size) else str(value)
 
 
 @dataclass(frozen=True)
@@ -184,19 +208,24 @@ class Traits:
 ELEMENTWISE = Traits(elementwise=True, linear=True)
 ELEMENTWISE_BY_RULE = Traits(elementwise=True, linear=True, by_rule=True)
 
-# These hold of a wrapper if they hold of it or of an optimizer within it; the others, of both.
-_OF_ANY = frozenset(
+# These hold of a wrapper if they hold of it or of an optimizer within it; the others, of each.
+_WARNINGS = frozenset(
     ("decides_on_host", "sees_overflow", "sends", "takes_local_gradients", "tells_leaves_apart")
 )
 
 
 def own_traits(opt: object) -> Traits:
-    """Return what a class says of itself. A subclass, which may do otherwise, inherits nothing."""
-    said = vars(type(opt))
-    traits = said.get("traits") or getattr(said.get("rule"), "traits", None)
-    if isinstance(traits, property):
-        traits = traits.fget(opt) if traits.fget else None
-    traits = traits if isinstance(traits, Traits) else Traits()
+    """Return what a class says of itself, without the optimizers inside.
+
+    A subclass may do otherwise than what it inherits from. Of that class it has the warnings alone.
+    """
+    said, kind = vars(type(opt)), type(opt)
+    own = "traits" in said or "rule" in said
+    traits = getattr(opt, "traits", None) or getattr(getattr(kind, "rule", None), "traits", None)
+    if not isinstance(traits, Traits):
+        traits = Traits()
+    elif not own:
+        traits = Traits(**{name: getattr(traits, name) for name in _WARNINGS})
     if getattr(opt, "step_per_leaf", False):
         return dataclasses.replace(traits, tells_leaves_apart=True)
     return traits
@@ -216,7 +245,7 @@ def traits_of(opt: object) -> Traits:
     whole = {}
     for name in _NAMES:
         values = [getattr(traits, name) for traits in said]
-        whole[name] = True in values if name in _OF_ANY else False not in values
+        whole[name] = True in values if name in _WARNINGS else False not in values
     return Traits(**whole)
 
 

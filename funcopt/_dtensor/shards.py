@@ -63,6 +63,12 @@ def local_part(tensor: DTensor) -> Tensor:
     return part
 
 
+def part_or_leaf(leaf: Any) -> Any:
+    """Return the part of a DTensor that lies here, and any other leaf as it is."""
+    kind = dtensor()
+    return local_part(leaf) if kind is not None and isinstance(leaf, kind) else leaf
+
+
 class _Place(NamedTuple):
     """How the parts of a DTensor lie."""
 

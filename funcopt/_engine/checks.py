@@ -6,6 +6,7 @@ Messages name the path. Everything is refused before anything is written.
 from __future__ import annotations
 
 import numbers
+import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence, Set, ValuesView
 from functools import partial
 from itertools import chain
@@ -15,8 +16,7 @@ import torch
 from torch import Tensor
 
 from .._core import transforms
-from .._core.types import Number, Optimizer, is_dense, shown_layout
-from .._dtensor.shards import check_placed, dtensor, local_part
+from .._core.types import Number, is_dense, kind_of, shown, shown_layout
 from .rule import StepInputs, UpdateRule, is_read
 
 _DTYPES = frozenset(
@@ -29,18 +29,6 @@ _DTYPES = frozenset(
         torch.complex128,
     )
 )
-
-
-_COUNTS = frozenset((torch.float64, torch.float32, torch.int64, torch.int32))
-
-
-def check_optimizer(name: str, value: object) -> None:
-    """Refuse what is no optimizer to wrap."""
-    if not isinstance(value, Optimizer) or isinstance(value, type):
-        raise TypeError(
-            f"{name}={value!r}: must be an optimizer, which has init, update and update_. Give an "
-            f"instance, such as SGD()."
-        )
 
 
 def check_state(state: object, kind: type) -> None:
@@ -114,7 +102,8 @@ def check_alike(
     leaves: Sequence[Any], params: Sequence[Tensor], path: Callable[[int], str], what: str
 ) -> None:
     """Refuse gradients or moments that are not like their parameters."""
-    check_placed(leaves, params, path, what)
+    if (shards := sharding()) is not None:
+        shards.check_placed(leaves, params, path, what)
     for index, (leaf, param) in enumerate(zip(leaves, params, strict=True)):
         if not (
             isinstance(leaf, Tensor)
@@ -160,20 +149,6 @@ def of_members() -> str:
     return " Under vmap, the state is made by vmap, too: state = vmap(opt.init)(params)."
 
 
-def check_count(leaf: Any, path: Callable[[], str]) -> None:
-    """Refuse what cannot be a count of updates."""
-    if not isinstance(leaf, Tensor) or not is_dense(leaf) or leaf.dtype not in _COUNTS:
-        raise TypeError(
-            f"{path()} is {kind_of(leaf)}: the count must be a tensor of shape () that can count "
-            f"far, in float64 as init() makes it, or in float32, int32 or int64."
-        )
-    if leaf.ndim != 0:
-        raise ValueError(
-            f"{path()} has shape {tuple(leaf.shape)}: the count must have shape (). A state that "
-            f"vmap(init) made belongs to vmap(update)."
-        )
-
-
 def starts(leaves: Sequence[Any]) -> list[int] | None:
     """Return where leaves start in memory; None if one of them is no plain tensor, or sparse."""
     if not transforms.all_plain(leaves):
@@ -205,7 +180,8 @@ def check_distinct(leaves: Sequence[Tensor], path: Callable[[int], str], what: s
     pointers = starts(leaves)
     if pointers is None:
         with torch.no_grad():
-            parts = [local_part(leaf) if _is_sharded(leaf) else leaf for leaf in leaves]
+            shards = sharding()
+            parts = leaves if shards is None else list(map(shards.part_or_leaf, leaves))
         pointers = [(starts([part]) or [0])[0] for part in parts]
     if len(set(pointers)) == len(pointers):
         return
@@ -221,9 +197,18 @@ def check_distinct(leaves: Sequence[Tensor], path: Callable[[int], str], what: s
         first[pointer] = index
 
 
-def _is_sharded(leaf: Tensor) -> bool:
-    kind = dtensor()
-    return kind is not None and isinstance(leaf, kind)
+_shards: Any = None
+
+
+def sharding() -> Any:
+    """Return what knows of sharded tensors, None where there can be none.
+
+    The module of DTensors is imported by whoever makes one, never from here.
+    """
+    global _shards  # noqa: PLW0603
+    if _shards is None and "torch.distributed.tensor" in sys.modules:
+        from .._dtensor import shards as _shards  # noqa: PLC0415
+    return _shards
 
 
 def _instead_of(leaf: object) -> str:
@@ -236,21 +221,6 @@ def _instead_of(leaf: object) -> str:
     if isinstance(leaf, numbers.Number) or hasattr(leaf, "__array__"):
         return "Make it one, with torch.as_tensor()."
     return "Take it out of the tree, or register its type as a pytree node."
-
-
-def kind_of(value: object) -> str:
-    """Return what something is, as messages have it."""
-    if not isinstance(value, Tensor):
-        return "None" if value is None else f"of type {type(value).__name__}"
-    if value.is_nested:
-        return f"a nested tensor of {value.dtype}"
-    layout = "" if is_dense(value) else f" and layout {value.layout}"
-    return f"of {value.dtype} and shape {tuple(value.shape)}{layout}"
-
-
-def shown(value: object) -> str:
-    """Return a shape, dtype or device as messages have it."""
-    return str(tuple(value)) if isinstance(value, torch.Size) else str(value)
 
 
 _FLOAT = frozenset((float,))

@@ -28,7 +28,7 @@ from torch import Tensor
 from .._core import pytree, transforms
 from .._core.tensors import recording, scaled, view_as_complex_like, view_as_real
 from .._core.types import Number, Tree
-from . import autograd, dispatch
+from . import dispatch
 from .checks import are_apart, check_inplace
 from .hyperparameters import numbers_at, with_grad_scale
 from .memory import Layout, layout_of, write_all
@@ -65,12 +65,12 @@ def init(opt: Any, params: Tree) -> Any:
 
 def update(opt: Any, grads: Tree, state: Any, params: Tree) -> tuple[Any, Any]:
     """Return the new parameters and the new state, in fresh memory."""
-    return update_scaled(opt, grads, None, state, params)
+    return _update(opt, grads, None, state, params, in_place=False)
 
 
 def update_(opt: Any, grads: Tree, state: Any, params: Tree) -> tuple[Any, Any]:
     """Write the new parameters and the new state over the old, which are returned."""
-    return update_scaled_(opt, grads, None, state, params)
+    return _update(opt, grads, None, state, params, in_place=True)
 
 
 def update_scaled(
@@ -283,6 +283,8 @@ def _by_numbers(
     rule: UpdateRule, inputs: StepInputs, numbers: Any | list[Any], options: Any
 ) -> StepOutputs:
     """Take one step by the rule of autograd for each set of numbers: it knows one set."""
+    from . import autograd  # noqa: PLC0415  # which is for derivatives and members alone
+
     if not isinstance(numbers, list):
         return autograd.step_by_rule(rule, inputs, numbers, options)
     groups: dict[int, list[int]] = {}
@@ -355,33 +357,26 @@ def _find_routine(
     if not isinstance(state, rule.state) or options.step_per_leaf or options.differentiable:
         return None
     trees, count = trees_of(opt, rule, setup.kept, grads, state, params), state.step
-    if transforms.transformed() or transforms.observed() or not _is_plain_count(count):
+    is_watched = transforms.transformed() or transforms.observed()
+    if is_watched or not isinstance(count, Tensor) or count.ndim > 0 or count.is_inference():
         return None
     value, recalled = value_of(count), recall(trees)
     if isinstance(value, Tensor) or recalled is None or not recalled.layout.fast_path_ok:
         return None
-    inputs, layout = recalled.inputs, recalled.layout
-    tensors = inputs.params
+    inputs, layout, tensors = recalled.inputs, recalled.layout, recalled.inputs.params
     if in_place:
         if layout.params_require_grad and not all(param.is_leaf for param in inputs.params):
             return None
         tensors = [*chain.from_iterable(inputs.columns), count]
-    if not are_apart(tensors) or _is_dual(inputs, count) or _is_unserved(rule, options, layout):
+    if (
+        not are_apart(tensors)
+        or (transforms.may_be_dual() and transforms.any_dual(*inputs.columns, (count,)))
+        or (options.kernel != "auto" and not _is_served(rule, options.kernel, layout))
+    ):
         return None
     return _Routine(*recalled, count, value + 1)
 
 
-def _is_plain_count(count: object) -> bool:
-    return isinstance(count, Tensor) and count.ndim == 0 and not count.is_inference()
-
-
-def _is_dual(inputs: StepInputs, count: Tensor) -> bool:
-    return transforms.may_be_dual() and transforms.any_dual(*inputs.columns, (count,))
-
-
-def _is_unserved(rule: UpdateRule, options: Any, layout: Layout) -> bool:
-    """Whether a kernel that was asked for by name cannot serve the leaves."""
-    kernel = options.kernel
-    return kernel != "auto" and any(
-        dispatch.unserved(rule, kernel, device) for device in layout.devices
-    )
+def _is_served(rule: UpdateRule, kernel: str, layout: Layout) -> bool:
+    """Whether a kernel that was asked for by name can serve the leaves."""
+    return not any(dispatch.unserved(rule, kernel, device) for device in layout.devices)

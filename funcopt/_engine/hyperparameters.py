@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from .._core import transforms
-from .._core.types import Number, Schedule, Tree, is_dense, shown_layout
-from .checks import check_count
+from .._core.types import Number, Schedule, Tree, is_dense, kind_of, shown_layout
 from .rule import Hyperparam, Range, UpdateRule
 
 
@@ -209,6 +208,23 @@ def number_at(own: Hyperparam, given: Number | Schedule, count: Tree) -> Number:
     if isinstance(given, (float, int, Tensor)):
         return _checked(own, given)
     return _from_schedule(own, given, count)
+
+
+_COUNTS = frozenset((torch.float64, torch.float32, torch.int64, torch.int32))
+
+
+def check_count(leaf: Any, path: Callable[[], str]) -> None:
+    """Refuse what cannot be a count of updates."""
+    if not isinstance(leaf, Tensor) or not is_dense(leaf) or leaf.dtype not in _COUNTS:
+        raise TypeError(
+            f"{path()} is {kind_of(leaf)}: the count must be a tensor of shape () that can count "
+            f"far, in float64 as init() makes it, or in float32, int32 or int64."
+        )
+    if leaf.ndim != 0:
+        raise ValueError(
+            f"{path()} has shape {tuple(leaf.shape)}: the count must have shape (). A state that "
+            f"vmap(init) made belongs to vmap(update)."
+        )
 
 
 def has_schedule(opt: Any) -> bool:

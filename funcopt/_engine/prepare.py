@@ -12,8 +12,8 @@ from torch import Tensor
 from .._core import pytree, transforms
 from .._core.tensors import write
 from .._core.types import Number, Tree
-from .._dtensor.shards import agree
-from .checks import check_alike, check_count, check_distinct, check_leaves, check_state
+from .checks import check_alike, check_distinct, check_leaves, check_state, sharding
+from .hyperparameters import check_count
 from .memory import Layout, known, layout_of
 from .rule import Slot, StepInputs, StepOutputs, UpdateRule
 
@@ -223,7 +223,8 @@ def _is_watched(inputs: StepInputs, counts: Counts) -> bool:
 
 
 def _agree(inputs: StepInputs) -> bool:
-    return agree(inputs.params, inputs.columns[1:])
+    shards = sharding()
+    return shards is None or bool(shards.agree(inputs.params, inputs.columns[1:]))
 
 
 def _take(values: list[T], indices: list[int]) -> list[T]:

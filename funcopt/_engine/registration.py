@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from .._core import pytree, transforms
-from .._core.old_dynamo import let_it_hash
 from .._core.types import Optimizer, Tree, optimizers_in, own_traits
-from .._dtensor.shards import has_sharded
+from .checks import sharding
 from .hyperparameters import check_choice, check_flag, normalize_fields
 from .rule import UpdateRule
 
@@ -128,7 +127,8 @@ def wrap_methods(cls: Any) -> None:
 def _serving(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def serve(self: Any, grads: Tree, state: Tree, params: Tree) -> Any:
-        sharded = has_sharded(params)
+        shards = sharding()
+        sharded = shards is not None and shards.has_sharded(params)
         own = functools.partial(_on_local_parts, method) if sharded else method
         if transforms.autocasting():
             own = functools.partial(transforms.without_autocast, own)
@@ -240,7 +240,10 @@ def register_dataclass(cls: type[DataclassT], advice: str = "") -> type[Dataclas
 
     pytree.register_node(cls, flatten, unflatten, names)
     dataclass.__eq__, dataclass.__hash__ = _comparing(fields)
-    let_it_hash(cls)
+    if transforms.OLD_DYNAMO:
+        from .._core.old_dynamo import let_it_hash  # noqa: PLC0415
+
+        let_it_hash(cls)
     dataclass.__init__ = _explaining(dataclass.__init__, cls.__name__, fields, advice)
     return cls
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from .._core import pytree
-from .._core.types import Optimizer, own_traits
-from .._engine.checks import check_optimizer, is_like, kind_of
+from .._core.types import Optimizer, check_optimizer, kind_of, own_traits
+from .._engine.checks import is_like
 from ..wrappers.partition import Partition
 from ._reducer import BucketHook, check_reducer
 

@@ -13,8 +13,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .._core import pytree, transforms
 from .._core.tensors import compute_dtype, write
-from .._core.types import Optimizer, Traits, Tree
-from .._engine.checks import check_optimizer, check_state
+from .._core.types import Optimizer, Traits, Tree, check_optimizer
+from .._engine.checks import check_state
 from .._engine.hyperparameters import check_flag, normalize
 from .._engine.prepare import keep_requiring
 from .._engine.registration import register_optimizer

@@ -12,10 +12,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from .._core import pytree, transforms
-from .._core.types import Optimizer, Tree
+from .._core.types import Optimizer, Tree, check_optimizer
 from .._core.walk import Change, Place, edited
 from .._engine import memory
-from .._engine.checks import check_optimizer
 from .._engine.hyperparameters import check_choice
 from .._engine.prepare import flatten_params
 from ._checks import check_whole_number

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from .._core import pytree, transforms
-from .._core.types import Tree, is_dense, shown_layout
-from .._engine.checks import check_state, is_like, kind_of
+from .._core.types import Tree, is_dense, kind_of, shown_layout
+from .._engine.checks import check_state, is_like
 from .._engine.prepare import flatten_params
 from ._buckets import cut, is_bucketed
 from ._shards import Sharding

@@ -11,9 +11,9 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .._core import pytree, transforms
 from .._core.tensors import write
-from .._core.types import Optimizer, Traits, Tree, traits_of
+from .._core.types import Optimizer, Traits, Tree, check_optimizer, traits_of
 from .._dtensor.shards import wholes_in, work_on
-from .._engine.checks import check_optimizer, check_state
+from .._engine.checks import check_state
 from .._engine.hyperparameters import check_choice
 from .._engine.prepare import flatten_params, keep_requiring
 from .._engine.registration import register_optimizer

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from .._core import pytree, transforms
-from .._core.types import Tree, is_dense, shown_layout
-from .._engine.checks import shown
+from .._core.types import Tree, is_dense, shown, shown_layout
 from .._engine.prepare import check_untied, flatten_params
 from ..optimizers.frozen import Frozen
 from ..wrappers.labels import name_leaves

@@ -10,8 +10,17 @@ from torch import Tensor
 
 from .._core import pytree, tensors, transforms
 from .._core.tensors import compute_dtype, write
-from .._core.types import ELEMENTWISE, Number, Optimizer, Schedule, Traits, Tree
-from .._engine.checks import check_optimizer, check_state, is_like, kind_of
+from .._core.types import (
+    ELEMENTWISE,
+    Number,
+    Optimizer,
+    Schedule,
+    Traits,
+    Tree,
+    check_optimizer,
+    kind_of,
+)
+from .._engine.checks import check_state, is_like
 from .._engine.hyperparameters import normalize_fields, numbers_of
 from .._engine.prepare import next_step
 from .._engine.registration import register_optimizer

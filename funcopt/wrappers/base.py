@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .._core import pytree, transforms
 from .._core.tensors import recording, write
-from .._core.types import Number, Optimizer, Schedule, Tree, is_dense, traits_of
+from .._core.types import Number, Optimizer, Schedule, Tree, is_dense, kind_of, traits_of
 from .._engine.checks import (
     are_apart,
     check_alike,
@@ -27,7 +27,6 @@ from .._engine.checks import (
     check_no_history,
     check_not_among,
     check_unwatched,
-    kind_of,
 )
 from .._engine.hyperparameters import has_schedule
 from .._engine.prepare import check_untied, first_count, next_step, place_for_count

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from .._core import pytree, transforms
 from .._core.tensors import compute_dtype, differentiable_norm, fit, vector_norm
-from .._core.types import Number, Optimizer, Schedule, Traits, Tree
+from .._core.types import Number, Optimizer, Schedule, Traits, Tree, check_optimizer
 from .._dtensor.shards import whole_of
-from .._engine.checks import check_optimizer, check_state
+from .._engine.checks import check_state
 from .._engine.hyperparameters import normalize_fields, numbers_of
 from .._engine.prepare import next_step
 from .._engine.registration import register_optimizer

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from .._core import tensors
-from .._core.types import Number, Optimizer, Schedule, Traits, Tree
+from .._core.types import Number, Optimizer, Schedule, Traits, Tree, check_optimizer
 from .._dtensor.reductions import over_shards
-from .._engine.checks import check_optimizer, check_state
+from .._engine.checks import check_state
 from .._engine.hyperparameters import check_choice, normalize, normalize_fields, numbers_of
 from .._engine.prepare import next_step
 from .._engine.registration import register_optimizer

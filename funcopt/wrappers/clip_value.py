@@ -10,8 +10,8 @@ from torch import Tensor
 
 from .._core import transforms
 from .._core.tensors import is_mapped, view_as_complex_like, view_as_real
-from .._core.types import Number, Optimizer, Schedule, Traits, Tree
-from .._engine.checks import check_optimizer, check_state
+from .._core.types import Number, Optimizer, Schedule, Traits, Tree, check_optimizer
+from .._engine.checks import check_state
 from .._engine.hyperparameters import normalize_fields, numbers_of
 from .._engine.prepare import next_step
 from .._engine.registration import register_optimizer

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from .._core import pytree
 from .._core.tensors import write
-from .._core.types import ELEMENTWISE, Number, Optimizer, Schedule, Traits, Tree
-from .._engine.checks import check_optimizer, check_state
+from .._core.types import ELEMENTWISE, Number, Optimizer, Schedule, Traits, Tree, check_optimizer
+from .._engine.checks import check_state
 from .._engine.hyperparameters import check_flag, normalize_fields, numbers_of
 from .._engine.prepare import keep_requiring, next_step
 from .._engine.registration import register_optimizer

@@ -10,9 +10,15 @@ import torch
 from torch import Tensor
 
 from .._core import transforms
-from .._core.types import Number, Optimizer, Schedule, Traits, Tree
-from .._engine.checks import check_count, check_optimizer, check_state
-from .._engine.hyperparameters import normalize, normalize_fields, number_at, numbers_of
+from .._core.types import Number, Optimizer, Schedule, Traits, Tree, check_optimizer
+from .._engine.checks import check_state
+from .._engine.hyperparameters import (
+    check_count,
+    normalize,
+    normalize_fields,
+    number_at,
+    numbers_of,
+)
 from .._engine.prepare import next_step
 from .._engine.registration import register_optimizer
 from .._engine.rule import COUNT, Hyperparam, Range

@@ -10,9 +10,9 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 from torch import Tensor
 
 from .._core import pytree
-from .._core.types import Optimizer, Traits, Tree
+from .._core.types import Optimizer, Traits, Tree, check_optimizer
 from .._dtensor.shards import whole_of
-from .._engine.checks import check_dense, check_optimizer, check_state
+from .._engine.checks import check_dense, check_state
 from .._engine.prepare import check_untied
 from .._engine.registration import at_rest, leaves_at_rest, may_rest, register_optimizer
 from .labels import Labels, check_labels, label_leaves, name_leaves, patterns_in

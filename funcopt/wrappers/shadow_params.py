@@ -14,9 +14,9 @@ from torch import Tensor
 
 from .._core import pytree, tensors, transforms
 from .._core.tensors import write
-from .._core.types import Number, Optimizer, Tree
+from .._core.types import Number, Optimizer, Tree, kind_of
 from .._dtensor.shards import check_placed
-from .._engine.checks import check_apart, check_writable, is_like, kind_of, of_members
+from .._engine.checks import check_apart, check_writable, is_like, of_members
 from .base import Gradients, check_inplace, gather_params, records
 
 DtypeOf: TypeAlias = Callable[[torch.dtype], torch.dtype]

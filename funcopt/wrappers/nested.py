@@ -10,10 +10,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from .._core import pytree
+from .._core.types import Optimizer, Tree
+from .._core.walk import Change, Place, Step, children, edited, text, walk
 from .._engine.hyperparameters import call_schedule
-from . import pytree
-from .types import Optimizer, Tree
-from .walk import Change, Place, Step, children, edited, text, walk
 
 TreeT = TypeVar("TreeT")
 
