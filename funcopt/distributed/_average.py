@@ -35,8 +35,8 @@ def average_gradients(grads: Tree, mesh: DeviceMesh | None) -> Tree:
         mesh: The processes: a `DeviceMesh` of one dimension; None for this one alone.
 
     Returns:
-        A tree like `grads`, in its dtypes and in fresh memory; 16-bit gradients are averaged in
-        float32. Nothing is recorded by autograd.
+        A tree like `grads`, in its dtypes and in fresh memory, which tensors may share, each its
+        own part. 16-bit gradients are averaged in float32. Nothing is recorded by autograd.
 
     Raises:
         RuntimeError: Under a transform of `torch.func`.

@@ -54,7 +54,8 @@ class CostCounterMode(TorchDispatchMode):  # type: ignore[no-untyped-call]  # wh
         if DTensor in types:
             return NotImplemented  # so that it calls others on its local part, which are seen
         kwargs = kwargs or {}
-        if func.overloadpacket.__name__.startswith("_fused_"):
+        name = func.overloadpacket.__name__
+        if name.startswith("_fused_") and name.endswith("_"):
             return None  # it writes in place and allocates nothing; not each has a meta kernel
         result = _read(func, args, kwargs)
         if result is None:
@@ -62,7 +63,7 @@ class CostCounterMode(TorchDispatchMode):  # type: ignore[no-untyped-call]  # wh
         for tensor in _tensors(result):
             self._see(tensor)
         if func.namespace in ("c10d", "_c10d_functional"):
-            self._count(func.overloadpacket.__name__, [*args, result])
+            self._count(name, [*args, result])
         return result
 
     def _see(self, tensor: Tensor) -> None:

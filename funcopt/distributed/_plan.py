@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,8 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from .._core import pytree, transforms
-from .._core.types import Optimizer, Tree, check_optimizer
-from .._core.walk import Change, Place, edited
+from .._core.types import Optimizer, Tree, check_optimizer, own_traits
 from .._engine import memory
 from .._engine.hyperparameters import check_choice
 from .._engine.prepare import flatten_params
@@ -194,8 +194,12 @@ def _locals(tree: Tree) -> list[Tensor]:
 
 
 def _over(opt: Optimizer[Any], mesh: DeviceMesh) -> Any:
-    """Return an optimizer that is on this mesh, with all that are within it."""
-    new = edited(
-        Place((), opt), True, lambda place, _: Change(mesh) if place.matches("mesh") else None
-    )
-    return opt if new is None else new.value
+    """Return an optimizer with this mesh in all that send something, itself and those within it."""
+    fields: dict[str, Any] = {"mesh": mesh} if own_traits(opt).sends else {}
+    inner = getattr(opt, "inner", None)
+    if isinstance(inner, Mapping):
+        fields["inner"] = {label: _over(part, mesh) for label, part in inner.items()}
+    elif inner is not None:
+        fields["inner"] = _over(inner, mesh)
+    owner: Any = opt
+    return dataclasses.replace(owner, **fields) if fields else opt

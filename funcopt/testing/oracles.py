@@ -111,7 +111,7 @@ def sgd(opt: SGD, grads: Tree, state: Any, params: Tree) -> tuple[Tree, Any]:
     def move(opt: SGD, n: _Numbers, row: list[Any]) -> list[Any]:
         p, g, *buffers = row
         g = g + n["weight_decay"] * p
-        first = torch.as_tensor(n["t"] == 1)
+        first = torch.as_tensor(n["t"] == 1, device=p.device)
         later = [n["momentum"] * b + (1 - n["dampening"]) * g for b in buffers]
         buffers = [torch.where(first, g, b) for b in later]
         for b in buffers:

@@ -3,7 +3,8 @@
 import sys
 import time
 from collections import Counter
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ from funcopt import (
     decay_label,
 )
 from funcopt.distributed import LocalUpdates, PlanRow, Zero1, plan
+from funcopt.extend import Traits, register_optimizer
 
 from ..cases import assert_same_bits
 from .harness import run_ranks
@@ -277,6 +279,33 @@ def test_every_wrapper_can_be_planned(opt):
         assert row.peak_in_place >= 2 * nbytes(params) + row.state
         assert row.state < state if sharded and row.ranks > 1 else row.state == state
         assert bool(row.collectives) == (sharded and row.ranks > 1)
+
+
+@register_optimizer
+@dataclass(frozen=True)
+class Triangular:
+    """A wrapper of one's own that has something else by the name of a mesh, and sends nothing."""
+
+    traits: ClassVar[Traits] = Traits(elementwise=True, linear=True)
+    inner: Any
+    mesh: tuple[int, ...]
+
+    def init(self, params):
+        return self.inner.init(params)
+
+    def update(self, grads, state, params):
+        assert self.mesh == (3, 4, 5)
+        return self.inner.update(grads, state, params)
+
+    def update_(self, grads, state, params):
+        assert self.mesh == (3, 4, 5)
+        return self.inner.update_(grads, state, params)
+
+
+def test_only_what_sends_something_is_put_on_the_planned_mesh():
+    params = {"w": torch.empty(5, 3)}
+    inner = Zero1(AdamW(), None)
+    assert plan(Triangular(inner, (3, 4, 5)), params, 4).rows == plan(inner, params, 4).rows
 
 
 def test_real_and_meta_parameters_and_any_tree_give_the_same_plan():
