@@ -269,7 +269,7 @@ def _split(inputs: StepInputs, values: list[Any]) -> Iterator[tuple[StepInputs, 
         return
     members = [[tensor.unbind(0) for tensor in column] for column in inputs.columns]
     for i in range(inputs.params[0].shape[0]):
-        own = StepInputs.of([slices[i] for slices in column] for column in members)
+        own = StepInputs.of([[slices[i] for slices in column] for column in members])
         yield from _split(own, [_nth(value, i) for value in values])
 
 

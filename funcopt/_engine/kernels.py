@@ -60,7 +60,7 @@ def _widened(step_: Callable[..., None], inputs: StepInputs, numbers: Any, optio
     if compute_dtype(dtype) is dtype:
         step_(inputs, numbers, options)
         return
-    wide = StepInputs.of([tensor.float() for tensor in column] for column in inputs.columns)
+    wide = StepInputs.of([[tensor.float() for tensor in column] for column in inputs.columns])
     step_(wide, numbers, options)
     for column, computed in zip(inputs.targets.columns, wide.targets.columns, strict=True):
         torch._foreach_copy_(column, computed)

@@ -53,7 +53,7 @@ _clone_all: Callable[[list[Tensor]], list[Tensor]] = getattr(torch, "_foreach_cl
 
 def packed(inputs: StepInputs) -> StepInputs:
     """Return contiguous leaves laid side by side in fresh memory, as one leaf."""
-    return StepInputs.of([torch.cat(column)] for column in inputs.columns)
+    return StepInputs.of([[torch.cat(column)] for column in inputs.columns])
 
 
 def unpacked(outputs: StepOutputs, sizes: list[int]) -> StepOutputs:

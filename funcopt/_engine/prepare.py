@@ -141,7 +141,7 @@ def prepare(opt: Any, rule: UpdateRule, grads: Tree, state: Any, params: Tree) -
     )
     counts = gather_counts(state.step, structure if per_leaf else None)
     active = [index for index, grad in enumerate(gradients.leaves) if grad is not None]
-    inputs = StepInputs.of(_take(paired.leaves, active) for paired in (own, gradients, *kept))
+    inputs = StepInputs.of([_take(paired.leaves, active) for paired in (own, gradients, *kept)])
     all_active = len(active) == len(leaves)
     layout = known(inputs) if all_active and not tracing and _agree(inputs) else None
     if layout is None:

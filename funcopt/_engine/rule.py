@@ -114,7 +114,7 @@ class StepInputs(NamedTuple):
         """Return the leaves at these indices, which are in order."""
         if len(indices) == len(self.params):
             return self
-        return StepInputs.of([column[i] for i in indices] for column in self.columns)
+        return StepInputs.of([[column[i] for i in indices] for column in self.columns])
 
 
 class StepOutputs(NamedTuple):

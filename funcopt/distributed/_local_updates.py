@@ -5,7 +5,7 @@ from __future__ import annotations
 import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .._core import pytree, transforms
 from .._core.tensors import compute_dtype, write
-from .._core.types import Optimizer, Traits, Tree, check_optimizer
+from .._core.types import Optimizer, ParamsT, Traits, Tree, check_optimizer
 from .._engine.checks import check_state
 from .._engine.hyperparameters import check_flag, normalize
 from .._engine.prepare import keep_requiring
@@ -22,8 +22,6 @@ from .._engine.rule import AT_LEAST_ZERO, BELOW_ONE, COUNT, Hyperparam
 from ..wrappers.base import check_scalar, gather_gradients, gather_params, read
 from ._checks import check_mesh, check_unrecorded, check_untransformed
 from ._sync import Outer, Sync
-
-ParamsT = TypeVar("ParamsT")
 
 
 class LocalUpdatesState(NamedTuple):

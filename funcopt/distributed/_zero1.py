@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .._core import pytree, transforms
 from .._core.tensors import write
-from .._core.types import Optimizer, Traits, Tree, check_optimizer, traits_of
+from .._core.types import Optimizer, ParamsT, Traits, Tree, check_optimizer, traits_of
 from .._dtensor.shards import wholes_in, work_on
 from .._engine.checks import check_state
 from .._engine.hyperparameters import check_choice
@@ -30,8 +30,6 @@ from ._checks import (
 )
 from ._shards import Sharding, join
 from ._step import Step
-
-ParamsT = TypeVar("ParamsT")
 
 _GRADIENTS = ("local", "averaged")
 

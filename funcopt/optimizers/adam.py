@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
-from .._core.types import ELEMENTWISE_BY_RULE, Number, Schedule, Tree
+from .._core.types import ELEMENTWISE_BY_RULE, Number, ParamsT, Schedule, Tree
 from .._engine import driver
 from .._engine.registration import check_fields, register_optimizer
 from .._engine.rule import UpdateRule
 from ._terms import add_decay
 from .adamw import HYPERPARAMS, SLOTS, Coefficients, coefficients, descend, descend_
-
-ParamsT = TypeVar("ParamsT")
 
 
 class AdamState(NamedTuple):
@@ -140,40 +138,14 @@ class Adam:
         check_fields(self)
 
     def init(self, params: Tree) -> AdamState:
-        """Return the state before the first update: zeros.
-
-        Example:
-            >>> import torch, funcopt
-            >>> funcopt.Adam().init([torch.ones(2)])  # doctest: +NORMALIZE_WHITESPACE
-            AdamState(step=tensor(0., dtype=torch.float64), exp_avg=[tensor([0., 0.])],
-                      exp_avg_sq=[tensor([0., 0.])], max_exp_avg_sq=())
-        """
+        """Return the state before the first update: zeros."""
         state: AdamState = driver.init(self, params)
         return state
 
     def update(self, grads: Tree, state: AdamState, params: ParamsT) -> tuple[ParamsT, AdamState]:
-        """Return the new parameters and the new state, in fresh memory.
-
-        Example:
-            >>> import torch, funcopt
-            >>> opt = funcopt.Adam(lr=1e-2)
-            >>> params = [torch.ones(2), torch.ones(2)]
-            >>> params, state = opt.update([torch.ones(2), None], opt.init(params), params)
-            >>> params
-            [tensor([0.9900, 0.9900]), tensor([1., 1.])]
-        """
+        """Return the new parameters and the new state, in fresh memory."""
         return driver.update(self, grads, state, params)
 
     def update_(self, grads: Tree, state: AdamState, params: ParamsT) -> tuple[ParamsT, AdamState]:
-        """Do the same as `update`, written into `params` and `state`, which are returned.
-
-        Example:
-            >>> import torch, funcopt
-            >>> opt = funcopt.Adam(lr=0.1)
-            >>> w = torch.nn.Parameter(torch.ones(2))
-            >>> _ = opt.update_(torch.ones(2), opt.init(w), w)
-            >>> w
-            Parameter containing:
-            tensor([0.9000, 0.9000], requires_grad=True)
-        """
+        """Do the same as `update`, written into `params` and `state`, which are returned."""
         return driver.update_(self, grads, state, params)

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .._core.types import ELEMENTWISE_BY_RULE, Number, Schedule, Tree
+from .._core.types import ELEMENTWISE_BY_RULE, Number, ParamsT, Schedule, Tree
 from .._engine import driver
 from .._engine.dispatch import safe_sqrt
 from .._engine.registration import check_fields, register_optimizer
 from .._engine.rule import AT_LEAST_ZERO, BELOW_ONE, Hyperparam, Slot, UpdateRule
-
-ParamsT = TypeVar("ParamsT")
 
 
 class AdamWState(NamedTuple):

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar
+from typing import ClassVar
 
-from .._core.types import Traits, Tree
+from .._core.types import ParamsT, Traits, Tree
 from .._engine.registration import register_optimizer
-
-ParamsT = TypeVar("ParamsT")
 
 
 @register_optimizer

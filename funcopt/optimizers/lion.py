@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .._core.tensors import double, fit
-from .._core.types import ELEMENTWISE_BY_RULE, Number, Schedule, Tree
+from .._core.types import ELEMENTWISE_BY_RULE, Number, ParamsT, Schedule, Tree
 from .._engine import driver, kernels
 from .._engine.registration import check_fields, register_optimizer
 from .._engine.rule import AT_LEAST_ZERO, BELOW_ONE, Hyperparam, Slot, StepInputs, UpdateRule
-
-ParamsT = TypeVar("ParamsT")
 
 
 class LionState(NamedTuple):
@@ -162,39 +160,14 @@ class Lion:
         check_fields(self)
 
     def init(self, params: Tree) -> LionState:
-        """Return the state before the first update: zeros.
-
-        Example:
-            >>> import torch, funcopt
-            >>> funcopt.Lion().init([torch.ones(2)])
-            LionState(step=tensor(0., dtype=torch.float64), exp_avg=[tensor([0., 0.])])
-        """
+        """Return the state before the first update: zeros."""
         state: LionState = driver.init(self, params)
         return state
 
     def update(self, grads: Tree, state: LionState, params: ParamsT) -> tuple[ParamsT, LionState]:
-        """Return the new parameters and the new state, in fresh memory.
-
-        Example:
-            >>> import torch, funcopt
-            >>> opt = funcopt.Lion(lr=0.1)
-            >>> params = [torch.ones(2), torch.ones(2)]
-            >>> params, state = opt.update([torch.ones(2), None], opt.init(params), params)
-            >>> params
-            [tensor([0.8999, 0.8999]), tensor([1., 1.])]
-        """
+        """Return the new parameters and the new state, in fresh memory."""
         return driver.update(self, grads, state, params)
 
     def update_(self, grads: Tree, state: LionState, params: ParamsT) -> tuple[ParamsT, LionState]:
-        """Do the same as `update`, written into `params` and `state`, which are returned.
-
-        Example:
-            >>> import torch, funcopt
-            >>> opt = funcopt.Lion(lr=0.1)
-            >>> w = torch.nn.Parameter(torch.ones(2))
-            >>> _ = opt.update_(torch.ones(2), opt.init(w), w)
-            >>> w
-            Parameter containing:
-            tensor([0.8999, 0.8999], requires_grad=True)
-        """
+        """Do the same as `update`, written into `params` and `state`, which are returned."""
         return driver.update_(self, grads, state, params)

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .._core.tensors import compute_dtype, double, fit
-from .._core.types import ELEMENTWISE_BY_RULE, Number, Schedule, Tree
+from .._core.types import ELEMENTWISE_BY_RULE, Number, ParamsT, Schedule, Tree
 from .._engine import driver, kernels
 from .._engine.registration import check_fields, register_optimizer
 from .._engine.rule import AT_LEAST_ZERO, Hyperparam, Range, Slot, StepInputs, UpdateRule
 from ._terms import add_decay, add_scaled
-
-ParamsT = TypeVar("ParamsT")
 
 
 class SGDState(NamedTuple):
@@ -233,41 +231,16 @@ class SGD:
             )
 
     def init(self, params: Tree) -> SGDState:
-        """Return the state before the first update: zeros.
-
-        Example:
-            >>> import torch, funcopt
-            >>> funcopt.SGD(momentum=0.9).init([torch.ones(2)])
-            SGDState(step=tensor(0., dtype=torch.float64), momentum_buffer=[tensor([0., 0.])])
-        """
+        """Return the state before the first update: zeros."""
         state: SGDState = driver.init(self, params)
         return state
 
     def update(self, grads: Tree, state: SGDState, params: ParamsT) -> tuple[ParamsT, SGDState]:
-        """Return the new parameters and the new state, in fresh memory.
-
-        Example:
-            >>> import torch, funcopt
-            >>> opt = funcopt.SGD(lr=0.1)
-            >>> params = [torch.ones(2), torch.ones(2)]
-            >>> params, state = opt.update([torch.ones(2), None], opt.init(params), params)
-            >>> params
-            [tensor([0.9000, 0.9000]), tensor([1., 1.])]
-        """
+        """Return the new parameters and the new state, in fresh memory."""
         return driver.update(self, grads, state, params)
 
     def update_(self, grads: Tree, state: SGDState, params: ParamsT) -> tuple[ParamsT, SGDState]:
-        """Do the same as `update`, written into `params` and `state`, which are returned.
-
-        Example:
-            >>> import torch, funcopt
-            >>> opt = funcopt.SGD(lr=0.1)
-            >>> w = torch.nn.Parameter(torch.ones(2))
-            >>> _ = opt.update_(torch.ones(2), opt.init(w), w)
-            >>> w
-            Parameter containing:
-            tensor([0.9000, 0.9000], requires_grad=True)
-        """
+        """Do the same as `update`, written into `params` and `state`, which are returned."""
         return driver.update_(self, grads, state, params)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from .._core.types import (
     ELEMENTWISE,
     Number,
     Optimizer,
+    ParamsT,
     Schedule,
     Traits,
     Tree,
@@ -42,8 +43,6 @@ from .base import (
 )
 from .shadow_params import ShadowParams
 from .update_if import update_if, update_if_
-
-ParamsT = TypeVar("ParamsT")
 
 
 class AccumulateState(NamedTuple):

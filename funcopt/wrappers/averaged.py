@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from .._core import pytree
-from .._core.types import Tree
+from .._core.types import ParamsT, Tree
 from .ema import EmaState
 from .labels import name_leaves
 from .partition import PartitionState
-
-ParamsT = TypeVar("ParamsT")
 
 
 def averaged(state: Any, params: ParamsT) -> ParamsT:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .._core import pytree, transforms
 from .._core.tensors import compute_dtype, differentiable_norm, fit, vector_norm
-from .._core.types import Number, Optimizer, Schedule, Traits, Tree, check_optimizer
+from .._core.types import Number, Optimizer, ParamsT, Schedule, Traits, Tree, check_optimizer
 from .._dtensor.shards import whole_of
 from .._engine.checks import check_state
 from .._engine.hyperparameters import normalize_fields, numbers_of
@@ -28,8 +28,6 @@ from .base import (
     records,
     write_state,
 )
-
-ParamsT = TypeVar("ParamsT")
 
 # The least norm that a gradient is divided by, as in optax.
 _LEAST = 1e-6

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .._core import tensors
-from .._core.types import Number, Optimizer, Schedule, Traits, Tree, check_optimizer
+from .._core.types import Number, Optimizer, ParamsT, Schedule, Traits, Tree, check_optimizer
 from .._dtensor.reductions import over_shards
 from .._engine.checks import check_state
 from .._engine.hyperparameters import check_choice, normalize, normalize_fields, numbers_of
@@ -33,8 +33,6 @@ from .base import (
 )
 from .finite import place_for, zeros_unless
 from .update_if import update_if, update_if_
-
-ParamsT = TypeVar("ParamsT")
 
 _NONFINITE = ("propagate", "skip")
 # What torch adds to a norm before it divides by it.

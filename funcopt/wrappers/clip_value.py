@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .._core import transforms
 from .._core.tensors import is_mapped, view_as_complex_like, view_as_real
-from .._core.types import Number, Optimizer, Schedule, Traits, Tree, check_optimizer
+from .._core.types import Number, Optimizer, ParamsT, Schedule, Traits, Tree, check_optimizer
 from .._engine.checks import check_state
 from .._engine.hyperparameters import normalize_fields, numbers_of
 from .._engine.prepare import next_step
@@ -25,8 +25,6 @@ from .base import (
     place_of_tensors,
     write_state,
 )
-
-ParamsT = TypeVar("ParamsT")
 
 
 class ClipValueState(NamedTuple):

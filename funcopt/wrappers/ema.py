@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .._core import pytree
 from .._core.tensors import compute_dtype, write
-from .._core.types import ELEMENTWISE, Number, Optimizer, Schedule, Traits, Tree, check_optimizer
+from .._core.types import (
+    ELEMENTWISE,
+    Number,
+    Optimizer,
+    ParamsT,
+    Schedule,
+    Traits,
+    Tree,
+    check_optimizer,
+)
 from .._engine.checks import check_state
 from .._engine.hyperparameters import check_flag, normalize_fields, numbers_of
 from .._engine.prepare import first_count, fresh, place_for_count
@@ -18,8 +27,6 @@ from .._engine.registration import register_optimizer
 from .._engine.rule import BELOW_ONE, Hyperparam
 from .base import check_scalar, gather_gradients, records, settled
 from .shadow_params import ShadowParams, copy_params
-
-ParamsT = TypeVar("ParamsT")
 
 
 class EmaState(NamedTuple):

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .._core import pytree
 from .._core.tensors import write
-from .._core.types import ELEMENTWISE, Number, Optimizer, Schedule, Traits, Tree, check_optimizer
+from .._core.types import (
+    ELEMENTWISE,
+    Number,
+    Optimizer,
+    ParamsT,
+    Schedule,
+    Traits,
+    Tree,
+    check_optimizer,
+)
 from .._engine.checks import check_state
 from .._engine.hyperparameters import check_flag, normalize_fields, numbers_of
 from .._engine.prepare import keep_requiring, next_step
@@ -31,8 +40,6 @@ from .base import (
 )
 from .shadow_params import ShadowParams, copy_params
 from .update_if import choose_each, copies
-
-ParamsT = TypeVar("ParamsT")
 
 
 class LookaheadState(NamedTuple):

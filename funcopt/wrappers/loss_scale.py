@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .._core import transforms
-from .._core.types import Number, Optimizer, Schedule, Traits, Tree, check_optimizer
+from .._core.types import Number, Optimizer, ParamsT, Schedule, Traits, Tree, check_optimizer
 from .._engine.checks import check_state
 from .._engine.hyperparameters import (
     check_count,
@@ -35,8 +35,6 @@ from .base import (
 )
 from .finite import all_finite_everywhere, decide, place_for, zeros_unless
 from .update_if import update_if, update_if_
-
-ParamsT = TypeVar("ParamsT")
 
 
 class LossScaleState(NamedTuple):

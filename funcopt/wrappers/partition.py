@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
 from .._core import pytree
-from .._core.types import Optimizer, Traits, Tree, check_optimizer
+from .._core.types import Optimizer, ParamsT, Traits, Tree, check_optimizer
 from .._dtensor.shards import whole_of
 from .._engine.checks import check_dense, check_state
 from .._engine.prepare import check_untied
@@ -18,8 +18,6 @@ from .._engine.registration import at_rest, leaves_at_rest, may_rest, register_o
 from .labels import Labels, check_labels, label_leaves, name_leaves, patterns_in
 from .scaled import hands_on
 from .together import Update, update_together_
-
-ParamsT = TypeVar("ParamsT")
 
 
 class PartitionState(NamedTuple):

@@ -68,7 +68,7 @@ def _unsupported_reason(device: torch.device, numbers: Any) -> str | None:
 
 def _step(inputs: StepInputs, numbers: Any, options: Any) -> StepOutputs:
     targets = inputs.targets.columns
-    outputs = StepOutputs.of([torch.empty_like(tensor) for tensor in own] for own in targets)
+    outputs = StepOutputs.of([[torch.empty_like(tensor) for tensor in own] for own in targets])
     _launch(inputs, outputs, numbers, options)
     return outputs
 
