@@ -15,12 +15,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from optree import tree_map
 from torch import Tensor
 
+from funcopt.extend import Traits
 from funcopt.testing import check_optimizer
 
 Tree = Any
@@ -30,7 +31,8 @@ Tree = Any
 class Lion:
     """Lion: the sign of a mean (Chen et al., Symbolic Discovery of Optimization Algorithms)."""
 
-    elementwise = True  # each element moves by its own gradient, mean and value
+    # Each element moves by its own gradient, mean and value.
+    traits: ClassVar[Traits] = Traits(elementwise=True)
 
     lr: float | Tensor = 1e-2
     betas: tuple[float, float] = (0.9, 0.99)
