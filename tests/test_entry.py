@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.func import grad, jvp, vmap
 
-from funcopt import AdamW, LossScale, SkipNonfinite, _transforms
+from funcopt import AdamW, LossScale, SkipNonfinite
 from funcopt.distributed import Zero1, gather_state, scatter_state
 
 from .cases import assert_same_bits, leaves, tree_map
@@ -184,9 +184,9 @@ def test_an_update_leaves_autocast_on_in_other_threads():
 
 
 def test_without_torchs_private_question_autocast_is_noticed_too():
-    assert not _transforms._any_autocast()
+    assert not _modes._any_autocast()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert _transforms._any_autocast()
+        assert _modes._any_autocast()
 
 
 @pytest.mark.parametrize("name", CASES)
