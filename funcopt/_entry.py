@@ -102,13 +102,6 @@ def _too_many_to_compile(params: Tree) -> bool:
     return len(_tree.flatten(params)[0]) > _MOST_TO_COMPILE
 
 
-def _has_more_leaves(tree: Tree, most: int) -> bool:
-    """Whether a tree has more leaves than that; if it is wide at the top, without a look inside."""
-    if isinstance(tree, (dict, list, tuple)) and len(tree) > most:
-        return True
-    return len(_tree.flatten(tree)[0]) > most
-
-
 class _TakenApart(NamedTuple):
     parts: Parts
     trees: list[Tree]  # gradients, state and parameters, as far as they are here
