@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.func import grad, jvp, vmap
 
-from funcopt import AdamW, LossScale, SkipNonfinite
+from funcopt import AdamW, LossScale, SkipNonfinite, _modes
 from funcopt.distributed import Zero1, gather_state, scatter_state
 
 from .cases import assert_same_bits, leaves, tree_map
