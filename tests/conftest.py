@@ -29,7 +29,7 @@ def device(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def examples(pytestconfig: pytest.Config) -> Callable[..., int]:
-    """How many problems to try for a law: `examples(law)`, a twentieth of them unless it is night.
+    """How many problems to try for a law: `examples(law)`, a fortieth of them unless it is night.
 
     One that compiles takes seconds for each problem, so that by day it is given one.
     """
@@ -38,7 +38,7 @@ def examples(pytestconfig: pytest.Config) -> Callable[..., int]:
     def number_of(law: Any = None, by_night: int = 100) -> int:
         if law is laws.compiles_once:
             return 3 if nightly else 1
-        return by_night if nightly else by_night // 20
+        return by_night if nightly else max(2, by_night // 40)
 
     return number_of
 

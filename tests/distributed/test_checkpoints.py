@@ -116,6 +116,7 @@ def saved(tmp_path_factory):
     return directories, {way: run_ranks(2, save, path, way)[0] for way, path in directories.items()}
 
 
+@pytest.mark.by_day(2)
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_what_two_processes_saved_is_the_same_bits_on_any_number_however_it_lies(saved, world_size):
     run_ranks(world_size, load, *saved)

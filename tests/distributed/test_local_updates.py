@@ -278,6 +278,7 @@ def on_each_rank(rank):
     return repr(LocalUpdates(AdamW(), 2, mesh))
 
 
+@pytest.mark.by_day(1)
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_processes_train_apart_and_sync_to_the_same_bits(world_size):
     assert all("every=2" in found for found in run_ranks(world_size, on_each_rank))

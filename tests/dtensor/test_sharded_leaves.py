@@ -187,6 +187,7 @@ def train_sharded(rank, shard, runs):
         assert_near(whole(trained), on_one_process(name, hidden))
 
 
+@pytest.mark.by_day(2)
 @pytest.mark.parametrize(
     ("world_size", "shard", "runs"),
     [

@@ -44,6 +44,7 @@ class Step(torch.nn.Module):
         return self.opt.update(grads, state, params)
 
 
+@pytest.mark.by_day(3)
 @pytest.mark.parametrize("name", COMPILED)
 def test_one_graph_serves_leaves_of_every_size(name):
     opt = TRACED[name]
@@ -95,6 +96,7 @@ def test_make_fx_traces_symbolic_sizes(name):
         assert_close(graph(*args), opt.update(*args))
 
 
+@pytest.mark.by_day(4)
 @pytest.mark.parametrize(
     ("name", "strict"), [*((name, False) for name in TRACED), ("AdamW", True), ("ClipValue", True)]
 )

@@ -50,6 +50,7 @@ def params():
     return {"b": torch.randn(3), "a": Point(torch.randn(4, 3), [torch.randn(())])}
 
 
+@pytest.mark.by_day(1)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_one_graph_serves_six_steps_with_a_changing_tensor_lr(backend):
     step = compiled(lambda opt, g, s, p: opt.update(g, s, p), backend)
@@ -86,6 +87,7 @@ VARIANTS = {
 }
 
 
+@pytest.mark.by_day(4)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_one_graph_serves_every_variant(name, backend):
@@ -100,6 +102,7 @@ def test_one_graph_serves_every_variant(name, backend):
         weights, state = expected
 
 
+@pytest.mark.by_day(3)
 @pytest.mark.parametrize("name", trees())
 def test_one_graph_serves_trees_of_every_kind(name):
     opt, weights = AdamW(lr=0.1), trees()[name]
@@ -128,6 +131,7 @@ def test_update_in_place_compiles_for_the_parameters_of_a_module(backend):
         assert_close((weights, state), (theirs, their_state), rtol=2e-6)
 
 
+@pytest.mark.by_day(2)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_whole_train_step_compiles_and_leaves_no_graph_behind(backend):
     model = nn.Linear(3, 2)

@@ -414,6 +414,7 @@ def test_the_derivative_of_training_with_respect_to_a_schedule_is_right():
         assert_close(tangent, slope, rtol=1e-9)
 
 
+@pytest.mark.by_day(2)
 @pytest.mark.parametrize("in_tensor", [False, True])
 @pytest.mark.parametrize("name", ["cosine with warmup", "piecewise", "join", "decoupled"])
 def test_one_compiled_graph_serves_a_run_with_it(name, in_tensor):

@@ -73,6 +73,7 @@ def test_the_step_is_left_as_it_is_and_the_value_is_in_memory_of_its_own(name):
         assert value.data_ptr() not in owners
 
 
+@pytest.mark.by_day(6)
 @pytest.mark.parametrize("in_tensor", [False, True])
 @pytest.mark.parametrize("name", CASES)
 def test_one_graph_serves_every_step(name, in_tensor):

@@ -249,6 +249,7 @@ def test_training_is_differentiated_in_both_modes():
     assert_close(vmap(grad(after))(lrs), torch.stack([grad(after)(lr), grad(after)(2 * lr)]))
 
 
+@pytest.mark.by_day(1)
 @pytest.mark.parametrize("in_place", [False, True])
 def test_one_compiled_graph_takes_every_call(in_place):
     torch.compiler.reset()

@@ -224,6 +224,7 @@ def test_second_derivatives_are_finite_where_a_leaf_has_a_zero_gradient(zeros):
     assert all(g.isfinite().all() for g in grad(slope)(grads).values())
 
 
+@pytest.mark.by_day(1)
 @pytest.mark.parametrize("mode", MODES)
 def test_one_compiled_graph_takes_every_max_norm(mode):
     torch.compiler.reset()

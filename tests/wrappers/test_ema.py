@@ -256,6 +256,7 @@ def test_training_is_differentiated_in_both_modes(debias, decay):
     assert_close(vmap(grad(after))(decays), torch.stack([grad(after)(d) for d in decays]))
 
 
+@pytest.mark.by_day(1)
 @pytest.mark.parametrize("in_place", [False, True])
 def test_one_compiled_graph_takes_every_step(in_place):
     torch.compiler.reset()

@@ -258,6 +258,7 @@ def test_training_has_the_derivative_that_it_has_without_a_scale():
     assert_close(scaling, grad(after)(lr, lambda inner: inner), rtol=1e-12)
 
 
+@pytest.mark.by_day(1)
 @pytest.mark.parametrize("in_place", [False, True])
 def test_one_compiled_graph_takes_every_step(in_place):
     torch.compiler.reset()

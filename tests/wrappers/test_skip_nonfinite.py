@@ -168,6 +168,7 @@ def test_derivatives_are_the_limits_of_differences():
     assert torch.autograd.gradgradcheck(after, (lr, params, *gradients))
 
 
+@pytest.mark.by_day(1)
 @pytest.mark.parametrize("in_place", [False, True])
 def test_one_compiled_graph_takes_good_and_bad(in_place):
     torch.compiler.reset()
