@@ -17,7 +17,7 @@ from funcopt._core import pytree
 from funcopt._engine import autograd, checks, dispatch, driver, memory, prepare
 from funcopt._engine import kernels as list_kernels
 from funcopt.optimizers import adamw
-from funcopt.optimizers._adam import adjoint, kernels
+from funcopt.optimizers._adam import adjoint
 from funcopt.testing import laws
 from funcopt.testing._check import check_law
 from funcopt.testing._subject import leaves_of, tree_map
@@ -312,40 +312,41 @@ def the_learning_rate_has_a_floor(patch: Patch) -> None:
 
 
 def _without(patch: Patch, kernel: str, **flags: Any) -> None:
-    own = getattr(kernels, kernel)
+    own = AdamW.rule.kernel(kernel)
 
     def step_(inputs: Any, numbers: Any, options: Any) -> None:
         own.step_(inputs, numbers, options._replace(**flags))
 
-    patch.setattr(kernels, kernel, own._replace(step_=step_))
+    patch.setitem(AdamW.rule._loaded, kernel, own._replace(step_=step_))
 
 
 @caught_by(laws.maximize_is_minimize_negated)
 def maximize_is_ignored_by_the_foreach_kernel(patch: Patch) -> None:
-    _without(patch, "ADAMW_FOREACH", maximize=False)
+    _without(patch, "foreach", maximize=False)
 
 
 @caught_by(laws.maximize_is_minimize_negated)
 def maximize_is_ignored_by_the_fused_kernel(patch: Patch) -> None:
-    _without(patch, "ADAMW_FUSED", maximize=False)
+    _without(patch, "fused", maximize=False)
 
 
 @caught_by(laws.matches_torch)
 def amsgrads_maximum_is_dropped_by_the_foreach_kernel(patch: Patch) -> None:
-    own = kernels.ADAMW_FOREACH
+    own = AdamW.rule.kernel("foreach")
 
     def step_(inputs: Any, numbers: Any, options: Any) -> None:
         own.step_(inputs._replace(slots=inputs.slots[:2]), numbers, options)
 
-    patch.setattr(kernels, "ADAMW_FOREACH", own._replace(step_=step_))
+    patch.setitem(AdamW.rule._loaded, "foreach", own._replace(step_=step_))
 
 
 @caught_by(laws.survives_zero_gradients)
 def sixteen_bits_are_computed_in_sixteen_bits(patch: Patch) -> None:
     for where in (dispatch, list_kernels):
         patch.setattr(where, "compute_dtype", lambda dtype: dtype)
-    lacking = kernels.ADAMW_FUSED._replace(unsupported_reason=lambda *_: "it is not there")
-    patch.setattr(kernels, "ADAMW_FUSED", lacking)
+    fused = AdamW.rule.kernel("fused")
+    lacking = fused._replace(unsupported_reason=lambda *_: "it is not there")
+    patch.setitem(AdamW.rule._loaded, "fused", lacking)
     number(patch, "eps", lambda eps, _: 1e-8)
 
 

@@ -39,10 +39,16 @@ def register_optimizer(cls: type[OptimizerT]) -> type[OptimizerT]:
         leaves_at_rest(cls, lambda _, leaves, __: range(len(leaves)))
     register_dataclass(cls, advice.format(f"{cls.__name__}({'...' if fields else ''})"))
     wrap_methods(cls)
+    dataclass.__getstate__ = _state_to_pickle
     if "inner" in fields:
         leaves_at_rest(cls, as_inner)
         dataclass.__init__ = _checking_order(dataclass.__init__)
     return cls
+
+
+def _state_to_pickle(opt: Any) -> dict[str, Any]:
+    """Return all that an optimizer is made of, without what it only remembers."""
+    return {name: value for name, value in vars(opt).items() if name != "_setup"}
 
 
 def _checking_order(init: Callable[..., None]) -> Callable[..., None]:

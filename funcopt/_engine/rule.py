@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from .._core import transforms
 from .._core.types import Traits
 
 Equations: TypeAlias = Callable[[Tensor, Tensor, tuple[Tensor, ...], Any, Any], Sequence[Tensor]]
@@ -301,9 +302,13 @@ class UpdateRule:
         _STATES.add(self.state)
 
     def setup_of(self, opt: Any) -> Setup:
-        """Return what is fixed about an optimizer, which one that was built remembers."""
-        remembered: Setup | None = vars(opt).get("_setup")
-        return self.set_up(opt) if remembered is None else remembered
+        """Return what is fixed about an optimizer, which remembers it."""
+        setup: Setup | None = vars(opt).get("_setup")
+        if setup is None:
+            setup = self.set_up(opt)
+            if not transforms.compiling():
+                object.__setattr__(opt, "_setup", setup)
+        return setup
 
     def set_up(self, opt: Any) -> Setup:
         """Find out what is fixed about an optimizer."""

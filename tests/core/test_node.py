@@ -12,13 +12,16 @@ from torch.func import vmap
 
 import funcopt
 from funcopt import (
+    SGD,
     Accumulate,
+    Adam,
     AdamW,
     Clip,
     ClipAdaptive,
     ClipValue,
     Ema,
     Frozen,
+    Lion,
     Lookahead,
     LossScale,
     Partition,
@@ -63,6 +66,9 @@ VALUES = {
     "Partition by pattern": lambda: Partition(
         {"a": inner(), "b": Frozen()}, {pattern("w"): "a", pattern(".*"): "b"}
     ),
+    "SGD": lambda: SGD(rates(), momentum=0.9),
+    "Adam": lambda: Adam(rates()),
+    "Lion": lambda: Lion(rates()),
     "Zero1": lambda: Zero1(Clip(inner(), rates()), None),
     "LocalUpdates": lambda: LocalUpdates(inner(), 2, None),
     "Constant": lambda: schedules.Constant(rates()),

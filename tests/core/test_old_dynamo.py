@@ -44,9 +44,7 @@ def test_nothing_is_being_exported():
     assert not old_dynamo.exporting()
 
 
-def test_what_is_half_built_has_a_hash_and_the_rest_has_its_own(monkeypatch):
-    monkeypatch.setattr(old_dynamo, "OLD", True)
-
+def test_what_is_half_built_has_a_hash_and_the_rest_has_its_own():
     @dataclass(frozen=True)
     class Rate:
         value: float

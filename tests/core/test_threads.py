@@ -9,7 +9,6 @@ from funcopt import AdamW
 from funcopt._core import tensors
 from funcopt._core.tensors import on_one_thread
 from funcopt._engine import memory
-from funcopt.optimizers._adam import kernels
 
 
 @pytest.fixture
@@ -51,13 +50,13 @@ def test_where_the_runtime_is_not_found_nothing_is_done(two_threads, monkeypatch
 
 def test_small_leaves_are_moved_by_one_thread_and_large_ones_by_all(two_threads, monkeypatch):
     counts = []
-    fused = kernels.ADAMW_FUSED
+    fused = AdamW.rule.kernel("fused")
 
     def step_(inputs, *rest):
         counts.append((inputs.params[0].numel(), torch.get_num_threads()))
         fused.step_(inputs, *rest)
 
-    monkeypatch.setattr(kernels, "ADAMW_FUSED", fused._replace(step_=step_))
+    monkeypatch.setitem(AdamW.rule._loaded, "fused", fused._replace(step_=step_))
     monkeypatch.setattr(memory, "_recent", ())
     params = [torch.zeros(7) for _ in range(10)] + [torch.zeros(10_000)]
     opt = AdamW()

@@ -6,7 +6,6 @@ import torch
 from funcopt import AdamW
 from funcopt._engine import memory
 from funcopt._engine.rule import StepInputs
-from funcopt.optimizers._adam import kernels
 
 from .. import oracle
 from ..cases import (
@@ -114,11 +113,11 @@ def test_auto_takes_the_fused_kernel_and_falls_back_where_it_cannot_serve(monkey
     fused = run(opt, params, [params])
     assert_same_bits(fused, run(AdamW(kernel="fused"), params, [params]))
     for kernel in ("foreach", "plain"):
-        gone = "ADAMW_FUSED" if kernel == "foreach" else "ADAMW_FOREACH"
-        lacking = getattr(kernels, gone)._replace(
+        gone = "fused" if kernel == "foreach" else "foreach"
+        lacking = AdamW.rule.kernel(gone)._replace(
             unsupported_reason=lambda device, numbers: "it is not there"
         )
-        monkeypatch.setattr(kernels, gone, lacking)
+        monkeypatch.setitem(AdamW.rule._loaded, gone, lacking)
         monkeypatch.setattr(memory, "_recent", ())  # nor is it known who served such leaves
         assert_same_bits(run(opt, params, [params]), run(AdamW(kernel=kernel), params, [params]))
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from funcopt import AdamW, Clip, Frozen, Partition
+from funcopt import SGD, Adam, AdamW, Clip, Frozen, Lion, Partition
+from funcopt._core.types import own_traits
 from funcopt._engine import driver
 from funcopt.wrappers import scaled
 from funcopt.wrappers.scaled import update_scaled, update_scaled_
@@ -161,4 +162,6 @@ def test_a_subclass_keeps_its_own_update():
 
 
 def test_those_who_hand_on_are_known_by_their_very_type():
-    assert set(scaled._handing_on) == {AdamW, Partition}
+    assert set(scaled._handing_on) == {Partition}
+    for kind in (AdamW, Adam, Lion, SGD):
+        assert own_traits(kind()).by_rule

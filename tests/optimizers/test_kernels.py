@@ -34,7 +34,7 @@ def inputs_for(opt, step):
 @pytest.mark.parametrize("lr", [0.1, number(0.1)], ids=["number", "tensor"])
 @pytest.mark.parametrize(("opt", "step"), CASES, ids=str)
 def test_foreach_takes_a_count_and_a_learning_rate_that_are_not_read(opt, step, lr):
-    rule, options = opt.rule, opt.rule.options_of(opt)
+    rule, options = opt.rule, opt.rule.set_up(opt).options
     others = rule.hyperparams_of(opt)[1:]
     inputs = inputs_for(opt, step)
     expected = dispatch.step(rule, inputs, rule.numbers(step, 0.1, *others), options)
@@ -48,7 +48,7 @@ def test_foreach_takes_a_count_and_a_learning_rate_that_are_not_read(opt, step, 
 @pytest.mark.parametrize("step", [1.0, 2.0])
 def test_fused_sgd_without_dampening_takes_a_count_that_is_not_read(step):
     opt = SGD(momentum=0.9, weight_decay=0.1)
-    rule, options, inputs = opt.rule, opt.rule.options_of(opt), inputs_for(opt, step)
+    rule, options, inputs = opt.rule, opt.rule.set_up(opt).options, inputs_for(opt, step)
     expected = dispatch.step(rule, inputs, rule.numbers(step, 0.1, 0.9, 0.0, 0.1), options)
     moved = StepInputs.of(clone(list(inputs.columns)))
     rule.kernel("fused").step_(moved, rule.numbers(number(step), 0.1, 0.9, 0.0, 0.1), options)
