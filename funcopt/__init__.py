@@ -16,10 +16,10 @@ from .wrappers.clip_adaptive import ClipAdaptive, ClipAdaptiveState
 from .wrappers.clip_norm import Clip, ClipState
 from .wrappers.clip_value import ClipValue, ClipValueState
 from .wrappers.ema import Ema, EmaState
+from .wrappers.find_replace import find, replace
 from .wrappers.labels import decay_label
 from .wrappers.lookahead import Lookahead, LookaheadState
 from .wrappers.loss_scale import LossScale, LossScaleState
-from .wrappers.nested import find, replace
 from .wrappers.partition import Partition, PartitionState
 from .wrappers.skip_nonfinite import SkipNonfinite, SkipNonfiniteState
 

@@ -1,1 +1,1 @@
-"""What everything else stands on: trees, transforms, hyperparameters, arithmetic."""
+"""What everything else stands on: types and traits, trees, transforms, arithmetic on tensors."""

@@ -214,7 +214,7 @@ def on_host(tensor: Tensor) -> bool:
     return tensor.is_cpu
 
 
-def watched_by_operator(*columns: Iterable[object]) -> bool:
+def needs_plain_operators(*columns: Iterable[object]) -> bool:
     """Whether the step on these tensors must be spelt out in plain operators.
 
     True for tracers and modes, which would see a fused call or a constant instead of equations, and

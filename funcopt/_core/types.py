@@ -21,7 +21,7 @@ A bare tensor is a tree of one leaf. No type checker can spell this, so it is an
 """
 
 Number: TypeAlias = float | Tensor
-"""A Python number or a 0-dim tensor."""
+"""A Python number or a 0-dim tensor. Beneath a vmap, a tensor also has dimensions of members."""
 
 Schedule: TypeAlias = Callable[[Tensor], Number]
 """A pure function from the count of updates made so far (a 0-dim tensor) to a hyperparameter."""

@@ -17,22 +17,24 @@ from .shards import Parts, current_parts
 
 def over_shards(
     params: Sequence[Tensor],
-    number: Callable[[Sequence[int]], Tensor],
+    reduce_local: Callable[[Sequence[int]], Tensor],
     join: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """Return a number of all leaves, the same on every process, wherever their parts are.
+    """Reduce all of these leaves to one scalar, the same on every process, such as their norm.
 
-    This takes one collective for each mesh and dimension of it along which a leaf is sharded.
+    This takes one collective for each mesh and dimension of it along which a leaf is sharded. For
+    one result for each leaf, call it for each.
 
     Args:
         params: The parameters, which say where parts are. All leaves are among them, also those
             without a gradient, which may be others elsewhere.
-        number: Gives that of the leaves at these indices, or of what is here of them: of shape ().
+        reduce_local: Gives that of the leaves at these indices, or of what is here of them, of
+            shape ().
         join: Gives that of parts put together, from theirs, of shape (n,).
     """
     parts = current_parts()
     if parts is None:
-        return number(range(len(params)))
+        return reduce_local(range(len(params)))
     by_mesh: dict[Any, dict[tuple[int, ...], list[int]]] = {}
     for index, param in enumerate(params):
         mesh, dims = _cuts(parts, param)
@@ -42,22 +44,24 @@ def over_shards(
     for mesh in sorted(by_mesh, key=_rank_lists):
         groups = by_mesh[mesh]
         cuts = sorted(groups)
-        own = torch.stack([number(groups[dims]) for dims in cuts])
+        own = torch.stack([reduce_local(groups[dims]) for dims in cuts])
         numbers.append(own if mesh is None else _across(mesh, cuts, own, join))
     if len(numbers) > 1:  # sorted, so that all processes add the same in the same order
         numbers = [torch.cat(numbers).sort().values]
-    return join(numbers[0]) if numbers else number([])
+    return join(numbers[0]) if numbers else reduce_local([])
 
 
 def _rank_lists(mesh: Any) -> list[int]:
     return [] if mesh is None else [*mesh.mesh.shape, *mesh.mesh.flatten().tolist()]
 
 
-def _cuts(parts: Parts, param: Tensor) -> tuple[Any, tuple[int, ...]]:
+def _cuts(parts: Parts, param: Any) -> tuple[Any, tuple[int, ...]]:
     """Return the mesh that has the parts of a leaf, and along which of its dimensions they differ.
 
     None if all is here, as it is of a leaf that is replicated.
     """
+    if not isinstance(param, Tensor):  # as what is frozen may be
+        return None, ()
     if not parts.knows(param):
         raise RuntimeError(
             "a number of all leaves, such as their norm, was asked of parameters that stand for no "

@@ -2,7 +2,7 @@
 
 A DTensor is a tensor whose parts lie on many processes. Arithmetic on one of its own costs several
 times what it costs on its local part, and half the list operators do not know it. So the methods of
-an optimizer never see one: before them each DTensor is replaced by its local part (`_entry` does
+an optimizer never see one: before them each DTensor is replaced by its local part (`methods` does
 that), which is a plain tensor, and what depends on more than its elements is asked for here: which
 DTensor it represents, and whether the parts of two leaves lie alike.
 """

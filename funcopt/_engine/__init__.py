@@ -1,1 +1,1 @@
-"""What every optimizer that is made by a rule shares: no optimizer and no slot is named here."""
+"""From trees to kernels, for every optimizer alike: none of them, and no slot, is named here."""

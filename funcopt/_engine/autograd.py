@@ -5,6 +5,11 @@ none (`_fused_adamw_` is silently wrong under grad). So the step as a whole beco
 `torch.autograd.Function`, with a rule for each: `vmap` stacks the members and takes one step on the
 stack, `backward` is the derivative in plain operators, which can be differentiated again.
 
+A vmap maps over members, such as the models of an ensemble. Of a leaf, their dimension is moved to
+the front. A number has one dimension for each vmap around it, outermost first, and size 1 in those
+over which it does not differ: for a vmap of 3 within one of 5, a learning rate that differs over
+the outer one alone has shape (5, 1). A number that differs over none has no dimension.
+
 There is no `jvp` rule on purpose: jvp of jvp through one comes out as zero without an error.
 Forward mode takes the equations instead.
 """
@@ -41,7 +46,7 @@ class _Step(NamedTuple):
 
     @property
     def derivative(self) -> Adjoint:
-        """The derivative of the rule: by hand if there is one, else that of the dispatch."""
+        """The derivative of the rule: by hand if there is one, else that of the equations."""
         return self.rule.derivative or _of_equations(self.rule)
 
     def split(self, operands: Sequence[Any]) -> tuple[Any, StepInputs]:
@@ -76,11 +81,11 @@ def _step_stacked(
 ) -> tuple[Tensor, ...]:
     """Take the step of all members of a vmap at once, stacked in front."""
     numbers, given = step.split(operands)
-    # Decided before anything is moved, since what is moved has a history of its own.
+    # Decided before dimensions are moved, since what comes of that has a history of its own.
     others = (*chain(*given.slots), *numbers)
     with recording(given.params, given.grads, others, step.options.differentiable):
-        moved = map(_number_to_front, numbers, dims[: step.number_count])
-        numbers = _aligned(numbers._make((*moved, numbers.grad_scale)))
+        moved = map(_with_outer_dim, numbers, dims[: step.number_count])
+        numbers = _with_inner_dims(numbers._make((*moved, numbers.grad_scale)))
         stacked = [
             _leaf_to_front(leaf, dim, size)
             for leaf, dim in zip(
@@ -88,8 +93,8 @@ def _step_stacked(
             )
         ]
         transformed = transforms.transformed()
-        if _lead(numbers) and not transformed:
-            # Each member will be moved by itself, which wants it in one piece.
+        if _member_dims(numbers) and not transformed:
+            # A kernel may take the step of each member by itself, which needs contiguous memory.
             stacked = [leaf.contiguous() for leaf in stacked]
         inputs = StepInputs.of(step.columns(stacked))
         if transformed or torch.is_grad_enabled():
@@ -154,11 +159,13 @@ _apply: Callable[..., tuple[Tensor, ...]] = _StepFunction.apply
 
 
 def _of_equations(rule: UpdateRule) -> Adjoint:
-    """Return the derivative of the dispatch, by torch's own, where none is written by hand."""
-    return Adjoint(lambda inputs, _outputs, _needs: inputs.columns, partial(_pull_back, rule))
+    """Return the derivative of the equations, by torch's own, where none is written by hand."""
+    return Adjoint(
+        lambda inputs, _outputs, _needs: inputs.columns, partial(_pull_back_equations, rule)
+    )
 
 
-def _pull_back(
+def _pull_back_equations(
     rule: UpdateRule,
     kept: Sequence[list[Tensor]],
     numbers: Any,
@@ -187,7 +194,7 @@ def _pull_back(
     return [found.get(name) for name in numbers._fields[:-1]], list(_cut(by_leaf, len(columns)))
 
 
-def _number_to_front(number: Number, dim: int | None) -> Number:
+def _with_outer_dim(number: Number, dim: int | None) -> Number:
     if not isinstance(number, Tensor):
         return number
     if dim is not None:
@@ -196,14 +203,14 @@ def _number_to_front(number: Number, dim: int | None) -> Number:
     return number.unsqueeze(0) if number.ndim > 0 else number
 
 
-def _lead(numbers: Any) -> int:
-    """How many leading dimensions the numbers have, of those in which they may differ."""
+def _member_dims(numbers: Any) -> int:
+    """How many dimensions of members a number has at the most."""
     return max(number.ndim if isinstance(number, Tensor) else 0 for number in numbers)
 
 
-def _aligned(numbers: Any) -> Any:
+def _with_inner_dims(numbers: Any) -> Any:
     """Give numbers that differ over outer vmaps alone a place for the inner ones, too."""
-    lead = _lead(numbers)
+    lead = _member_dims(numbers)
     if lead < 2:
         return numbers
     return numbers._make(

@@ -1,4 +1,4 @@
-"""The step on real tensors whose values can be read: the one place where a kernel is chosen.
+"""The equations in plain operators, and the one place where a kernel is chosen.
 
 `plan` decides everything and refuses whatever is to be refused; `run` and `run_` then make the step
 out of place or in place.
@@ -48,7 +48,7 @@ class Part(NamedTuple):
 
     batches: list[Batch]
     kernel: Kernel
-    aligned: bool  # they are just tensors, those of a leaf in one layout
+    same_layout: bool  # they are just tensors, those of a leaf in one layout
     stacked: bool  # leaves have a first dimension of members, with numbers of their own
 
 
@@ -92,9 +92,9 @@ def _step_batch(
         _step_batch_(packed, batch, part, numbers, options)
         return memory.unpacked(packed.targets, batch.sizes)
     if part.kernel.step is not None:
-        aligned = inputs if part.aligned else memory.borrow(inputs)
-        return part.kernel.step(aligned, numbers, options)
-    copied = memory.copies(inputs, aligned=part.aligned)
+        same_layout = inputs if part.same_layout else memory.borrow(inputs)
+        return part.kernel.step(same_layout, numbers, options)
+    copied = memory.copies(inputs, same_layout=part.same_layout)
     _step_batch_(copied, batch, part, numbers, options)
     return copied.targets
 
@@ -137,7 +137,7 @@ def plan(
             a leaf or a number.
     """
     pairs: Plan = []
-    for indices, own in _by_numbers(numbers):
+    for indices, own in _grouped_by_numbers(numbers):
         if indices is None and is_read(own):  # who serves does not depend on their values
             key = rule, options.kernel, in_place, _is_one(own.grad_scale)
             parts = layout.plans.get(key)
@@ -181,7 +181,7 @@ def _is_stacked(number: Number) -> bool:
     return isinstance(number, Tensor) and number.ndim > 0
 
 
-def _by_numbers(numbers: Any | list[Any]) -> Iterable[tuple[list[int] | None, Any]]:
+def _grouped_by_numbers(numbers: Any | list[Any]) -> Iterable[tuple[list[int] | None, Any]]:
     """Group leaves by the values of their numbers; None stands for all of them."""
     if not isinstance(numbers, list):
         return [(None, _read(numbers))]

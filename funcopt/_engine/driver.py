@@ -35,11 +35,11 @@ from .memory import Layout, layout_of, write_all
 from .prepare import (
     Prepared,
     check_untied,
+    device_for_count,
     first_count,
     flatten_params,
     fresh,
     keep_requiring,
-    place_for_count,
     prepare,
     recall,
     trees_of,
@@ -56,7 +56,7 @@ def init(opt: Any, params: Tree) -> Any:
     def zeros() -> Tree:
         return pytree.unflatten(structure, [torch.zeros_like(leaf) for leaf in leaves])
 
-    place = place_for_count(leaves)
+    place = device_for_count(leaves)
     step: Tree = first_count(place)
     if getattr(opt, "step_per_leaf", False):
         step = pytree.unflatten(structure, [first_count(place) for _ in leaves])
@@ -250,12 +250,12 @@ def _step(
             list(map(view_as_complex_like, column, inputs.params)) for column in outputs.columns
         )
     rows = numbers if isinstance(numbers, list) else [numbers]
-    if transforms.watched_by_operator(*inputs.columns, *rows):
+    if transforms.needs_plain_operators(*inputs.columns, *rows):
         return dispatch.step(rule, inputs, numbers, options)
     if transforms.transformed() or torch.is_grad_enabled():
         if not rule.traits.elementwise:  # members cannot be stacked, nor complex leaves be split
             return dispatch.step(rule, inputs, numbers, options)
-        return _by_numbers(rule, inputs, numbers, options)
+        return _step_per_numbers(rule, inputs, numbers, options)
     layout = layout or layout_of(inputs)
     plan = dispatch.plan(rule, inputs, numbers, options, layout, in_place=False)
     return dispatch.run(inputs, plan, options)
@@ -279,7 +279,7 @@ def _step_(
     dispatch.run_(inputs, plan, options, layout)
 
 
-def _by_numbers(
+def _step_per_numbers(
     rule: UpdateRule, inputs: StepInputs, numbers: Any | list[Any], options: Any
 ) -> StepOutputs:
     """Take one step by the rule of autograd for each set of numbers: it knows one set."""

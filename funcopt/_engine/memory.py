@@ -27,19 +27,19 @@ from .._core.types import Number
 from .rule import StepInputs, StepOutputs
 
 
-def copies(inputs: StepInputs, *, aligned: bool) -> StepInputs:
-    """Return the leaves in memory that a kernel may write, aligned; the gradients as they are.
+def copies(inputs: StepInputs, *, same_layout: bool) -> StepInputs:
+    """Return the leaves in memory that a kernel may write, same_layout; the gradients as they are.
 
     Args:
         inputs: The leaves.
-        aligned: Whether they are just tensors, those of a leaf in one layout.
+        same_layout: Whether they are just tensors, those of a leaf in one layout.
     """
-    if aligned:
+    if same_layout:
         clone_all = copies_of if any(map(is_mapped, inputs.params)) else _clone_all
         slots = tuple(map(clone_all, inputs.slots))
         return StepInputs(clone_all(inputs.params), inputs.grads, slots)
     params = [param.clone() for param in inputs.params]  # dense, in the parameter's own layout
-    grads = _map(_aligned, inputs.grads, params)
+    grads = _map(_in_layout_of, inputs.grads, params)
     return StepInputs(params, grads, tuple(_map(_copy, column, params) for column in inputs.slots))
 
 
@@ -99,9 +99,9 @@ def scaled_pieces(inputs: StepInputs, grad_scale: Number) -> Iterator[StepInputs
 
 
 def borrow(inputs: StepInputs) -> StepInputs:
-    """Return the leaves themselves, or aligned copies of those that a kernel could not take."""
+    """Return the leaves themselves, or same_layout copies of those that a kernel could not take."""
     params = [param if _is_dense(param) else param.clone() for param in inputs.params]
-    others = (_map(_aligned, column, params) for column in inputs.columns[1:])
+    others = (_map(_in_layout_of, column, params) for column in inputs.columns[1:])
     return StepInputs.of([params, *others])
 
 
@@ -132,7 +132,7 @@ def _map(
     return [function(tensor, param) for tensor, param in zip(tensors, params, strict=True)]
 
 
-def _aligned(tensor: Tensor, param: Tensor) -> Tensor:
+def _in_layout_of(tensor: Tensor, param: Tensor) -> Tensor:
     if tensor.stride() == param.stride() and not tensor.is_neg():
         return tensor
     return torch.empty_like(param).copy_(tensor)

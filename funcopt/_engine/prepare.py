@@ -312,7 +312,7 @@ class Counts(NamedTuple):
                 old.fill_(new)
 
 
-def place_for_count(leaves: Sequence[Tensor]) -> torch.device:
+def device_for_count(leaves: Sequence[Tensor]) -> torch.device:
     """Return the device for a count: the GPU if all leaves are on one, else the CPU.
 
     There, a captured CUDA graph counts on at each replay.

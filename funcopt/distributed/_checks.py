@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from .._core import pytree, transforms
 from .._core.types import Optimizer, Tree, optimizers_in, own_traits, traits_of
 from .._engine.checks import check_apart, check_leaves, check_unwatched, check_writable
-from ..wrappers.base import Gradients, records
+from ..wrappers._shared import Gradients, records
 
 
 def check_whole_number(name: str, value: object, or_what: str = "") -> None:

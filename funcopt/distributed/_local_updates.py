@@ -19,7 +19,7 @@ from .._engine.hyperparameters import check_flag, normalize
 from .._engine.prepare import keep_requiring
 from .._engine.registration import register_optimizer
 from .._engine.rule import AT_LEAST_ZERO, BELOW_ONE, COUNT, Hyperparam
-from ..wrappers.base import check_scalar, gather_gradients, gather_params, read
+from ..wrappers._shared import check_scalar, gather_gradients, gather_params, read
 from ._checks import check_mesh, check_unrecorded, check_untransformed
 from ._sync import Outer, Sync
 

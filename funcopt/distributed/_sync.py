@@ -13,9 +13,9 @@ from torch.distributed.tensor import DTensor
 from .._core import pytree
 from .._core.tensors import compute_dtype
 from .._core.types import Tree
-from ..wrappers.base import Gradients, check_inplace
-from ..wrappers.shadow_params import ShadowParams
-from ..wrappers.update_if import copies
+from ..wrappers._shadow_params import ShadowParams
+from ..wrappers._shared import Gradients, check_wrapper_inplace
+from ..wrappers._update_if import copies
 from ._average import means
 from ._buckets import by_path
 
@@ -72,12 +72,12 @@ class Sync(NamedTuple):
         """Refuse to write in place where that would lose a derivative or memory."""
         others = {"state.steps_since_sync": count}
         if self.anchored is None:
-            check_inplace({}, others, self.gradients)
+            check_wrapper_inplace({}, others, self.gradients)
             return
         if self.moving is not None:
             paths = pytree.paths(self.gradients.structure, self.moving.root)
             others.update(zip(paths, self.moving.leaves, strict=True))
-        self.anchored.check_inplace({}, others)
+        self.anchored.check_wrapper_inplace({}, others)
 
     def run_(self, params: Sequence[Tensor], mesh: DeviceMesh | None, outer: Outer) -> None:
         """Average parameters, make the outer step, and write the parameters, anchor and momentum.

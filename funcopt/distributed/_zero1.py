@@ -17,7 +17,7 @@ from .._engine.checks import check_state
 from .._engine.hyperparameters import check_choice
 from .._engine.prepare import flatten_params, keep_requiring
 from .._engine.registration import register_optimizer
-from ..wrappers.base import gather_gradients
+from ..wrappers._shared import gather_gradients
 from ._checks import (
     check_gradients,
     check_mesh,

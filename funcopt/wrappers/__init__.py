@@ -1,1 +1,1 @@
-"""Optimizers around optimizers."""
+"""Optimizers around optimizers, one file each. What they share is in files with an underscore."""

@@ -26,23 +26,23 @@ from .._engine.hyperparameters import normalize_fields, numbers_of
 from .._engine.prepare import next_step
 from .._engine.registration import register_optimizer
 from .._engine.rule import COUNT, Hyperparam
-from .base import (
+from ._shadow_params import ShadowParams
+from ._shared import (
     Gradients,
-    check_inplace,
     check_scalar,
+    check_wrapper_inplace,
+    device_of_counts,
     first_step,
     gather_gradients,
     gather_params,
     is_due,
     own_tensors,
-    place_of_counts,
     read,
     records,
     write_state,
     zero_if,
 )
-from .shadow_params import ShadowParams
-from .update_if import update_if, update_if_
+from ._update_if import update_if, update_if_
 
 
 class AccumulateState(NamedTuple):
@@ -132,7 +132,7 @@ class Accumulate:
         """Return the state before the first update: an empty sum, and the inner state."""
         leaves, structure, _ = gather_params(self, params)
         zeros = [torch.zeros_like(leaf, dtype=compute_dtype(leaf.dtype)) for leaf in leaves]
-        place = place_of_counts(self.every)
+        place = device_of_counts(self.every)
         return AccumulateState(
             torch.zeros((), dtype=torch.float64, device=place),
             pytree.unflatten(structure, zeros),
@@ -170,7 +170,7 @@ class Accumulate:
         """Do the same in place. A call that completes the sum allocates the mean, others none."""
         call, numbers = _gather(self, grads, state, params)
         own, sums_before = own_tensors(state, "given", "mini_step"), call.acc_grads.leaves
-        check_inplace(numbers, own, call.gradients, ("state.acc_grads", sums_before))
+        check_wrapper_inplace(numbers, own, call.gradients, ("state.acc_grads", sums_before))
         complete = is_due(state.mini_step, **numbers)
         with torch.no_grad():
             if complete is False:

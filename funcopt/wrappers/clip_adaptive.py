@@ -18,13 +18,13 @@ from .._engine.hyperparameters import normalize_fields, numbers_of
 from .._engine.prepare import next_step
 from .._engine.registration import register_optimizer
 from .._engine.rule import AT_LEAST_ZERO, Hyperparam
-from .base import (
+from ._shared import (
     Gradients,
-    check_inplace,
+    check_wrapper_inplace,
+    device_of_tensors,
     first_step,
     gather_gradients,
     own_tensors,
-    place_of_tensors,
     records,
     write_state,
 )
@@ -114,7 +114,7 @@ class ClipAdaptive:
     def init(self, params: Tree) -> ClipAdaptiveState:
         """Return the state before the first update: the inner state."""
         inner = self.inner.init(params)
-        return ClipAdaptiveState(inner, first_step(self, place_of_tensors(params)))
+        return ClipAdaptiveState(inner, first_step(self, device_of_tensors(params)))
 
     def update(
         self, grads: Tree, state: ClipAdaptiveState, params: ParamsT
@@ -131,7 +131,7 @@ class ClipAdaptive:
     ) -> tuple[ParamsT, ClipAdaptiveState]:
         """Do the same in place, but for the clipped gradients, which are copies."""
         gradients, numbers = self._gather(grads, state, params)
-        check_inplace(numbers, own_tensors(state), gradients)
+        check_wrapper_inplace(numbers, own_tensors(state), gradients)
         with torch.no_grad():
             clipped = _clip(gradients, **numbers)
         self.inner.update_(clipped, state.inner, params)

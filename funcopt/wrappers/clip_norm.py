@@ -17,22 +17,22 @@ from .._engine.hyperparameters import check_choice, normalize, normalize_fields,
 from .._engine.prepare import next_step
 from .._engine.registration import register_optimizer
 from .._engine.rule import AT_LEAST_ZERO, Hyperparam, Range
-from .base import (
+from ._finite import device_for_state, zeros_unless
+from ._shared import (
     Gradients,
-    check_inplace,
     check_overflow_is_seen,
     check_scalar,
+    check_wrapper_inplace,
     first_step,
     gather_gradients,
     gather_params,
+    known_value,
     own_tensors,
     read,
     records,
-    settled,
     write_state,
 )
-from .finite import place_for, zeros_unless
-from .update_if import update_if, update_if_
+from ._update_if import update_if, update_if_
 
 _NONFINITE = ("propagate", "skip")
 # What torch adds to a norm before it divides by it.
@@ -150,7 +150,7 @@ class Clip:
     def update_(self, grads: Tree, state: ClipState, params: ParamsT) -> tuple[ParamsT, ClipState]:
         """Do the same as `update` in place."""
         gradients, numbers = self._gather(grads, state, params)
-        check_inplace(numbers, own_tensors(state, "norm"), gradients)
+        check_wrapper_inplace(numbers, own_tensors(state, "norm"), gradients)
         given, scale, norm, should_update = self._clip(gradients, state.norm, **numbers)
         update_if_(should_update, self.inner, given, state.inner, params, scale)
         write_state(state, should_update, norm=norm)
@@ -175,7 +175,7 @@ class Clip:
             norm = _norm(gradients, self.norm_type, like)
         max_norm = max_norm.to(norm) if isinstance(max_norm, Tensor) else max_norm
         scale = (max_norm * (norm + _EPS).reciprocal()).clamp(max=1.0)
-        return gradients.tree, None if settled(scale) == 1.0 else scale, found, should_update
+        return gradients.tree, None if known_value(scale) == 1.0 else scale, found, should_update
 
     def _should_update(self, norm: Tensor) -> bool | Tensor:
         if self.nonfinite == "propagate":
@@ -188,7 +188,7 @@ def _zero_norm(params: list[Tensor]) -> Tensor:
     """Return a norm of 0 in a dtype that holds that of every leaf, where none is waited for."""
     double = any(param.dtype in (torch.float64, torch.complex128) for param in params)
     dtype = torch.float64 if double else torch.float32
-    return torch.zeros((), dtype=dtype, device=place_for(params))
+    return torch.zeros((), dtype=dtype, device=device_for_state(params))
 
 
 def _norm(gradients: Gradients, order: float, like: Tensor) -> Tensor:

@@ -16,13 +16,13 @@ from .._engine.hyperparameters import normalize_fields, numbers_of
 from .._engine.prepare import next_step
 from .._engine.registration import register_optimizer
 from .._engine.rule import AT_LEAST_ZERO, Hyperparam
-from .base import (
+from ._shared import (
     Gradients,
-    check_inplace,
+    check_wrapper_inplace,
+    device_of_tensors,
     first_step,
     gather_gradients,
     own_tensors,
-    place_of_tensors,
     write_state,
 )
 
@@ -83,7 +83,7 @@ class ClipValue:
     def init(self, params: Tree) -> ClipValueState:
         """Return the state before the first update: the inner state."""
         inner = self.inner.init(params)
-        return ClipValueState(inner, first_step(self, place_of_tensors(params)))
+        return ClipValueState(inner, first_step(self, device_of_tensors(params)))
 
     def update(
         self, grads: Tree, state: ClipValueState, params: ParamsT
@@ -99,7 +99,7 @@ class ClipValue:
     ) -> tuple[ParamsT, ClipValueState]:
         """Do the same in place, but for the clipped gradients, which are copies."""
         gradients, numbers = self._gather(grads, state, params)
-        check_inplace(numbers, own_tensors(state), gradients)
+        check_wrapper_inplace(numbers, own_tensors(state), gradients)
         self.inner.update_(_clip(gradients, **numbers), state.inner, params)
         write_state(state)
         return params, state

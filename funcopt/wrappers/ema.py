@@ -22,11 +22,11 @@ from .._core.types import (
 )
 from .._engine.checks import check_state
 from .._engine.hyperparameters import check_flag, normalize_fields, numbers_of
-from .._engine.prepare import first_count, fresh, place_for_count
+from .._engine.prepare import device_for_count, first_count, fresh
 from .._engine.registration import register_optimizer
 from .._engine.rule import BELOW_ONE, Hyperparam
-from .base import check_scalar, gather_gradients, records, settled
-from .shadow_params import ShadowParams, copy_params
+from ._shadow_params import ShadowParams, copy_params
+from ._shared import check_scalar, gather_gradients, known_value, records
 
 
 class EmaState(NamedTuple):
@@ -120,7 +120,7 @@ class Ema:
     def init(self, params: Tree) -> EmaState:
         """Return the state before the first update: the parameters for an average."""
         average, leaves = copy_params(self, params, compute_dtype)
-        count = first_count(place_for_count(leaves))
+        count = first_count(device_for_count(leaves))
         weight = torch.zeros_like(count) if self.debias else torch.ones_like(count)
         return EmaState(count, weight, average, self.inner.init(params))
 
@@ -139,7 +139,7 @@ class Ema:
         """Do the same as `update` in place."""
         average, numbers = self._gather(grads, state, params)
         own = {"state.weight": state.weight, "state.n_averaged": state.n_averaged}
-        average.check_inplace(numbers, own)
+        average.check_wrapper_inplace(numbers, own)
         with torch.no_grad():
             weight, share = _advance(state.weight, **numbers)
             self.inner.update_(grads, state.inner, params)
@@ -161,7 +161,7 @@ class Ema:
 
 def _advance(weight: Tensor, decay: Number) -> tuple[Number, Number]:
     """Return the weight after an update, and the share that the newest parameters have of it."""
-    before, kept = settled(weight), settled(decay)
+    before, kept = known_value(weight), known_value(decay)
     if before is None or kept is None:
         return _advanced(weight, decay.to(weight) if isinstance(decay, Tensor) else decay)
     return _advanced(before, kept)

@@ -26,20 +26,20 @@ from .._engine.hyperparameters import check_flag, normalize_fields, numbers_of
 from .._engine.prepare import keep_requiring, next_step
 from .._engine.registration import register_optimizer
 from .._engine.rule import COUNT, FRACTION, Hyperparam
-from .base import (
+from ._shadow_params import ShadowParams, copy_params
+from ._shared import (
     check_scalar,
+    device_of_counts,
     first_step,
     gather_gradients,
     is_due,
+    known_value,
     own_tensors,
-    place_of_counts,
     records,
-    settled,
     write_state,
     zero_if,
 )
-from .shadow_params import ShadowParams, copy_params
-from .update_if import choose_each, copies
+from ._update_if import choose_each, copies
 
 
 class LookaheadState(NamedTuple):
@@ -136,7 +136,7 @@ class Lookahead:
     def init(self, params: Tree) -> LookaheadState:
         """Return the state before the first update, when slow and fast parameters are the same."""
         slow_params, _ = copy_params(self, params, _same)
-        count = torch.zeros((), dtype=torch.float64, device=place_of_counts(self.every))
+        count = torch.zeros((), dtype=torch.float64, device=device_of_counts(self.every))
         step = first_step(self, torch.device("cpu"))
         return LookaheadState(count, slow_params, self.inner.init(params), step)
 
@@ -169,7 +169,7 @@ class Lookahead:
     ) -> tuple[ParamsT, LookaheadState]:
         """Do the same as `update` in place."""
         slow, numbers = self._gather(grads, state, params)
-        slow.check_inplace(numbers, own_tensors(state, "steps_since_sync"))
+        slow.check_wrapper_inplace(numbers, own_tensors(state, "steps_since_sync"))
         syncs = is_due(state.steps_since_sync, numbers["every"])
         self.inner.update_(grads, state.inner, params)
         with torch.no_grad():
@@ -216,7 +216,7 @@ class Lookahead:
 
 def _known(number: Number) -> Number:
     """Return a number, as a Python number if it can be read."""
-    value = settled(number)
+    value = known_value(number)
     return number if value is None else value
 
 

@@ -22,10 +22,11 @@ from .._engine.hyperparameters import (
 from .._engine.prepare import next_step
 from .._engine.registration import register_optimizer
 from .._engine.rule import COUNT, Hyperparam, Range
-from .base import (
+from ._finite import all_finite_everywhere, decide, device_for_state, zeros_unless
+from ._shared import (
     Gradients,
-    check_inplace,
     check_scalar,
+    check_wrapper_inplace,
     first_step,
     gather_gradients,
     gather_params,
@@ -33,8 +34,7 @@ from .base import (
     records,
     write_state,
 )
-from .finite import all_finite_everywhere, decide, place_for, zeros_unless
-from .update_if import update_if, update_if_
+from ._update_if import update_if, update_if_
 
 
 class LossScaleState(NamedTuple):
@@ -166,7 +166,7 @@ class LossScale:
             ValueError: If `init_scale` is not a single number.
         """
         init_scale = number_at(_INIT_SCALE, self.init_scale, ())
-        place = place_for(gather_params(self, params).moving)
+        place = device_for_state(gather_params(self, params).moving)
         scale = (
             init_scale.detach().to(device=place, dtype=torch.float32, copy=True)
             if isinstance(init_scale, Tensor)
@@ -203,7 +203,7 @@ class LossScale:
     ) -> tuple[ParamsT, LossScaleState]:
         """Do the same as `update` in place."""
         gradients, numbers = self._gather(grads, state, params)
-        check_inplace(numbers, own_tensors(state, "scale", "growth_tracker"), gradients)
+        check_wrapper_inplace(numbers, own_tensors(state, "scale", "growth_tracker"), gradients)
         finite = all_finite_everywhere(gradients, state.scale)
         should_update = decide(finite)
         inverse = _inverse(state.scale)

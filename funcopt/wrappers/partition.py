@@ -15,9 +15,9 @@ from .._dtensor.shards import whole_of
 from .._engine.checks import check_dense, check_state
 from .._engine.prepare import check_untied
 from .._engine.registration import at_rest, leaves_at_rest, may_rest, register_optimizer
+from ._scaled import hands_on
+from ._together import Update, update_together_
 from .labels import Labels, check_labels, label_leaves, name_leaves, patterns_in
-from .scaled import hands_on
-from .together import Update, update_together_
 
 
 class PartitionState(NamedTuple):

@@ -16,11 +16,12 @@ from .._engine.hyperparameters import check_count, normalize_fields, numbers_of
 from .._engine.prepare import next_step
 from .._engine.registration import register_optimizer
 from .._engine.rule import Hyperparam, Range
-from .base import (
+from ._finite import all_finite_everywhere, decide, device_for_state, zeros_unless
+from ._shared import (
     Gradients,
-    check_inplace,
     check_overflow_is_seen,
     check_scalar,
+    check_wrapper_inplace,
     first_step,
     gather_gradients,
     gather_params,
@@ -28,8 +29,7 @@ from .base import (
     records,
     write_state,
 )
-from .finite import all_finite_everywhere, decide, place_for, zeros_unless
-from .update_if import update_if, update_if_
+from ._update_if import update_if, update_if_
 
 
 class SkipNonfiniteState(NamedTuple):
@@ -119,7 +119,7 @@ class SkipNonfinite:
 
     def init(self, params: Tree) -> SkipNonfiniteState:
         """Return the state before the first update: counts of 0 and the inner state."""
-        place = place_for(gather_params(self, params).moving)
+        place = device_for_state(gather_params(self, params).moving)
         return SkipNonfiniteState(
             torch.zeros((), dtype=torch.int64, device=place),
             torch.zeros((), dtype=torch.int64, device=place),
@@ -152,7 +152,7 @@ class SkipNonfinite:
         """Do the same as `update` in place."""
         gradients, numbers = self._gather(grads, state, params)
         names = state._fields[:3]
-        check_inplace(numbers, own_tensors(state, *names), gradients)
+        check_wrapper_inplace(numbers, own_tensors(state, *names), gradients)
         counts, should_update = _judge(gradients, state, **numbers)
         update_if_(should_update, self.inner, gradients.tree, state.inner, params)
         write_state(state, should_update, **dict(zip(names, counts, strict=True)))

@@ -25,7 +25,7 @@ from funcopt import (
     interop,
 )
 from funcopt.distributed import LocalUpdates, Zero1, update_in_backward
-from funcopt.wrappers import finite
+from funcopt.wrappers import _finite
 
 from ..cases import assert_close, assert_same_bits, clone, leaves, tree_map
 from ..groups import Halved
@@ -332,7 +332,7 @@ def test_no_derivative_comes_from_a_gradient_of_a_frozen_leaf(wrap):
 )
 def test_where_data_decide_a_frozen_leaf_is_not_chosen_but_kept(wrap, method, monkeypatch):
     """As on a GPU, where both are made. It may be what could not be written."""
-    monkeypatch.setattr(finite, "read", lambda number: None)
+    monkeypatch.setattr(_finite, "read", lambda number: None)
     frozen = torch.ones(1).expand(3)
     params = {"body": frozen, "n": torch.tensor([1]), "head": torch.ones(2)}
     opt = wrap(groups())

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.func import grad, vmap
 
-from funcopt.wrappers.finite import all_finite, decide, place_for, zeros_unless
+from funcopt.wrappers._finite import all_finite, decide, device_for_state, zeros_unless
 
 DTYPES = [
     torch.float16,
@@ -116,6 +116,6 @@ def test_zeros_take_the_place_of_what_is_not_to_be_used():
 
 
 def test_what_is_learnt_from_gradients_is_kept_beside_the_first_that_are_waited_for():
-    assert place_for([torch.ones(1)]).type == "cpu"
-    assert place_for([]).type == "cpu"
-    assert place_for([torch.ones(1), torch.ones(1, device="meta")]).type == "meta"
+    assert device_for_state([torch.ones(1)]).type == "cpu"
+    assert device_for_state([]).type == "cpu"
+    assert device_for_state([torch.ones(1), torch.ones(1, device="meta")]).type == "meta"

@@ -12,6 +12,11 @@ $$ \bar\theta_{t-1} = (1 - \eta\lambda)\,\bar\theta_t \qquad
    \bar m_{t-1} = \beta_1 \bar m \qquad \bar v_{t-1} = \beta_2 \bar v \qquad
    \bar g = (1 - \beta_1)\,\bar m + 2 (1 - \beta_2)\,g\,\bar v $$
 
+A number has the sum of what comes of all elements that it was spread over (`_of_numbers`,
+`_sum_to`); of the learning rate that is
+
+$$ \bar\eta = -\sum \bar\theta_t \left( \frac{c}{b_1}\,w + \lambda\,\theta_{t-1} \right). $$
+
 It is written in plain differentiable operators, so that it has an adjoint of its own.
 """
 
@@ -201,16 +206,16 @@ def _of_numbers(
     if pulled.param is None or pulled.product is None:
         return
     correction1, root = 1 - beta1**step, own.correction2_root
-    descent = _times(-pulled.param * pulled.direction, root)
+    of_step_size = _times(-pulled.param * pulled.direction, root)
     if needs.lr:
-        yield "lr", _times(descent, 1 / correction1)
+        yield "lr", _times(of_step_size, 1 / correction1)
         yield "lr", _times(-pulled.param * leaf.param, weight_decay)
     if needs.weight_decay:
         yield "weight_decay", _times(-pulled.param * leaf.param, lr)
     if needs.eps:
         yield "eps", _times(pulled.product, -own.descent * root**2)
     if needs.beta1:  # through the first bias correction, and so on below through the second
-        yield "beta1", _times(descent, lr * step * beta1 ** (step - 1) / correction1**2)
+        yield "beta1", _times(of_step_size, lr * step * beta1 ** (step - 1) / correction1**2)
     if needs.beta2:
         slope = step * beta2 ** (step - 1) / (2 * root)
         yield "beta2", _times(pulled.product * pulled.root, -own.descent * slope)

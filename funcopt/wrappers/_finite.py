@@ -11,7 +11,7 @@ from torch import Tensor
 from .._core import tensors, transforms
 from .._core.tensors import view_as_real
 from .._dtensor.reductions import over_shards
-from .base import Gradients, read
+from ._shared import Gradients, read
 
 # A leaf of at most so many elements is copied beside others, which takes less time than a call.
 _SMALL = 1024
@@ -96,7 +96,7 @@ def zeros_unless(condition: bool | Tensor, tensors: list[Tensor]) -> list[Tensor
     return [torch.where(condition.to(tensor.device), tensor, 0) for tensor in tensors]
 
 
-def place_for(params: Sequence[Tensor]) -> torch.device:
+def device_for_state(params: Sequence[Tensor]) -> torch.device:
     """Return the device for what is computed of gradients, so that no device is waited for.
 
     It is the first that is not the CPU, if there is one.

@@ -18,7 +18,7 @@ from .._core.types import Optimizer, Tree
 from .._engine.checks import check_dense
 from .._engine.prepare import keep_requiring
 from .._engine.registration import at_rest
-from .scaled import update_scaled, update_scaled_
+from ._scaled import update_scaled, update_scaled_
 
 
 def update_if(

@@ -14,7 +14,7 @@ from .._core.types import Optimizer, Tree, own_traits
 from .._dtensor.shards import whole_of
 from .._engine import driver
 from .._engine.checks import check_apart, check_unwatched, check_writable
-from .scaled import update_scaled, update_scaled_
+from ._scaled import update_scaled, update_scaled_
 
 
 class Update(NamedTuple):

@@ -3,7 +3,7 @@
 An update of a wrapper goes the same way in every one of them. It checks its state, finds its
 numbers (`numbers_of`), pairs the gradients with the parameters (`gather_gradients`), decides what
 the inner optimizer is given and whether it makes its update, calls it, and returns its own new
-state. In place, `check_inplace` stands before the call, and `write_state` after it.
+state. In place, `check_wrapper_inplace` stands before the call, and `write_state` after it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .._engine.checks import (
     check_unwatched,
 )
 from .._engine.hyperparameters import has_schedule
-from .._engine.prepare import check_untied, first_count, next_step, place_for_count
+from .._engine.prepare import check_untied, device_for_count, first_count, next_step
 from .._engine.registration import at_rest
 
 
@@ -186,9 +186,9 @@ def first_step(opt: Any, place: torch.device) -> Tree:
     return first_count(place) if has_schedule(opt) else ()
 
 
-def place_of_tensors(params: Tree) -> torch.device:
+def device_of_tensors(params: Tree) -> torch.device:
     """Return the device for a count beside those leaves that are tensors."""
-    return place_for_count([x for x in pytree.flatten(params)[0] if isinstance(x, Tensor)])
+    return device_for_count([x for x in pytree.flatten(params)[0] if isinstance(x, Tensor)])
 
 
 def own_tensors(state: Any, *names: str) -> dict[str, Tensor]:
@@ -215,7 +215,7 @@ def write_state(state: Any, updated: bool | Tensor = True, **values: Tensor) -> 
         write(state.step, next_step(state.step, updated))
 
 
-def check_inplace(
+def check_wrapper_inplace(
     numbers: Mapping[str, object],
     own: Mapping[str, Tensor],
     gradients: Gradients,
@@ -269,7 +269,7 @@ def _history(
             yield pytree.path(gradients.structure, "grads", index), grad
 
 
-def place_of_counts(every: Number | Schedule) -> torch.device:
+def device_of_counts(every: Number | Schedule) -> torch.device:
     """Return the device for a count of calls up to a number: that of the number if a tensor."""
     return every.device if isinstance(every, Tensor) else torch.device("cpu")
 
@@ -302,7 +302,7 @@ def read(number: Tensor) -> float | None:
     return float(number.item())
 
 
-def settled(number: Number) -> float | None:
+def known_value(number: Number) -> float | None:
     """Return the value of a number, or None under every transform and wherever `read` does."""
     if isinstance(number, float):
         return number

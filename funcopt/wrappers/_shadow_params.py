@@ -17,7 +17,7 @@ from .._core.tensors import write
 from .._core.types import Number, Optimizer, Tree, kind_of
 from .._dtensor.shards import check_placed
 from .._engine.checks import check_apart, check_writable, is_like, of_members
-from .base import Gradients, check_inplace, gather_params, records
+from ._shared import Gradients, check_wrapper_inplace, gather_params, records
 
 DtypeOf: TypeAlias = Callable[[torch.dtype], torch.dtype]
 """Gives the dtype of a leaf of the tree, from that of its parameter."""
@@ -113,7 +113,9 @@ class ShadowParams(NamedTuple):
         for index in self.gradients.resting:
             write(self.leaves[index], params[index])
 
-    def check_inplace(self, numbers: Mapping[str, object], own: Mapping[str, Tensor]) -> None:
+    def check_wrapper_inplace(
+        self, numbers: Mapping[str, object], own: Mapping[str, Tensor]
+    ) -> None:
         """Refuse to write the tree and these tensors where that would lose a derivative or memory.
 
         Args:
@@ -134,7 +136,7 @@ class ShadowParams(NamedTuple):
             index -= len(self.leaves)
             return names[index] if index < len(names) else leaf_path("params", index - len(names))
 
-        check_inplace(numbers, own, self.gradients, (self.root, self.leaves))
+        check_wrapper_inplace(numbers, own, self.gradients, (self.root, self.leaves))
         if not transforms.tracing():
             check_writable(written, path)
             check_apart([*written, *self.gradients.params], [], path, str)
