@@ -232,7 +232,7 @@ def broadcasts_gradients(patch: Patch) -> None:
     patch.setattr(memory, "_is_ready", lambda tensor: False)
     patch.setattr(
         memory,
-        "_aligned",
+        "_in_layout_of",
         lambda tensor, param: torch.empty_like(param).copy_(tensor.expand_as(param)),
     )
 
@@ -462,7 +462,7 @@ def every_member_has_the_learning_rate_of_the_first(patch: Patch) -> None:
         first = isinstance(value, Tensor) and dim is not None and value.ndim == 1
         return value[0] if first else original(value, dim)
 
-    wrap(patch, autograd, "_number_to_front", change)
+    wrap(patch, autograd, "_with_outer_dim", change)
 
 
 @caught_by(laws.gradient_is_finite)

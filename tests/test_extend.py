@@ -109,6 +109,7 @@ def test_an_optimizer_of_ones_own_moves_by_its_equations():
     assert_close(run(Signum(lr=lambda step: 0.1 + 0 * step), w, steps)[0], by_hand(w, steps))
 
 
+@pytest.mark.by_day(1)
 @pytest.mark.parametrize("opt", [Signum(), Whole(), Unsaid()], ids=["Signum", "Whole", "Unsaid"])
 def test_every_law_that_applies_to_it_holds(opt):
     report = check_optimizer(opt, max_examples=4)

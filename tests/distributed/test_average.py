@@ -170,6 +170,7 @@ def on_ranks(rank):
             check_numbers(mesh, breaks, in_place)
 
 
+@pytest.mark.by_day(1)
 @pytest.mark.parametrize("size", [2, 4])
 def test_means_and_what_clips_and_skips_by_them_are_those_of_one_process(size):
     run_ranks(size, on_ranks, timeout=120)

@@ -17,6 +17,7 @@ OPTIONS = crossed(
 )
 
 
+@pytest.mark.by_day(40)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)

@@ -33,6 +33,7 @@ def optax_lion(param, gradients, *, lr, betas, weight_decay, maximize):
     return param, mean
 
 
+@pytest.mark.by_day(40)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)

@@ -32,6 +32,7 @@ OPTIONS = [
 ]
 
 
+@pytest.mark.by_day(60)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)

@@ -152,6 +152,7 @@ def launches(monkeypatch) -> list[int]:
     return grids
 
 
+@pytest.mark.by_day(6)
 @on_any_device
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("amsgrad", [False, True])
@@ -498,6 +499,7 @@ def test_it_refuses_without_triton_and_away_from_cuda(monkeypatch):
     assert unfit(torch.device("cpu")) == "it serves cuda, not cpu"
 
 
+@pytest.mark.by_day(3)
 @compiled
 @pytest.mark.parametrize("amsgrad", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
