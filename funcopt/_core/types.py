@@ -214,18 +214,29 @@ _WARNINGS = frozenset(
 )
 
 
+_said: dict[type, Traits] = {}
+
+
+def remember_traits(cls: type) -> None:
+    """Note what a class says of itself, if it does not depend on the arguments."""
+    said = vars(cls)
+    traits = said.get("traits") or getattr(said.get("rule"), "traits", None)
+    if isinstance(traits, Traits):
+        _said[cls] = traits
+
+
 def own_traits(opt: object) -> Traits:
     """Return what a class says of itself, without the optimizers inside.
 
     A subclass may do otherwise than what it inherits from. Of that class it has the warnings alone.
     """
-    said, kind = vars(type(opt)), type(opt)
-    own = "traits" in said or "rule" in said
-    traits = getattr(opt, "traits", None) or getattr(getattr(kind, "rule", None), "traits", None)
-    if not isinstance(traits, Traits):
-        traits = Traits()
-    elif not own:
-        traits = Traits(**{name: getattr(traits, name) for name in _WARNINGS})
+    traits = _said.get(type(opt))
+    if traits is None:
+        said = vars(type(opt))
+        given = getattr(opt, "traits", None) or getattr(getattr(opt, "rule", None), "traits", None)
+        traits = given if isinstance(given, Traits) else Traits()
+        if "traits" not in said and "rule" not in said:
+            traits = Traits(**{name: getattr(traits, name) for name in _WARNINGS})
     if getattr(opt, "step_per_leaf", False):
         return dataclasses.replace(traits, tells_leaves_apart=True)
     return traits

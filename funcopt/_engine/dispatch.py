@@ -136,22 +136,22 @@ def plan(
         ValueError: If a number is out of range, or a kernel that was asked for by name cannot serve
             a leaf or a number.
     """
+    if not isinstance(numbers, list):
+        own = numbers if is_read(numbers) else numbers._make(map(_value, numbers))
+        if own is not numbers and not is_read(own):
+            return [(part, own) for part in _parts(rule, inputs, own, options, layout, in_place)]
+        # Who serves does not depend on their values, but for the one that gradients are scaled by.
+        key = rule, options.kernel, in_place, own.grad_scale == 1.0
+        parts = layout.plans.get(key)
+        if parts is None:
+            parts = layout.plans[key] = _parts(rule, inputs, own, options, layout, in_place)
+        return [(part, own) for part in parts]
     pairs: Plan = []
     for indices, own in _grouped_by_numbers(numbers):
-        if indices is None and is_read(own):  # who serves does not depend on their values
-            key = rule, options.kernel, in_place, _is_one(own.grad_scale)
-            parts = layout.plans.get(key)
-            if parts is None:
-                parts = layout.plans[key] = _parts(rule, inputs, own, options, layout, in_place)
-        elif indices is None:
-            parts = _parts(rule, inputs, own, options, layout, in_place)
-        else:
-            taken = inputs.take(indices)
-            parts = _parts(rule, taken, own, options, layout_of(taken), in_place)
-            parts = [
-                part._replace(batches=[b.among(indices) for b in part.batches]) for part in parts
-            ]
-        pairs.extend((part, own) for part in parts)
+        taken = inputs.take(indices)
+        for part in _parts(rule, taken, own, options, layout_of(taken), in_place):
+            batches = [batch.among(indices) for batch in part.batches]
+            pairs.append((part._replace(batches=batches), own))
     return pairs
 
 
@@ -181,12 +181,9 @@ def _is_stacked(number: Number) -> bool:
     return isinstance(number, Tensor) and number.ndim > 0
 
 
-def _grouped_by_numbers(numbers: Any | list[Any]) -> Iterable[tuple[list[int] | None, Any]]:
-    """Group leaves by the values of their numbers; None stands for all of them."""
-    if not isinstance(numbers, list):
-        return [(None, _read(numbers))]
-    distinct = {id(own): own for own in numbers}
-    read = {key: _read(own) for key, own in distinct.items()}
+def _grouped_by_numbers(numbers: list[Any]) -> Iterable[tuple[list[int], Any]]:
+    """Group leaves by the values of their numbers."""
+    read = {key: _read(own) for key, own in {id(own): own for own in numbers}.items()}
     groups: dict[object, tuple[list[int], Any]] = {}
     for index, own in enumerate(numbers):
         values = read[id(own)]

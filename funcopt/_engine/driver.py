@@ -17,7 +17,6 @@ these `_find_routine` is all of the first stage.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import chain
 from typing import Any, NamedTuple
@@ -97,8 +96,8 @@ def _update(
     routine = _find_routine(opt, rule, setup, grads, state, params, in_place=in_place)
     if routine is not None:
         numbers = numbers_at(rule, opt, [routine.step_count], [routine.new_count])
-        if not _have_history(numbers[0]):
-            (own,) = with_grad_scale(numbers, grad_scale)
+        if setup.numbers is not None or not _have_history(numbers[0]):
+            (own,) = numbers if grad_scale is None else with_grad_scale(numbers, grad_scale)
             if in_place:
                 routine.step_(rule, own, setup.options)
                 return params, state
@@ -322,24 +321,25 @@ class _Routine(NamedTuple):
 
     def step(self, rule: UpdateRule, numbers: Any, options: Any) -> list[Tree]:
         """Return the new tree of parameters, the new count, and the new trees of slots."""
-        plan = dispatch.plan(rule, self.inputs, numbers, options, self.layout, in_place=False)
-        outputs = self._run(dispatch.run, plan, options)
-        if self.layout.params_require_grad:
-            keep_requiring(outputs.params, self.inputs.params)
-        structure = self.structure
+        inputs, layout, structure = self.inputs, self.layout, self.structure
+        plan = dispatch.plan(rule, inputs, numbers, options, layout, in_place=False)
+        if layout.params_require_grad:
+            outputs = transforms.without_gradients(dispatch.run, inputs, plan, options)
+            keep_requiring(outputs.params, inputs.params)
+        else:
+            outputs = dispatch.run(inputs, plan, options)
         new_params, *slots = [pytree.unflatten(structure, own) for own in outputs.columns]
         return [new_params, fresh(self.new_count, self.step_count), *slots]
 
     def step_(self, rule: UpdateRule, numbers: Any, options: Any) -> None:
         """Move the leaves and the count in place."""
-        plan = dispatch.plan(rule, self.inputs, numbers, options, self.layout, in_place=True)
-        self._run(dispatch.run_, plan, options, self.layout)
+        inputs, layout = self.inputs, self.layout
+        plan = dispatch.plan(rule, inputs, numbers, options, layout, in_place=True)
+        if layout.params_require_grad:
+            transforms.without_gradients(dispatch.run_, inputs, plan, options, layout)
+        else:
+            dispatch.run_(inputs, plan, options, layout)
         self.step_count.fill_(self.new_count)
-
-    def _run(self, run: Callable[..., Any], *args: Any) -> Any:
-        if not self.layout.params_require_grad:
-            return run(self.inputs, *args)
-        return transforms.without_gradients(run, self.inputs, *args)
 
 
 def _find_routine(

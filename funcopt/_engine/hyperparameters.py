@@ -272,15 +272,15 @@ def numbers_at(
         olds: The counts before the update, by which schedules go.
         news: The counts after it. Leaves that share one share the numbers.
     """
-    given = rule.hyperparams_of(opt)
     for new in dict.fromkeys(news) if len(news) > 1 else news:
         _check_count(new)
-    if _FLOAT.issuperset(map(type, given)):
+    given = rule.setup_of(opt).numbers
+    if given is not None:
         if len(news) == 1 or not _FLOAT.issuperset(map(type, news)):
             return [rule.numbers(_detached(new), *given) for new in news]
         shared = {new: rule.numbers(new, *given) for new in dict.fromkeys(news)}
         return [shared[new] for new in news]
-    pairs = list(zip(rule.hyperparams, given, strict=True))
+    pairs = list(zip(rule.hyperparams, rule.hyperparams_of(opt), strict=True))
     for own, number in pairs:
         if isinstance(number, Tensor):
             _checked(own, number)  # once, however many counts there are

@@ -107,13 +107,11 @@ def borrow(inputs: StepInputs) -> StepInputs:
 
 def give_back(borrowed: StepInputs, inputs: StepInputs) -> None:
     """Write what was computed on copies into the tensors that were copied."""
-    targets = inputs.targets.columns
+    moved = [*inputs.params, *chain(*inputs.slots)]
     if borrowed is not inputs:
-        for news, olds in zip(borrowed.targets.columns, targets, strict=True):
-            for new, old in zip(news, olds, strict=True):
-                if new is not old:
-                    write(old, new)
-    moved = [tensor for column in targets for tensor in column]
+        for new, old in zip([*borrowed.params, *chain(*borrowed.slots)], moved, strict=True):
+            if new is not old:
+                write(old, new)
     if torch.is_inference_mode_enabled():  # where tensors have no version
         moved = [tensor for tensor in moved if not tensor.is_inference()]
     torch.autograd.graph.increment_version(moved)

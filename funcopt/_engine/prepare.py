@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import compress
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -164,14 +165,11 @@ def trees_of(
         ValueError: If the state has a slot that the optimizer does not keep, or the other way
             round.
     """
-    trees = [params, grads]
-    for slot, wanted in zip(rule.slots, kept, strict=True):
-        tree = getattr(state, slot.name)
+    _, *trees = state
+    for slot, tree, wanted in zip(rule.slots, trees, kept, strict=True):
         if slot.option:
             _check_kept(opt, slot, tree, params, wanted)
-        if wanted:
-            trees.append(tree)
-    return trees
+    return [params, grads, *compress(trees, kept)]
 
 
 def _check_kept(opt: Any, slot: Slot, tree: Tree, params: Tree, wanted: bool) -> None:
@@ -224,7 +222,9 @@ def _is_watched(inputs: StepInputs, counts: Counts) -> bool:
 
 def _agree(inputs: StepInputs) -> bool:
     shards = sharding()
-    return shards is None or bool(shards.agree(inputs.params, inputs.columns[1:]))
+    if shards is None or shards.current_parts() is None:
+        return True
+    return bool(shards.agree(inputs.params, inputs.columns[1:]))
 
 
 def _take(values: list[T], indices: list[int]) -> list[T]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .._core import pytree, transforms
-from .._core.types import Optimizer, Tree, optimizers_in, own_traits
+from .._core.types import Optimizer, Tree, optimizers_in, own_traits, remember_traits
 from .checks import sharding
 from .hyperparameters import check_choice, check_flag, normalize_fields
 from .rule import UpdateRule
@@ -39,6 +39,7 @@ def register_optimizer(cls: type[OptimizerT]) -> type[OptimizerT]:
         leaves_at_rest(cls, lambda _, leaves, __: range(len(leaves)))
     register_dataclass(cls, advice.format(f"{cls.__name__}({'...' if fields else ''})"))
     wrap_methods(cls)
+    remember_traits(cls)
     dataclass.__getstate__ = _state_to_pickle
     if "inner" in fields:
         leaves_at_rest(cls, as_inner)

@@ -213,10 +213,13 @@ class Setup(NamedTuple):
         options: A NamedTuple of what the rule names in `options`, and of `kernel`, `differentiable`
             and `step_per_leaf`, which an optimizer may leave out.
         kept: For each slot of the rule, whether it is kept.
+        numbers: The hyperparameters, if all are Python numbers: then they are the same at every
+            update, and were checked.
     """
 
     options: Any
     kept: tuple[bool, ...]
+    numbers: tuple[float, ...] | None
 
 
 # What any optimizer may have as a field, and what holds where it has none.
@@ -316,7 +319,9 @@ class UpdateRule:
         if (name := getattr(opt, "kernel", "auto")) in self.kernels:
             self.kernel(name)  # loaded here, since a compiler cannot import it
         options = self._options(*own, *(getattr(opt, *common) for common in _COMMON.items()))
-        return Setup(options, tuple(slot.is_kept(opt) for slot in self.slots))
+        given = tuple(self.hyperparams_of(opt))
+        numbers = given if is_read(given) else None
+        return Setup(options, tuple(slot.is_kept(opt) for slot in self.slots), numbers)
 
     def hyperparams_of(self, opt: Any) -> list[Any]:
         """Return the hyperparameters of an optimizer as they were given, in order."""

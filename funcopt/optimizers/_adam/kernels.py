@@ -23,7 +23,7 @@ from ..adamw import HYPERPARAMS, coefficients
 
 def _fused_(operator: str, inputs: StepInputs, numbers: Any, options: Any) -> None:
     exp_avgs, exp_avg_sqs, *maxima = inputs.slots
-    device = inputs.params[0].device
+    device, lr = inputs.params[0].device, numbers.lr
     # The kernel reads the count as float32, whatever it is given. Beyond 2**24 that rounds, by one
     # part in 2**24, which shows in the corrections only where a beta is that close to 1.
     count = (
@@ -38,7 +38,7 @@ def _fused_(operator: str, inputs: StepInputs, numbers: Any, options: Any) -> No
         exp_avg_sqs,
         maxima[0] if maxima else [],
         [count] * len(inputs.params),
-        lr=kernels.fused_lr(numbers.lr, device),
+        lr=kernels.fused_lr(lr, device) if isinstance(lr, Tensor) else lr,
         beta1=numbers.beta1,
         beta2=numbers.beta2,
         weight_decay=numbers.weight_decay,
