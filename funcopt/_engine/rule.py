@@ -13,7 +13,6 @@ from collections import namedtuple
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import compress
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -332,7 +331,7 @@ class UpdateRule:
 
     def kept_slots(self, opt: Any) -> list[Slot]:
         """Return those slots that an optimizer keeps."""
-        return list(compress(self.slots, self.setup_of(opt).kept))
+        return [slot for slot in self.slots if slot.is_kept(opt)]
 
     @cached_property
     def kernel_names(self) -> tuple[str, ...]:
