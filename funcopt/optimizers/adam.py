@@ -19,8 +19,7 @@ class AdamState(NamedTuple):
     """The state of `Adam`: tensors only, in trees of the shape of the parameters.
 
     Attributes:
-        step: How many updates were made: a float64 tensor of shape (), on the GPU if all
-            parameters are on one, else on the CPU; with `step_per_leaf` a tree of them.
+        step: How many updates were made, as in `AdamWState`.
         exp_avg: The running mean of the gradients.
         exp_avg_sq: The running mean of their squares.
         max_exp_avg_sq: The largest `exp_avg_sq` so far; `()` unless amsgrad.
@@ -89,8 +88,7 @@ class Adam:
     16-bit leaves are computed in float32 by every kernel. A complex leaf is a pair of real ones.
 
     Args:
-        lr: Learning rate: at least 0; a number, a 0-dim tensor, or a schedule, which is called with
-            the count of updates made so far (0 at the first) and returns one of the others.
+        lr: Learning rate: at least 0; a number, a 0-dim tensor, or a schedule, as for `AdamW`.
         betas: Decay rates of the two running means: each at least 0 and below 1, and each likewise
             a number, tensor or schedule. The bias corrections take the present value for all steps.
         eps: Added to the denominator: at least 0; likewise. At 0, a zero gradient at the first step
@@ -103,9 +101,7 @@ class Adam:
             own count. Off: one count for the tree, advanced by every update.
         kernel: `"auto"` takes the fastest that is right for the tensors; `"fused"`, `"foreach"` and
             `"plain"` name one. Tracers and forward mode always see plain operators.
-        differentiable: Whether plain autograd records an update. None: if a state tensor or a
-            hyperparameter requires a gradient, or if a gradient depends on anything that does,
-            other than these parameters. Under a transform of `torch.func` always.
+        differentiable: Whether plain autograd records an update, as for `AdamW`.
 
     Raises:
         TypeError: If a hyperparameter is of the wrong type.

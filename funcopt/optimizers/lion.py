@@ -19,8 +19,7 @@ class LionState(NamedTuple):
     """The state of `Lion`: tensors only, in trees of the shape of the parameters.
 
     Attributes:
-        step: How many updates were made: a float64 tensor of shape (), on the GPU if all
-            parameters are on one, else on the CPU; with `step_per_leaf` a tree of them.
+        step: How many updates were made, as in `AdamWState`.
         exp_avg: The running mean of the gradients.
     """
 
@@ -117,8 +116,7 @@ class Lion:
     optax divides it by its absolute value.
 
     Args:
-        lr: Learning rate: at least 0; a number, a 0-dim tensor, or a schedule, which is called with
-            the count of updates made so far (0 at the first) and returns one of the others.
+        lr: Learning rate: at least 0; a number, a 0-dim tensor, or a schedule, as for `AdamW`.
         betas: How much of the running mean is in the direction, and how much of it is kept: each at
             least 0 and below 1, and each likewise a number, tensor or schedule.
         weight_decay: At least 0, multiplied by the learning rate; likewise.
@@ -127,9 +125,7 @@ class Lion:
             Off: one count for the tree, advanced by every update.
         kernel: `"auto"` takes the fastest that is right for the tensors; `"foreach"` and `"plain"`
             name one. Tracers and forward mode always see plain operators.
-        differentiable: Whether plain autograd records an update. None: if a state tensor or a
-            hyperparameter requires a gradient, or if a gradient depends on anything that does,
-            other than these parameters. Under a transform of `torch.func` always.
+        differentiable: Whether plain autograd records an update, as for `AdamW`.
 
     Raises:
         TypeError: If a hyperparameter is of the wrong type.

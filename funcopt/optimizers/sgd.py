@@ -21,8 +21,7 @@ class SGDState(NamedTuple):
     """The state of `SGD`: tensors only, in trees of the shape of the parameters.
 
     Attributes:
-        step: How many updates were made: a float64 tensor of shape (), on the GPU if all
-            parameters are on one, else on the CPU; with `step_per_leaf` a tree of them.
+        step: How many updates were made, as in `AdamWState`.
         momentum_buffer: The running sum of the gradients; `()` if momentum is the number 0.
     """
 
@@ -176,8 +175,7 @@ class SGD:
     ones, which rounds otherwise than torch's complex products.
 
     Args:
-        lr: Learning rate: at least 0; a number, a 0-dim tensor, or a schedule, which is called with
-            the count of updates made so far (0 at the first) and returns one of the others.
+        lr: Learning rate: at least 0; a number, a 0-dim tensor, or a schedule, as for `AdamW`.
         momentum: At least 0; likewise. At the number 0 there is no buffer, and no dampening. A
             tensor or a schedule has a buffer, also where its value is 0.
         dampening: What is kept from the buffer of each gradient but the first: finite; likewise.
@@ -189,9 +187,7 @@ class SGD:
             leaf's own count. Off: one count for the tree, advanced by every update.
         kernel: `"auto"` takes the fastest that is right for the tensors; `"fused"`, `"foreach"` and
             `"plain"` name one. Tracers and forward mode always see plain operators.
-        differentiable: Whether plain autograd records an update. None: if a state tensor or a
-            hyperparameter requires a gradient, or if a gradient depends on anything that does,
-            other than these parameters. Under a transform of `torch.func` always.
+        differentiable: Whether plain autograd records an update, as for `AdamW`.
 
     Raises:
         TypeError: If a hyperparameter is of the wrong type.
