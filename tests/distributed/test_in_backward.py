@@ -505,6 +505,7 @@ def on_each_rank(rank):
     check_unfrozen()
 
 
+@pytest.mark.by_day(1)
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_a_reduced_module_moves_by_the_mean_to_the_bit(world_size):
     run_ranks(world_size, on_each_rank)

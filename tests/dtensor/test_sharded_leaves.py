@@ -187,7 +187,7 @@ def train_sharded(rank, shard, runs):
         assert_near(whole(trained), on_one_process(name, hidden))
 
 
-@pytest.mark.by_day(2)
+@pytest.mark.by_day(1)
 @pytest.mark.parametrize(
     ("world_size", "shard", "runs"),
     [

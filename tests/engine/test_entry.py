@@ -106,7 +106,7 @@ def test_autocast_changes_no_bit_under_vmap_nor_of_a_derivative(name, dtype, dev
             assert_same(function(), one)
 
 
-@pytest.mark.by_day(2)
+@pytest.mark.by_day(1)
 @pytest.mark.parametrize("name", SOME)
 def test_under_autocast_an_update_compiles_to_one_graph_with_the_same_bits(name):
     opt, params = SOME[name], tree(torch.bfloat16, small=1)

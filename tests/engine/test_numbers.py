@@ -260,7 +260,7 @@ def test_members_follow_it_at_counts_of_their_own(case):
                 torch.testing.assert_close(one[i], other, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
-@pytest.mark.by_day(3)
+@pytest.mark.by_day(1)
 @every_case
 def test_one_compiled_graph_serves_a_run_with_it(case):
     torch.compiler.reset()

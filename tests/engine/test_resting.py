@@ -289,7 +289,7 @@ def member(tree, i):
     return tree_map(lambda leaf: leaf[i], tree)
 
 
-@pytest.mark.by_day(2)
+@pytest.mark.by_day(1)
 @pytest.mark.parametrize("wrap", TRANSFORMED.values(), ids=TRANSFORMED.keys())
 def test_one_compiled_graph_serves_a_run_beside_frozen_leaves(wrap):
     torch.compiler.reset()

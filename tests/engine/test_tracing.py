@@ -65,6 +65,7 @@ def test_one_graph_serves_six_steps_with_a_changing_tensor_lr(backend):
             ours = theirs
 
 
+@pytest.mark.by_day(1)
 @pytest.mark.parametrize("field", ["lr", "weight_decay", "eps"])
 def test_a_number_compiles_once_more_when_it_first_changes_and_then_never(field):
     graphs = CompileCounter()
@@ -87,7 +88,7 @@ VARIANTS = {
 }
 
 
-@pytest.mark.by_day(4)
+@pytest.mark.by_day(2)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_one_graph_serves_every_variant(name, backend):
@@ -131,7 +132,7 @@ def test_update_in_place_compiles_for_the_parameters_of_a_module(backend):
         assert_close((weights, state), (theirs, their_state), rtol=2e-6)
 
 
-@pytest.mark.by_day(2)
+@pytest.mark.by_day(1)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_whole_train_step_compiles_and_leaves_no_graph_behind(backend):
     model = nn.Linear(3, 2)
@@ -151,6 +152,7 @@ def test_a_whole_train_step_compiles_and_leaves_no_graph_behind(backend):
         assert all(p.grad_fn is None for p in ours[0].values())
 
 
+@pytest.mark.by_day(2)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_mapped_update_compiles(backend):
     opt = AdamW(lr=torch.rand(4), weight_decay=torch.rand(4))

@@ -31,6 +31,7 @@ def killed_run(kind, directory):
     assert process.returncode == -signal.SIGKILL
 
 
+@pytest.mark.by_day(2)
 @pytest.mark.parametrize("kind", FORMATS)
 def test_a_killed_run_resumes_to_the_bit(kind, tmp_path):
     killed_run(kind, tmp_path)

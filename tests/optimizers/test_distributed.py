@@ -61,7 +61,7 @@ def assert_numbers_of_one_process(ranks, opt, update):
             torch.testing.assert_close(leaf, expected[name])
 
 
-@pytest.mark.by_day(4)
+@pytest.mark.by_day(2)
 @pytest.mark.parametrize("update", ["update", "update_"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_sharded_leaves_have_the_numbers_of_one_process(name, update):

@@ -499,7 +499,7 @@ def test_it_refuses_without_triton_and_away_from_cuda(monkeypatch):
     assert unfit(torch.device("cpu")) == "it serves cuda, not cpu"
 
 
-@pytest.mark.by_day(3)
+@pytest.mark.by_day(1)
 @compiled
 @pytest.mark.parametrize("amsgrad", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -170,6 +170,7 @@ class Halved:
         return self.inner.update(tree_map(lambda g: g / 2, grads), state, params)
 
 
+@pytest.mark.by_day(1)
 @pytest.mark.parametrize("opt", [Momentum(), Halved(Momentum()), Halved(AdamW(lr=0.1))], ids=repr)
 def test_optimizers_that_are_right_raise_no_false_alarm(opt, examples):
     for law in laws.LAWS:

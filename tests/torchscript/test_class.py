@@ -325,6 +325,7 @@ def test_a_construction_warns_of_nothing():
         FunctionalAdamW([torch.ones(1)]).step([torch.ones(1)])
 
 
+@pytest.mark.by_day(1)
 @pytest.mark.parametrize(
     "code",
     [

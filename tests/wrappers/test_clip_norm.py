@@ -245,6 +245,7 @@ def test_one_compiled_graph_takes_every_max_norm(mode):
     torch.compiler.set_stance("default")
 
 
+@pytest.mark.by_day(1)
 @pytest.mark.parametrize("mode", MODES)
 def test_a_compiled_step_in_place_is_the_pure_one(mode):
     torch.compiler.reset()

@@ -280,7 +280,7 @@ def test_a_derivative_with_respect_to_the_optimizer_is_an_optimizer():
     assert slope.inner["second"].weight_decay.item() < 0
 
 
-@pytest.mark.by_day(2)
+@pytest.mark.by_day(1)
 @pytest.mark.parametrize("method", ["update", "update_"])
 @pytest.mark.parametrize("labels", ["function", "patterns", "tree"])
 def test_one_graph_serves_every_step(labels, method):
