@@ -47,7 +47,6 @@ def save_and_load(rank, directory):
     dist.destroy_process_group()
 
 
-@pytest.mark.by_day(1)
 def test_each_rank_gets_its_own_shard_back_and_one_process_gets_the_whole(tmp_path):
     mp.spawn(save_and_load, (str(tmp_path),), 2)
     assert all((tmp_path / f"done {rank}").exists() for rank in range(2))
