@@ -18,7 +18,7 @@ from .._core.types import Optimizer, Tree
 from .._engine.checks import check_dense
 from .._engine.prepare import keep_requiring
 from .._engine.registration import at_rest
-from ._scaled import update_scaled, update_scaled_
+from ._scaled import update_scaled
 
 
 def update_if(
@@ -79,14 +79,14 @@ def update_if_(
 ) -> None:
     """Do the same in place. The optimizer checks the tensors, if it makes the update."""
     if condition is True:
-        update_scaled_(opt, grads, grad_scale, state, params)
+        update_scaled(opt, grads, grad_scale, state, params, in_place=True)
     elif isinstance(condition, Tensor):
         resting = at_rest(opt, *pytree.flatten(params))
         leaves = pytree.flatten((params, state))[0]
         leaves = [leaf for index, leaf in enumerate(leaves) if index not in resting]
         with torch.no_grad():
             olds = copies(leaves)
-        update_scaled_(opt, grads, grad_scale, state, params)
+        update_scaled(opt, grads, grad_scale, state, params, in_place=True)
         with torch.no_grad():
             for leaf, chosen in zip(leaves, choose_each(condition, leaves, olds), strict=True):
                 write(leaf, chosen)
