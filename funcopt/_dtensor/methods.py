@@ -52,7 +52,7 @@ def update_(method: Callable[..., Any], opt: Any, grads: Tree, state: Tree, para
 def _take_apart(
     opt: Any, grads: Tree, state: Tree, params: Tree, *, followed: bool
 ) -> tuple[Parts, list[Tree]]:
-    """Return gradients, state and parameters as far as they are here, in place of DTensors.
+    """Return gradients, state and parameters with local parts in place of DTensors.
 
     Parameters keep their `requires_grad`; gradients and state do if they are followed.
 

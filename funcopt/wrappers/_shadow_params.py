@@ -99,7 +99,7 @@ class ShadowParams(NamedTuple):
     def check_wrapper_inplace(
         self, numbers: Mapping[str, object], own: Mapping[str, Tensor]
     ) -> None:
-        """Refuse to write the tree and the wrapper's own tensors, as the function of this name.
+        """Refuse to write the tree and the wrapper's own tensors, as `check_wrapper_inplace` does.
 
         Nor may one of them be expanded, or start where a parameter does.
         """
