@@ -60,7 +60,7 @@ def _flatten_dict(tree: dict[Any, Any]) -> tuple[list[Any], Structure]:
     Optree makes it anew at each call; here the structure of keys that came before is remembered.
     """
     keys = tuple(tree)
-    found = _remembered(keys)
+    found = _structures.get(keys) if _are_strings(keys) else None
     if found is None:
         numbered: Tree = {key: position for position, key in enumerate(keys)}
         positions, structure = optree.tree_flatten(
@@ -83,11 +83,6 @@ def _taker(keys: list[Any]) -> Callable[[Any], list[Any]]:
     return lambda tree: list(take(tree))
 
 
-def _remembered(keys: tuple[Any, ...]) -> tuple[Callable[[Any], list[Any]], Structure] | None:
-    """Return how to take the leaves out of a dict with these keys, and its structure, if known."""
-    return _structures.get(keys) if _are_strings(keys) else None
-
-
 def _are_strings(keys: tuple[Any, ...]) -> bool:
     """Whether keys that are equal are the same: others may not be, as 1 and True."""
     return _STRING.issuperset(map(type, keys))
@@ -99,6 +94,7 @@ _LEAF = optree.tree_structure(_A_LEAF, none_is_leaf=True, namespace=_NAMESPACE)
 
 _STRING = frozenset((str,))
 _MOST_STRUCTURES = 256
+# How to take the leaves out of a dict with these keys, and its structure.
 _structures: dict[tuple[Any, ...], tuple[Callable[[Any], list[Any]], Structure]] = {}
 
 
@@ -108,8 +104,9 @@ def columns_of_dicts(trees: Sequence[Tree]) -> tuple[list[list[Any]], Structure]
     Whether the values are leaves this time is for the caller to find out: it compares them with the
     leaves of last time. None where this shortcut does not apply.
     """
-    first = trees[0]
-    found = _remembered(keys := tuple(first)) if type(first) is dict else None
+    if type(trees[0]) is not dict or not _are_strings(keys := tuple(trees[0])):
+        return None
+    found = _structures.get(keys)
     if found is None:
         return None
     for tree in trees[1:]:
@@ -168,10 +165,12 @@ def same(one: Structure, other: Structure) -> bool:
 
 def paths(structure: Structure, root: str) -> list[str]:
     """Return for each leaf the Python expression that reaches it, such as `params['0.weight']`."""
-    names = _torch_paths(structure)
-    if names is None:
-        names = [accessor.codify("") for accessor in structure.accessors()]
-    return [root + name for name in names]
+    walk = _walk(structure)
+    if walk is None:
+        return [root + accessor.codify("") for accessor in structure.accessors()]
+    # By the keys that torch knows of its nodes, which optree was not told of.
+    keys = dict(walk)
+    return [root + torch_pytree.keystr(keys[index]) for index in range(structure.num_leaves)]
 
 
 def path(structure: Structure, root: str, index: int) -> str:
@@ -199,18 +198,6 @@ def _key(entry: Any) -> str:
         if hasattr(entry, attribute):
             return str(getattr(entry, attribute))
     return str(entry)
-
-
-def _torch_paths(structure: Structure) -> list[str] | None:
-    """The paths by the keys that torch knows of its nodes, which optree was not told of.
-
-    None where torch does not know a node, or was not told of its keys either.
-    """
-    walk = _walk(structure)
-    if walk is None:
-        return None
-    paths = dict(walk)
-    return [torch_pytree.keystr(paths[index]) for index in range(structure.num_leaves)]
 
 
 def _walk(structure: Structure) -> list[tuple[int, Any]] | None:
@@ -253,15 +240,8 @@ def pair(tree: Tree, root: str, structure: Structure, optional: Collection[int] 
     wish; flattening both and zipping would pair their leaves wrongly, and silently.
 
     None in a field of a dataclass, which torch makes no leaf of, is one here, as None elsewhere is.
-
-    Args:
-        tree: The tree to pair.
-        root: Its name in messages, such as `"grads"`.
-        structure: The structure of the parameters.
-        optional: Leaves that may be missing, for which there is None then, and no way to rebuild.
-
-    Returns:
-        The leaves of `tree` in the order of the parameters' leaves.
+    For `optional` leaves that are missing there is None, and no way to rebuild. Messages call the
+    tree by `root`.
 
     Raises:
         ValueError: If a leaf of either tree has no counterpart in the other.
@@ -304,21 +284,23 @@ _REMEDIES = {
 def _mismatch(root: str, found: list[str], wanted: list[str]) -> str:
     there, needed = set(found), set(wanted)
     missing = [path for path in wanted if path not in there]
-    extra = [path for path in found if path not in needed]
+    extra = [root + path for path in found if path not in needed]
     parts = []
     if missing:
-        parts.append(f"no {_some(root, missing)} for {_some('params', missing)}")
+        lacking, params = ([name + path for path in missing] for name in (root, "params"))
+        parts.append(f"no {some(lacking)} for {some(params)}")
     if extra:
-        parts.append(f"{_some(root, extra)} without a parameter of that path")
+        parts.append(f"{some(extra)} without a parameter of that path")
     if not parts:
         parts.append("leaves that cannot be told apart by their paths")
     remedy = _REMEDIES.get(root, "Make the state with init() from these parameters")
     return f"{root} does not have the structure of params: {' and '.join(parts)}. {remedy}."
 
 
-def _some(root: str, found: list[str], most: int = 3) -> str:
-    names = ", ".join(root + path for path in found[:most])
-    return names if len(found) <= most else f"{names}, ... ({len(found)} in all)"
+def some(names: Sequence[str], most: int = 3) -> str:
+    """Return the first of these names, and how many there are if there are more."""
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{shown}, ... ({len(names)} in all)"
 
 
 def register_node(
@@ -329,12 +311,8 @@ def register_node(
 ) -> None:
     """Make a class a pytree node for `torch.func` and for optree.
 
-    Args:
-        cls: The class.
-        flatten_node: Gives the children and the hashable rest.
-        unflatten_node: Takes the rest and the children (which may be anything: transforms rebuild
-            a node around placeholders) and gives the node.
-        names: Gives a name for each child.
+    To flatten a node gives the children and the hashable rest. The children to unflatten from may
+    be anything: transforms rebuild a node around placeholders.
     """
 
     def flatten_with_keys(node: NodeT) -> tuple[list[tuple[Any, Any]], Any]:

@@ -102,13 +102,7 @@ def differentiable_norm(
     """Return a norm whose derivatives of every order are 0 where the norm is 0.
 
     Those of `torch.linalg.vector_norm` are 0 / 0 there. It sets the first one to 0, but the second
-    one is NaN.
-
-    Args:
-        tensor: Of what.
-        order: The order of the norm.
-        dims: The dimensions to take it over, which are kept with size 1. None: over all of them,
-            of which none is kept.
+    one is NaN. Dimensions that are given are kept with size 1; over all of them, none is kept.
     """
     is_zero = tensor == 0
     zero = is_zero.all() if dims is None else is_zero.all(dims, keepdim=True)
@@ -306,11 +300,8 @@ def recording(
     Under a transform of `torch.func` nothing is turned off: `grad` and its kin always see the step,
     and what plain autograd records beneath a vmap is decided where vmap's rule gets to the tensors.
 
-    Args:
-        params: The parameters.
-        grads: Their gradients.
-        others: Whatever else goes into the step: moments and numbers.
-        differentiable: What the user said: yes, no, or None for what the inputs say.
+    The others are whatever else goes into the step: moments and numbers. `differentiable` is what
+    the user said: yes, no, or None for what the inputs say.
     """
     if transforms.transformed() or not torch.is_grad_enabled():
         return nullcontext()

@@ -52,7 +52,6 @@ try:
 except ImportError:  # pragma: no cover
     _RULED = None
 
-
 # Whether this very Python code is being compiled. Dynamo, which reads the code, takes the answer to
 # be yes; where the code runs, it is no. `is_compiling` would be a flag of the process: true in each
 # thread while one of them compiles.
@@ -65,7 +64,9 @@ exporting = torch.compiler.is_exporting
 # Whether Dynamo is one that has to be told more, by `old_dynamo`, which nobody else needs.
 OLD_DYNAMO = torch.__version__ < "2.13"
 if OLD_DYNAMO:
-    pass
+    from . import old_dynamo
+
+    exporting = old_dynamo.exporting
 
 
 def tracing() -> bool:

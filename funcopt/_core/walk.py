@@ -64,8 +64,11 @@ def children(node: Any) -> list[tuple[Step, Any]]:
         return []
     if isinstance(node, tuple) and hasattr(node, "_fields"):
         fields = zip(node._fields, node, strict=True)
+        # A wrapper that would count for a schedule, and has none, has () for its count.
         return [
-            (Step(name, True), value) for name, value in fields if not _is_no_count(name, value)
+            (Step(name, True), value)
+            for name, value in fields
+            if not (name == "step" and isinstance(value, tuple) and value == ())
         ]
     if dataclasses.is_dataclass(node) and not isinstance(node, type):
         names = [field.name for field in dataclasses.fields(node) if field.init]
@@ -75,11 +78,6 @@ def children(node: Any) -> list[tuple[Step, Any]]:
     if isinstance(node, (list, tuple)):
         return [(Step(index, False), value) for index, value in enumerate(node)]
     return []
-
-
-def _is_no_count(name: str, value: Any) -> bool:
-    """Whether this is where a wrapper with a schedule would count, and this one has none."""
-    return name == "step" and isinstance(value, tuple) and value == ()
 
 
 def walk(node: Any, steps: tuple[Step, ...]) -> Iterator[Place]:
@@ -100,11 +98,7 @@ def edited(
 ) -> Change | None:
     """Return what a tree is to be, its parts changed from within; None if nothing changes.
 
-    Args:
-        place: The tree.
-        in_optimizer: Whether it is an optimizer, or in one.
-        change: Gives what a part is to be, from its place and whether that is in an optimizer; None
-            to leave it.
+    What a part is to be comes from its place, and whether that is in an optimizer; None leaves it.
     """
     news = {}
     for step, child in children(place.value):

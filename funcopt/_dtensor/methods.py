@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,11 +15,7 @@ from .shards import Parts, dtensor, work_on
 
 
 def check_shardable(opt: Any) -> None:
-    """Refuse an optimizer that has to see whole leaves, of which each process has a part.
-
-    Raises:
-        TypeError: If it, or one within it, does not say that it works on parts.
-    """
+    """Refuse an optimizer that has to see whole leaves, of which each process has a part."""
     for part in optimizers_in(opt):
         if not own_traits(part).shardable:
             raise TypeError(
@@ -32,18 +28,17 @@ def check_shardable(opt: Any) -> None:
 
 
 def update(method: Callable[..., Any], opt: Any, grads: Tree, state: Tree, params: Tree) -> Any:
-    work = _take_apart(opt, grads, state, params, followed=_is_recorded(grads, state, params))
-    new_params, new_state = work_on(work.parts, method, opt, *work.trees)
-    return _wholes(work.parts, new_params, params, "params"), _wholes(
-        work.parts, new_state, state, "state"
-    )
+    followed = _is_recorded(grads, state, params)
+    parts, trees = _take_apart(opt, grads, state, params, followed=followed)
+    new_params, new_state = work_on(parts, method, opt, *trees)
+    return _wholes(parts, new_params, params, "params"), _wholes(parts, new_state, state, "state")
 
 
 def update_(method: Callable[..., Any], opt: Any, grads: Tree, state: Tree, params: Tree) -> Any:
-    work = _take_apart(opt, grads, state, params, followed=True)
-    pairs = work.parts.sharded()
+    parts, trees = _take_apart(opt, grads, state, params, followed=True)
+    pairs = parts.sharded()
     versions = [_version(part) for part, _ in pairs]
-    work_on(work.parts, method, opt, *work.trees)
+    work_on(parts, method, opt, *trees)
     # A DTensor counts for itself what is written into it, by which autograd finds out.
     written = [
         whole
@@ -54,20 +49,12 @@ def update_(method: Callable[..., Any], opt: Any, grads: Tree, state: Tree, para
     return params, state
 
 
-class _TakenApart(NamedTuple):
-    parts: Parts
-    trees: list[Tree]  # gradients, state and parameters, as far as they are here
+def _take_apart(
+    opt: Any, grads: Tree, state: Tree, params: Tree, *, followed: bool
+) -> tuple[Parts, list[Tree]]:
+    """Return gradients, state and parameters with local parts in place of DTensors.
 
-
-def _take_apart(opt: Any, grads: Tree, state: Tree, params: Tree, *, followed: bool) -> _TakenApart:
-    """Return the trees with local parts in place of DTensors.
-
-    Args:
-        opt: The optimizer.
-        grads: The gradients.
-        state: The state.
-        params: The parameters, which keep their `requires_grad`.
-        followed: Whether gradients and state keep theirs.
+    Parameters keep their `requires_grad`; gradients and state do if they are followed.
 
     Raises:
         RuntimeError: Under a transform.
@@ -94,7 +81,7 @@ def _take_apart(opt: Any, grads: Tree, state: Tree, params: Tree, *, followed: b
                     f"those of its parameter."
                 )
         trees.append(pytree.unflatten(structure, leaves))
-    return _TakenApart(parts, trees)
+    return parts, trees
 
 
 def _is_recorded(grads: Tree, state: Tree, params: Tree) -> bool:

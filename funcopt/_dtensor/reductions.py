@@ -23,14 +23,11 @@ def over_shards(
     """Reduce all of these leaves to one scalar, the same on every process, such as their norm.
 
     This takes one collective for each mesh and dimension of it along which a leaf is sharded. For
-    one result for each leaf, call it for each.
+    one result for each leaf, call it for each. All leaves are among the parameters, also those
+    without a gradient, which may be others elsewhere.
 
-    Args:
-        params: The parameters, which say where parts are. All leaves are among them, also those
-            without a gradient, which may be others elsewhere.
-        reduce_local: Gives that of the leaves at these indices, or of what is here of them, of
-            shape ().
-        join: Gives that of parts put together, from theirs, of shape (n,).
+    `reduce_local` gives the number, of shape (), of what is here of the leaves at these indices;
+    `join` that of parts put together, from theirs, of shape (n,).
     """
     parts = current_parts()
     if parts is None:

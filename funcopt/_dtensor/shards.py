@@ -106,9 +106,7 @@ class Parts:
     def represent(self, leaves: list[Any], *, followed: bool) -> list[Any]:
         """Return leaves with the local parts of DTensors in place of these.
 
-        Args:
-            leaves: The leaves. What is no tensor stays out of it.
-            followed: Whether a part requires a gradient if its DTensor does.
+        A part requires a gradient if its DTensor does and is followed.
         """
         kind = dtensor()
         with torch.no_grad():
@@ -203,12 +201,7 @@ def agree(params: Sequence[Tensor], columns: Sequence[Sequence[Tensor]]) -> bool
 def check_placed(
     leaves: Sequence[Any], params: Sequence[Any], path: Callable[[int], str], what: str
 ) -> None:
-    """Refuse leaves whose parts do not lie as those of their parameters.
-
-    Raises:
-        ValueError: If one is sharded and the other is not, or they are on other meshes, with other
-            placements, or of other shapes as wholes.
-    """
+    """Refuse leaves whose parts do not lie as those of their parameters."""
     parts, kind = current_parts(), dtensor()
     if kind is None:
         return

@@ -60,9 +60,8 @@ def _is_on_host(leaf: object) -> bool:
     return isinstance(leaf, Tensor) and leaf.is_cpu
 
 
-def _some(paths: Sequence[str], most: int = 3) -> str:
-    shown = ", ".join(paths[:most]) + (f", ... ({len(paths)} in all)" if len(paths) > most else "")
-    return f"{shown} {'is' if len(paths) == 1 else 'are'}"
+def _some(paths: Sequence[str]) -> str:
+    return f"{pytree.some(paths)} {'is' if len(paths) == 1 else 'are'}"
 
 
 def _remedy(paths: Sequence[str]) -> str:

@@ -171,11 +171,8 @@ def are_apart(tensors: Sequence[Tensor]) -> bool:
 def check_distinct(leaves: Sequence[Tensor], path: Callable[[int], str], what: str) -> None:
     """Refuse two leaves that start at the same place in memory, such as tied weights.
 
-    Args:
-        leaves: The tensors. Those without memory of their own (fake, meta, empty, sparse) are
-            passed over.
-        path: Names leaf i.
-        what: What goes wrong, for the message.
+    Those without memory of their own (fake, meta, empty, sparse) are passed over. The message says
+    by `what` what goes wrong.
     """
     pointers = starts(leaves)
     if pointers is None:
@@ -232,25 +229,20 @@ class Writing(Protocol):
     @property
     def inputs(self) -> StepInputs:
         """The leaves that have a gradient."""
-        ...
 
     @property
     def layout(self) -> Any:
         """What is known of them; None while operators are traced."""
-        ...
 
     @property
     def counts(self) -> Any:
         """The counts of updates."""
-        ...
 
     def written(self) -> dict[str, list[Tensor]]:
         """Return the tensors that are written, by the name of their tree."""
-        ...
 
     def path(self, root: str, index: int) -> str:
         """Return the path of one of them, or of a gradient, for a message."""
-        ...
 
 
 def check_inplace(
@@ -258,11 +250,7 @@ def check_inplace(
 ) -> None:
     """Refuse to write in place where that would lose a derivative or memory.
 
-    Args:
-        rule: The rule of the optimizer.
-        prepared: The update.
-        counts: What is to be written into the counts: a float where the count was read.
-        numbers: The numbers of the leaves that move.
+    What is to be written into a count is a float where that was read.
 
     Raises:
         RuntimeError: Under a transform of `torch.func` or forward mode, or if anything that goes
@@ -335,14 +323,7 @@ def check_apart(
 def check_not_among(
     tensors: Sequence[Tensor], others: Sequence[Tensor], path: Callable[[int], str], what: str
 ) -> None:
-    """Refuse tensors that start in memory where one of the others does.
-
-    Args:
-        tensors: The tensors.
-        others: The others.
-        path: Names tensor i.
-        what: What one of the others is, for the message.
-    """
+    """Refuse tensors that start in memory where one of the others does, which `what` names."""
     taken = {tensor.data_ptr() for tensor in others if tensor.numel() > 0}
     for index, tensor in enumerate(tensors):
         if tensor.numel() > 0 and tensor.data_ptr() in taken and not tensor.is_meta:

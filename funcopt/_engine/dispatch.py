@@ -183,21 +183,19 @@ def _is_stacked(number: Number) -> bool:
 
 def _grouped_by_numbers(numbers: list[Any]) -> Iterable[tuple[list[int], Any]]:
     """Group leaves by the values of their numbers."""
-    read = {key: _read(own) for key, own in {id(own): own for own in numbers}.items()}
+    read: dict[int, Any] = {}
     groups: dict[object, tuple[list[int], Any]] = {}
     for index, own in enumerate(numbers):
+        if id(own) not in read:
+            read[id(own)] = own if is_read(own) else own._make(map(_value, own))
         values = read[id(own)]
         key = tuple(number if isinstance(number, float) else id(number) for number in values)
         groups.setdefault(key, ([], values))[0].append(index)
     return groups.values()
 
 
-def _read(numbers: Any) -> Any:
-    """Replace tensors by their values, where reading them is free and the members agree."""
-    return numbers if is_read(numbers) else numbers._make(map(_value, numbers))
-
-
 def _value(number: Number) -> Number:
+    """Return a number's value, where reading it is free and the members agree; else the tensor."""
     if not isinstance(number, Tensor):
         return number
     if not transforms.on_host(number) or not transforms.all_plain([number]):
@@ -267,14 +265,9 @@ def _split(inputs: StepInputs, values: list[Any]) -> Iterator[tuple[StepInputs, 
     members = [[tensor.unbind(0) for tensor in column] for column in inputs.columns]
     for i in range(inputs.params[0].shape[0]):
         own = StepInputs.of([[slices[i] for slices in column] for column in members])
-        yield from _split(own, [_nth(value, i) for value in values])
-
-
-def _nth(value: Any, i: int) -> Any:
-    """Number i of a dimension, which may have been left at size 1 because all share one."""
-    if not isinstance(value, list):
-        return value
-    return value[i] if len(value) > 1 else value[0]
+        # A dimension may have been left at size 1 because all share one.
+        nth = [value[i % len(value)] if isinstance(value, list) else value for value in values]
+        yield from _split(own, nth)
 
 
 def safe_sqrt(squares: Tensor) -> Tensor:
@@ -327,7 +320,8 @@ def _each(
     """Yield the tensors of each leaf in the dtype to compute in, and the coefficients to fit."""
     coefficients: dict[int, Any] = {}
     fitted: dict[object, Any] = {}
-    for index, own in enumerate(numbers_for_each(numbers, len(inputs.params))):
+    count = len(inputs.params)
+    for index, own in enumerate(numbers if isinstance(numbers, list) else [numbers] * count):
         row = [column[index] for column in inputs.columns]
         dtype = compute_dtype(row[0].dtype)
         row = [tensor if tensor.dtype is dtype else tensor.to(dtype) for tensor in row]
@@ -336,14 +330,6 @@ def _each(
         if alike not in fitted:
             if id(own) not in coefficients:
                 coefficients[id(own)] = rule.coefficients(own._make(map(double, own)), options)
-            fitted[alike] = _fitted(coefficients[id(own)], row[0])
+            unfitted = coefficients[id(own)]
+            fitted[alike] = unfitted._make([fit(number, row[0]) for number in unfitted])
         yield row, fitted[alike]
-
-
-def _fitted(coefficients: Any, leaf: Tensor) -> Any:
-    return coefficients._make(fit(number, leaf) for number in coefficients)
-
-
-def numbers_for_each(numbers: Any | list[Any], count: int) -> list[Any]:
-    """Return the numbers of each leaf, where they may be given once for all."""
-    return numbers if isinstance(numbers, list) else [numbers] * count

@@ -64,31 +64,18 @@ def init(opt: Any, params: Tree) -> Any:
 
 def update(opt: Any, grads: Tree, state: Any, params: Tree) -> tuple[Any, Any]:
     """Return the new parameters and the new state, in fresh memory."""
-    return _update(opt, grads, None, state, params, in_place=False)
+    return update_scaled(opt, grads, None, state, params, in_place=False)
 
 
 def update_(opt: Any, grads: Tree, state: Any, params: Tree) -> tuple[Any, Any]:
     """Write the new parameters and the new state over the old, which are returned."""
-    return _update(opt, grads, None, state, params, in_place=True)
+    return update_scaled(opt, grads, None, state, params, in_place=True)
 
 
 def update_scaled(
-    opt: Any, grads: Tree, grad_scale: Tensor | None, state: Any, params: Tree
-) -> tuple[Any, Any]:
-    """Update by gradients times a number of shape (); None is 1."""
-    return _update(opt, grads, grad_scale, state, params, in_place=False)
-
-
-def update_scaled_(
-    opt: Any, grads: Tree, grad_scale: Tensor | None, state: Any, params: Tree
-) -> tuple[Any, Any]:
-    """Do the same in place."""
-    return _update(opt, grads, grad_scale, state, params, in_place=True)
-
-
-def _update(
     opt: Any, grads: Tree, grad_scale: Tensor | None, state: Any, params: Tree, *, in_place: bool
 ) -> tuple[Any, Any]:
+    """Update by gradients times a number of shape (); None is 1."""
     if grad_scale is not None:
         grads, grad_scale = outside_unless_plain(grads, grad_scale)
     rule: UpdateRule = opt.rule
@@ -112,7 +99,7 @@ def _update(
         numbers = numbers_at(rule, opt, *prepared.counts.around(prepared.active, counts))
     if grad_scale is not None and _is_followed(prepared, setup.options, numbers):
         scaled_grads = multiplied(grads, grad_scale)
-        return _update(opt, scaled_grads, None, state, params, in_place=in_place)
+        return update_scaled(opt, scaled_grads, None, state, params, in_place=in_place)
     numbers = with_grad_scale(numbers, grad_scale)
     if in_place:
         _write(rule, setup, prepared, counts, numbers)
@@ -171,16 +158,9 @@ def check_update_(opt: Any, grads: Tree, state: Any, params: Tree) -> bool:
     numbers = numbers_at(rule, opt, *prepared.counts.around(prepared.active, counts))
     check_inplace(rule, prepared, counts, numbers)
     # A kernel that was asked for by name may yet refuse numbers that it cannot read.
-    return (
-        transforms.observed() or setup.options.kernel == "auto" or all(map(_can_be_read, numbers))
-    )
-
-
-def _can_be_read(numbers: Any) -> bool:
-    return all(
-        isinstance(number, float) or (transforms.on_host(number) and transforms.all_plain([number]))
-        for number in numbers
-    )
+    tensors = [n for n in chain.from_iterable(numbers) if not isinstance(n, float)]
+    can_be_read = all(map(transforms.on_host, tensors)) and transforms.all_plain(tensors)
+    return transforms.observed() or setup.options.kernel == "auto" or can_be_read
 
 
 def _prepare(
@@ -233,14 +213,8 @@ def _step(
 ) -> StepOutputs:
     """Return the leaves after one step: by whom depends on who is watching.
 
-    Args:
-        rule: The rule.
-        inputs: The tensors of the leaves that have a gradient, checked: alike within a leaf, dense
-            in layout (any strides), of floating-point or complex dtype.
-        numbers: The numbers of all leaves, or for each leaf its own. Leaves that share theirs then
-            share the object.
-        options: What is fixed.
-        layout: What is known of the leaves, if anything is.
+    The inputs are checked: alike within a leaf, dense in layout (any strides), of floating-point or
+    complex dtype. Where each leaf has its own numbers, leaves that share theirs share the object.
     """
     real = layout.real if layout else not any(map(Tensor.is_complex, inputs.params))
     if not real and rule.traits.elementwise:
@@ -371,12 +345,10 @@ def _find_routine(
     if (
         not are_apart(tensors)
         or (transforms.may_be_dual() and transforms.any_dual(*inputs.columns, (count,)))
-        or (options.kernel != "auto" and not _is_served(rule, options.kernel, layout))
+        or (
+            options.kernel != "auto"
+            and any(dispatch.unserved(rule, options.kernel, place) for place in layout.devices)
+        )
     ):
         return None
     return _Routine(*recalled, count, value + 1)
-
-
-def _is_served(rule: UpdateRule, kernel: str, layout: Layout) -> bool:
-    """Whether a kernel that was asked for by name can serve the leaves."""
-    return not any(dispatch.unserved(rule, kernel, device) for device in layout.devices)

@@ -51,13 +51,9 @@ def normalize(
 ) -> Any:
     """Return a hyperparameter as it is kept: a float, a tensor or a schedule.
 
-    Args:
-        own: The hyperparameter.
-        value: A real number, a floating-point tensor, or a schedule. A tensor that is to be mapped
-            over by vmap may still have the mapped dimension here.
-        schedule: Whether a callable is allowed.
-        source: Where the value came from, for the message.
-        owner: The class that was given it where parameters might have been meant, for the message.
+    A tensor that is to be mapped over by vmap may still have the mapped dimension here. Two things
+    are for the message: `source`, where the value came from, and `owner`, the class that was given
+    it where parameters might have been meant.
 
     Raises:
         TypeError: If `value` is of another type.
@@ -195,10 +191,7 @@ _INTEGERS = frozenset((torch.int8, torch.int16, torch.int32, torch.int64, torch.
 def number_at(own: Hyperparam, given: Number | Schedule, count: Tree) -> Number:
     """Return the number that a hyperparameter is after so many updates.
 
-    Args:
-        own: The hyperparameter.
-        given: A number, a tensor or a schedule, as `normalize` keeps them.
-        count: How many updates were made: a tensor, if this is a schedule.
+    The count is a tensor if a schedule was given. A hyperparameter is as `normalize` keeps it.
 
     Raises:
         TypeError: If a schedule returns no number.
@@ -266,18 +259,14 @@ def numbers_at(
 ) -> list[Any]:
     """Return the numbers of an update for each count of updates.
 
-    Args:
-        rule: The rule, whose NamedTuple `numbers` they are.
-        opt: The optimizer.
-        olds: The counts before the update, by which schedules go.
-        news: The counts after it. Leaves that share one share the numbers.
+    Schedules go by the counts before the update. Leaves that share one after it share the numbers.
     """
     for new in dict.fromkeys(news) if len(news) > 1 else news:
         _check_count(new)
     given = rule.setup_of(opt).numbers
     if given is not None:
         if len(news) == 1 or not _FLOAT.issuperset(map(type, news)):
-            return [rule.numbers(_detached(new), *given) for new in news]
+            return [rule.numbers(detached(new), *given) for new in news]
         shared = {new: rule.numbers(new, *given) for new in dict.fromkeys(news)}
         return [shared[new] for new in news]
     pairs = list(zip(rule.hyperparams, rule.hyperparams_of(opt), strict=True))
@@ -286,7 +275,7 @@ def numbers_at(
             _checked(own, number)  # once, however many counts there are
     return [
         rule.numbers(
-            _detached(new),
+            detached(new),
             *(
                 n if isinstance(n, (float, Tensor)) else _from_schedule(own, n, old)
                 for own, n in pairs
@@ -305,12 +294,12 @@ def with_grad_scale(numbers: list[Any], grad_scale: Tensor | None) -> list[Any]:
     return [shared[id(own)] for own in numbers]
 
 
-def _detached(count: Number) -> Number:
-    """Return a count without a derivative: none flows through how often was counted.
+def detached(number: Number) -> Number:
+    """Return a number without a derivative: none flows through how often was counted, say.
 
-    It is asked of no count whether it has one: in forward mode it does not require a gradient.
+    It is asked of none whether it has one: in forward mode it does not require a gradient.
     """
-    return count.detach() if isinstance(count, Tensor) else count
+    return number.detach() if isinstance(number, Tensor) else number
 
 
 def _check_count(count: Number) -> None:

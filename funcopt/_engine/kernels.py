@@ -21,10 +21,8 @@ def fused(
 ) -> Kernel:
     """Return a kernel that is one operator of torch, which is made for 16-bit leaves, too.
 
-    Args:
-        step_: The step.
-        needed: The operator. Where torch lacks it, the kernel serves nothing.
-        paths: What messages call those numbers that have another name in the rule.
+    Where torch lacks the operator that is needed, the kernel serves nothing. `paths` has what
+    messages call those numbers that have another name in the rule.
     """
     return Kernel(step_, partial(_unsupported_reason, (needed,), paths))
 
@@ -36,10 +34,7 @@ def foreach(
 ) -> Kernel:
     """Return a kernel that is made of `_foreach_` operators; 16-bit leaves come to it in float32.
 
-    Args:
-        step_: The step.
-        needed: The operators, without `_foreach_`.
-        paths: What messages call those numbers that have another name in the rule.
+    The operators are named without `_foreach_`. The rest is as for `fused`.
     """
     names = tuple(f"_foreach_{name}" for name in ("copy_", *needed))
     return Kernel(partial(_widened, step_), partial(_unsupported_reason, names, paths))

@@ -28,11 +28,9 @@ from .rule import StepInputs, StepOutputs
 
 
 def copies(inputs: StepInputs, *, same_layout: bool) -> StepInputs:
-    """Return the leaves in memory that a kernel may write, same_layout; the gradients as they are.
+    """Return leaves that a kernel may write, in one layout, beside gradients as they are.
 
-    Args:
-        inputs: The leaves.
-        same_layout: Whether they are just tensors, those of a leaf in one layout.
+    `same_layout` says that they are just tensors, those of a leaf in one layout already.
     """
     if same_layout:
         clone_all = copies_of if any(map(is_mapped, inputs.params)) else _clone_all

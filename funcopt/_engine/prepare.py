@@ -35,11 +35,7 @@ def flatten_params(params: Tree) -> tuple[list[Tensor], pytree.Structure]:
 
 
 def check_untied(leaves: list[Tensor], structure: pytree.Structure) -> None:
-    """Refuse parameters that share their memory, as far as that can be told.
-
-    Raises:
-        ValueError: If two start at the same place.
-    """
+    """Refuse parameters that share their memory, as far as that can be told."""
     if not transforms.tracing() and not transforms.transformed():
         check_distinct(
             leaves,
@@ -112,13 +108,6 @@ def keep_requiring(news: Sequence[Tensor], olds: Sequence[Tensor]) -> None:
 def prepare(opt: Any, rule: UpdateRule, grads: Tree, state: Any, params: Tree) -> Prepared:
     """Lay out an update flat, checked.
 
-    Args:
-        opt: The optimizer.
-        rule: Its rule.
-        grads: The gradients, with None for a leaf that has none.
-        state: The state.
-        params: The parameters.
-
     Raises:
         TypeError: If a leaf is not a dense floating-point or complex tensor.
         ValueError: If a tree does not match the parameters.
@@ -161,9 +150,7 @@ def trees_of(
 ) -> list[Tree]:
     """Return all trees of an update that are like the parameters, those first.
 
-    Raises:
-        ValueError: If the state has a slot that the optimizer does not keep, or the other way
-            round.
+    The state must have those slots that the optimizer keeps, and no others.
     """
     _, *trees = state
     for slot, tree, wanted in zip(rule.slots, trees, kept, strict=True):
@@ -269,10 +256,6 @@ class Counts(NamedTuple):
 
         A leaf without a gradient has no part in it: where each leaf has a count of its own, that of
         such a leaf counts nothing yet, perhaps, and no number is asked for it.
-
-        Args:
-            moving: The leaves that have a gradient.
-            after: All counts after the update.
         """
         if not self.per_leaf:
             return self.tensors, after
@@ -280,19 +263,13 @@ class Counts(NamedTuple):
 
     def of_leaves(self, values: list[T]) -> T | list[T]:
         """Return of one value for each of those counts one for all leaves, or one for each leaf."""
-        if not self.per_leaf:
-            return values[0]
-        return values[0] if len(set(map(id, values))) == 1 else values
+        return values[0] if not self.per_leaf or len(set(map(id, values))) == 1 else values
 
     def after(self, moving: list[int], watched: bool) -> list[Number]:
         """Return the counts after an update of these leaves; those of other leaves stand still.
 
         A count whose value is at hand is returned as a float: all that is done with it then takes
-        a fraction of the time.
-
-        Args:
-            moving: The leaves that have a gradient.
-            watched: Whether somebody follows the operators, so that values are not to be read.
+        a fraction of the time. Where somebody watches the operators, no value is read.
         """
         counts: list[Number] = list(self.tensors) if watched else list(map(value_of, self.tensors))
         advancing = set(moving) if self.per_leaf else {0}
@@ -328,12 +305,7 @@ def first_count(place: torch.device) -> Tensor:
 
 
 def next_step(step: Tree, moves: bool | Tensor = True) -> Tree:
-    """Return the count of a wrapper after an update, if it has one: `()` stays `()`.
-
-    Args:
-        step: The count before it.
-        moves: Whether the update was made.
-    """
+    """Return a wrapper's count, one more if it moves; `()`, where it has none, stays `()`."""
     if not isinstance(step, Tensor):
         return step
     made = moves.to(step.device) if isinstance(moves, Tensor) else int(moves)
@@ -359,11 +331,7 @@ def fresh(new: Number, old: Tensor) -> Tensor:
 
 
 def gather_counts(step: Tree, structure: pytree.Structure | None) -> Counts:
-    """Return the counts, checked.
-
-    Args:
-        step: A tensor of shape (), or a tree of them.
-        structure: That of the parameters, if each leaf has a count of its own.
+    """Return the counts, checked: one, or a tree of them with the structure of the parameters.
 
     Raises:
         TypeError: If a count is not a tensor of a dtype that can count.

@@ -42,7 +42,7 @@ def register_optimizer(cls: type[OptimizerT]) -> type[OptimizerT]:
     remember_traits(cls)
     dataclass.__getstate__ = _state_to_pickle
     if "inner" in fields:
-        leaves_at_rest(cls, as_inner)
+        leaves_at_rest(cls, lambda opt, leaves, own: at_rest(opt.inner, leaves, own))
         dataclass.__init__ = _checking_order(dataclass.__init__)
     return cls
 
@@ -200,14 +200,7 @@ def register_dataclass(cls: type[DataclassT], advice: str = "") -> type[Dataclas
     Fields may be trees themselves: of a pair of numbers, or of another such value, the tensors are
     leaves. Two values are equal if their tensors are, in value, dtype, shape and device, and all
     else is; a hash knows nothing of the values of tensors, which may be filled with others. A wrong
-    call of the class names the arguments there are.
-
-    Args:
-        cls: The dataclass.
-        advice: What the message of such a call says besides.
-
-    Returns:
-        The class, so that this can stand above its definition.
+    call of the class names the arguments there are, and gives this advice besides.
     """
     dataclass: Any = cls  # which is more than its type says
     fields = [field.name for field in dataclasses.fields(dataclass)]
@@ -331,18 +324,8 @@ _rules: dict[type, Rule] = {}
 
 
 def leaves_at_rest(kind: type, rule: Rule) -> None:
-    """Let a rule say of optimizers of a type which leaves they leave at rest.
-
-    Args:
-        kind: The type.
-        rule: Gives the indices of those leaves, of an optimizer, the leaves and their structure.
-    """
+    """Let a rule say of optimizers of a type which leaves they leave at rest, by their indices."""
     _rules[kind] = rule
-
-
-def as_inner(opt: Any, leaves: Sequence[Any], structure: pytree.Structure) -> Collection[int]:
-    """Leave those at rest that the inner optimizer leaves at rest."""
-    return at_rest(opt.inner, leaves, structure)
 
 
 def at_rest(

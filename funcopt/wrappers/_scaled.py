@@ -17,47 +17,36 @@ from .._engine import driver
 from .._engine.driver import multiplied
 
 Trees: TypeAlias = tuple[Tree, Tree]
-_Scaled: TypeAlias = Callable[[Any, Tree, Tensor, Tree, Tree], Trees]
 
 # By the very type: a subclass may have an update of its own.
-_handing_on: dict[type, tuple[_Scaled, _Scaled]] = {}
+_handing_on: dict[type, Callable[..., Trees]] = {}
 
 
-def hands_on(kind: type, update: _Scaled, update_: _Scaled) -> None:
-    """Let optimizers of a type take gradients and a number to multiply them by, unmultiplied."""
-    _handing_on[kind] = update, update_
+def hands_on(kind: type, update: Callable[..., Trees]) -> None:
+    """Let optimizers of a type take gradients and a number to multiply them by, unmultiplied.
+
+    It is called as `update_scaled` is.
+    """
+    _handing_on[kind] = update
 
 
 def update_scaled(
-    opt: Optimizer[Any], grads: Tree, grad_scale: Tensor | None, state: Tree, params: Tree
+    opt: Optimizer[Any],
+    grads: Tree,
+    grad_scale: Tensor | None,
+    state: Tree,
+    params: Tree,
+    *,
+    in_place: bool = False,
 ) -> Trees:
-    """Return what an update makes of parameters and state, by gradients times a number.
+    """Return what an update makes of parameters and state, by checked gradients times a number.
 
-    Args:
-        opt: The optimizer.
-        grads: The gradients, which were checked.
-        grad_scale: The number, of shape (); None for 1. The products are rounded to the dtypes of
-            the gradients.
-        state: The state of the optimizer.
-        params: The parameters.
+    The number is of shape (), None for 1. The products are rounded to the dtypes of the gradients.
     """
+    update = opt.update_ if in_place else opt.update
     if grad_scale is None:
-        return opt.update(grads, state, params)
-    if own_traits(opt).by_rule:
-        return driver.update_scaled(opt, grads, grad_scale, state, params)
-    if type(opt) in _handing_on:
-        return _handing_on[type(opt)][0](opt, grads, grad_scale, state, params)
-    return opt.update(multiplied(grads, grad_scale), state, params)
-
-
-def update_scaled_(
-    opt: Optimizer[Any], grads: Tree, grad_scale: Tensor | None, state: Tree, params: Tree
-) -> Trees:
-    """Do the same in place. What is to be checked of the tensors, the optimizer checks."""
-    if grad_scale is None:
-        return opt.update_(grads, state, params)
-    if own_traits(opt).by_rule:
-        return driver.update_scaled_(opt, grads, grad_scale, state, params)
-    if type(opt) in _handing_on:
-        return _handing_on[type(opt)][1](opt, grads, grad_scale, state, params)
-    return opt.update_(multiplied(grads, grad_scale), state, params)
+        return update(grads, state, params)
+    own = driver.update_scaled if own_traits(opt).by_rule else _handing_on.get(type(opt))
+    if own is None:
+        return update(multiplied(grads, grad_scale), state, params)
+    return own(opt, grads, grad_scale, state, params, in_place=in_place)

@@ -26,16 +26,8 @@ DtypeOf: TypeAlias = Callable[[torch.dtype], torch.dtype]
 def copy_params(opt: Optimizer[Any], params: Tree, dtype_of: DtypeOf) -> tuple[Tree, list[Tensor]]:
     """Return a tree of copies of the parameters, and those parameters that are not at rest.
 
-    A copy has its derivative in its parameter, where an update would be recorded.
-
-    Args:
-        opt: The optimizer whose state it is for.
-        params: The parameters.
-        dtype_of: The dtype of a copy.
-
-    Raises:
-        TypeError: If a leaf is not a dense floating-point or complex tensor, unless it is at rest.
-        ValueError: If two leaves share their memory.
+    A copy has its derivative in its parameter, where an update would be recorded. The parameters
+    are checked, as `gather_params` does for this optimizer.
     """
     own = gather_params(opt, params)
     none = pytree.Paired([None for _ in own.leaves], own.structure, None)
@@ -62,18 +54,9 @@ class ShadowParams(NamedTuple):
         what: str = "what follows a parameter",
         relation: str = "does not go with a parameter",
     ) -> ShadowParams:
-        """Pair a tree with the parameters.
+        """Pair a tree with the parameters, and refuse a leaf that does not match its parameter.
 
-        Args:
-            gradients: The gradients, with the parameters.
-            root: The path of the tree.
-            tree: The tree.
-            dtype_of: The dtype of a leaf.
-            what: What a leaf is, for messages.
-            relation: What is wrong with a leaf that does not match, for messages.
-
-        Raises:
-            ValueError: If a leaf does not match its parameter.
+        Messages say by `what` what a leaf is, and by `relation` what is wrong with it.
         """
         paired = pytree.pair(tree, root, gradients.structure)
         path = partial(pytree.path, gradients.structure, root)
@@ -116,16 +99,9 @@ class ShadowParams(NamedTuple):
     def check_wrapper_inplace(
         self, numbers: Mapping[str, object], own: Mapping[str, Tensor]
     ) -> None:
-        """Refuse to write the tree and these tensors where that would lose a derivative or memory.
+        """Refuse to write the tree and the wrapper's own tensors, as `check_wrapper_inplace` does.
 
-        Args:
-            numbers: The hyperparameters of the wrapper, by name.
-            own: The other tensors that the wrapper writes itself, by their paths.
-
-        Raises:
-            RuntimeError: Under a transform, or if anything here has a history.
-            ValueError: If one of its tensors is expanded, or starts where another one, a gradient
-                or a parameter does.
+        Nor may one of them be expanded, or start where a parameter does.
         """
         written, names = [*self.leaves, *own.values()], list(own)
         leaf_path = partial(pytree.path, self.gradients.structure)

@@ -83,12 +83,9 @@ class Gradients(NamedTuple):
 
 
 def gather_gradients(opt: Optimizer[Any], grads: Tree, params: Tree) -> Gradients:
-    """Pair gradients with their parameters.
+    """Pair gradients with their parameters, as the wrapper `opt` is given them.
 
-    Args:
-        opt: The wrapper, which says what is at rest.
-        grads: The gradients. Those of leaves at rest may be missing, and are not looked at.
-        params: The parameters.
+    Gradients of leaves at rest may be missing, and are not looked at.
 
     Raises:
         TypeError: If a leaf is not a dense floating-point or complex tensor, unless it is at rest.
@@ -140,11 +137,7 @@ class Params(NamedTuple):
 
 
 def gather_params(opt: Optimizer[Any], params: Tree) -> Params:
-    """Lay out flat the parameters for `init`.
-
-    Args:
-        opt: The wrapper, which says what is at rest.
-        params: The parameters.
+    """Lay out flat the parameters for the `init` of a wrapper.
 
     Raises:
         TypeError: If a leaf is not a dense floating-point or complex tensor, unless it is at rest.
@@ -193,21 +186,14 @@ def device_of_tensors(params: Tree) -> torch.device:
 
 def own_tensors(state: Any, *names: str) -> dict[str, Tensor]:
     """Return these fields of a wrapper's state by their paths, and its count if it has one."""
-    own = {}
-    for name in names:
-        own[f"state.{name}"] = getattr(state, name)
-    if isinstance(state.step, Tensor):
-        own["state.step"] = state.step
-    return own
+    counts = ["step"] if isinstance(state.step, Tensor) else []
+    return {f"state.{name}": getattr(state, name) for name in (*names, *counts)}
 
 
 def write_state(state: Any, updated: bool | Tensor = True, **values: Tensor) -> None:
     """Write new values into fields of a wrapper's state, and its count if it has one.
 
-    Args:
-        state: The state.
-        updated: Whether the inner update was made, so that the count goes up.
-        values: The new values by the names of the fields.
+    The count goes up if the inner update was made.
     """
     for name, value in values.items():
         write(getattr(state, name), value)
@@ -223,11 +209,8 @@ def check_wrapper_inplace(
 ) -> None:
     """Refuse to write a wrapper's own tensors where that would lose a derivative or memory.
 
-    Args:
-        numbers: The hyperparameters of the wrapper, by name.
-        own: The tensors that it writes itself, by their paths.
-        gradients: The gradients, which it reads.
-        tree: The name and the leaves of a tree like the parameters that it writes besides.
+    They are given by their paths, with the name and the leaves of a tree like the parameters that
+    it writes besides.
 
     Raises:
         RuntimeError: Under a transform of `torch.func` or forward mode, or if anything here has a
@@ -318,13 +301,8 @@ def records(
     """Whether plain autograd is to record what a wrapper does to its tensors.
 
     The rule is that of `recording`. Under vmap, the tensors beneath it are asked: parameters that
-    merely require a gradient would otherwise leave a history in whatever is chosen from them.
-
-    Args:
-        opt: The wrapper.
-        gradients: The gradients, with the parameters.
-        state: Its state.
-        numbers: What its hyperparameters are at this update, where schedules may give them.
+    merely require a gradient would otherwise leave a history in whatever is chosen from them. The
+    numbers are what its hyperparameters are at this update, where schedules may give them.
     """
     values = [*pytree.flatten(state)[0], *(numbers or {}).values()]
     others = [value for value in values if isinstance(value, Tensor)]
@@ -361,12 +339,9 @@ def _fields(opt: object) -> Iterator[tuple[str, object]]:
     for field in dataclasses.fields(opt):
         value = getattr(opt, field.name)
         parts = value.values() if isinstance(value, Mapping) else value
-        for part in parts if isinstance(parts, Iterable) and not _is_one(parts) else [parts]:
+        is_one = isinstance(parts, (str, Tensor)) or not isinstance(parts, Iterable)
+        for part in [parts] if is_one else parts:
             if dataclasses.is_dataclass(part):
                 yield from _fields(part)
             else:
                 yield field.name, part
-
-
-def _is_one(value: object) -> bool:
-    return isinstance(value, (str, Tensor))

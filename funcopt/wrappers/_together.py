@@ -14,7 +14,7 @@ from .._core.types import Optimizer, Tree, own_traits
 from .._dtensor.shards import whole_of
 from .._engine import driver
 from .._engine.checks import check_apart, check_unwatched, check_writable
-from ._scaled import update_scaled, update_scaled_
+from ._scaled import update_scaled
 
 
 class Update(NamedTuple):
@@ -26,13 +26,10 @@ class Update(NamedTuple):
     params: dict[str, Any]
     grad_scale: Tensor | None = None  # what the gradients are multiplied by; None for 1
 
-    def out_of_place(self) -> tuple[Tree, Tree]:
+    def make(self, *, in_place: bool) -> tuple[Tree, Tree]:
         """Return the new parameters and the new state."""
-        return update_scaled(self.opt, self.grads, self.grad_scale, self.state, self.params)
-
-    def in_place(self) -> None:
-        """Write them."""
-        update_scaled_(self.opt, self.grads, self.grad_scale, self.state, self.params)
+        opt, grads, state, params, grad_scale = self
+        return update_scaled(opt, grads, grad_scale, state, params, in_place=in_place)
 
 
 def update_together_(updates: Mapping[str, Update]) -> None:
@@ -60,7 +57,7 @@ def update_together_(updates: Mapping[str, Update]) -> None:
     sure = [label for label in others if _is_sure(updates[label])]
     moved = [_moved(label, updates[label]) for label in others if label not in sure]
     for label in (first, *sure):
-        updates[label].in_place()
+        updates[label].make(in_place=True)
     with torch.no_grad():
         for olds, news in moved:
             for old, new in zip(olds, news, strict=True):
@@ -111,7 +108,7 @@ def _is_sure(update: Update) -> bool:
 
 def _moved(label: str, update: Update) -> tuple[list[Tensor], list[Tensor]]:
     """Return the tensors to be written, and what is to be written into them, checked."""
-    new_params, new_state = update.out_of_place()
+    new_params, new_state = update.make(in_place=False)
     old, structure = pytree.flatten((update.params, update.state))
     new = pytree.pair((new_params, new_state), "state", structure).leaves
     changed = [index for index in range(len(old)) if new[index] is not old[index]]

@@ -18,7 +18,7 @@ from .._core.types import Optimizer, Tree
 from .._engine.checks import check_dense
 from .._engine.prepare import keep_requiring
 from .._engine.registration import at_rest
-from ._scaled import update_scaled, update_scaled_
+from ._scaled import update_scaled
 
 
 def update_if(
@@ -32,18 +32,12 @@ def update_if(
 ) -> tuple[Tree, Tree]:
     """Return the parameters and the state after an update if a condition holds, else copies.
 
-    Leaves at rest are in either case the tensors that were given.
+    Leaves at rest are in either case the tensors that were given. Where the condition is known,
+    only one of the two is done. Else it is a tensor of shape (), as for the members of a vmap, or
+    on a device that is not to be waited for: then both are done, and one is chosen.
 
-    Args:
-        condition: True or False where that is known: then only one of the two is done. Else a
-            tensor of shape (), as for the members of a vmap, or on a device that is not to be
-            waited for: then both are done, and one is chosen.
-        opt: The optimizer.
-        grads: The gradients.
-        state: The state of the optimizer.
-        params: The parameters.
-        recorded: Whether plain autograd records a copy and a choice, as `records` says.
-        grad_scale: What the gradients are multiplied by, of shape (); None for 1.
+    Whether plain autograd records a copy and a choice, `records` says. What the gradients are
+    multiplied by is as for `update_scaled`.
     """
     if condition is True:
         return update_scaled(opt, grads, grad_scale, state, params)
@@ -79,14 +73,14 @@ def update_if_(
 ) -> None:
     """Do the same in place. The optimizer checks the tensors, if it makes the update."""
     if condition is True:
-        update_scaled_(opt, grads, grad_scale, state, params)
+        update_scaled(opt, grads, grad_scale, state, params, in_place=True)
     elif isinstance(condition, Tensor):
         resting = at_rest(opt, *pytree.flatten(params))
         leaves = pytree.flatten((params, state))[0]
         leaves = [leaf for index, leaf in enumerate(leaves) if index not in resting]
         with torch.no_grad():
             olds = copies(leaves)
-        update_scaled_(opt, grads, grad_scale, state, params)
+        update_scaled(opt, grads, grad_scale, state, params, in_place=True)
         with torch.no_grad():
             for leaf, chosen in zip(leaves, choose_each(condition, leaves, olds), strict=True):
                 write(leaf, chosen)

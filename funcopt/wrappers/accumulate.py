@@ -228,11 +228,8 @@ class _Call(NamedTuple):
     def mean(self, sums: list[Tensor], given: Tensor, complete: bool | Tensor) -> Tree:
         """Return the mean of the gradients, in the dtypes of the parameters.
 
-        Args:
-            sums: The sums with this call's gradients. They may be overwritten.
-            given: Which leaves had a gradient.
-            complete: Whether this is the last call of a sum. If it is known not to be, there is
-                no mean.
+        The sums, with this call's gradients, may be overwritten. If this is known not to be the
+        last call of a sum, there is no mean.
         """
         if complete is False:
             return None

@@ -300,7 +300,5 @@ def _nothing(
     return f"no {name} {where}. {there}{hint}"
 
 
-def _some(names: Sequence[str], most: int = 20) -> str:
-    names = list(dict.fromkeys(names))
-    shown = ", ".join(names[:most]) or "nothing"
-    return shown if len(names) <= most else f"{shown}, ... ({len(names)} in all)"
+def _some(names: Sequence[str]) -> str:
+    return pytree.some(list(dict.fromkeys(names)), most=20) or "nothing"

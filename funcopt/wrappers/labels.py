@@ -150,14 +150,7 @@ def label_leaves(
     leaves: Sequence[Any],
     structure: pytree.Structure,
 ) -> list[str]:
-    """Return the label of each leaf.
-
-    Args:
-        labels: How to tell.
-        known: The labels there are.
-        names: The names of the leaves.
-        leaves: The leaves.
-        structure: The structure of their tree.
+    """Return the label of each leaf: one of those that are known.
 
     Raises:
         TypeError: If a label is no string.
@@ -239,5 +232,4 @@ def _check_label(label: Any, owner: str, known: Iterable[str]) -> None:
 
 
 def _some(names: Sequence[str]) -> str:
-    shown = ", ".join(map(repr, names[:_MOST]))
-    return shown if len(names) <= _MOST else f"{shown}, ... ({len(names)} in all)"
+    return pytree.some(list(map(repr, names)), _MOST)

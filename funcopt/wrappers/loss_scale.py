@@ -14,6 +14,7 @@ from .._core.types import Number, Optimizer, ParamsT, Schedule, Traits, Tree, ch
 from .._engine.checks import check_state
 from .._engine.hyperparameters import (
     check_count,
+    detached,
     normalize,
     normalize_fields,
     number_at,
@@ -227,7 +228,7 @@ def _rescale(
 ) -> tuple[Tensor, Tensor]:
     """Return the scale for the next loss, and the updates made since it changed."""
     scale, tracker = state.scale.detach(), state.growth_tracker.detach() + 1
-    full = tracker >= _detached(numbers["growth_interval"])
+    full = tracker >= detached(numbers["growth_interval"])
     grown = _product(scale, numbers["growth_factor"])
     grown = torch.where(full & grown.isfinite(), grown, scale)
     shrunk = _product(scale, numbers["backoff_factor"]).clamp(min=torch.finfo(scale.dtype).tiny)
@@ -241,8 +242,4 @@ def _inverse(scale: Tensor) -> Tensor:
 
 def _product(scale: Tensor, factor: Number) -> Tensor:
     """Return the scale times a factor that float32 need not hold: rounded once, as torch does."""
-    return (scale.double() * _detached(factor)).to(scale.dtype)
-
-
-def _detached(number: Number) -> Number:
-    return number.detach() if isinstance(number, Tensor) else number
+    return (scale.double() * detached(factor)).to(scale.dtype)

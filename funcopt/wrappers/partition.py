@@ -121,7 +121,7 @@ class Partition:
         Gradients of frozen leaves may be missing. Messages of the optimizers call leaves by their
         names: `grads['layers.0.weight']`.
         """
-        return self._update_scaled(grads, None, state, params)
+        return self._update_scaled(grads, None, state, params, in_place=False)
 
     def update_(
         self, grads: Tree, state: PartitionState, params: ParamsT
@@ -132,24 +132,26 @@ class Partition:
         (wrappers, say), all but the largest of these make their updates out of place first for that
         purpose, which takes memory of their size; a wrapper around the `Partition` costs none.
         """
-        return self._update_scaled_(grads, None, state, params)
+        return self._update_scaled(grads, None, state, params, in_place=True)
 
     def _update_scaled(
-        self, grads: Tree, grad_scale: Tensor | None, state: PartitionState, params: ParamsT
+        self,
+        grads: Tree,
+        grad_scale: Tensor | None,
+        state: PartitionState,
+        params: ParamsT,
+        *,
+        in_place: bool,
     ) -> tuple[ParamsT, PartitionState]:
         """Update by gradients times a number of shape (); None is 1."""
         groups = self._groups(params)
         updates = self._updates(groups, grads, state, grad_scale)
-        moved = {label: update.out_of_place() for label, update in updates.items()}
+        if in_place:
+            update_together_(updates)
+            return params, state
+        moved = {label: update.make(in_place=False) for label, update in updates.items()}
         new_params = groups.rebuild([own for own, _ in moved.values()])
         return new_params, PartitionState({label: own for label, (_, own) in moved.items()})
-
-    def _update_scaled_(
-        self, grads: Tree, grad_scale: Tensor | None, state: PartitionState, params: ParamsT
-    ) -> tuple[ParamsT, PartitionState]:
-        """Do the same in place."""
-        update_together_(self._updates(self._groups(params), grads, state, grad_scale))
-        return params, state
 
     def _groups(self, params: Tree) -> _Groups:
         leaves, structure = pytree.flatten(params)
@@ -209,7 +211,7 @@ class Partition:
         return resting
 
 
-hands_on(Partition, Partition._update_scaled, Partition._update_scaled_)
+hands_on(Partition, Partition._update_scaled)
 leaves_at_rest(Partition, Partition._at_rest)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from .._core import transforms
 from .._core.types import Number, Optimizer, ParamsT, Schedule, Traits, Tree, check_optimizer
 from .._engine.checks import check_state
-from .._engine.hyperparameters import check_count, normalize_fields, numbers_of
+from .._engine.hyperparameters import check_count, detached, normalize_fields, numbers_of
 from .._engine.prepare import next_step
 from .._engine.registration import register_optimizer
 from .._engine.rule import Hyperparam, Range
@@ -175,7 +175,6 @@ def _judge(
     """Return the tensors of the new state, and whether the inner update is made."""
     finite = all_finite_everywhere(gradients, state.last_finite)
     consecutive = (state.consecutive.detach() + 1).masked_fill(finite, 0)
-    most = max_consecutive
-    enough = consecutive > (most.detach() if isinstance(most, Tensor) else most)
+    enough = consecutive > detached(max_consecutive)
     counts = consecutive, state.total.detach() + ~finite, finite
     return counts, decide(finite | enough)

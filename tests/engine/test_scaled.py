@@ -7,7 +7,7 @@ from funcopt import SGD, Adam, AdamW, Clip, Frozen, Lion, Partition
 from funcopt._core.types import own_traits
 from funcopt._engine import driver
 from funcopt.wrappers import _scaled
-from funcopt.wrappers._scaled import update_scaled, update_scaled_
+from funcopt.wrappers._scaled import update_scaled
 
 from ..cases import KERNELS, assert_same_bits, clone, leaves, random_like, tree_map, trees
 
@@ -49,7 +49,7 @@ def test_bits_are_those_of_multiplied_gradients(name, dtype):
         given = clone(grads)
         params, state = opt.update(times(grads, factor), state, params)
         moved = update_scaled(opt, grads, factor, own_state, in_place)
-        update_scaled_(opt, grads, factor, own_state, in_place)
+        update_scaled(opt, grads, factor, own_state, in_place, in_place=True)
         assert_same_bits(moved, (params, state))
         assert_same_bits((in_place, own_state), (params, state))
         assert_same_bits(grads, given)
@@ -65,7 +65,7 @@ def test_16_bit_gradients_are_multiplied_in_float32_and_rounded(kernel, dtype):
     state = opt.init(params)
     expected = opt.update(products, state, params)
     assert_same_bits(update_scaled(opt, grads, factor, state, params), expected)
-    assert_same_bits(update_scaled_(opt, grads, factor, state, params), expected)
+    assert_same_bits(update_scaled(opt, grads, factor, state, params, in_place=True), expected)
 
 
 @pytest.mark.parametrize("name", [*KERNELS, "Partition"])
@@ -75,7 +75,7 @@ def test_no_scaled_copy_of_all_gradients_is_made(name, monkeypatch):
     for module in (_scaled, driver):
         monkeypatch.setattr(module, "multiplied", None)
     update_scaled(opt, grads, HALF, state, params)
-    update_scaled_(opt, grads, HALF, state, params)
+    update_scaled(opt, grads, HALF, state, params, in_place=True)
 
 
 @pytest.mark.parametrize("per_leaf", [False, True])
@@ -90,7 +90,7 @@ def test_neither_for_a_nested_tree_nor_where_gradients_are_missing(per_leaf, mon
     for module in (_scaled, driver):
         monkeypatch.setattr(module, "multiplied", None)
     assert_same_bits(update_scaled(opt, grads, HALF, state, params), expected)
-    assert_same_bits(update_scaled_(opt, grads, HALF, state, params), expected)
+    assert_same_bits(update_scaled(opt, grads, HALF, state, params, in_place=True), expected)
 
 
 @pytest.mark.parametrize("name", trees())
@@ -99,7 +99,7 @@ def test_any_tree_is_served(name):
     grads, state = random_like(params), opt.init(params)
     expected = opt.update(times(grads, HALF), state, params)
     assert_same_bits(update_scaled(opt, grads, HALF, state, params), expected)
-    assert_same_bits(update_scaled_(opt, grads, HALF, state, params), expected)
+    assert_same_bits(update_scaled(opt, grads, HALF, state, params, in_place=True), expected)
 
 
 def test_strides_complex_leaves_and_missing_gradients_are_served():
@@ -117,7 +117,7 @@ def test_strides_complex_leaves_and_missing_gradients_are_served():
         products = {k: None if g is None else g * HALF for k, g in grads.items()}
         expected = opt.update(products, state, own)
         assert_same_bits(update_scaled(opt, grads, HALF, state, own), expected)
-        assert_same_bits(update_scaled_(opt, grads, HALF, state, own), expected)
+        assert_same_bits(update_scaled(opt, grads, HALF, state, own, in_place=True), expected)
 
 
 def test_a_nan_reaches_every_parameter():
@@ -145,7 +145,7 @@ def test_a_factor_that_is_learnt_has_its_derivative():
     assert torch.autograd.gradcheck(moved, factor)
     assert torch.func.grad(moved)(factor) == pytest.approx(0.3)
     with pytest.raises(RuntimeError, match="has a history"):
-        update_scaled_(opt, params, factor, opt.init(params), clone(params))
+        update_scaled(opt, params, factor, opt.init(params), clone(params), in_place=True)
 
 
 def test_a_subclass_keeps_its_own_update():
@@ -158,7 +158,7 @@ def test_a_subclass_keeps_its_own_update():
     params = {"w": torch.ones(3)}
     state = Still().init(params)
     assert update_scaled(Still(), params, HALF, state, params) == (params, state)
-    assert update_scaled_(Still(), params, HALF, state, params) == (params, state)
+    assert update_scaled(Still(), params, HALF, state, params, in_place=True) == (params, state)
 
 
 def test_those_who_hand_on_are_known_by_their_very_type():
