@@ -5,17 +5,6 @@ puts it where torch's trainers look for that. The class keeps the state, since t
 scripted module saves. All else is done by operators written in Python, which call `funcopt.AdamW`:
 a scripted module that uses the class runs where Python does, and where this module was imported,
 before `torch.jit.load` as well. Otherwise torch says `Unknown builtin op: funcopt::adamw_check`.
-
-Example:
-    >>> import torch
-    >>> import funcopt.torchscript
-    >>> with funcopt.torchscript.register():
-    ...     opt = torch.distributed.optim.as_functional_optim(torch.optim.AdamW, lr=0.1)
-    >>> w = torch.nn.Parameter(torch.ones(2))
-    >>> opt.step_param(w, torch.ones(2))
-    >>> w
-    Parameter containing:
-    tensor([0.8990, 0.8990], requires_grad=True)
 """
 
 # The annotations of a scripted class are read by TorchScript, which does not follow strings.
@@ -168,16 +157,7 @@ class FunctionalAdamW:
         self._move(self.param_group["params"], gradients)
 
     def step_param(self, param: Tensor, grad: Tensor | None) -> None:
-        """Move one parameter, be it among those that the optimizer was given or not.
-
-        Args:
-            param: The parameter.
-            grad: Its gradient, as for `step`.
-
-        Raises:
-            ValueError: If the gradient does not match the parameter.
-            TypeError: If it is not dense.
-        """
+        """Move one parameter, be it among those that the optimizer was given or not, as `step`."""
         self._move([param], [grad])
 
     def _move(self, params: list[Tensor], gradients: list[Tensor | None]) -> None:
@@ -248,9 +228,12 @@ def register() -> AbstractContextManager[object]:
         >>> import torch
         >>> from funcopt import torchscript
         >>> with torchscript.register():
-        ...     opt = torch.distributed.optim.as_functional_optim(torch.optim.AdamW)
-        >>> type(opt).__name__
-        'FunctionalAdamW'
+        ...     opt = torch.distributed.optim.as_functional_optim(torch.optim.AdamW, lr=0.1)
+        >>> w = torch.nn.Parameter(torch.ones(2))
+        >>> opt.step_param(w, torch.ones(2))
+        >>> w
+        Parameter containing:
+        tensor([0.8990, 0.8990], requires_grad=True)
     """
     table = _table()
     if table.get(torch.optim.AdamW) is FunctionalAdamW:
