@@ -12,7 +12,7 @@ before `torch.jit.load` as well. Otherwise torch says `Unknown builtin op: funco
 import importlib
 import warnings
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,8 +21,6 @@ from torch.jit import is_scripting  # type: ignore[attr-defined]  # which torch 
 from . import _operators
 
 __all__ = ["FunctionalAdamW", "register", "unregister"]
-
-T = TypeVar("T")
 
 
 class _Turn:
@@ -38,18 +36,6 @@ class _Turn:
         torch.ops.funcopt.end_step()
 
 
-def _scripted(cls: type[T]) -> type[T]:
-    """Compile a class, so that an error shows here and not at first use; return it as it is.
-
-    Without torch's warning that its compiler is deprecated: who uses the class knows.
-    """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated")
-        torch.jit.script(cls)
-    return cls
-
-
-@_scripted
 class FunctionalAdamW:
     """AdamW with gradients as arguments and its state by parameter, for scripted modules.
 
@@ -184,6 +170,13 @@ class FunctionalAdamW:
         for param, state in zip(params, started):  # noqa: B905  # TorchScript has no strict=
             if len(state) > 0:
                 self.state[param] = state
+
+
+# Compiled here, so that an error shows now and not at first use. Without torch's warning that its
+# compiler is deprecated: who uses the class knows.
+with warnings.catch_warnings():
+    warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated")
+    torch.jit.script(FunctionalAdamW)
 
 
 class _Undo:
