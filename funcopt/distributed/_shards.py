@@ -55,23 +55,17 @@ class Sharding(NamedTuple):
 
     def distributed(self, tree: Tree) -> Tree:
         """Return a tree whose buckets are DTensors, given this process's shares of them."""
-        return _map_buckets(tree, lambda _, name, share: self._distributed(name, share))
 
-    def _distributed(self, name: str, share: Tensor) -> Tensor:
-        if self.mesh is None:
-            return share
-        shape = torch.Size([self.buckets[name].numel])
-        return DTensor.from_local(
-            share, self.mesh, [Shard(0)], run_check=False, shape=shape, stride=(1,)
-        )
+        def distributed(_: str, name: str, share: Tensor) -> Tensor:
+            shape = torch.Size([self.buckets[name].numel])
+            return DTensor.from_local(
+                share, self.mesh, [Shard(0)], run_check=False, shape=shape, stride=(1,)
+            )
+
+        return tree if self.mesh is None else _map_buckets(tree, distributed)
 
     def local(self, tree: Tree, root: str) -> Tree:
-        """Return a tree with this process's shares of its buckets, in the same memory.
-
-        Raises:
-            TypeError: If one is no such tensor.
-            ValueError: If they are other buckets, or shared out in another way.
-        """
+        """Return a tree with this process's shares of its buckets, checked, in the same memory."""
 
         def share_of(path: str, name: str, leaf: Any) -> Tensor:
             self._check(f"{root}{path}[{name!r}]", leaf, self.buckets[name].numel)
@@ -135,13 +129,13 @@ def join(states: Sequence[Tree]) -> Tree:
     """Put states of one bucket each together. What is beside the buckets is the same in all."""
     flattened = [pytree.flatten_above(state, is_bucketed) for state in states]
     columns = zip(*(nodes for nodes, _ in flattened), strict=True)
-    return pytree.unflatten(flattened[-1][1], [_joined(column) for column in columns])
-
-
-def _joined(column: Sequence[Any]) -> Any:
-    if not is_bucketed(column[-1]):
-        return column[-1]
-    return {name: share for node in column for name, share in node.items()}
+    joined = [
+        {name: share for node in column for name, share in node.items()}
+        if is_bucketed(column[-1])
+        else column[-1]
+        for column in columns
+    ]
+    return pytree.unflatten(flattened[-1][1], joined)
 
 
 def _map_buckets(
