@@ -61,7 +61,8 @@ def start_mean(flat: Tensor, ranks: Ranks) -> Started:
     """
     if ranks.size == 1 or flat.numel() == 0:
         return Started(None, lambda: flat[: flat.numel() // ranks.size])
-    if _backend(ranks.group) == "gloo":
+    backend = dist.get_backend(ranks.group)
+    if backend == "gloo" or (backend == "fake" and planned_backend.get() == "gloo"):
         # Gloo's own reduce-scatter reduces everything to all, for which it sends twice as much.
         shares = torch.empty_like(flat)
         work = dist.all_to_all_single(shares, flat, group=ranks.group, async_op=True)
@@ -89,11 +90,6 @@ def start_all_gather(share: Tensor, length: int, ranks: Ranks) -> Started:
     all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     work = all_gather(flat, share, group=ranks.group, async_op=True)
     return Started(work, lambda: _keep(share, flat))
-
-
-def _backend(group: Any) -> str:
-    name = dist.get_backend(group)
-    return planned_backend.get() if name == "fake" else name
 
 
 def _keep(_: Tensor, result: Tensor) -> Tensor:
