@@ -14,24 +14,13 @@ from .._core.types import Number
 from .._engine.hyperparameters import check_flag, elements_at_hand, normalize
 from .._engine.rule import ABOVE_ZERO, AT_LEAST_ZERO, BELOW_ONE, SHARE, Hyperparam, Range
 
-_RANGES: dict[str, Range] = {
-    "value": AT_LEAST_ZERO,
-    "values": AT_LEAST_ZERO,
-    "start": AT_LEAST_ZERO,
-    "peak": AT_LEAST_ZERO,
-    "end": AT_LEAST_ZERO,
-    "steps": ABOVE_ZERO,
-    "warmup_steps": AT_LEAST_ZERO,
-    "decay_steps": AT_LEAST_ZERO,
-    "power": ABOVE_ZERO,
-    "rate": SHARE,
-    "pct_start": SHARE,
-    "div_factor": ABOVE_ZERO,
-    "final_div_factor": ABOVE_ZERO,
-    "base_momentum": BELOW_ONE,
-    "max_momentum": BELOW_ONE,
-    "boundaries": ABOVE_ZERO,
+_NAMES: dict[Range, tuple[str, ...]] = {
+    AT_LEAST_ZERO: ("value", "values", "start", "peak", "end", "warmup_steps", "decay_steps"),
+    ABOVE_ZERO: ("steps", "boundaries", "power", "div_factor", "final_div_factor"),
+    BELOW_ONE: ("base_momentum", "max_momentum"),
+    SHARE: ("rate", "pct_start"),
 }
+_RANGES = {name: span for span, names in _NAMES.items() for name in names}
 _COUNTS = ("steps", "warmup_steps", "decay_steps", "boundaries")
 _FLAGS = ("staircase", "three_phase")
 
