@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from .._core import pytree, transforms
-from .._core.tensors import compute_dtype, view_as_complex_like, view_as_real
+from .._core.tensors import compute_dtype, view_as_real
 from .._core.types import Tree
-from ._buckets import by_path
+from ._buckets import by_path, count, shaped
 from ._checks import check_averageable, check_mesh, check_untransformed
 from ._collectives import Started, one_ahead, start_sum
 
@@ -82,7 +82,9 @@ def means(tensors: Sequence[Tensor], mesh: DeviceMesh | None) -> Iterator[tuple[
     buckets = list(_filled(tensors))
     flats = one_ahead(_start([tensors[i] for i in indices], mesh) for indices in buckets)
     for indices, flat in zip(buckets, flats, strict=True):
-        yield from _taken_apart(flat, indices, tensors)
+        likes = [tensors[index] for index in indices]
+        parts = torch.unsafe_split_with_sizes(flat, list(map(count, likes)))
+        yield from zip(indices, map(shaped, parts, likes), strict=True)
 
 
 def _filled(tensors: Sequence[Tensor]) -> Iterator[list[int]]:
@@ -111,17 +113,3 @@ def _start(tensors: list[Tensor], mesh: DeviceMesh | None) -> Started:
             return Started(None, lambda: flat)
         flat.div_(mesh.size())  # before they are added up, so that no sum overflows
         return Started(start_sum(flat, mesh.get_group()), lambda: flat)
-
-
-def _taken_apart(
-    flat: Tensor, indices: list[int], tensors: Sequence[Tensor]
-) -> Iterator[tuple[int, Tensor]]:
-    rest = flat
-    for index in indices:
-        like = tensors[index]
-        shape = (*like.shape, 2) if like.is_complex() else like.shape
-        count = like.numel() * (2 if like.is_complex() else 1)
-        own, rest = rest[:count], rest[count:]
-        if like.is_complex():
-            own = own.clone()  # an odd offset is no place for a complex number
-        yield index, view_as_complex_like(own.view(shape), like)

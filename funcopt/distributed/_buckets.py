@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from itertools import accumulate, pairwise
 from typing import NamedTuple
@@ -74,7 +74,7 @@ def lay_out(leaves: Sequence[Tensor], order: Sequence[int], bucket_bytes: int) -
         Bucket(
             f"{_PREFIX}{position}",
             indices,
-            list(accumulate((_count(leaves[index]) for index in indices), initial=0)),
+            list(accumulate((count(leaves[index]) for index in indices), initial=0)),
         )
         for position, indices in enumerate(buckets)
     ]
@@ -93,19 +93,16 @@ def part(bucket: Bucket, leaves: Sequence[Tensor], start: int, stop: int) -> Ten
 
     It has the dtype of these leaves, also if it is empty.
     """
-    pieces = list(_pieces(bucket, leaves, start, stop))
-    if not pieces:
-        like = leaves[bucket.indices[0]]
-        return torch.empty(0, dtype=like.dtype.to_real(), device=like.device)
-    return torch.cat(pieces)
-
-
-def _pieces(bucket: Bucket, leaves: Sequence[Tensor], start: int, stop: int) -> Iterator[Tensor]:
+    pieces = []
     for index, (begin, end) in zip(bucket.indices, pairwise(bucket.offsets), strict=True):
         low, high = max(begin, start), min(end, stop)
         if low < high:
             flat = _flat(leaves[index])
-            yield flat if high - low == end - begin else flat[low - begin : high - begin]
+            pieces.append(flat if high - low == end - begin else flat[low - begin : high - begin])
+    if not pieces:
+        like = leaves[bucket.indices[0]]
+        return torch.empty(0, dtype=like.dtype.to_real(), device=like.device)
+    return torch.cat(pieces)
 
 
 def cut(bucket: Bucket, flat: Tensor, likes: Sequence[Tensor]) -> list[Tensor]:
@@ -117,19 +114,24 @@ def cut(bucket: Bucket, flat: Tensor, likes: Sequence[Tensor]) -> list[Tensor]:
     """
     sizes = [end - begin for begin, end in pairwise(bucket.offsets)]
     parts = torch.unsafe_split_with_sizes(flat[: bucket.numel], sizes)
-    return [_shaped(own, likes[index]) for own, index in zip(parts, bucket.indices, strict=True)]
+    return [_laid_like(own, likes[index]) for own, index in zip(parts, bucket.indices, strict=True)]
 
 
-def _shaped(flat: Tensor, like: Tensor) -> Tensor:
+def _laid_like(flat: Tensor, like: Tensor) -> Tensor:
+    own = shaped(flat, like)
+    return own if like.is_contiguous() else torch.empty_like(like, dtype=own.dtype).copy_(own)
+
+
+def shaped(flat: Tensor, like: Tensor) -> Tensor:
+    """Return a flat part of a bucket in the shape of its leaf."""
     if like.is_complex():
         # An odd offset is no place for a complex number.
-        flat = torch.view_as_complex(flat.clone().view(*like.shape, 2))
-    if like.is_contiguous():
-        return flat if like.ndim == 1 else flat.view(like.shape)
-    return torch.empty_like(like, dtype=flat.dtype).copy_(flat.view(like.shape))
+        return torch.view_as_complex(flat.clone().view(*like.shape, 2))
+    return flat if like.ndim == 1 else flat.view(like.shape)
 
 
-def _count(leaf: Tensor) -> int:
+def count(leaf: Tensor) -> int:
+    """Return how many elements of a bucket a leaf takes."""
     return leaf.numel() * (2 if leaf.is_complex() else 1)
 
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from .._core import pytree, transforms
-from .._core.types import Optimizer, Tree, optimizers_in, own_traits, traits_of
-from .._engine.checks import check_apart, check_leaves, check_unwatched, check_writable
+from .._core.types import Optimizer, Tree, kind_of, optimizers_in, own_traits, traits_of
+from .._engine.checks import check_apart, check_leaves, check_unwatched, check_writable, is_like
 from ..wrappers._shared import Gradients, records
 
 
@@ -74,6 +75,23 @@ def check_packable(inner: Optimizer[Any]) -> None:
                 f"optimizer sees buckets of many. Let it be outside, around gradients that are "
                 f"averaged already (average_gradients): {name}(Zero1(..., gradients='averaged')); "
                 f"or say it in its class, if it is so."
+            )
+
+
+def check_kept(
+    tensors: Sequence[Any],
+    likes: Sequence[Tensor],
+    dtypes: Iterable[torch.dtype],
+    path: Callable[[int], str],
+    remedy: str,
+) -> None:
+    """Refuse leaves of a state that are not like these in shape and device, or of other dtypes."""
+    for index, (tensor, like, dtype) in enumerate(zip(tensors, likes, dtypes, strict=True)):
+        if not is_like(tensor, like.shape, dtype, like.device):
+            where = f", on {tensor.device}" if isinstance(tensor, Tensor) else ""
+            raise ValueError(
+                f"{path(index)} is {kind_of(tensor)}{where}: for this parameter it must be a dense "
+                f"tensor of {dtype} and shape {tuple(like.shape)}, on {like.device}. {remedy}"
             )
 
 

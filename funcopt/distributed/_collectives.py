@@ -61,14 +61,17 @@ def start_mean(flat: Tensor, ranks: Ranks) -> Started:
     """
     if ranks.size == 1 or flat.numel() == 0:
         return Started(None, lambda: flat[: flat.numel() // ranks.size])
-    if _backend(ranks.group) == "gloo":
+    backend = dist.get_backend(ranks.group)
+    if backend == "gloo" or (backend == "fake" and planned_backend.get() == "gloo"):
         # Gloo's own reduce-scatter reduces everything to all, for which it sends twice as much.
         shares = torch.empty_like(flat)
         work = dist.all_to_all_single(shares, flat, group=ranks.group, async_op=True)
         return Started(work, lambda: _keep(flat, shares.view(ranks.size, -1).mean(0)))
     share = flat.new_empty(flat.numel() // ranks.size)
     flat.div_(ranks.size)  # before the sum, which could overflow in 16 bits
-    work = _reduce_scatter(share, flat, group=ranks.group, async_op=True)
+    # Named so since torch 2.13, which deprecates the old name.
+    reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    work = reduce_scatter(share, flat, group=ranks.group, async_op=True)
     return Started(work, lambda: _keep(flat, share))
 
 
@@ -84,13 +87,9 @@ def start_all_gather(share: Tensor, length: int, ranks: Ranks) -> Started:
     if share.numel() < length:
         share = torch.cat([share, share.new_zeros(length - share.numel())])
     flat = share.new_empty(length * ranks.size)
-    work = _all_gather(flat, share, group=ranks.group, async_op=True)
+    all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    work = all_gather(flat, share, group=ranks.group, async_op=True)
     return Started(work, lambda: _keep(share, flat))
-
-
-def _backend(group: Any) -> str:
-    name = dist.get_backend(group)
-    return planned_backend.get() if name == "fake" else name
 
 
 def _keep(_: Tensor, result: Tensor) -> Tensor:
@@ -110,14 +109,3 @@ def one_ahead(started: Iterable[Started]) -> Iterator[Tensor]:
         before = current
     if before is not None:
         yield before.wait()
-
-
-def _reduce_scatter(output: Tensor, flat: Tensor, **kwargs: Any) -> Any:
-    # Named so since torch 2.13, which deprecates the old name.
-    call = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-    return call(output, flat, **kwargs)
-
-
-def _all_gather(output: Tensor, share: Tensor, **kwargs: Any) -> Any:
-    call = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    return call(output, share, **kwargs)

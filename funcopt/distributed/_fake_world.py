@@ -23,10 +23,8 @@ _FAKE = "torch.testing._internal.distributed.fake_pg"
 def in_fake_world(size: int, rank: int, backend: str, function: Callable[[DeviceMesh], R]) -> R:
     """Call a function with a mesh of `size` processes, of which this one is `rank`.
 
-    What the function sends is what it would send by this backend.
-
-    Raises:
-        RuntimeError: If this process has a group already, beside which there can be no other world.
+    What the function sends is what it would send by this backend. If this process has a group
+    already, there can be no other world beside it, and this raises a RuntimeError.
     """
     if is_initialized():
         raise RuntimeError(

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from .._core import pytree
-from .._core.types import Optimizer, check_optimizer, kind_of, own_traits
-from .._engine.checks import is_like
+from .._core.types import Optimizer, check_optimizer, own_traits
 from ..wrappers.partition import Partition
+from ._checks import check_kept
 from ._reducer import BucketHook, check_reducer
 
 
@@ -34,7 +34,6 @@ class InBackward:
     """
 
     def __init__(self, opts: Mapping[str, Optimizer[Any]], params: Mapping[str, Tensor]) -> None:
-        """Begin with a new state."""
         self._opts = dict(opts)
         self._params = dict(params)
         self._state = {name: opt.init({name: params[name]}) for name, opt in opts.items()}
@@ -61,18 +60,15 @@ class InBackward:
                 f"state is of type {type(state).__name__}: it must be a dict of a state for each "
                 f"parameter, {{name: opt.init({{name: parameter}})}}, as a handle has."
             )
-        wanted = pytree.flatten(self._state)[1]
+        olds, wanted = pytree.flatten(self._state)
         leaves = pytree.pair(dict(state), "state", wanted).leaves
-        for index, (leaf, own) in enumerate(
-            zip(leaves, pytree.flatten(self._state)[0], strict=True)
-        ):
-            if not is_like(leaf, own.shape, own.dtype, own.device):
-                where = f", on {leaf.device}" if isinstance(leaf, Tensor) else ""
-                raise ValueError(
-                    f"{pytree.path(wanted, 'state', index)} is {kind_of(leaf)}{where}: it must be "
-                    f"a dense tensor of {own.dtype}, shape {tuple(own.shape)}, on {own.device}. "
-                    f"Give the state of the same optimizer and parameters."
-                )
+        check_kept(
+            leaves,
+            olds,
+            [old.dtype for old in olds],
+            partial(pytree.path, wanted, "state"),
+            "Give the state of the same optimizer and parameters.",
+        )
         self._state = pytree.unflatten(wanted, leaves)
 
     def remove(self) -> None:
@@ -213,10 +209,8 @@ def update_in_backward(
 def _one_for_each(opt: Optimizer[Any], params: dict[str, Tensor]) -> dict[str, Optimizer[Any]]:
     """Return for each leaf, by its name, the optimizer that moves it as `opt` would with the rest.
 
-    In place of a `Partition` comes the optimizer of the leaf's label.
-
-    Raises:
-        ValueError: If an optimizer is not `leafwise`.
+    In place of a `Partition` comes the optimizer of the leaf's label. One that is not `leafwise` is
+    refused.
     """
     if type(opt) is Partition:
         groups = opt._groups(params)

@@ -133,7 +133,6 @@ class LocalUpdates:
         )
 
     def __post_init__(self) -> None:
-        """Check and normalize every hyperparameter."""
         check_optimizer("inner", self.inner)
         for own in self.hyperparams:
             name, value = own.name, own.of(self)
@@ -154,7 +153,8 @@ class LocalUpdates:
         buffer: Tree = ()
         anchored, moving = self._kept
         if anchored:
-            anchor = pytree.unflatten(structure, [_origin(leaf) for leaf in leaves])
+            copies = [leaf.detach().to(compute_dtype(leaf.dtype), copy=True) for leaf in leaves]
+            anchor = pytree.unflatten(structure, copies)
         if moving:
             zeros = [torch.zeros_like(leaf, dtype=compute_dtype(leaf.dtype)) for leaf in leaves]
             buffer = pytree.unflatten(structure, zeros)
@@ -226,10 +226,6 @@ class LocalUpdates:
                 "this count on the CPU."
             )
         return taken + 1 >= self.every
-
-
-def _origin(leaf: Tensor) -> Tensor:
-    return leaf.detach().to(compute_dtype(leaf.dtype), copy=True)
 
 
 def _next(due: bool, count: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,7 +22,8 @@ from ._cost_counter import CostCounterMode
 from ._fake_world import in_fake_world
 from ._planned import Plan, PlanRow
 
-_BACKENDS = ("nccl", "gloo")
+_Cost: TypeAlias = tuple[int, CostCounterMode]
+"""The bytes of one process's state, and what its steps cost."""
 
 
 @transforms.restoring
@@ -89,7 +90,7 @@ def plan(
     for size in sizes:
         check_whole_number("mesh", size, ", or several such")
     check_whole_number("steps", steps)
-    check_choice("backend", backend, _BACKENDS)
+    check_choice("backend", backend, ("nccl", "gloo"))
     if not sizes:
         raise ValueError("mesh=(): give at least one number of processes.")
     leaves, structure = flatten_params(params)
@@ -99,58 +100,36 @@ def plan(
                 f"{pytree.path(structure, 'params', index)} is a DTensor: plan() shares out what "
                 f"is whole. Give plain tensors, such as torch.empty(shape, device='meta')."
             )
-    rows = tuple(_row(opt, leaves, structure, size, backend, steps) for size in sizes)
+    rows = tuple(_row(opt, params, size, backend, steps) for size in sizes)
     return Plan(opt, sum(leaf.nbytes for leaf in leaves), backend, steps, rows)
 
 
-class _Cost(NamedTuple):
-    """What the steps of one process cost."""
-
-    state: int
-    counter: CostCounterMode
-
-
-def _row(
-    opt: Optimizer[Any],
-    leaves: Sequence[Tensor],
-    structure: pytree.Structure,
-    size: int,
-    backend: str,
-    steps: int,
-) -> PlanRow:
+def _row(opt: Optimizer[Any], params: Tree, size: int, backend: str, steps: int) -> PlanRow:
     """Play the first and the last of so many processes."""
 
     def play(rank: int, method: str) -> _Cost:
         def alone(mesh: DeviceMesh) -> _Cost:
-            return _play(_over(opt, mesh), method, leaves, structure, size, steps)
+            return _play(_over(opt, mesh), method, params, size, steps)
 
         return in_fake_world(size, rank, backend, partial(_counted, alone))
 
-    first, last = play(0, "update"), play(size - 1, "update")
-    in_place = [play(rank, "update_") for rank in (0, size - 1)]
+    (state, first), (last_state, last) = play(0, "update"), play(size - 1, "update")
     return PlanRow(
         size,
-        max(first.state, last.state),
-        min(first.state, last.state),
-        dict(first.counter.calls),
-        dict(first.counter.sent),
-        max(cost.counter.peak for cost in (first, last)),
-        max(cost.counter.peak for cost in in_place),
+        max(state, last_state),
+        min(state, last_state),
+        dict(first.calls),
+        dict(first.sent),
+        max(first.peak, last.peak),
+        max(play(rank, "update_")[1].peak for rank in (0, size - 1)),
     )
 
 
-def _play(
-    opt: Optimizer[Any],
-    method: str,
-    leaves: Sequence[Tensor],
-    structure: pytree.Structure,
-    size: int,
-    steps: int,
-) -> _Cost:
+def _play(opt: Optimizer[Any], method: str, given: Tree, size: int, steps: int) -> _Cost:
     """Make the steps of one process."""
 
     def start() -> tuple[Tree, Tree, Tree]:
-        params, grads = (pytree.unflatten(structure, list(map(_on_meta, leaves))) for _ in range(2))
+        params, grads = (pytree.tree_map(_on_meta, given) for _ in range(2))
         return grads, opt.init(params), params
 
     grads, state, params = start()
@@ -164,11 +143,9 @@ def _play(
     transforms.seen_by(CostCounterMode(size, []), train, 1)
     grads, state, params = start()
     nbytes = sum(own.nbytes for own in _locals(state))
-    counter = CostCounterMode(
-        size, [own for tree in (params, grads, state) for own in _locals(tree)]
-    )
+    counter = CostCounterMode(size, _locals((params, grads, state)))
     transforms.seen_by(counter, train, steps)
-    return _Cost(nbytes, counter)
+    return nbytes, counter
 
 
 def _counted(function: Callable[[DeviceMesh], _Cost], mesh: DeviceMesh) -> _Cost:

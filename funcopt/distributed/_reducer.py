@@ -83,7 +83,12 @@ class BucketHook:
             self._pending = _Pending(work, params, grads)
             if bucket.is_last():
                 self._use_pending()
-                self._check_all_moved()
+                if len(self._moved) < len(self._params):
+                    raise RuntimeError(
+                        f"DistributedDataParallel averages {len(self._moved)} parameters, of "
+                        f"{len(self._params)} that required a gradient when this began: the others "
+                        f"did not when it was made. Make it anew, or let them require none."
+                    )
         done: torch.futures.Future[Tensor] = torch.futures.Future()
         done.set_result(flat)
         return done
@@ -95,14 +100,6 @@ class BucketHook:
             for param, grad in zip(pending.params, pending.grads, strict=True):
                 self._move(param, grad)
                 self._moved.append(param)
-
-    def _check_all_moved(self) -> None:
-        if len(self._moved) < len(self._params):
-            raise RuntimeError(
-                f"DistributedDataParallel averages {len(self._moved)} parameters, of "
-                f"{len(self._params)} that required a gradient when this began: the others did not "
-                f"when it was made. Make it anew, or let them require none."
-            )
 
     def _free_at_the_end(self) -> None:
         """Free the gradients that the module still makes when it has seen all buckets."""

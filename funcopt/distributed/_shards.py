@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -55,36 +55,32 @@ class Sharding(NamedTuple):
 
     def distributed(self, tree: Tree) -> Tree:
         """Return a tree whose buckets are DTensors, given this process's shares of them."""
-        return _map_buckets(tree, lambda _, name, share: self._distributed(name, share))
 
-    def _distributed(self, name: str, share: Tensor) -> Tensor:
-        if self.mesh is None:
-            return share
-        shape = torch.Size([self.buckets[name].numel])
-        return DTensor.from_local(
-            share, self.mesh, [Shard(0)], run_check=False, shape=shape, stride=(1,)
-        )
+        def distributed(_: str, shares: dict[str, Tensor]) -> dict[str, Tensor]:
+            placed: dict[str, Tensor] = {}
+            for name, share in shares.items():
+                shape = torch.Size([self.buckets[name].numel])
+                placed[name] = DTensor.from_local(
+                    share, self.mesh, [Shard(0)], run_check=False, shape=shape, stride=(1,)
+                )
+            return placed
+
+        return tree if self.mesh is None else _map_buckets(tree, distributed)
 
     def local(self, tree: Tree, root: str) -> Tree:
-        """Return a tree with this process's shares of its buckets, in the same memory.
+        """Return a tree with this process's shares of its buckets, checked, in the same memory."""
 
-        Raises:
-            TypeError: If one is no such tensor.
-            ValueError: If they are other buckets, or shared out in another way.
-        """
-
-        def share_of(path: str, name: str, leaf: Any) -> Tensor:
-            self._check(f"{root}{path}[{name!r}]", leaf, self.buckets[name].numel)
-            return leaf.to_local() if isinstance(leaf, DTensor) else leaf
-
-        def check(path: str, found: Mapping[str, Any]) -> None:
+        def local(path: str, found: dict[str, Any]) -> dict[str, Tensor]:
             if found.keys() != self.buckets.keys():
                 raise ValueError(
                     f"{root}{path} has {len(found)} buckets, where these parameters fill "
                     f"{len(self.buckets)}: {_REMEDY}"
                 )
+            for name, leaf in found.items():
+                self._check(f"{root}{path}[{name!r}]", leaf, self.buckets[name].numel)
+            return {n: x.to_local() if isinstance(x, DTensor) else x for n, x in found.items()}
 
-        return _map_buckets(tree, share_of, check)
+        return _map_buckets(tree, local)
 
     def _check(self, path: str, leaf: object, numel: int) -> None:
         wanted = DTensor if self.mesh is not None else Tensor
@@ -135,29 +131,23 @@ def join(states: Sequence[Tree]) -> Tree:
     """Put states of one bucket each together. What is beside the buckets is the same in all."""
     flattened = [pytree.flatten_above(state, is_bucketed) for state in states]
     columns = zip(*(nodes for nodes, _ in flattened), strict=True)
-    return pytree.unflatten(flattened[-1][1], [_joined(column) for column in columns])
+    joined = [
+        {name: share for node in column for name, share in node.items()}
+        if is_bucketed(column[-1])
+        else column[-1]
+        for column in columns
+    ]
+    return pytree.unflatten(flattened[-1][1], joined)
 
 
-def _joined(column: Sequence[Any]) -> Any:
-    if not is_bucketed(column[-1]):
-        return column[-1]
-    return {name: share for node in column for name, share in node.items()}
-
-
-def _map_buckets(
-    tree: Tree,
-    function: Callable[[str, str, Any], Tensor],
-    check: Callable[[str, Mapping[str, Any]], None] = lambda _, __: None,
-) -> Tree:
-    """Return a tree with others in place of its buckets: `function(path, name, bucket)`."""
+def _map_buckets(tree: Tree, function: Callable[[str, dict[str, Any]], dict[str, Tensor]]) -> Tree:
+    """Return a tree with others in place of its dicts of buckets: `function(path, buckets)`."""
     nodes, structure = pytree.flatten_above(tree, is_bucketed)
     if not any(map(is_bucketed, nodes)):
         return tree
-    mapped = []
-    for path, node in zip(pytree.paths(structure, ""), nodes, strict=True):
-        if is_bucketed(node):
-            check(path, node)
-            mapped.append({name: function(path, name, leaf) for name, leaf in node.items()})
-        else:
-            mapped.append(node)
+    paths = pytree.paths(structure, "")
+    mapped = [
+        function(path, node) if is_bucketed(node) else node
+        for path, node in zip(paths, nodes, strict=True)
+    ]
     return pytree.unflatten(structure, mapped)

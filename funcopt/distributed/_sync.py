@@ -42,10 +42,6 @@ class Sync(NamedTuple):
         """Pair the anchor and the momentum of a state, trees or `()`, with the parameters.
 
         `anchored` and `moving` say whether there are to be such trees.
-
-        Raises:
-            TypeError: If a parameter is sharded.
-            ValueError: If the trees do not match the parameters.
         """
         for index, leaf in enumerate(gradients.params):
             if isinstance(leaf, DTensor):
@@ -85,7 +81,9 @@ class Sync(NamedTuple):
         Leaves at rest that have no mean, such as integers, are left as they are. The operators are
         those of `torch.optim.SGD`, so that the bits are its bits.
         """
-        unmeant = {i for i in self.gradients.resting if not _has_mean(params[i])}
+        unmeant = {
+            i for i in self.gradients.resting if not params[i].dtype.to_real().is_floating_point
+        }
         order = [i for i in by_path(self.gradients.structure) if i not in unmeant]
         with torch.no_grad():
             for position, mean in means([params[index] for index in order], mesh):
@@ -102,10 +100,6 @@ class Sync(NamedTuple):
             velocity = self.moving.leaves[index].mul_(outer.momentum).add_(step)
             step = step.add(velocity, alpha=outer.momentum) if outer.nesterov else velocity
         return anchor.add_(step, alpha=-outer.lr)
-
-
-def _has_mean(leaf: Tensor) -> bool:
-    return leaf.is_floating_point() or leaf.is_complex()
 
 
 def _shadow(gradients: Gradients, name: str, tree: Tree, wanted: bool) -> ShadowParams | None:

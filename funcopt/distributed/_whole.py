@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -11,10 +10,11 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from .._core import pytree, transforms
-from .._core.types import Tree, is_dense, kind_of, shown_layout
-from .._engine.checks import check_state, is_like
+from .._core.types import Tree, is_dense, shown_layout
+from .._engine.checks import check_state
 from .._engine.prepare import flatten_params
 from ._buckets import cut, is_bucketed
+from ._checks import check_kept
 from ._shards import Sharding
 from ._zero1 import Zero1, Zero1State
 
@@ -96,16 +96,28 @@ def scatter_state(opt: Zero1, state: Tree, params: Tree) -> Zero1State:
     leaves, structure = flatten_params(params)
     sharding = Sharding.of(leaves, structure, opt.bucket_bytes, opt.mesh)
     nodes, above = pytree.flatten_above(template.inner, is_bucketed)
+    try:
+        subtrees: list[Any] = above.flatten_up_to(state)
+    except ValueError as error:
+        raise ValueError(
+            f"state is not like that of the inner optimizer: {error}. Give what its init() or "
+            f"update() returned for these parameters."
+        ) from error
     paths = pytree.paths(above, "state")
     shared: list[Tree] = []
     with torch.no_grad():
-        for path, node, tree in zip(paths, nodes, _subtrees(above, state), strict=True):
+        for path, node, tree in zip(paths, nodes, subtrees, strict=True):
             if not is_bucketed(node):
                 shared.append(_beside(tree, path))
                 continue
             own = pytree.pair(tree, path, structure).leaves
-            wanted = _dtypes(node, sharding, leaves)
-            _check_alike(own, leaves, wanted, partial(pytree.path, structure, path))
+            check_kept(
+                own,
+                leaves,
+                _dtypes(node, sharding, leaves),
+                partial(pytree.path, structure, path),
+                "Give the state of the inner optimizer for these parameters.",
+            )
             shared.append(sharding.parts(own))
     return Zero1State(sharding.distributed(pytree.unflatten(above, shared)))
 
@@ -122,17 +134,6 @@ def _beside(tensor: Tensor, path: str) -> Tensor:
     return tensor.clone()
 
 
-def _subtrees(above: pytree.Structure, state: Tree) -> list[Tree]:
-    """Return what a state has in place of the buckets, and beside them."""
-    try:
-        return above.flatten_up_to(state)
-    except ValueError as error:
-        raise ValueError(
-            f"state is not like that of the inner optimizer: {error}. Give what its init() or "
-            f"update() returned for these parameters."
-        ) from error
-
-
 def _dtypes(node: dict[str, Tensor], sharding: Sharding, leaves: list[Tensor]) -> list[torch.dtype]:
     """Return the dtype in which a tree of the state keeps what belongs to each parameter."""
     dtypes = [leaf.dtype for leaf in leaves]
@@ -141,20 +142,3 @@ def _dtypes(node: dict[str, Tensor], sharding: Sharding, leaves: list[Tensor]) -
             kept = node[name].dtype
             dtypes[index] = kept.to_complex() if leaves[index].is_complex() else kept
     return dtypes
-
-
-def _check_alike(
-    own: list[Any],
-    leaves: list[Tensor],
-    dtypes: list[torch.dtype],
-    path: Callable[[int], str],
-) -> None:
-    """Refuse what is not like its parameter, or would be put beside another dtype in a bucket."""
-    for index, (tensor, leaf, dtype) in enumerate(zip(own, leaves, dtypes, strict=True)):
-        if not is_like(tensor, leaf.shape, dtype, leaf.device):
-            where = f", on {tensor.device}" if isinstance(tensor, Tensor) else ""
-            raise ValueError(
-                f"{path(index)} is {kind_of(tensor)}{where}: for this parameter it must be a dense "
-                f"tensor of {dtype} and shape {tuple(leaf.shape)}, on {leaf.device}. Give the "
-                f"state of the inner optimizer for these parameters."
-            )

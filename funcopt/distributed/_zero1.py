@@ -31,8 +31,6 @@ from ._checks import (
 from ._shards import Sharding, join
 from ._step import Step
 
-_GRADIENTS = ("local", "averaged")
-
 
 class Zero1State(NamedTuple):
     """The state of `Zero1`.
@@ -118,12 +116,11 @@ class Zero1:
         return Traits(shardable=True, linear=True, sends=True, takes_local_gradients=local)
 
     def __post_init__(self) -> None:
-        """Check every argument."""
         check_optimizer("inner", self.inner)
         check_packable(self.inner)
         check_mesh(self.mesh)
         check_whole_number("bucket_bytes", self.bucket_bytes)
-        check_choice("gradients", self.gradients, _GRADIENTS)
+        check_choice("gradients", self.gradients, ("local", "averaged"))
 
     def init(self, params: Tree) -> Zero1State:
         """Return the state before the first update, of which this process holds its share.

@@ -11,7 +11,7 @@ from .._core.types import Number, Schedule
 from .._engine.hyperparameters import check_choice, normalize
 from .._engine.registration import register_dataclass
 from .._engine.rule import AT_LEAST_ZERO, Hyperparam
-from ._checks import check_numbers, check_pieces, check_step
+from ._checks import check_pieces, check_step
 from ._phases import SHAPES, as_given, by_step, known, phases, wide
 
 # Half of what float64 can hold, so that rounding leads nowhere beyond that.
@@ -45,14 +45,11 @@ class Piecewise:
     shape: str = "constant"
 
     def __post_init__(self) -> None:
-        """Check every number, the order of the boundaries, and how many there are."""
         check_pieces(self, "values")
-        check_numbers(self, "values")
         check_choice("shape", self.shape, SHAPES)
 
     @by_step
     def __call__(self, step: Number) -> Number:
-        """Return the value after so many updates."""
         step, *numbers = wide(step, *self.values, *self.boundaries)
         values, boundaries = numbers[: len(self.values)], numbers[len(self.values) :]
         return phases(step, values, boundaries, [SHAPES[self.shape]] * len(boundaries))
@@ -79,7 +76,6 @@ class Join:
     boundaries: tuple[Number, ...]
 
     def __post_init__(self) -> None:
-        """Check the schedules, the order of the boundaries, and how many there are."""
         check_pieces(self, "schedules")
         for index, schedule in enumerate(self.schedules):
             if not callable(schedule):
@@ -89,7 +85,6 @@ class Join:
                 )
 
     def __call__(self, step: Number) -> Number:
-        """Return the value after so many updates."""
         at, *boundaries = wide(known(step), *self.boundaries)
         begins, ends = (0.0, *boundaries), (*boundaries, math.inf)
         value: Number = 0.0
@@ -129,14 +124,12 @@ class Decoupled:
     lr: Number | Schedule
 
     def __post_init__(self) -> None:
-        """Check both."""
         for name in ("weight_decay", "lr"):
             own = Hyperparam(name, AT_LEAST_ZERO)
             kept = normalize(own, getattr(self, name), schedule=True)
             object.__setattr__(self, name, kept)
 
     def __call__(self, step: Number) -> Number:
-        """Return the quotient after so many updates."""
         check_step(step)
         decay, lr = wide(_at(self.weight_decay, step), _at(self.lr, step))
         # The least learning rate by which to divide: at 0 it would be none.

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 from .._core.tensors import choose
 from .._core.types import Number
-from .._engine.hyperparameters import check_flag
 from .._engine.registration import register_dataclass
-from ._checks import check_numbers, check_steps, check_together
+from ._checks import check_fields, check_together
 from ._phases import by_step, falling_power, floor, linear, phases, wide
 
 
@@ -29,12 +28,10 @@ class Constant:
     value: Number
 
     def __post_init__(self) -> None:
-        """Check the number."""
-        check_numbers(self, "value")
+        check_fields(self)
 
     @by_step
     def __call__(self, step: Number) -> Number:
-        """Return the value."""
         _, value = wide(step, self.value)
         return value
 
@@ -60,13 +57,10 @@ class Linear:
     steps: Number
 
     def __post_init__(self) -> None:
-        """Check every number."""
-        check_numbers(self, "start", "end")
-        check_steps(self, "steps")
+        check_fields(self)
 
     @by_step
     def __call__(self, step: Number) -> Number:
-        """Return the value after so many updates."""
         step, start, end, steps = wide(step, self.start, self.end, self.steps)
         return phases(step, (start, end), (steps,), (linear,))
 
@@ -96,13 +90,10 @@ class Polynomial:
     power: Number
 
     def __post_init__(self) -> None:
-        """Check every number."""
-        check_numbers(self, "start", "end", "power")
-        check_steps(self, "steps")
+        check_fields(self)
 
     @by_step
     def __call__(self, step: Number) -> Number:
-        """Return the value after so many updates."""
         step, start, end, steps, power = wide(step, self.start, self.end, self.steps, self.power)
         return phases(step, (start, end), (steps,), (falling_power(power),))
 
@@ -137,14 +128,10 @@ class Exponential:
     end: Number = 0.0
 
     def __post_init__(self) -> None:
-        """Check every number."""
-        check_numbers(self, "start", "rate", "end")
-        check_steps(self, "steps")
-        check_flag("staircase", self.staircase)
+        check_fields(self)
 
     @by_step
     def __call__(self, step: Number) -> Number:
-        """Return the value after so many updates."""
         step, start, rate, steps, end = wide(step, self.start, self.rate, self.steps, self.end)
         times = step / steps
         value = start * rate ** (floor(times) if self.staircase else times)
@@ -174,18 +161,15 @@ class InverseSquareRoot:
     start: Number = 0.0
 
     def __post_init__(self) -> None:
-        """Check every number."""
-        check_numbers(self, "peak", "start")
-        check_steps(self, "warmup_steps")
+        check_fields(self)
         check_together(
             [self.warmup_steps],
-            lambda: self.warmup_steps > 0,
-            lambda: f"warmup_steps={self.warmup_steps}: must be above 0. Give it 1 for hardly any.",
+            lambda warmup: warmup > 0,
+            "warmup_steps={}: must be above 0. Give it 1 for hardly any.",
         )
 
     @by_step
     def __call__(self, step: Number) -> Number:
-        """Return the value after so many updates."""
         step, start, peak, warmup = wide(step, self.start, self.peak, self.warmup_steps)
         warm = step < warmup
         rising = phases(step, (start, peak), (warmup,), (linear,))

@@ -60,13 +60,9 @@ SHAPES: dict[str, Shape] = {
 def phases(
     step: Number, values: Sequence[Number], boundaries: Sequence[Number], shapes: Sequence[Shape]
 ) -> Number:
-    """Return the value at a step.
+    """Return the value at a step, given those at step 0 and at each boundary, where a phase ends.
 
-    Args:
-        step: The step.
-        values: The value at step 0, and at each boundary.
-        boundaries: The steps that end a phase, in order; beyond the last, the value stays.
-        shapes: How the value goes in each phase. A phase may be empty.
+    A phase may be empty. Beyond the last, the value stays.
     """
     value = values[0]
     begin: Number = 0.0

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from .._core.tensors import choose
 from .._core.types import Number
-from .._engine.hyperparameters import check_choice, check_flag
+from .._engine.hyperparameters import check_choice
 from .._engine.registration import register_dataclass
-from ._checks import check_numbers, check_steps, check_together
+from ._checks import check_fields, check_together
 from ._phases import SHAPES, by_step, cosine, linear, phases, wide
 
 
@@ -44,21 +44,16 @@ class Cosine:
     power: Number = 1.0
 
     def __post_init__(self) -> None:
-        """Check every number, and the warmup against the whole."""
-        check_numbers(self, "peak", "start", "end", "power")
-        check_steps(self, "steps", "warmup_steps")
+        check_fields(self)
         check_together(
             (self.warmup_steps, self.steps),
-            lambda: self.warmup_steps < self.steps,
-            lambda: (
-                f"warmup_steps={self.warmup_steps}: must be below steps={self.steps}, which counts "
-                f"the warmup too. Shorten the warmup, or lengthen the whole."
-            ),
+            lambda warmup, steps: warmup < steps,
+            "warmup_steps={}: must be below steps={}, which counts the warmup too. Shorten the "
+            "warmup, or lengthen the whole.",
         )
 
     @by_step
     def __call__(self, step: Number) -> Number:
-        """Return the value after so many updates."""
         step, start, peak, end, warmup, steps, power = wide(
             step, self.start, self.peak, self.end, self.warmup_steps, self.steps, self.power
         )
@@ -99,23 +94,17 @@ class WarmupStableDecay:
     shape: str = "linear"
 
     def __post_init__(self) -> None:
-        """Check every number, and the phases against the whole."""
-        check_numbers(self, "peak", "start", "end")
-        check_steps(self, "steps", "warmup_steps", "decay_steps")
+        check_fields(self)
         check_choice("shape", self.shape, SHAPES)
         check_together(
             (self.warmup_steps, self.decay_steps, self.steps),
-            lambda: self.warmup_steps + self.decay_steps <= self.steps,
-            lambda: (
-                f"warmup_steps={self.warmup_steps} and decay_steps={self.decay_steps}: together at "
-                f"most steps={self.steps}, which counts them too. Shorten one, or lengthen the "
-                f"whole."
-            ),
+            lambda warmup, decay, steps: warmup + decay <= steps,
+            "warmup_steps={} and decay_steps={}: together at most steps={}, which counts them too. "
+            "Shorten one, or lengthen the whole.",
         )
 
     @by_step
     def __call__(self, step: Number) -> Number:
-        """Return the value after so many updates."""
         step, start, peak, end, warmup, decay, steps = wide(
             step, self.start, self.peak, self.end, self.warmup_steps, self.decay_steps, self.steps
         )
@@ -169,8 +158,6 @@ class OneCycle:
     shape: str = "cosine"
 
     def __post_init__(self) -> None:
-        """Check every number, and that no phase is of a negative length."""
-        check_numbers(self, "peak", "div_factor", "final_div_factor")
         _check_cycle(self)
 
     def momentum(
@@ -193,7 +180,6 @@ class OneCycle:
 
     @by_step
     def __call__(self, step: Number) -> Number:
-        """Return the value after so many updates."""
         step, peak, steps, pct_start, div_factor, final_div_factor = wide(
             step, self.peak, self.steps, self.pct_start, self.div_factor, self.final_div_factor
         )
@@ -232,13 +218,10 @@ class OneCycleMomentum:
     shape: str = "cosine"
 
     def __post_init__(self) -> None:
-        """Check every number, and that no phase is of a negative length."""
-        check_numbers(self, "base_momentum", "max_momentum")
         _check_cycle(self)
 
     @by_step
     def __call__(self, step: Number) -> Number:
-        """Return the value after so many updates."""
         step, steps, pct_start, least, most = wide(
             step, self.steps, self.pct_start, self.base_momentum, self.max_momentum
         )
@@ -246,26 +229,19 @@ class OneCycleMomentum:
 
 
 def _check_cycle(cycle: OneCycle | OneCycleMomentum) -> None:
-    check_numbers(cycle, "pct_start")
-    check_steps(cycle, "steps")
-    check_flag("three_phase", cycle.three_phase)
+    check_fields(cycle)
     check_choice("shape", cycle.shape, SHAPES)
     part = (cycle.pct_start, cycle.steps)
     check_together(
         part,
-        lambda: cycle.pct_start * cycle.steps >= 1,
-        lambda: (
-            f"pct_start={cycle.pct_start}, steps={cycle.steps}: their product must be at least 1. "
-            f"Raise one of them."
-        ),
+        lambda pct_start, steps: pct_start * steps >= 1,
+        "pct_start={}, steps={}: their product must be at least 1. Raise one of them.",
     )
     check_together(
         part,
-        lambda: not cycle.three_phase or 2 * cycle.pct_start * cycle.steps - 1 <= cycle.steps,
-        lambda: (
-            f"pct_start={cycle.pct_start}, steps={cycle.steps}: rise and fall, which take as long, "
-            f"must end before the whole. Lower pct_start to a half."
-        ),
+        lambda pct_start, steps: not cycle.three_phase or 2 * pct_start * steps - 1 <= steps,
+        "pct_start={}, steps={}: rise and fall, which take as long, must end before the whole. "
+        "Lower pct_start to a half.",
     )
 
 
@@ -276,15 +252,10 @@ def _cycle(
     pct_start: Number,
     cycle: OneCycle | OneCycleMomentum,
 ) -> Number:
-    """Return the value at a step.
+    """Return the value at a step, of a cycle with as many phases, and of such a shape, as this.
 
-    Args:
-        step: The step.
-        values: Those at the first step, after the first phase, after the second of three, and at
-            the last step.
-        steps: How long all of it takes.
-        pct_start: Which part of it is the first phase.
-        cycle: Says how many phases there are, and of which shape.
+    Given are the values at the first step, after the first phase, after the second of three, and at
+    the last step.
     """
     turn = pct_start * steps - 1
     boundaries: tuple[Number, ...] = (turn, 2 * turn, steps - 1)

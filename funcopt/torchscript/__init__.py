@@ -5,17 +5,6 @@ puts it where torch's trainers look for that. The class keeps the state, since t
 scripted module saves. All else is done by operators written in Python, which call `funcopt.AdamW`:
 a scripted module that uses the class runs where Python does, and where this module was imported,
 before `torch.jit.load` as well. Otherwise torch says `Unknown builtin op: funcopt::adamw_check`.
-
-Example:
-    >>> import torch
-    >>> import funcopt.torchscript
-    >>> with funcopt.torchscript.register():
-    ...     opt = torch.distributed.optim.as_functional_optim(torch.optim.AdamW, lr=0.1)
-    >>> w = torch.nn.Parameter(torch.ones(2))
-    >>> opt.step_param(w, torch.ones(2))
-    >>> w
-    Parameter containing:
-    tensor([0.8990, 0.8990], requires_grad=True)
 """
 
 # The annotations of a scripted class are read by TorchScript, which does not follow strings.
@@ -23,7 +12,7 @@ Example:
 import importlib
 import warnings
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,8 +21,6 @@ from torch.jit import is_scripting  # type: ignore[attr-defined]  # which torch 
 from . import _operators
 
 __all__ = ["FunctionalAdamW", "register", "unregister"]
-
-T = TypeVar("T")
 
 
 class _Turn:
@@ -49,18 +36,6 @@ class _Turn:
         torch.ops.funcopt.end_step()
 
 
-def _scripted(cls: type[T]) -> type[T]:
-    """Compile a class, so that an error shows here and not at first use; return it as it is.
-
-    Without torch's warning that its compiler is deprecated: who uses the class knows.
-    """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated")
-        torch.jit.script(cls)
-    return cls
-
-
-@_scripted
 class FunctionalAdamW:
     """AdamW with gradients as arguments and its state by parameter, for scripted modules.
 
@@ -168,16 +143,7 @@ class FunctionalAdamW:
         self._move(self.param_group["params"], gradients)
 
     def step_param(self, param: Tensor, grad: Tensor | None) -> None:
-        """Move one parameter, be it among those that the optimizer was given or not.
-
-        Args:
-            param: The parameter.
-            grad: Its gradient, as for `step`.
-
-        Raises:
-            ValueError: If the gradient does not match the parameter.
-            TypeError: If it is not dense.
-        """
+        """Move one parameter, be it among those that the optimizer was given or not, as `step`."""
         self._move([param], [grad])
 
     def _move(self, params: list[Tensor], gradients: list[Tensor | None]) -> None:
@@ -204,6 +170,13 @@ class FunctionalAdamW:
         for param, state in zip(params, started):  # noqa: B905  # TorchScript has no strict=
             if len(state) > 0:
                 self.state[param] = state
+
+
+# Compiled here, so that an error shows now and not at first use. Without torch's warning that its
+# compiler is deprecated: who uses the class knows.
+with warnings.catch_warnings():
+    warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated")
+    torch.jit.script(FunctionalAdamW)
 
 
 class _Undo:
@@ -248,9 +221,12 @@ def register() -> AbstractContextManager[object]:
         >>> import torch
         >>> from funcopt import torchscript
         >>> with torchscript.register():
-        ...     opt = torch.distributed.optim.as_functional_optim(torch.optim.AdamW)
-        >>> type(opt).__name__
-        'FunctionalAdamW'
+        ...     opt = torch.distributed.optim.as_functional_optim(torch.optim.AdamW, lr=0.1)
+        >>> w = torch.nn.Parameter(torch.ones(2))
+        >>> opt.step_param(w, torch.ones(2))
+        >>> w
+        Parameter containing:
+        tensor([0.8990, 0.8990], requires_grad=True)
     """
     table = _table()
     if table.get(torch.optim.AdamW) is FunctionalAdamW:

@@ -49,10 +49,8 @@ def _operator(name: str, arguments: str, returned: str) -> Callable[[T], T]:
 
 
 @_operator("adamw_check", _OPTIONS, "()")
-def _check(
-    defaults: dict[str, float], amsgrad: bool, maximize: bool, foreach: bool, fused: bool
-) -> None:
-    _optimizer(defaults, amsgrad, maximize, foreach, fused)
+def _check(*options: Any) -> None:
+    _optimizer(*options)
 
 
 def _optimizer(
@@ -95,11 +93,11 @@ def _step_(
     # matters here: as in torch.optim, a step is no part of what is differentiated.
     grads = {i: grad.detach() for i, grad in enumerate(gradients) if grad is not None}
     leaves = {i: params[i].detach() for i in grads}
+    names = AdamWState._fields if opt.amsgrad else AdamWState._fields[:-1]
     started = [
-        {} if states[i] or i not in grads else _zeros(leaves[i], opt.amsgrad, i)
+        {} if states[i] or i not in grads else _zeros(leaves[i], names, i)
         for i in range(len(params))
     ]
-    names = _names(opt.amsgrad)
     own = {i: _complete(states[i] or started[i], names, i) for i in grads}
     columns: dict[str, Any] = {name: {i: own[i][name] for i in own} for name in names}
     columns.setdefault("max_exp_avg_sq", ())
@@ -107,11 +105,7 @@ def _step_(
     return started
 
 
-def _names(amsgrad: bool) -> tuple[str, ...]:
-    return AdamWState._fields if amsgrad else AdamWState._fields[:-1]
-
-
-def _zeros(param: Tensor, amsgrad: bool, index: int) -> State:
+def _zeros(param: Tensor, names: tuple[str, ...], index: int) -> State:
     """Make the state of a parameter that never moved.
 
     The count is float64, as in `funcopt.AdamWState`: in float32 it would stop at 2**24. It is on
@@ -121,7 +115,7 @@ def _zeros(param: Tensor, amsgrad: bool, index: int) -> State:
     check_leaves([param], lambda _: f"params[{index}]")
     with transforms.outside_inference_mode():
         step = torch.zeros((), dtype=torch.float64, device="cpu")
-        return {"step": step, **{name: torch.zeros_like(param) for name in _names(amsgrad)[1:]}}
+        return {"step": step, **{name: torch.zeros_like(param) for name in names[1:]}}
 
 
 def _complete(state: State, names: tuple[str, ...], index: int) -> State:
