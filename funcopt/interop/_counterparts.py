@@ -15,10 +15,6 @@ from ..optimizers.adamw import AdamW
 from ..optimizers.sgd import SGD, fused_is_wrong
 
 
-def _never(_leaf: Tensor) -> bool:
-    return False
-
-
 class Counterpart(NamedTuple):
     """An optimizer of torch, and ours.
 
@@ -36,7 +32,7 @@ class Counterpart(NamedTuple):
     ours: type[Any]
     constants: Mapping[str, Any] = {}
     counts: bool = True
-    fused_is_wrong: Callable[[Tensor], bool] = _never
+    fused_is_wrong: Callable[[Tensor], bool] = lambda _leaf: False
 
     @property
     def rule(self) -> UpdateRule:
