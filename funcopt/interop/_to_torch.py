@@ -126,8 +126,7 @@ def _parts(
 
 def _check_alike(opts: dict[str, Any]) -> None:
     """Refuse optimizers that torch cannot have in one: their groups must have the same state."""
-    kinds = {label: counterpart_of(opt) for label, opt in opts.items()}
-    known = {label: kind for label, kind in kinds.items() if kind is not None}
+    known = {label: kind for label, opt in opts.items() if (kind := counterpart_of(opt))}
     first = next(iter(known), "")
     for label, kind in known.items():
         if kind.rule.slots != known[first].rule.slots:
