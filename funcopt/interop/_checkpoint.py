@@ -153,9 +153,7 @@ def _entries(tree: Tree) -> dict[str, Tensor]:
 def _with_own_storage(leaf: Tensor, taken: set[int]) -> Tensor:
     """Return a contiguous real tensor alone in its storage: the leaf itself if it is one already.
 
-    Args:
-        leaf: The leaf.
-        taken: Where the storages start that earlier entries have to themselves, to be added to.
+    `taken` is where the storages start that earlier entries have to themselves, to be added to.
     """
     tensor = _real(leaf.detach()).resolve_neg()
     if not transforms.all_plain([tensor]):  # sharded or fake: what saves it knows its memory

@@ -15,28 +15,21 @@ from ..optimizers.adamw import AdamW
 from ..optimizers.sgd import SGD, fused_is_wrong
 
 
-def _never(_leaf: Tensor) -> bool:
-    return False
-
-
 class Counterpart(NamedTuple):
     """An optimizer of torch, and ours.
 
-    Attributes:
-        torch: Torch's class.
-        ours: Our class. Its numbers and flags have the names that torch has in its param groups,
-            and its slots those that torch has in its state.
-        constants: What a param group of torch's has beyond that, and beyond what says how it is to
-            be computed. Of a source, `decoupled_weight_decay` must be this.
-        counts: Whether torch counts the updates of each parameter, as `step` in its state.
-        fused_is_wrong: Whether torch's fused kernel is not to be trusted with a leaf.
+    The numbers and flags of ours have the names that torch has in its param groups, and its slots
+    those that torch has in its state.
     """
 
     torch: type[torch.optim.Optimizer]
     ours: type[Any]
+    # What a param group of torch's has beyond that, and beyond what says how it is to be computed.
+    # Of a source, `decoupled_weight_decay` must be this.
     constants: Mapping[str, Any] = {}
-    counts: bool = True
-    fused_is_wrong: Callable[[Tensor], bool] = _never
+    counts: bool = True  # whether torch counts the updates of each parameter, as `step`
+    # Whether torch's fused kernel is not to be trusted with a leaf.
+    fused_is_wrong: Callable[[Tensor], bool] = lambda _leaf: False
 
     @property
     def rule(self) -> UpdateRule:

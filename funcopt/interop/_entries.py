@@ -27,13 +27,8 @@ def recount(
 
     One count for all leaves becomes that of each leaf whose moments are in the dict. Counts of
     each leaf become one if they are equal. Moments without a count are a fault: an update would
-    correct their bias as if they were new.
-
-    Args:
-        template: The tree to be filled.
-        d: The dict.
-        strict: Whether counts of the other kind are a fault as well. (Moments without a count are
-            none here: their count is an entry that is missing.)
+    correct their bias as if they were new. If `strict`, counts of the other kind are a fault as
+    well, and moments without a count are none here: their count is an entry that is missing.
     """
     entries, faults = dict(d), []
     for keys in _keys_of(template):
@@ -90,7 +85,10 @@ def _keys_of(template: Tree) -> Iterator[_Keys]:
 
 def _differing(counts: Mapping[str, Any]) -> Iterator[str]:
     """Say that counts differ, if they do, and name two."""
-    values = {key: _value(count) for key, count in counts.items()}
+    values = {  # of what is no count, None, so that all alike agree: it is refused by itself
+        key: count.tolist() if isinstance(count, Tensor) and not count.is_meta else None
+        for key, count in counts.items()
+    }
     first = next(iter(values))
     for key, value in values.items():
         if value != values[first]:
@@ -99,8 +97,3 @@ def _differing(counts: Mapping[str, Any]) -> Iterator[str]:
                 f"all leaves: make it with step_per_leaf=True"
             )
             return
-
-
-def _value(count: Any) -> Any:
-    """Return what a count is; of what is none, that all alike are so: it is refused by itself."""
-    return count.tolist() if isinstance(count, Tensor) and not count.is_meta else None

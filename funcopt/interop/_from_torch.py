@@ -91,9 +91,8 @@ def from_torch(
         ValueError: If the source is none of the three (RAdam, say), if two of its param groups have
             one name, or one of several is empty; if a parameter is missing, extra, on the meta
             device, or of another shape or dtype, or the order is not certain; if its state is
-            incomplete; if
-            counts differ and `step_per_leaf` is False; or if `group_names` are too few or many, or
-            `frozen` is the label of a group.
+            incomplete; if counts differ and `step_per_leaf` is False; or if `group_names` are too
+            few or many, or `frozen` is the label of a group.
 
     Example:
         >>> import torch
@@ -149,15 +148,7 @@ def from_torch(
 def _take_over(
     theirs: Source, label: str, params: Tree, found: Tree, step_per_leaf: bool | None
 ) -> tuple[Any, Any]:
-    """Take over one param group.
-
-    Args:
-        theirs: What there is.
-        label: The label of the group.
-        params: The parameters of the group.
-        found: A tree like it, of their places in the source.
-        step_per_leaf: As for `from_torch`.
-    """
+    """Take over one param group, of these parameters; `found` is a tree of their places."""
     leaves, structure = flatten_params(params)
     kind, options = theirs.kinds[label], theirs.groups[label]
     entries = [_entry(kind, theirs.entries[place]) for place in pytree.flatten(found)[0]]
@@ -176,7 +167,12 @@ def _take_over(
             f"step_per_leaf=False: the source made {min(counts):g} updates of one parameter and "
             f"{max(counts):g} of another. Leave step_per_leaf out, or say True."
         )
-    opt = _optimizer(kind, options, leaves, uneven if step_per_leaf is None else step_per_leaf)
+    opt = kind.ours(
+        **{name: _own(name, options[name]) for name in kind.fields},
+        step_per_leaf=uneven if step_per_leaf is None else step_per_leaf,
+        kernel=_kernel(options, leaves),
+        differentiable=True if options["differentiable"] else None,
+    )
     state = opt.init(params)
     for step, count in zip(pytree.flatten(state.step)[0], counts, strict=False):
         step.fill_(count)
@@ -254,17 +250,6 @@ def _count(kind: Counterpart, entry: Mapping[str, Any], path: Callable[[], str])
             f"step for {path()} is {step!r}: a count of updates is a whole number, at least 0."
         )
     return float(count)
-
-
-def _optimizer(
-    kind: Counterpart, options: Mapping[str, Any], leaves: list[Tensor], step_per_leaf: bool
-) -> Any:
-    return kind.ours(
-        **{name: _own(name, options[name]) for name in kind.fields},
-        step_per_leaf=step_per_leaf,
-        kernel=_kernel(options, leaves),
-        differentiable=True if options["differentiable"] else None,
-    )
 
 
 def _check_has_value(name: str, value: object) -> None:

@@ -22,10 +22,7 @@ def unflattened(source: Any) -> dict[str, Any] | None:
     """Return the nested state dict that `flatten_optimizer_state_dict=True` laid out flat.
 
     There, each parameter has its options to itself. Those that have the same ones are a group here,
-    in the order in which the first of them comes.
-
-    Args:
-        source: Anything. Of what is no such dict, None is returned.
+    in the order in which the first of them comes. Of what is no such dict, None is returned.
     """
     if not isinstance(source, Mapping) or len(source) == 0:
         return None
@@ -37,22 +34,19 @@ def unflattened(source: Any) -> dict[str, Any] | None:
             return None
         sections[section].setdefault(name, {})[field] = value
     groups: list[dict[str, Any]] = []
-    members: list[list[str]] = []
     for name, options in sections["param_groups"].items():
-        place = next((i for i, own in enumerate(groups) if _are_alike(own, options)), len(groups))
-        if place == len(groups):
-            groups.append(options)
-            members.append([])
-        members[place].append(name)
-    listed = [{**own, "params": names} for own, names in zip(groups, members, strict=True)]
-    return {"state": sections["state"], "param_groups": listed}
-
-
-def _are_alike(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    return one.keys() == other.keys() and all(_are_same(one[key], other[key]) for key in one)
+        for group in groups:
+            if _are_same({**group, "params": None}, {**options, "params": None}):
+                group["params"].append(name)
+                break
+        else:
+            groups.append({**options, "params": [name]})
+    return {"state": sections["state"], "param_groups": groups}
 
 
 def _are_same(one: Any, other: Any) -> bool:
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_are_same(one[key], other[key]) for key in one)
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         return one is other or (
             one.dtype is other.dtype and one.device == other.device and torch.equal(one, other)
@@ -72,10 +66,7 @@ def warn_if_made_up(states: Iterable[Any]) -> None:
     """Warn if states have counts and no moments, as torch's getters make of an optimizer at rest.
 
     Of one that has made no step yet they make a step with gradients of zero, so that there is a
-    state to load into.
-
-    Args:
-        states: What came of the source: a state for each of its groups.
+    state to load into. Each group of the source has a state of its own.
     """
     counting = tuple(kind.rule.state for kind in COUNTERPARTS if kind.counts)
     own: list[Any] = [state for state in states if isinstance(state, counting)]
@@ -100,10 +91,7 @@ def _levels_to_caller() -> int:
     """Return how many frames lie between a warning of `warn_if_made_up` and who called funcopt."""
     frame: FrameType | None = sys._getframe(1)
     levels = 1
-    while frame is not None and _is_ours(frame.f_globals.get("__name__")):
+    package = __name__.partition(".")[0]
+    while frame and str(frame.f_globals.get("__name__")).partition(".")[0] == package:
         frame, levels = frame.f_back, levels + 1
     return levels
-
-
-def _is_ours(module: object) -> bool:
-    return str(module).partition(".")[0] == __name__.partition(".")[0]

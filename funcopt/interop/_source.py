@@ -34,24 +34,19 @@ class Source(NamedTuple):
 
 
 def read(source: Any, group_names: Sequence[str] | None) -> Source:
-    """Read an optimizer or its state dict, and make sure that it is one of those we know.
-
-    Raises:
-        TypeError: If it is neither, or `group_names` is no sequence of strings.
-        ValueError: If it is that of another optimizer, has state that belongs to no parameter,
-            groups that are empty or named alike, or names for some of its parameters alone; or if
-            there are more or fewer `group_names` than groups.
-    """
+    """Read an optimizer or its state dict, and make sure that it is one of those we know."""
     source = unflattened(source) or source
     if isinstance(source, torch.optim.Optimizer):
         listed, state = source.param_groups, source.state
     elif _is_state_dict(source):
         listed, state = source["param_groups"], source["state"]
     else:
+        ours = isinstance(source, Mapping) and "funcopt.format" in source
         raise TypeError(
             f"the source is of type {type(source).__name__}: it must be a {_SERVED} or its "
             f"state_dict(), with a dict under 'state' and a list of dicts under 'param_groups'."
-            f"{_own_checkpoint(source)}"
+            + " What to_state_dict() made is read by from_state_dict()."
+            * ours
         )
     groups = dict(zip(_label(listed, group_names), listed, strict=True))
     kinds = {label: counterpart_of_group(group) for label, group in groups.items()}
@@ -128,12 +123,6 @@ def _label(groups: Sequence[Mapping[str, Any]], group_names: Sequence[str] | Non
             f"own, such as group_names={[str(place) for place in range(len(groups))]}."
         )
     return labels
-
-
-def _own_checkpoint(source: Any) -> str:
-    if not isinstance(source, Mapping) or "funcopt.format" not in source:
-        return ""
-    return " What to_state_dict() made is read by from_state_dict()."
 
 
 def _check_kind(kind: Counterpart, group: Mapping[str, Any], state: Mapping[Any, Any]) -> None:
@@ -221,16 +210,8 @@ def places(
     """Return for each leaf where its parameter stands in the source.
 
     If a leaf is a parameter of the optimizer, all are matched by identity; else, if the source has
-    names, by name; else by order, if the tree is flat.
-
-    Args:
-        source: The source.
-        leaves: The leaves.
-        structure: The structure of their tree.
-        partial: Whether leaves may be missing in the source. Their place is None.
-
-    Raises:
-        ValueError: If a leaf or a parameter has no counterpart, or there is no sound order.
+    names, by name; else by order, if the tree is flat. If `partial`, leaves may be missing in the
+    source: their place is None.
     """
     own = {id(tensor): place for place, tensor in enumerate(source.tensors or [])}
     if any(id(leaf) in own for leaf in leaves):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._core import pytree
-from .._core.types import Number, Schedule, Tree
+from .._core.types import Tree
 from .._engine.hyperparameters import check_zero_dim
 from .._engine.prepare import flatten_params, prepare
 from ..optimizers.frozen import Frozen
@@ -58,13 +58,11 @@ def to_torch(opt: Any, state: Any, params: Tree) -> dict[str, Any]:
 
     Raises:
         TypeError: If `opt` or `state` is not that of an AdamW, Adam or SGD, or of a Partition of
-            them. Of a
-            wrapper around one hand over what is in it: `to_torch(opt.inner, state.inner, params)`.
+            them. Of a wrapper hand over what is in it: `to_torch(opt.inner, state.inner, params)`.
         ValueError: If a Partition has an SGD beside one of the others; if a hyperparameter is a
             schedule or stacked, if state and parameters do not match, if two leaves have one name,
             if all are frozen, or if torch's kernel of the name that was asked for cannot go on:
-            fused refuses complex leaves and counts to 2**24, and is wrong for an SGD's leaves of 16
-            bits on the CPU, and neither it nor foreach serves `differentiable`.
+            fused where it refuses or is wrong, as above, foreach if `differentiable` is True.
 
     Example:
         >>> import torch, funcopt
@@ -128,8 +126,7 @@ def _parts(
 
 def _check_alike(opts: dict[str, Any]) -> None:
     """Refuse optimizers that torch cannot have in one: their groups must have the same state."""
-    kinds = {label: counterpart_of(opt) for label, opt in opts.items()}
-    known = {label: kind for label, kind in kinds.items() if kind is not None}
+    known = {label: kind for label, opt in opts.items() if (kind := counterpart_of(opt))}
     first = next(iter(known), "")
     for label, kind in known.items():
         if kind.rule.slots != known[first].rule.slots:
@@ -162,7 +159,7 @@ def _hand_over(
     kept = kind.rule.kept_slots(opt)
     for place, index in enumerate(order, first):
         count = counts[index if opt.step_per_leaf else 0]
-        moments = [_laid_out_as(leaves[index], paired.leaves[index]) for paired in prepared.slots]
+        moments = [_copy_like(leaves[index], paired.leaves[index]) for paired in prepared.slots]
         entry = {"step": _step(count)} if kind.counts else {}
         entry.update(zip((slot.name for slot in kept), moments, strict=True))
         if entry and (count > 0 or any(bool(moment.any()) for moment in moments)):
@@ -208,10 +205,8 @@ def _given(name: str, given: Any) -> Any:
     """Return what torch has in a param group for what an optimizer was given."""
     if isinstance(given, tuple):
         return tuple(_given(f"{name}[{index}]", own) for index, own in enumerate(given))
-    return given if isinstance(given, bool) else _number(name, given)
-
-
-def _number(name: str, given: Number | Schedule) -> float:
+    if isinstance(given, bool):
+        return given
     if not isinstance(given, float | Tensor):
         raise ValueError(
             f"{name} is a schedule, which a state dict cannot hold. Hand over "
@@ -222,7 +217,7 @@ def _number(name: str, given: Number | Schedule) -> float:
     return float(given.detach().item()) if isinstance(given, Tensor) else given
 
 
-def _laid_out_as(leaf: Tensor, moment: Tensor) -> Tensor:
+def _copy_like(leaf: Tensor, moment: Tensor) -> Tensor:
     """A copy of a moment in the strides of its parameter, which torch's fused kernel counts on."""
     return torch.empty_like(leaf, requires_grad=False).copy_(moment.detach())
 

@@ -177,11 +177,21 @@ def check_law(
             return
         applied.append(True)
 
+    settings = hypothesis.settings(
+        max_examples=min(max_examples, _FEW) if compiles else max_examples,
+        phases=[Phase.explicit, Phase.generate, *[Phase.shrink] * (shrink and not compiles)],
+        database=None,
+        deadline=None,
+        report_multiple_bugs=False,
+        print_blob=False,
+        verbosity=hypothesis.Verbosity.quiet,
+        suppress_health_check=list(HealthCheck),
+    )
+    search = hypothesis.seed(seed)(settings(hypothesis.given(problems(params))(hold)))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            most = min(max_examples, _FEW) if compiles else max_examples
-            _search(hold, params, most, seed, shrink and not compiles)
+            search()  # the last problem that it tries is the smallest
     except Exception as error:
         if not tried:  # nothing could be drawn, which is not the optimizer's fault
             raise
@@ -192,29 +202,6 @@ def check_law(
     if not applied:
         return Verdict(law.__name__, "not applicable", reasons[0] if reasons else "no problem fits")
     return Verdict(law.__name__, "holds")
-
-
-def _search(
-    hold: Callable[[tuple[Tree, list[Tree]]], None],
-    params: st.SearchStrategy[Tree] | None,
-    max_examples: int,
-    seed: int,
-    shrink: bool,
-) -> None:
-    """Try problems until one breaks a law, and shrink it; the last one tried is the smallest."""
-    phases = [Phase.explicit, Phase.generate, *([Phase.shrink] if shrink else [])]
-    settings = hypothesis.settings(
-        max_examples=max_examples,
-        phases=phases,
-        database=None,
-        deadline=None,
-        report_multiple_bugs=False,
-        print_blob=False,
-        verbosity=hypothesis.Verbosity.quiet,
-        suppress_health_check=list(HealthCheck),
-    )
-    test = hypothesis.given(problems(params))(hold)
-    hypothesis.seed(seed)(settings(test))()
 
 
 def parametrize_laws(

@@ -14,12 +14,8 @@ from .._core.types import Tree
 # element itself, and in the largest element of its leaf. They collect the roundings of some ten
 # operations; of fewer in 16 bits, where these are large enough to hide a defect.
 ROUNDING: dict[torch.dtype, float] = {
-    torch.float16: 4.0,
-    torch.bfloat16: 4.0,
-    torch.float32: 16.0,
-    torch.float64: 16.0,
-    torch.complex64: 16.0,
-    torch.complex128: 16.0,
+    **dict.fromkeys((torch.float16, torch.bfloat16), 4.0),
+    **dict.fromkeys((torch.float32, torch.float64, torch.complex64, torch.complex128), 16.0),
 }
 
 # To the bit; a NaN equals a NaN.
@@ -43,21 +39,11 @@ def compare(
     ulps: dict[torch.dtype, float] = EXACT,
     before: Tree = None,
 ) -> None:
-    """Hold one tree of tensors against another.
+    """Hold one tree of tensors, named `root` in messages, against another.
 
-    Args:
-        law: What to call it in the message.
-        step: Likewise.
-        root: The name of the tree.
-        actual: The one.
-        expected: The other.
-        ulps: How many units in the last place they may differ by, for each dtype.
-        before: What both came of: a number that is small because two large ones cancelled has the
-            rounding of the large ones.
-
-    Raises:
-        LawBroken: At the first leaf that differs in structure, shape, dtype, or by more than so
-            many units in the last place of its dtype.
+    The first leaf that differs in structure, shape, dtype, or by more than so many units in the
+    last place breaks the law. `before` is what both came of: a number that is small because two
+    large ones cancelled has the rounding of the large ones.
     """
     wanted, structure = pytree.flatten(expected)
     try:
@@ -74,21 +60,45 @@ def compare(
             raise LawBroken(f"{law}: step {step}, {path}: {reason}")
 
 
+def compare_moved(
+    law: str,
+    step: int,
+    actual: tuple[Tree, Tree],
+    expected: tuple[Tree, Tree],
+    ulps: dict[torch.dtype, float] = EXACT,
+    before: tuple[Tree, Tree] = (None, None),
+) -> None:
+    """Hold the parameters and the state that an update returned against others."""
+    for root, one, other, old in zip(MOVED, actual, expected, before, strict=True):
+        compare(law, step, root, one, other, ulps, old)
+
+
+# What an update returns.
+MOVED = ("params", "state")
+
+
+def unlike(one: Tensor, other: Tensor) -> str | None:
+    """Say in what a tensor is not made like another, if in anything."""
+    for name in ("shape", "dtype", "device"):
+        if getattr(one, name) != getattr(other, name):
+            return f"got {name} {getattr(one, name)}, expected {getattr(other, name)}"
+    return None
+
+
 def _difference(one: Any, other: Any, old: Any, ulps: dict[torch.dtype, float]) -> str | None:
     if not (isinstance(one, Tensor) and isinstance(other, Tensor)):
         same = type(one) is type(other) and one == other
         return None if same else f"got {one!r}, expected {other!r}"
-    for name in ("shape", "dtype", "device"):
-        if getattr(one, name) != getattr(other, name):
-            return f"got {name} {getattr(one, name)}, expected {getattr(other, name)}"
     one, other = one.detach(), other.detach()
-    if one.numel() == 0:
-        return None
+    reason = unlike(one, other)
+    if reason is not None or one.numel() == 0:
+        return reason
     wrong = ~_within(one, other, old.detach(), ulps.get(one.dtype, 0.0))
     if not bool(wrong.any()):
         return None
     where = tuple(int(i) for i in wrong.nonzero()[0])
-    return f"got {_value(one, where)}, expected {_value(other, where)} at index {where}"
+    got, wanted = one[where].item(), other[where].item()
+    return f"got {got:.9g}, expected {wanted:.9g} at index {where}"
 
 
 def _within(one: Tensor, other: Tensor, old: Tensor, ulps: float) -> Tensor:
@@ -107,7 +117,3 @@ def _within(one: Tensor, other: Tensor, old: Tensor, ulps: float) -> Tensor:
 def wide(tensor: Tensor) -> Tensor:
     """Return a tensor in the dtype in which results are held against each other."""
     return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
-
-
-def _value(tensor: Tensor, where: tuple[int, ...]) -> str:
-    return f"{tensor[where].item():.9g}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -16,8 +15,8 @@ from .._core import pytree
 from .._core.types import Tree
 from ..interop import from_state_dict, to_state_dict
 from . import strategies
-from ._compare import NotApplicable, compare
-from ._subject import clone, kernels, replace, tree_map
+from ._compare import compare, compare_moved
+from ._subject import clone, saved_and_loaded, tree_map, variants
 from .oracles import oracle_of
 
 # The machine runs in float64 against a model in float64, so that many updates drift by rounding
@@ -81,11 +80,7 @@ class OptimizerMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def change_kernel(self, data: st.DataObject) -> None:
         """Go on with another kernel, if there is a choice."""
-        try:
-            names = kernels(self.opt, [torch.device("cpu")])
-        except NotApplicable:
-            return
-        self.opt = replace(self.opt, kernel=data.draw(st.sampled_from(names)))
+        self.opt = data.draw(st.sampled_from(variants(self.opt)))
 
     @rule(data=st.data(), dim=st.sampled_from([0, -1]))
     def update_as_a_member(self, data: st.DataObject, dim: int) -> None:
@@ -98,18 +93,15 @@ class OptimizerMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def update_in_two_halves(self, data: st.DataObject) -> None:
         """Split the tree, update each half as a tree of its own, and join them again."""
-        grads = self.gradients(data, none=True)
+        trees = self.gradients(data, none=True), self.state, self.params
         structure = pytree.flatten(self.params)[1]
         count = structure.num_leaves
-        halves = [range(count // 2), range(count // 2, count)]
         if count < 2:
-            self.params, self.state = self.opt.update(grads, self.state, self.params)
+            self.params, self.state = self.opt.update(*trees)
             return
         results = [
-            self.opt.update(
-                *(_part(tree, structure, half) for tree in (grads, self.state, self.params))
-            )
-            for half in halves
+            self.opt.update(*(_part(tree, structure, half) for tree in trees))
+            for half in (range(count // 2), range(count // 2, count))
         ]
         self.params = _join(self.params, structure, [params for params, _ in results])
         self.state = _join(self.state, structure, [state for _, state in results])
@@ -117,21 +109,13 @@ class OptimizerMachine(RuleBasedStateMachine):
     @rule()
     def save_and_load(self) -> None:
         """Write the run to a file, and go on from there."""
-        trees = (self.params, self.state)
-        leaves, structure = pytree.flatten(trees)
-        file = io.BytesIO()
-        torch.save(leaves, file)
-        file.seek(0)
-        self.params, self.state = pytree.unflatten(structure, torch.load(file, weights_only=True))
+        self.params, self.state = saved_and_loaded((self.params, self.state))
 
     @precondition(lambda self: self.only_tensors())
     @rule()
     def checkpoint(self) -> None:
-        """Write the state to a file as a flat dict, and read it into a new one."""
-        file = io.BytesIO()
-        torch.save(to_state_dict(self.state), file)
-        file.seek(0)
-        entries = torch.load(file, weights_only=True)
+        """Make the state a flat dict, write that to a file, and read it into a new state."""
+        entries = saved_and_loaded(to_state_dict(self.state))
         state = from_state_dict(self.opt.init(self.params), entries)
         compare("the checkpoint", self.updates, "state", state, self.state)
         self.state = state
@@ -145,12 +129,9 @@ class OptimizerMachine(RuleBasedStateMachine):
     @invariant()
     def agrees_with_the_model(self) -> None:
         """Parameters and state are the oracle's."""
-        if not hasattr(self, "model"):
-            return
-        for root, ours, models in zip(
-            ("params", "state"), (self.params, self.state), self.model, strict=True
-        ):
-            compare("the model", self.updates, root, ours, models, _DRIFT)
+        if hasattr(self, "model"):
+            ours = self.params, self.state
+            compare_moved("the model", self.updates, ours, self.model, _DRIFT)
 
 
 def _another(tensor: Tensor) -> Tensor:
@@ -166,13 +147,11 @@ def _like(structure: pytree.Structure) -> Callable[[Any], bool]:
 def _part(tree: Tree, structure: pytree.Structure, half: range) -> Tree:
     """Take some leaves of each subtree of the parameters' structure, as a list."""
     subtrees, outside = pytree.flatten_above(tree, _like(structure))
-    return pytree.unflatten(
-        outside,
-        [
-            [pytree.flatten(each)[0][i] for i in half] if _like(structure)(each) else each
-            for each in subtrees
-        ],
-    )
+    parts = [
+        [pytree.flatten(each)[0][i] for i in half] if _like(structure)(each) else each
+        for each in subtrees
+    ]
+    return pytree.unflatten(outside, parts)
 
 
 def _join(tree: Tree, structure: pytree.Structure, halves: list[Tree]) -> Tree:

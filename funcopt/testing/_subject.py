@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -27,6 +28,16 @@ class Step(NamedTuple):
     new_params: Tree
     new_state: Tree
 
+    @property
+    def given(self) -> tuple[Tree, Tree, Tree]:
+        """What the update took."""
+        return self.grads, self.state, self.params
+
+    @property
+    def moved(self) -> tuple[Tree, Tree]:
+        """What it returned."""
+        return self.new_params, self.new_state
+
 
 def run(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> Iterator[Step]:
     """Yield the updates of a run, one after the other."""
@@ -44,17 +55,19 @@ def last(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> Step:
 
 
 def field(opt: Any, name: str) -> Any:
-    """Return a hyperparameter of an optimizer, or of the first one it wraps that has it.
+    """Return a hyperparameter of an optimizer, or of the first one it wraps that has it."""
+    found = fields(opt, name)
+    if not found:
+        raise NotApplicable(f"it has no {name}")
+    return found[0]
 
-    Raises:
-        NotApplicable: If there is none of that name.
-    """
-    if name in _fields(opt):
-        return getattr(opt, name)
-    for inner in _wrapped(opt).values():
-        with contextlib.suppress(NotApplicable):
-            return field(inner, name)
-    raise NotApplicable(f"it has no {name}")
+
+def fixed_lr(opt: Any) -> float:
+    """Return the learning rate of an optimizer for which it is a number."""
+    lr = field(opt, "lr")
+    if callable(lr):
+        raise NotApplicable("its lr is a schedule")
+    return float(lr)
 
 
 def fields(opt: Any, name: str) -> list[Any]:
@@ -64,25 +77,26 @@ def fields(opt: Any, name: str) -> list[Any]:
 
 
 def kernels(opt: Any, devices: Iterable[torch.device]) -> list[str]:
-    """Return the names of those kernels of an optimizer that serve leaves on these devices.
-
-    Raises:
-        NotApplicable: If neither it nor an optimizer inside has a choice of kernels.
-    """
+    """Return the names of those kernels of an optimizer that serve leaves on these devices."""
     field(opt, "kernel")
-    found: list[str] | None = None
-    for part in optimizers_in(opt):
-        rule = getattr(part, "rule", None)
-        if isinstance(rule, UpdateRule):
-            own = [
-                name
-                for name in rule.kernel_names
-                if all(unserved(rule, name, device) is None for device in devices)
-            ]
-            found = own if found is None else [name for name in found if name in own]
-    if found is None:
+    rules = [getattr(part, "rule", None) for part in optimizers_in(opt)]
+    known = [rule for rule in rules if isinstance(rule, UpdateRule)]
+    if not known:
         raise NotApplicable("its kernels are of its own")
-    return found
+    return [
+        name
+        for name in known[0].kernel_names
+        if all(name in rule.kernel_names for rule in known)
+        and all(unserved(rule, name, device) is None for rule in known for device in devices)
+    ]
+
+
+def variants(opt: Any) -> list[Any]:
+    """Return the optimizer with each kernel that serves the CPU, if it has a choice of them."""
+    try:
+        return [replace(opt, kernel=name) for name in kernels(opt, [torch.device("cpu")])]
+    except NotApplicable:
+        return [opt]
 
 
 def _wrapped(opt: Any) -> dict[Any, Any]:
@@ -103,9 +117,6 @@ def replace(opt: Any, **values: Any) -> Any:
     """Return the optimizer with some hyperparameters replaced, its own or those of what it wraps.
 
     Of several that it wraps, those are replaced in all that have them.
-
-    Raises:
-        NotApplicable: If it has none of that name, or is not a dataclass.
     """
     if not dataclasses.is_dataclass(opt) or isinstance(opt, type):
         raise NotApplicable(f"{type(opt).__name__} is not a dataclass, so nothing can be replaced")
@@ -124,15 +135,21 @@ def replace(opt: Any, **values: Any) -> Any:
 
 def tree_map(function: Any, tree: Tree) -> Tree:
     """Map a function over the tensors of a tree; what is none, such as None, stays as it is."""
-    leaves, structure = pytree.flatten(tree)
-    return pytree.unflatten(
-        structure, [function(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-    )
+    return pytree.tree_map(lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf, tree)
 
 
 def leaves_of(tree: Tree) -> list[Tensor]:
     """Return the tensors of a tree."""
     return [leaf for leaf in pytree.flatten(tree)[0] if isinstance(leaf, Tensor)]
+
+
+def saved_and_loaded(tree: Tree) -> Tree:
+    """Write the leaves of a tree to a file, and return a tree of what is read from there."""
+    leaves, structure = pytree.flatten(tree)
+    file = io.BytesIO()
+    torch.save(leaves, file)
+    file.seek(0)
+    return pytree.unflatten(structure, torch.load(file, weights_only=True))
 
 
 def clone(tree: Tree) -> Tree:
@@ -160,3 +177,14 @@ def cast(tree: Tree, dtype: torch.dtype) -> Tree:
         return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
     return tree_map(convert, tree)
+
+
+def rounded(exact: Tree, like: Tree) -> Tree:
+    """Cast the tensors of a tree to the dtypes of those of another."""
+    dtypes = iter([leaf.dtype for leaf in leaves_of(like)])
+    return tree_map(lambda tensor: tensor.to(next(dtypes)), exact)
+
+
+def finite(tree: Tree) -> Tree:
+    """Put zeros in place of what is not finite."""
+    return tree_map(lambda t: torch.where(t.isfinite(), t, torch.zeros_like(t)), tree)

@@ -8,35 +8,29 @@ import torch
 from torch import Tensor
 
 
-def _sparse(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    keep = torch.randint(0, 2, shape, generator=generator, device="cpu")
-    return _normal(shape, generator) * keep
-
-
-def _normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
-
-
-def _tiny(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
-    return torch.randint(-3, 4, shape, generator=generator, device="cpu").double() * smallest
-
-
 def _real(
     shape: tuple[int, ...], dtype: torch.dtype, values: str, generator: torch.Generator
 ) -> Tensor:
     """Values in float64, each of which `dtype` can hold."""
+    limits = torch.finfo(dtype)
+
+    def constant(value: float) -> Tensor:
+        return torch.full(shape, value, dtype=torch.float64, device="cpu")
+
+    def normal() -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
+
+    def integers(low: int, high: int) -> Tensor:
+        return torch.randint(low, high, shape, generator=generator, device="cpu").double()
+
     simple: dict[str, Callable[[], Tensor]] = {
-        "zeros": lambda: torch.zeros(shape, dtype=torch.float64, device="cpu"),
-        "ones": lambda: torch.ones(shape, dtype=torch.float64, device="cpu"),
-        "normal": lambda: _normal(shape, generator),
-        "sparse": lambda: _sparse(shape, generator),
-        "tiny": lambda: _tiny(shape, dtype, generator),
+        "zeros": lambda: constant(0.0),
+        "ones": lambda: constant(1.0),
+        "normal": normal,
+        "sparse": lambda: integers(0, 2) * normal(),
+        "tiny": lambda: integers(-3, 4) * (limits.smallest_normal * limits.eps),
         # A quarter of the largest, so that sums of a few stay finite.
-        "huge": lambda: (
-            (torch.randint(0, 2, shape, generator=generator, device="cpu").double() - 0.5)
-            * (torch.finfo(dtype).max / 2)
-        ),
+        "huge": lambda: (integers(0, 2) - 0.5) * (limits.max / 2),
     }
     return simple[values]()
 

@@ -9,6 +9,7 @@ oracle to its own update, run in float64 one tree after the other.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -50,8 +51,7 @@ def register(kind: type, oracle: Oracle) -> None:
 
 def registered(opt: Any) -> Oracle | None:
     """Return the oracle of an optimizer's class, or of one that it inherits from; None if none."""
-    found = (_ORACLES[kind] for kind in type(opt).__mro__ if kind in _ORACLES)
-    return next(found, None)
+    return next((_ORACLES[kind] for kind in type(opt).__mro__ if kind in _ORACLES), None)
 
 
 def oracle_of(opt: Any) -> Oracle:
@@ -71,38 +71,30 @@ _Move = Callable[[Any, _Numbers, list[Any]], list[Any]]
 
 def adamw(opt: AdamW, grads: Tree, state: Any, params: Tree) -> tuple[Tree, Any]:
     """AdamW from the papers' equations, leaf by leaf."""
-
-    def move(opt: AdamW, n: _Numbers, row: list[Any]) -> list[Any]:
-        p, g, *moments = row
-        step, new_moments = _adam_step(opt, n, g, moments)
-        return [p - n["lr"] * n["weight_decay"] * p - step, *new_moments]
-
-    return _leaf_by_leaf(move, _ADAM, opt, grads, state, params)
+    return _leaf_by_leaf(partial(_adam_move, decoupled=True), _ADAM, opt, grads, state, params)
 
 
 def adam(opt: Adam, grads: Tree, state: Any, params: Tree) -> tuple[Tree, Any]:
     """Adam with coupled weight decay, from the papers' equations, leaf by leaf."""
-
-    def move(opt: Adam, n: _Numbers, row: list[Any]) -> list[Any]:
-        p, g, *moments = row
-        step, new_moments = _adam_step(opt, n, g + n["weight_decay"] * p, moments)
-        return [p - step, *new_moments]
-
-    return _leaf_by_leaf(move, _ADAM, opt, grads, state, params)
+    return _leaf_by_leaf(partial(_adam_move, decoupled=False), _ADAM, opt, grads, state, params)
 
 
 _ADAM = ("lr", "betas", "eps", "weight_decay")
 
 
-def _adam_step(opt: Any, n: _Numbers, g: Any, moments: list[Any]) -> tuple[Any, list[Any]]:
-    """Return what the moments after a gradient take from the parameter, and those moments."""
-    m, v, *largest = moments
+def _adam_move(opt: Any, n: _Numbers, row: list[Any], *, decoupled: bool) -> list[Any]:
+    p, g, m, v, *largest = row
     beta1, beta2 = n["betas"]
+    if decoupled:
+        decayed = p - n["lr"] * n["weight_decay"] * p
+    else:
+        decayed, g = p, g + n["weight_decay"] * p
     m = beta1 * m + (1 - beta1) * g
     v = beta2 * v + (1 - beta2) * g * g
     largest = [torch.maximum(own, v) for own in largest]
     spread = ((largest[0] if opt.amsgrad else v) / (1 - beta2 ** n["t"])).sqrt()
-    return n["lr"] * m / (1 - beta1 ** n["t"]) / (spread + n["eps"]), [m, v, *largest]
+    step = n["lr"] * m / (1 - beta1 ** n["t"]) / (spread + n["eps"])
+    return [decayed - step, m, v, *largest]
 
 
 def sgd(opt: SGD, grads: Tree, state: Any, params: Tree) -> tuple[Tree, Any]:
@@ -137,16 +129,11 @@ def lion(opt: Lion, grads: Tree, state: Any, params: Tree) -> tuple[Tree, Any]:
 def _leaf_by_leaf(
     move: _Move, names: Sequence[str], opt: Any, grads: Tree, state: Any, params: Tree
 ) -> tuple[Tree, Any]:
-    """Take a step of each leaf.
+    """Take a step of each leaf that has a gradient.
 
-    Args:
-        move: `move(opt, numbers, [param, grad, *slots])` returns the parameter and the slots after
-            one step. Among the numbers is `t`, the count of updates with this one.
-        names: The numbers of the optimizer.
-        opt: The optimizer.
-        grads: The gradients; a leaf whose gradient is None stands still.
-        state: The state: a count, and the slots, `()` where one is not kept.
-        params: The parameters.
+    `move(opt, numbers, [param, grad, *slots])` returns the parameter and the slots after one step.
+    The numbers are the optimizer's fields of these names, and `t`, the count of updates with this
+    one. The state is a count, and the slots, `()` where one is not kept.
     """
     leaves, structure = pytree.flatten(params)
 

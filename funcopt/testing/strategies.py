@@ -248,13 +248,8 @@ def gradients(
         none: Whether a leaf may have None instead.
     """
     leaves, structure = pytree.flatten(params)
-    return _gradients(
-        structure,
-        leaves,
-        _choice("values", values, VALUES),
-        _choice("layouts", layouts, LAYOUTS),
-        none,
-    )
+    kinds = _choice("values", values, VALUES), _choice("layouts", layouts, LAYOUTS)
+    return _gradients(structure, leaves, *kinds, none)
 
 
 def gradient_sequences(
@@ -265,14 +260,9 @@ def gradient_sequences(
     layouts: Sequence[str] = ("contiguous", "transposed", "expanded"),
     none: bool = False,
 ) -> st.SearchStrategy[list[Tree]]:
-    """Lists of gradients, one for each update.
+    """Lists of gradients, one for each update: `steps` of them, which may be drawn, at least 1.
 
-    Args:
-        params: The parameters.
-        steps: How many, or a strategy for that: at least 1.
-        values: As for `gradients`.
-        layouts: As for `gradients`.
-        none: As for `gradients`.
+    The other arguments are those of `gradients`.
 
     Raises:
         InvalidArgument: If `steps` is less than 1.
@@ -284,30 +274,17 @@ def gradient_sequences(
     return count.flatmap(lambda n: st.lists(one, min_size=n, max_size=n))
 
 
-_DECAY = st.sampled_from([0.0, 1e-2, 0.5])
-_BETAS = st.sampled_from([(0.9, 0.999), (0.5, 0.75), (0.0, 0.0), (0.9, 0.0), (0.0, 0.99)])
-
-# What may be drawn for the numbers of each optimizer.
-_NUMBERS: dict[type[Any], dict[str, st.SearchStrategy[Any]]] = {
-    kind: {
-        "lr": st.sampled_from([0.1, 1e-3, 0.0, 1.0]),
-        "betas": _BETAS,
-        "eps": st.sampled_from([1e-8, 1e-3, 1.0]),
-        "weight_decay": _DECAY,
-    }
-    for kind in (AdamW, Adam)
-}
-_NUMBERS[SGD] = {
+# What may be drawn for each number of an optimizer.
+_NUMBERS: dict[str, st.SearchStrategy[Any]] = {
     "lr": st.sampled_from([0.1, 1e-3, 0.0, 1.0]),
+    "betas": st.sampled_from([(0.9, 0.999), (0.5, 0.75), (0.0, 0.0), (0.9, 0.0), (0.0, 0.99)]),
+    "eps": st.sampled_from([1e-8, 1e-3, 1.0]),
     "momentum": st.sampled_from([0.0, 0.9, 0.5, 1.0]),
     "dampening": st.sampled_from([0.0, 0.25, 1.0]),
-    "weight_decay": _DECAY,
+    "weight_decay": st.sampled_from([0.0, 1e-2, 0.5]),
 }
-_NUMBERS[Lion] = {
-    "lr": st.sampled_from([1e-2, 1e-4, 0.0, 1.0]),
-    "betas": _BETAS,
-    "weight_decay": _DECAY,
-}
+# Lion moves each element by lr itself.
+_LION_LR = st.sampled_from([1e-2, 1e-4, 0.0, 1.0])
 
 
 def hyperparameters(
@@ -319,13 +296,13 @@ def hyperparameters(
         kind: Its class: `AdamW`, `Adam`, `SGD` or `Lion`.
         tensor: Whether its numbers may be 0-dim float64 tensors.
     """
-    numbers = _NUMBERS[kind]
-    drawn = {
-        name: st.one_of(numbers[name], numbers[name].map(_as_tensor)) if tensor else numbers[name]
-        for name in numbers
-    }
+    own = {name: _NUMBERS[name] for name in kind.__dataclass_fields__ if name in _NUMBERS}
+    if kind is Lion:
+        own["lr"] = _LION_LR
+    if tensor:
+        own = {name: st.one_of(drawn, drawn.map(_as_tensor)) for name, drawn in own.items()}
     flags = {name: st.booleans() for name in (*kind.rule.options, "step_per_leaf")}
-    return st.fixed_dictionaries({**drawn, **flags})
+    return st.fixed_dictionaries({**own, **flags})
 
 
 def _as_tensor(value: Any) -> Any:
@@ -334,14 +311,19 @@ def _as_tensor(value: Any) -> Any:
     return torch.tensor(value, dtype=torch.float64, device="cpu")
 
 
-def _arguments(kind: type[Any], fixed: dict[str, Any]) -> st.SearchStrategy[dict[str, Any]]:
+def _built(kind: type[Any], fixed: dict[str, Any]) -> st.SearchStrategy[Any]:
     tensor = fixed.pop("tensor", False)
-    unknown = [name for name in fixed if name not in kind.__dataclass_fields__]
-    if unknown:
-        raise InvalidArgument(
-            f"{unknown[0]}={fixed[unknown[0]]!r}: {kind.__name__} has no such field."
-        )
-    return hyperparameters(kind, tensor=tensor).map(lambda drawn: {**drawn, **fixed})
+    for name, value in fixed.items():
+        if name not in kind.__dataclass_fields__:
+            raise InvalidArgument(f"{name}={value!r}: {kind.__name__} has no such field.")
+
+    def build_one(drawn: dict[str, Any]) -> Any:
+        own = {**drawn, **fixed}
+        if own.get("nesterov"):  # which needs momentum, and no dampening
+            own = {**own, "momentum": own["momentum"] or 0.9, "dampening": 0.0, **fixed}
+        return kind(**own)
+
+    return hyperparameters(kind, tensor=tensor).map(build_one)
 
 
 def adamws(**fixed: Any) -> st.SearchStrategy[AdamW]:
@@ -351,30 +333,22 @@ def adamws(**fixed: Any) -> st.SearchStrategy[AdamW]:
         fixed: Hyperparameters by name, which are not drawn then; `tensor=True` is passed on to
             `hyperparameters`.
     """
-    return _arguments(AdamW, fixed).map(lambda own: AdamW(**own))
+    return _built(AdamW, fixed)
 
 
 def adams(**fixed: Any) -> st.SearchStrategy[Adam]:
     """`Adam` optimizers; the arguments are those of `adamws`."""
-    return _arguments(Adam, fixed).map(lambda own: Adam(**own))
+    return _built(Adam, fixed)
 
 
 def sgds(**fixed: Any) -> st.SearchStrategy[SGD]:
     """`SGD` optimizers; the arguments are those of `adamws`."""
-    return _arguments(SGD, fixed).map(
-        lambda own: SGD(**{**_with_what_nesterov_needs(own), **fixed})
-    )
-
-
-def _with_what_nesterov_needs(own: dict[str, Any]) -> dict[str, Any]:
-    if not own["nesterov"]:
-        return own
-    return {**own, "momentum": own["momentum"] or 0.9, "dampening": 0.0}
+    return _built(SGD, fixed)
 
 
 def lions(**fixed: Any) -> st.SearchStrategy[Lion]:
     """`Lion` optimizers; the arguments are those of `adamws`."""
-    return _arguments(Lion, fixed).map(lambda own: Lion(**own))
+    return _built(Lion, fixed)
 
 
 # Wrappers that move each leaf by itself, with a state of numbers and of trees like the parameters,

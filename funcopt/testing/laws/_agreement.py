@@ -9,11 +9,9 @@ from torch import Tensor
 
 from ..._core import pytree
 from ..._core.types import Tree, traits_of
-from ...optimizers.adam import Adam
-from ...optimizers.adamw import AdamW
-from ...optimizers.sgd import SGD
-from .._compare import EXACT, ROUNDING, NotApplicable, compare
-from .._subject import cast, field, kernels, leaves_of, replace, run, tree_map
+from ...interop._counterparts import counterpart_of
+from .._compare import EXACT, ROUNDING, NotApplicable, compare, compare_moved
+from .._subject import cast, fields, kernels, leaves_of, replace, rounded, run, tree_map
 from ..oracles import Oracle, own_update, registered
 
 
@@ -22,19 +20,11 @@ def kernels_agree(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> None
     serving = kernels(opt, {leaf.device for leaf in leaves_of(params)})
     for step in run(opt, params, gradient_sequence):
         for name in serving:
-            new_params, new_state = replace(opt, kernel=name).update(
-                step.grads, step.state, step.params
-            )
-            law = f"kernels_agree (kernel={name!r})"
-            compare(law, step.number, "params", new_params, step.new_params, ROUNDING, step.params)
-            compare(law, step.number, "state", new_state, step.new_state, ROUNDING, step.state)
+            moved = replace(opt, kernel=name).update(*step.given)
+            law, before = f"kernels_agree (kernel={name!r})", (step.params, step.state)
+            compare_moved(law, step.number, moved, step.moved, ROUNDING, before)
 
 
-_TORCH: dict[type, type[torch.optim.Optimizer]] = {
-    AdamW: torch.optim.AdamW,
-    Adam: torch.optim.Adam,
-    SGD: torch.optim.SGD,
-}
 _TORCH_FLAGS: dict[str, dict[str, bool]] = {
     "plain": {"foreach": False, "fused": False},
     "foreach": {"foreach": True},
@@ -44,8 +34,8 @@ _TORCH_FLAGS: dict[str, dict[str, bool]] = {
 
 def matches_torch(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> None:
     """Each kernel gives the bits of torch.optim on the CPU in float32 and float64."""
-    found = [torchs for kind, torchs in _TORCH.items() if isinstance(opt, kind)]
-    if not found:
+    kind = counterpart_of(opt)
+    if kind is None:
         raise NotApplicable(f"torch.optim has no counterpart of {type(opt).__name__}")
     if any(not isinstance(number, float) for number in opt.rule.hyperparams_of(opt)):
         raise NotApplicable("torch.optim takes its bits from Python numbers")
@@ -62,9 +52,8 @@ def matches_torch(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> None
         theirs = [torch.nn.Parameter(leaf.detach().clone()) for leaf in pick(params)]
         if not theirs:
             raise NotApplicable("there is no leaf in float32 or float64")
-        shared = [*(own.place[0] for own in opt.rule.hyperparams), *opt.rule.options]
-        options: dict[str, Any] = {name: getattr(opt, name) for name in shared}
-        torchs = found[0](theirs, **{**options, **flags})
+        options: dict[str, Any] = {name: getattr(opt, name) for name in kind.fields}
+        torchs = kind.torch(theirs, **{**options, **flags})
         for step in run(ours, pick(params), [pick(grads) for grads in gradient_sequence]):
             for parameter, grad in zip(theirs, step.grads, strict=True):
                 parameter.grad = None if grad is None else grad.clone()
@@ -101,19 +90,14 @@ def _matches(
     # A norm over all leaves brings the rounding of the coarsest to each.
     coarse = any(leaf.dtype not in _DOUBLE for leaf in leaves_of(params))
     coupled = coarse and not traits_of(opt).leafwise
-    if _averages_parameters(opt) and any(leaf.itemsize == 2 for leaf in leaves_of(params)):
+    if fields(opt, "debias") and any(leaf.itemsize == 2 for leaf in leaves_of(params)):
         raise NotApplicable("its average is wider than the rounded parameters that are averaged")
     for step in run(opt, params, gradient_sequence):
-        wide = [cast(tree, torch.float64) for tree in (step.grads, step.state, step.params)]
-        expected = oracle(opt, *wide)
-        for root, actual, exact, before in (
-            ("params", step.new_params, expected[0], step.params),
-            ("state", step.new_state, expected[1], step.state),
-        ):
-            trees = actual, _rounded(exact, actual)
-            if coupled:
-                trees = tuple(tree_map(_narrowed, tree) for tree in trees)
-            compare(law, step.number, root, *trees, ROUNDING, before)
+        exact = oracle(opt, *(cast(tree, torch.float64) for tree in step.given))
+        trees = step.moved, rounded(exact, step.moved)
+        if coupled:
+            trees = tree_map(_narrowed, trees)
+        compare_moved(law, step.number, *trees, ROUNDING, (step.params, step.state))
 
 
 _DOUBLE = torch.float64, torch.complex128
@@ -126,20 +110,6 @@ def _narrowed(tensor: Tensor) -> Tensor:
     return tensor.to(torch.complex64 if tensor.is_complex() else torch.float32)
 
 
-def _averages_parameters(opt: Any) -> bool:
-    """Whether the state is made of new parameters, which an oracle cannot know how to round."""
-    try:
-        field(opt, "debias")
-    except NotApplicable:
-        return False
-    return True
-
-
-def _rounded(exact: Tree, like: Tree) -> Tree:
-    dtypes = iter([leaf.dtype for leaf in leaves_of(like)])
-    return tree_map(lambda tensor: tensor.to(next(dtypes)), exact)
-
-
 def compiles_once(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> None:
     """One compiled graph serves every step, and gives what eager execution gives."""
     compiler: Any = torch.compiler  # typed in part
@@ -150,14 +120,12 @@ def compiles_once(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> None
     try:
         for step in run(opt, params, sequence):
             # In one layout, since another one rightly compiles anew; and without history, likewise.
-            given = [tree_map(_plain_layout, t) for t in (step.grads, step.state, step.params)]
-            expected = opt.update(*given)
-            result = step_once(*given)
+            grads, state, params = tree_map(_plain_layout, step.given)
+            expected = opt.update(grads, state, params)
+            result = step_once(grads, state, params)
             compiler.set_stance("fail_on_recompile")
-            for root, tree, wanted, before in zip(
-                ("params", "state"), result, expected, (given[2], given[1]), strict=True
-            ):
-                compare("compiles_once", step.number, root, tree, wanted, ROUNDING, before)
+            before = params, state
+            compare_moved("compiles_once", step.number, result, expected, ROUNDING, before)
     finally:
         compiler.set_stance("default")
 

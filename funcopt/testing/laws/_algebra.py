@@ -13,7 +13,7 @@ from ...optimizers.adam import Adam
 from ...optimizers.adamw import AdamW
 from ...optimizers.lion import Lion
 from .._compare import ROUNDING, NotApplicable, compare, wide
-from .._subject import field, kernels, last, replace, run, tree_map
+from .._subject import field, fixed_lr, last, replace, run, tree_map, variants
 
 
 def zero_lr_moves_nothing(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> None:
@@ -27,7 +27,7 @@ def maximize_is_minimize_negated(opt: Any, params: Tree, gradient_sequence: list
     """To maximize is to minimize with the gradients negated, to the bit, in every kernel."""
     maximize = field(opt, "maximize")
     negated = [tree_map(torch.neg, grads) for grads in gradient_sequence]
-    for variant in _kernels(opt):
+    for variant in variants(opt):
         other = replace(variant, maximize=not maximize)
         expected = list(run(variant, params, gradient_sequence))
         for step, wanted in zip(run(other, params, negated), expected, strict=True):
@@ -35,15 +35,6 @@ def maximize_is_minimize_negated(opt: Any, params: Tree, gradient_sequence: list
             # the optimizer's own affair.
             law = "maximize_is_minimize_negated"
             compare(law, step.number, "params", step.new_params, wanted.new_params)
-
-
-def _kernels(opt: Any) -> list[Any]:
-    """The optimizer with each of its kernels, if it has a choice of them."""
-    try:
-        names = kernels(opt, [torch.device("cpu")])
-    except NotApplicable:
-        return [opt]
-    return [replace(opt, kernel=name) for name in names if name != "auto"]
 
 
 def _only(opt: Any, *kinds: type) -> None:
@@ -55,16 +46,15 @@ def _only(opt: Any, *kinds: type) -> None:
 def decay_is_decoupled(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> None:
     """Weight decay shrinks the parameters by 1 - lr * decay, and touches nothing else."""
     _only(opt, AdamW, Lion)
-    lr = field(opt, "lr")
-    if callable(lr):
-        raise NotApplicable("its lr is a schedule")
-    decay = 0.25
+    lr, decay = fixed_lr(opt), 0.25
     with_decay, without = replace(opt, weight_decay=decay), replace(opt, weight_decay=0.0)
     for step in run(with_decay, params, gradient_sequence):
-        bare, state = without.update(step.grads, step.state, step.params)
+        bare, state = without.update(*step.given)
         compare("decay_is_decoupled", step.number, "state", step.new_state, state, ROUNDING)
-        shrunk = tree_map(lambda p: wide(p) * (float(lr) * decay), step.params)
-        expected = _combine(lambda p, s: (wide(p) - s).to(p.dtype), bare, shrunk)
+        leaves, structure = pytree.flatten(bare)
+        pairs = zip(leaves, pytree.flatten(step.params)[0], strict=True)
+        shrunk = [(wide(new) - wide(old) * (lr * decay)).to(new.dtype) for new, old in pairs]
+        expected = pytree.unflatten(structure, shrunk)
         compare("decay_is_decoupled", step.number, "params", step.new_params, expected, _LOOSE)
 
 
@@ -81,10 +71,9 @@ def scale_invariant(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> No
     expected = list(run(bare, params, nonzero))
     for step, wanted in zip(run(bare, params, scaled), expected, strict=True):
         # From the second step on, what was rounded into the moments differs as well.
-        allowed = ROUNDING if step.number == 1 else _MOMENTS_TOO
-        compare(
-            "scale_invariant", step.number, "params", step.new_params, wanted.new_params, allowed
-        )
+        ulps = ROUNDING if step.number == 1 else _MOMENTS_TOO
+        moved, expected = step.new_params, wanted.new_params
+        compare("scale_invariant", step.number, "params", moved, expected, ulps)
 
 
 _MOMENTS_TOO = {dtype: 64 * ulps for dtype, ulps in ROUNDING.items()}
@@ -93,32 +82,20 @@ _MOMENTS_TOO = {dtype: 64 * ulps for dtype, ulps in ROUNDING.items()}
 def first_step_is_sign(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> None:
     """Without eps and decay, the first step has the size of lr and the sign of the gradient."""
     _only(opt, AdamW, Adam)
-    lr = field(opt, "lr")
-    if callable(lr):
-        raise NotApplicable("its lr is a schedule")
-    real = [leaf for leaf in pytree.flatten(params)[0] if not leaf.is_complex()]
-    first = [
-        leaf
-        for leaf in pytree.flatten(gradient_sequence[0])[0]
-        if leaf is not None and not leaf.is_complex()
-    ]
-    if not real or len(first) != len(real):
+    lr = fixed_lr(opt)
+    leaves, structure = pytree.flatten(params)
+    paired = pytree.pair(gradient_sequence[0], "grads", structure).leaves
+    given = [(p, g) for p, g in zip(leaves, paired, strict=True) if not p.is_complex()]
+    if not given or any(g is None for _, g in given):
         raise NotApplicable("a complex leaf has no sign, and None none either")
-    paired = pytree.pair(gradient_sequence[0], "grads", pytree.flatten(params)[1]).leaves
-    grads = [_nonzero(g) for g in paired if not g.is_complex()]
+    real, grads = [p for p, _ in given], [_nonzero(g) for _, g in given]
     step = last(replace(opt, eps=0.0, weight_decay=0.0), real, [grads])
     sign = -1.0 if field(opt, "maximize") else 1.0
     expected = [
-        (wide(p) - float(lr) * sign * wide(g).sign()).to(p.dtype)
-        for p, g in zip(real, grads, strict=True)
+        (wide(p) - lr * sign * wide(g).sign()).to(p.dtype) for p, g in zip(real, grads, strict=True)
     ]
     compare("first_step_is_sign", 1, "params", step.new_params, expected, ROUNDING)
 
 
 def _nonzero(grad: Tensor) -> Tensor:
     return torch.where(grad == 0, torch.ones_like(grad), grad)
-
-
-def _combine(function: Any, one: Tree, other: Tree) -> Tree:
-    leaves, structure = pytree.flatten(one)
-    return pytree.unflatten(structure, map(function, leaves, pytree.flatten(other)[0]))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..._core import pytree
+from ..._core.tensors import view_as_complex_like, view_as_real
 from ..._core.types import Tree, traits_of
 from .._compare import LawBroken, NotApplicable, wide
 from .._subject import Step, clone, fields, leaves_of, run, tree_map
@@ -30,14 +31,15 @@ def goes_downhill(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> None
     if len(maximize) > 1:
         raise NotApplicable("some of it maximizes, and some does not")
     start = tree_map(torch.zeros_like, params)
+    # Where leaves are rounded to 16 bits, a part of the size is noise.
+    noise = 4 * max((torch.finfo(leaf.dtype).eps for leaf in leaves_of(params)), default=0.0)
     moved = False
     for slope in _opposite_slopes(start):
         for step in run(opt, clone(start), [clone(slope) for _ in range(_UPDATES)]):
             for path, rise, size in _rises(step, slope, by_leaf=traits_of(opt).leafwise):
                 moved = moved or size > 0
                 loss = -rise if True in maximize else rise
-                # Where leaves are rounded to 16 bits, a part of the size is noise.
-                if loss > 4 * _coarsest(params) * size:
+                if loss > noise * size:
                     raise LawBroken(
                         f"goes_downhill: step {step.number}, {path}: got a loss that changed by "
                         f"{rise:.9g} on a slope along which steps should "
@@ -53,10 +55,9 @@ def _opposite_slopes(start: Tree) -> tuple[Tree, Tree]:
     slopes = []
     for seed, leaf in enumerate(leaves):
         drawn = build(tuple(leaf.shape), leaf.dtype, "normal", "contiguous", seed)
-        real = torch.view_as_real(drawn) if drawn.is_complex() else drawn
+        real = view_as_real(drawn)
         away = real + torch.ones_like(real).copysign(real)
-        slope = torch.view_as_complex(away) if drawn.is_complex() else away
-        slopes.append(slope.to(leaf.device))
+        slopes.append(view_as_complex_like(away, drawn).to(leaf.device))
     return pytree.unflatten(structure, slopes), pytree.unflatten(structure, map(torch.neg, slopes))
 
 
@@ -81,7 +82,3 @@ def _rises(step: Step, slope: Tree, *, by_leaf: bool) -> list[tuple[str, float, 
     if by_leaf:
         return rises
     return [("params", sum(rise for _, rise, _ in rises), sum(size for _, _, size in rises))]
-
-
-def _coarsest(params: Tree) -> float:
-    return max((torch.finfo(leaf.dtype).eps for leaf in leaves_of(params)), default=0.0)

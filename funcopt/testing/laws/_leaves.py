@@ -35,8 +35,7 @@ def leaves_are_independent(opt: Any, params: Tree, gradient_sequence: list[Tree]
     One that takes a norm over all gradients is right, and does not say it. `elementwise` says it,
     too.
     """
-    if not traits_of(opt).leafwise:
-        raise NotApplicable(_unsaid("leafwise", "each leaf moves by itself"))
+    _check_says(opt, "leafwise", "each leaf moves by itself")
     _alone(opt, params, gradient_sequence, lambda tensor: tensor, "leaves_are_independent")
 
 
@@ -45,13 +44,16 @@ def elements_are_independent(opt: Any, params: Tree, gradient_sequence: list[Tre
 
     One that looks at rows, columns or whole matrices is right, and does not say it.
     """
-    if not traits_of(opt).elementwise:
-        raise NotApplicable(_unsaid("elementwise", "each element moves by itself"))
-    _alone(opt, params, gradient_sequence, _stacked, "elements_are_independent")
+    _check_says(opt, "elementwise", "each element moves by itself")
+    law = "elements_are_independent"
+    _alone(opt, params, gradient_sequence, lambda tensor: torch.stack([tensor, tensor]), law)
 
 
-def _unsaid(trait: str, what: str) -> str:
-    return f"it does not say that {what}, by traits = Traits({trait}=True) in its class"
+def _check_says(opt: Any, trait: str, what: str) -> None:
+    if not getattr(traits_of(opt), trait):
+        raise NotApplicable(
+            f"it does not say that {what}, by traits = Traits({trait}=True) in its class"
+        )
 
 
 def _alone(
@@ -70,7 +72,3 @@ def _alone(
         for step in run(opt, [prepare(leaves[index])], [[grad] for grad in grads]):
             expected = prepare(whole[step.number - 1][index])
             compare(law, step.number, path, step.new_params[0], expected, ROUNDING)
-
-
-def _stacked(tensor: Tensor) -> Tensor:
-    return torch.stack([tensor, tensor])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections import OrderedDict
 from typing import Any
 
@@ -11,8 +10,8 @@ from torch import Tensor
 
 from ..._core import pytree
 from ..._core.types import Tree
-from .._compare import ROUNDING, LawBroken, NotApplicable, compare
-from .._subject import Step, cast, clone, leaves_of, run, tree_map
+from .._compare import MOVED, ROUNDING, LawBroken, NotApplicable, compare, compare_moved, unlike
+from .._subject import Step, cast, clone, finite, leaves_of, run, saved_and_loaded, tree_map
 
 
 def never_mutates(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> None:
@@ -37,20 +36,17 @@ _ROOTS = ("grads", "state", "params")
 
 def outputs_share_no_memory(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> None:
     """No tensor that `init` or `update` returns shares memory with another or with an input."""
-    _check_memory(0, (opt.init(params),), {"params": params}, ("state",))
+    _check_memory(0, {"state": opt.init(params)}, {"params": params})
     for step in run(opt, params, gradient_sequence):
-        given = {"grads": step.grads, "state": step.state, "params": step.params}
-        _check_memory(step.number, (step.new_params, step.new_state), given, ("params", "state"))
+        given = dict(zip(_ROOTS, step.given, strict=True))
+        _check_memory(step.number, dict(zip(MOVED, step.moved, strict=True)), given)
 
 
-def _check_memory(
-    number: int, results: tuple[Tree, ...], given: dict[str, Tree], roots: tuple[str, ...]
-) -> None:
-    owners: dict[int, str] = {}
-    for root, tree in given.items():
-        for path, pointer in _memory(tree, root):
-            owners[pointer] = path
-    for root, tree in zip(roots, results, strict=True):
+def _check_memory(number: int, results: dict[str, Tree], given: dict[str, Tree]) -> None:
+    owners = {
+        pointer: path for root, tree in given.items() for path, pointer in _memory(tree, root)
+    }
+    for root, tree in results.items():
         for path, pointer in _memory(tree, f"new_{root}"):
             if pointer in owners:
                 raise LawBroken(
@@ -71,11 +67,10 @@ def _memory(tree: Tree, root: str) -> list[tuple[str, int]]:
 
 def deterministic(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> None:
     """The same inputs give the same bits, with whatever memory held before."""
-    first = [(step.new_params, step.new_state) for step in run(opt, params, gradient_sequence)]
-    again = list(run(opt, clone(params), [clone(grads) for grads in gradient_sequence]))
-    for step, (new_params, new_state) in zip(again, first, strict=True):
-        compare("deterministic", step.number, "params", step.new_params, new_params)
-        compare("deterministic", step.number, "state", step.new_state, new_state)
+    first = list(run(opt, params, gradient_sequence))
+    again = list(run(opt, clone(params), clone(gradient_sequence)))
+    for step, wanted in zip(again, first, strict=True):
+        compare_moved("deterministic", step.number, step.moved, wanted.moved)
 
 
 def keeps_structure(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> None:
@@ -94,10 +89,9 @@ def _keeps(step: Step, root: str, new: Tree, old: Tree) -> None:
     for path, one, other in zip(pytree.paths(structure, root), news, olds, strict=True):
         if not (isinstance(one, Tensor) and isinstance(other, Tensor)):
             continue
-        for name in ("shape", "dtype", "device"):
-            if getattr(one, name) != getattr(other, name):
-                got, wanted = getattr(one, name), getattr(other, name)
-                raise LawBroken(f"{law}, {path}: got {name} {got}, expected {wanted}")
+        reason = unlike(one, other)
+        if reason is not None:
+            raise LawBroken(f"{law}, {path}: {reason}")
         dense = _strides(other) == _strides(torch.empty_like(other))
         if dense and _strides(one) != _strides(other):
             raise LawBroken(f"{law}, {path}: got strides {one.stride()}, expected {other.stride()}")
@@ -118,11 +112,7 @@ def inplace_is_pure(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> No
     memory = _memory((own, state), "")
     for step in run(opt, params, gradient_sequence):
         result = opt.update_(step.grads, state, own)
-        for root, given, expected in (
-            ("params", own, step.new_params),
-            ("state", state, step.new_state),
-        ):
-            compare("inplace_is_pure", step.number, root, given, expected)
+        compare_moved("inplace_is_pure", step.number, (own, state), step.moved)
         compare("inplace_is_pure", step.number, "result", result, (own, state))
     if _memory((own, state), "") != memory:
         raise LawBroken("inplace_is_pure: the tensors were moved in memory instead of written")
@@ -132,11 +122,7 @@ def round_trips(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> None:
     """A state that was saved and loaded goes on to the bit."""
     state = opt.init(params)
     for number, grads in enumerate(gradient_sequence, 1):
-        leaves, structure = pytree.flatten(state)
-        file = io.BytesIO()
-        torch.save(leaves, file)
-        file.seek(0)
-        loaded = pytree.unflatten(structure, torch.load(file, weights_only=True))
+        loaded = saved_and_loaded(state)
         compare("round_trips", number, "state", loaded, state)
         expected = opt.update(grads, state, params)
         compare("round_trips", number, "result", opt.update(grads, loaded, params), expected)
@@ -154,9 +140,8 @@ def survives_zero_gradients(opt: Any, params: Tree, gradient_sequence: list[Tree
             given = [cast(tree_map(torch.real, grads), dtype) for grads in gradient_sequence]
             sequence += [*given, zeros, zeros]
         for step in run(opt, own, sequence):
-            for root, tree in (("params", step.new_params), ("state", step.new_state)):
-                finite = tree_map(lambda t: torch.where(t.isfinite(), t, torch.zeros_like(t)), tree)
-                compare(f"survives_zero_gradients ({dtype})", step.number, root, tree, finite)
+            law = f"survives_zero_gradients ({dtype})"
+            compare_moved(law, step.number, step.moved, finite(step.moved))
 
 
 def bad_trees_raise(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> None:  # noqa: ARG001

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,90 +12,80 @@ from torch.func import grad, jvp, vmap
 
 from ..._core import pytree
 from ..._core.types import Tree
-from .._compare import ROUNDING, LawBroken, NotApplicable, compare
-from .._subject import cast, field, last, leaves_of, replace, tree_map
+from .._compare import ROUNDING, LawBroken, NotApplicable, compare, compare_moved
+from .._subject import cast, finite, fixed_lr, last, leaves_of, replace, tree_map
 
 _MEMBERS = 3
 
 
 def vmap_is_loop(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> None:
     """Under vmap each member gets what it would get alone, whatever dimension is mapped."""
-    sequence = _without_none(gradient_sequence)
     for dim in (0, -1):
-        stacked, gradients = _stack(params, dim), [_stack(grads, dim) for grads in sequence]
-        state = vmap(opt.init, dim)(stacked)
-        for number, grads in enumerate(gradients, 1):
-            mapped = vmap(opt.update, (dim, 0, dim))(grads, state, stacked)
-            for i in range(_MEMBERS):
-                given = _member(grads, i, dim), _member(state, i), _member(stacked, i, dim)
-                _same_member("vmap_is_loop", number, i, mapped, opt.update(*given), given)
-            stacked, state = vmap(_same, 0, (dim, 0))(*mapped)
+        mapped = vmap(opt.update, (dim, 0, dim), (dim, 0))
+        stacked = _stack(params, dim), [_stack(grads, dim) for grads in gradient_sequence]
+        _members_agree("vmap_is_loop", [opt] * _MEMBERS, stacked, vmap(opt.init, dim), mapped, dim)
 
 
 def nested_vmap_is_loop(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> None:
     """Under a vmap of a vmap each member gets what it would get alone."""
-    sequence = _without_none(gradient_sequence)
-    stacked, gradients = _stack(_stack(params)), [_stack(_stack(grads)) for grads in sequence]
-    state = vmap(vmap(opt.init))(stacked)
-    for number, grads in enumerate(gradients, 1):
-        mapped = vmap(vmap(opt.update))(grads, state, stacked)
-        for i in range(_MEMBERS):
-            given = [_member(_member(tree, i), i) for tree in (grads, state, stacked)]
-            inner = tuple(_member(tree, i) for tree in mapped)
-            _same_member("nested_vmap_is_loop", number, i, inner, opt.update(*given), given)
-        stacked, state = mapped
+    stacked = _stack(_stack(params)), [_stack(_stack(grads)) for grads in gradient_sequence]
+    opts, mapped = [opt] * _MEMBERS, vmap(vmap(opt.update))
+    _members_agree("nested_vmap_is_loop", opts, stacked, vmap(vmap(opt.init)), mapped, depth=2)
 
 
 def per_member_hyperparameters(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> None:
     """Under vmap each member may have a learning rate of its own."""
-    lr = field(opt, "lr")
-    if callable(lr):
-        raise NotApplicable("its lr is a schedule")
-    sequence = _without_none(gradient_sequence)
-    lrs = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64, device="cpu") * float(lr)
-    stacked = _stack(params)
-    state = vmap(opt.init)(stacked)
-    step = vmap(lambda lr, g, s, p: replace(opt, lr=lr).update(g, s, p))
-    for number, grads in enumerate(map(_stack, sequence), 1):
-        mapped = step(lrs, grads, state, stacked)
-        for i in range(_MEMBERS):
-            member = replace(opt, lr=lrs[i].item())
-            given = [_member(tree, i) for tree in (grads, state, stacked)]
-            own = member.update(*given)
-            _same_member("per_member_hyperparameters", number, i, mapped, own, given)
-        stacked, state = mapped
+    lrs = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64, device="cpu") * fixed_lr(opt)
+    mapped = partial(vmap(lambda lr, *given: replace(opt, lr=lr).update(*given)), lrs)
+    opts = [replace(opt, lr=lr) for lr in lrs.tolist()]
+    stacked = _stack(params), list(map(_stack, gradient_sequence))
+    _members_agree("per_member_hyperparameters", opts, stacked, vmap(opt.init), mapped)
 
 
-def _same(*trees: Tree) -> tuple[Tree, ...]:
-    return trees
+def _members_agree(
+    law: str,
+    opts: list[Any],
+    stacked: tuple[Tree, list[Tree]],
+    init: Callable[[Tree], Tree],
+    update: Callable[[Tree, Tree, Tree], Any],
+    dim: int = 0,
+    depth: int = 1,
+) -> None:
+    """Hold each member of a mapped run to what an optimizer of its own does with it alone.
+
+    `stacked` are the parameters and gradients of all members, `dim` is where they are stacked, and
+    `depth` how often.
+    """
+    params, gradient_sequence = stacked
+    state = init(params)
+    for number, grads in enumerate(gradient_sequence, 1):
+        mapped = update(grads, state, params)
+        for i, opt in enumerate(opts):
+            given = [
+                _member(tree, i, own_dim, depth)
+                for tree, own_dim in ((grads, dim), (state, 0), (params, dim))
+            ]
+            moved = _member(mapped[0], i, dim, depth), _member(mapped[1], i, 0, depth)
+            before = given[2], given[1]
+            name = f"{law} (member {i})"
+            compare_moved(name, number, moved, opt.update(*given), ROUNDING, before)
+        params, state = mapped
 
 
 def _stack(tree: Tree, dim: int = 0) -> Tree:
     """Stack members that differ, so that no two can be confused."""
-    if not leaves_of(tree):
+    leaves = pytree.flatten(tree)[0]
+    if any(leaf is None for leaf in leaves):  # which is no input to map over
+        raise NotApplicable("a leaf has no gradient")
+    if not leaves:
         raise NotApplicable("there is nothing to map over")
     return tree_map(lambda t: torch.stack([t * (i + 1) / 2 for i in range(_MEMBERS)], dim), tree)
 
 
-def _member(tree: Tree, i: int, dim: int = 0) -> Tree:
-    return tree_map(lambda t: t.select(dim, i), tree)
-
-
-def _without_none(gradient_sequence: list[Tree]) -> list[Tree]:
-    """Drop None: what has no gradient is no input to map over."""
-    if any(leaf is None for grads in gradient_sequence for leaf in pytree.flatten(grads)[0]):
-        raise NotApplicable("a leaf has no gradient")
-    return gradient_sequence
-
-
-def _same_member(
-    law: str, number: int, i: int, mapped: Tree, own: Tree, given: Sequence[Tree]
-) -> None:
-    """Hold member i of a mapped update against its own, both of which came of `given`."""
-    _, state, params = given
-    trees = zip(("params", "state"), mapped, own, (params, state), strict=True)
-    for root, whole, alone, before in trees:
-        compare(f"{law} (member {i})", number, root, _member(whole, i), alone, ROUNDING, before)
+def _member(tree: Tree, i: int, dim: int, depth: int) -> Tree:
+    for _ in range(depth):
+        tree = tree_map(lambda t: t.select(dim, i), tree)
+    return tree
 
 
 def gradient_is_finite(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> None:
@@ -104,8 +95,7 @@ def gradient_is_finite(opt: Any, params: Tree, gradient_sequence: list[Tree]) ->
     zeros = [tree_map(torch.zeros_like, grads) for grads in gradient_sequence]
     for law, sequence in (("", gradient_sequence), (" (zero gradients)", zeros)):
         slopes = grad(after, (0, 1))(wide, [cast(grads, torch.float64) for grads in sequence])
-        finite = tree_map(lambda t: torch.where(t.isfinite(), t, torch.zeros_like(t)), slopes)
-        for root, slope, expected in zip(("params", "grads"), slopes, finite, strict=True):
+        for root, slope, expected in zip(("params", "grads"), slopes, finite(slopes), strict=True):
             compare(f"gradient_is_finite{law}", len(sequence), root, slope, expected)
 
 
