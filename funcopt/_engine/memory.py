@@ -213,11 +213,11 @@ _recent: tuple[_Known, ...] = ()
 def known(inputs: StepInputs) -> Layout | None:
     """Return what was learned of leaves that looked the same, if that is remembered."""
     global _recent  # noqa: PLW0603  # replaced whole, so that threads need no lock
-    columns = inputs.columns
-    lengths = tuple(map(len, columns))
+    params, grads, slots = inputs
+    lengths = (len(params), len(grads), *map(len, slots))
     recent = _recent
     for entry in recent:
-        if entry.lengths == lengths and entry.unchanged(*chain.from_iterable(columns)):
+        if entry.lengths == lengths and entry.unchanged(*params, *grads, *chain(*slots)):
             if entry is not recent[0]:  # so that the one in use is found first
                 _recent = (entry, *(other for other in recent if other is not entry))
             return entry.layout

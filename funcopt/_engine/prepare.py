@@ -152,10 +152,11 @@ def trees_of(
 
     The state must have those slots that the optimizer keeps, and no others.
     """
-    _, *trees = state
-    for slot, tree, wanted in zip(rule.slots, trees, kept, strict=True):
-        if slot.option:
-            _check_kept(opt, slot, tree, params, wanted)
+    trees = state[1:]
+    for index in rule.optional:
+        tree, wanted = trees[index], kept[index]
+        if wanted is (type(tree) is tuple and not tree):
+            _check_kept(opt, rule.slots[index], tree, params, wanted)
     return [params, grads, *compress(trees, kept)]
 
 

@@ -274,6 +274,7 @@ class UpdateRule:
     _options: Callable[..., Any] = field(init=False, repr=False)
     _loaded: dict[str, Kernel] = field(init=False, repr=False, default_factory=dict)
     _places: Sequence[tuple[str, int | None]] = field(init=False, repr=False)
+    optional: Sequence[int] = field(init=False, repr=False)  # the slots that may not be kept
 
     def __post_init__(self) -> None:
         """Check that the state is made of these slots, and make the NamedTuples of the rule.
@@ -299,6 +300,7 @@ class UpdateRule:
             "_options": namedtuple("_Options", [*self.options, *_COMMON]),
         }
         made["_places"] = [own.place for own in self.hyperparams]
+        made["optional"] = [index for index, slot in enumerate(self.slots) if slot.option]
         for name, value in made.items():
             object.__setattr__(self, name, value)
         _STATES.add(self.state)
