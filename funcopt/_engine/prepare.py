@@ -155,7 +155,7 @@ def trees_of(
     trees = state[1:]
     for index in rule.optional:
         tree, wanted = trees[index], kept[index]
-        if wanted is (type(tree) is tuple and not tree):
+        if wanted == (type(tree) is tuple and len(tree) == 0):
             _check_kept(opt, rule.slots[index], tree, params, wanted)
     return [params, grads, *compress(trees, kept)]
 
