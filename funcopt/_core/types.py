@@ -63,7 +63,7 @@ class Optimizer(Protocol[StateT]):
         """Return the new parameters and the new state, in fresh memory. The inputs are not changed.
 
         On the CPU, small leaves of what is returned may share a storage, of up to 2**18 elements:
-        clone one before you save it alone, or call `resize_` on it.
+        clone one before you save it alone or call `resize_` on it.
 
         Args:
             grads: The gradients: a tree with the keys of `params`, each like its parameter in

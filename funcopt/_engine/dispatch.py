@@ -92,8 +92,8 @@ def _step_batch(
         _step_batch_(packed, batch, part, numbers, options)
         return memory.unpacked(packed.targets, batch.sizes)
     if part.kernel.step is not None:
-        same_layout = inputs if part.same_layout else memory.borrow(inputs)
-        return part.kernel.step(same_layout, numbers, options)
+        borrowed = inputs if part.same_layout else memory.borrow(inputs)
+        return part.kernel.step(borrowed, numbers, options)
     copied = memory.copies(inputs, same_layout=part.same_layout)
     _step_batch_(copied, batch, part, numbers, options)
     return copied.targets

@@ -91,7 +91,7 @@ def update_scaled(
             new_params, *kept = routine.step(rule, own, setup.options)
             return new_params, _state(rule, setup, kept)
     prepared = _prepare(opt, rule, setup, grads, state, params)
-    if not in_place:  # there it is refused as what would be written twice
+    if not in_place:  # in place, `check_inplace` refuses it as what would be written twice
         check_untied(prepared.params.leaves, prepared.params.structure)
     counts = prepared.counts.after(prepared.active, prepared.watched)
     # A schedule is asked once: with the numbers of a routine that was left, go on.
@@ -187,7 +187,7 @@ def _state(rule: UpdateRule, setup: Setup, kept: list[Tree]) -> Any:
 
 
 def _is_followed(prepared: Prepared, options: Any, numbers: list[Any]) -> bool:
-    """Whether more than the results may be asked of a step, so that kernels take no factor."""
+    """Whether more than the results may be asked of a step, so that kernels scale nothing."""
     return (
         prepared.watched
         or options.differentiable is True

@@ -113,9 +113,9 @@ def prepare(opt: Any, rule: UpdateRule, grads: Tree, state: Any, params: Tree) -
         ValueError: If a tree does not match the parameters.
     """
     check_state(state, rule.state)
-    slots = rule.kept_slots(opt)
-    per_leaf = getattr(opt, "step_per_leaf", False)
-    trees = trees_of(opt, rule, rule.setup_of(opt).kept, grads, state, params)
+    setup = rule.setup_of(opt)
+    slots, per_leaf = list(compress(rule.slots, setup.kept)), setup.options.step_per_leaf
+    trees = trees_of(opt, rule, setup.kept, grads, state, params)
     tracing = transforms.tracing()
     prepared = None if tracing else _prepare_known(slots, trees, state.step, per_leaf)
     if prepared is not None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from funcopt import AdamW, AdamWState
-from funcopt._core import old_dynamo
+from funcopt._core import old_dynamo, transforms
 
 from ..cases import Point, trees
 
@@ -38,6 +38,11 @@ def test_structures_are_the_same_if_their_nodes_and_keys_are():
     for one in structures:
         for other in structures:
             assert old_dynamo.same(one, other) == (one == other)
+
+
+def test_each_torch_is_asked_in_its_own_way_whether_it_exports():
+    own = old_dynamo.exporting if transforms.OLD_DYNAMO else torch.compiler.is_exporting
+    assert transforms.exporting is own
 
 
 def test_nothing_is_being_exported():
