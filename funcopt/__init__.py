@@ -3,7 +3,7 @@
 import importlib
 from types import ModuleType
 
-from . import extend, schedules
+from . import extend, memory, schedules
 from ._core.types import Number, Optimizer, ParamsT, Schedule, Tree
 from .optimizers.adam import Adam, AdamState
 from .optimizers.adamw import AdamW, AdamWState
@@ -61,6 +61,7 @@ __all__ = [
     "decay_label",
     "extend",
     "find",
+    "memory",
     "replace",
     "schedules",
 ]

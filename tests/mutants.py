@@ -120,16 +120,12 @@ def counts_in_place(patch: Patch) -> None:
 
 
 @caught_by(laws.outputs_share_no_memory)
-def returns_the_moments_in_the_memory_of_the_parameters(patch: Patch) -> None:
+def returns_one_tensor_for_two_moments_that_are_equal(patch: Patch) -> None:
     def change(params: Any, state: Any, given: Any) -> Any:
-        pairs = [torch.stack([p, p.clone()]) for p in leaves_of(params)]
-        structure = pytree.flatten(params)[1]
-        return pytree.unflatten(structure, [pair[0] for pair in pairs]), state._replace(
-            exp_avg=pytree.unflatten(
-                pytree.flatten(state.exp_avg)[1],
-                [pair[1].copy_(m) for pair, m in zip(pairs, leaves_of(state.exp_avg), strict=True)],
-            )
-        )
+        means, squares = leaves_of(state.exp_avg), leaves_of(state.exp_avg_sq)
+        shared = [m if torch.equal(m, s) else s for m, s in zip(means, squares, strict=True)]
+        structure = pytree.flatten(state.exp_avg_sq)[1]
+        return params, state._replace(exp_avg_sq=pytree.unflatten(structure, shared))
 
     after_update(patch, change)
 

@@ -23,6 +23,7 @@ ROOMS = [
     "schedules",
     "wrappers",
     "extend",
+    "memory",
     "",
     "interop",
     "distributed",
@@ -45,6 +46,7 @@ FLOORS = [
     "_dtensor.reductions",
     "_engine",
     "_engine.rule",
+    "_engine.results",
     "_engine.memory",
     "_engine.dispatch",
     "_engine.autograd",
@@ -94,6 +96,7 @@ FLOORS = [
     "wrappers.loss_scale",
     "wrappers.skip_nonfinite",
     "extend",
+    "memory",
     "",
     "interop._entries",
     "interop._checkpoint",
@@ -241,10 +244,11 @@ def test_one_place_knows_pytrees():
 
 
 def test_one_place_knows_the_transforms():
-    assert places(r"torch\._C(?!\._dynamo)|_functorch|is_compiling|forward_ad") == {
+    assert places(r"torch\._C\b(?!\._dynamo|, ._storage)|_functorch|is_compiling|forward_ad") == {
         "_core.transforms"
     }
     assert places(r"torch\._C\._dynamo") == {"_engine.memory"}
+    assert places(r"_storage_Use_Count") == {"_engine.results"}
     assert places(r"stream_capturing") == {"_core.transforms"}
 
 

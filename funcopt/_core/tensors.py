@@ -231,14 +231,18 @@ def copies_of(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 def copy_of(tensor: Tensor) -> Tensor:
     """Return a copy of a large tensor, in the same layout."""
-    copy = torch.empty_like(tensor)
-    advise = _advise()
+    return with_large_pages(torch.empty_like(tensor)).copy_(tensor)
+
+
+def with_large_pages(fresh: Tensor) -> Tensor:
+    """Ask the system to back the fresh memory of a large tensor by large pages, and return it."""
+    advise = _advise() if is_mapped(fresh) else None
     if advise is not None:
         page = mmap.PAGESIZE
-        start = -(-copy.data_ptr() // page) * page
-        end = (copy.data_ptr() + copy.nbytes) // page * page
+        start = -(-fresh.data_ptr() // page) * page
+        end = (fresh.data_ptr() + fresh.nbytes) // page * page
         advise(start, end - start, mmap.MADV_HUGEPAGE)
-    return copy.copy_(tensor)
+    return fresh
 
 
 @cache

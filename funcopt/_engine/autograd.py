@@ -107,7 +107,7 @@ def _step_stacked(
 def _step_eagerly(step: _Step, inputs: StepInputs, numbers: Any) -> StepOutputs:
     layout = layout_of(inputs)
     plan = dispatch.plan(step.rule, inputs, numbers, step.options, layout, in_place=False)
-    return dispatch.run(inputs, plan, step.options)
+    return dispatch.run(inputs, plan, step.options, layout)
 
 
 class _StepFunction(torch.autograd.Function):

@@ -48,7 +48,6 @@ class Part(NamedTuple):
 
     batches: list[Batch]
     kernel: Kernel
-    same_layout: bool  # they are just tensors, those of a leaf in one layout
     stacked: bool  # leaves have a first dimension of members, with numbers of their own
 
 
@@ -56,23 +55,24 @@ Plan = list[tuple[Part, Any]]
 """Who moves what, with which numbers."""
 
 
-def run(inputs: StepInputs, plan: Plan, options: Any) -> StepOutputs:
-    """Return the leaves after one step, in fresh memory."""
-    if len(plan) == 1 and len(plan[0][0].batches) == 1:  # of all leaves, in order
-        ((part, numbers),) = plan
-        return _step_batch(inputs, part.batches[0], part, numbers, options)
-    columns: list[list[Tensor]] = [[] for _ in inputs.targets.columns]
-    places: list[int] = []
+def run(inputs: StepInputs, plan: Plan, options: Any, layout: Layout) -> StepOutputs:
+    """Return the leaves after one step, in memory that nobody else holds."""
+    if not layout.plain:
+        copied = memory.clones(inputs)
+        run_(copied, plan, options, layout)
+        return copied.targets
+    inputs = inputs if layout.ready else memory.borrow(inputs)
+    outputs = memory.results(inputs, layout)
     for part, numbers in plan:
         for batch in part.batches:
-            places.extend(batch.indices)
-            outputs = _step_batch(inputs.take(batch.indices), batch, part, numbers, options)
-            for column, tensors in zip(columns, outputs.columns, strict=True):
-                column.extend(tensors)
-    if places != sorted(places):
-        order = sorted(range(len(places)), key=places.__getitem__)
-        columns = [[column[position] for position in order] for column in columns]
-    return StepOutputs.of(columns)
+            own, results = inputs.take(batch.indices), outputs.take(batch.indices)
+            if part.kernel.step_to is not None:
+                part.kernel.step_to(own, results, numbers, options)
+                continue
+            memory.copy_into(results, own)
+            copied = StepInputs(results.params, own.grads, results.slots)
+            _step_batch_(copied, batch, part, numbers, options)
+    return outputs
 
 
 def run_(inputs: StepInputs, plan: Plan, options: Any, layout: Layout) -> None:
@@ -82,21 +82,6 @@ def run_(inputs: StepInputs, plan: Plan, options: Any, layout: Layout) -> None:
         for batch in part.batches:
             _step_batch_(borrowed.take(batch.indices), batch, part, numbers, options)
     memory.give_back(borrowed, inputs)
-
-
-def _step_batch(
-    inputs: StepInputs, batch: Batch, part: Part, numbers: Any, options: Any
-) -> StepOutputs:
-    if batch.sizes is not None:
-        packed = memory.packed(inputs)
-        _step_batch_(packed, batch, part, numbers, options)
-        return memory.unpacked(packed.targets, batch.sizes)
-    if part.kernel.step is not None:
-        borrowed = inputs if part.same_layout else memory.borrow(inputs)
-        return part.kernel.step(borrowed, numbers, options)
-    copied = memory.copies(inputs, same_layout=part.same_layout)
-    _step_batch_(copied, batch, part, numbers, options)
-    return copied.targets
 
 
 def _step_batch_(inputs: StepInputs, batch: Batch, part: Part, numbers: Any, options: Any) -> None:
@@ -138,10 +123,9 @@ def plan(
     """
     if not isinstance(numbers, list):
         own = numbers if is_read(numbers) else numbers._make(map(_value, numbers))
-        if own is not numbers and not is_read(own):
-            return [(part, own) for part in _parts(rule, inputs, own, options, layout, in_place)]
         # Who serves does not depend on their values, but for the one that gradients are scaled by.
-        key = rule, options.kernel, in_place, own.grad_scale == 1.0
+        kinds = () if is_read(own) else tuple(map(_kind, own))
+        key = rule, options.kernel, in_place, _is_one(own.grad_scale), kinds
         parts = layout.plans.get(key)
         if parts is None:
             parts = layout.plans[key] = _parts(rule, inputs, own, options, layout, in_place)
@@ -164,16 +148,23 @@ def _parts(
     in_place: bool,
 ) -> list[Part]:
     parts = []
-    for found in layout.batches_in_place if in_place else layout.batches:
-        batches = found
-        if not rule.traits.elementwise:  # then each leaf is to be seen as it is
-            batches = [Batch(sorted(chain.from_iterable(batch.indices for batch in found)))]
-        device = inputs.params[batches[0].indices[0]].device
-        kernel = _choose(rule, device, numbers, options, layout, in_place)
+    found = layout.batches_in_place if in_place else layout.batches
+    for group, several in zip(layout.groups, found, strict=True):
+        kernel = _choose(rule, inputs.params[group[0]].device, numbers, options, layout)
+        # Some kernels serve large and small leaves alike, and some rules see whole leaves alone.
+        at_once = kernel.step_to is not None or not rule.traits.elementwise
+        batches = [Batch(group)] if at_once else several
         stacked = not is_read(numbers) and any(map(_is_stacked, numbers))
-        part = Part(batches, kernel, layout.plain and layout.ready, stacked)
+        part = Part(batches, kernel, stacked)
         parts.append(_of_members(part, rule, inputs, numbers, options) if stacked else part)
     return parts
+
+
+def _kind(number: Number) -> Any:
+    """Return what of a number may decide who serves."""
+    if not isinstance(number, Tensor):
+        return float
+    return type(number), number.dtype, number.device, number.shape
 
 
 def _is_stacked(number: Number) -> bool:
@@ -212,7 +203,6 @@ def _choose(
     numbers: Any,
     options: Any,
     layout: Layout,
-    in_place: bool,
 ) -> Kernel:
     tensors = [number for number in numbers if isinstance(number, Tensor)]
     if not layout.plain or (tensors and not transforms.all_plain(tensors)):
@@ -227,10 +217,7 @@ def _choose(
                 f"kernel='auto' takes the fastest one that can."
             )
         return kernel
-    kernels = [rule.kernel(name) for name in rule.kernels]
-    if device.type != "cpu" and not (in_place and _is_one(numbers.grad_scale)):
-        # One pass from the old tensors to new ones moves half of what a copy and a pass move.
-        kernels.sort(key=lambda kernel: kernel.step is None)
+    kernels = map(rule.kernel, rule.kernels)
     serving = (k for k in kernels if k.unsupported_reason(device, numbers) is None)
     return next(serving, _plain(rule))
 

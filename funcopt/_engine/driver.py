@@ -231,7 +231,7 @@ def _step(
         return _step_per_numbers(rule, inputs, numbers, options)
     layout = layout or layout_of(inputs)
     plan = dispatch.plan(rule, inputs, numbers, options, layout, in_place=False)
-    return dispatch.run(inputs, plan, options)
+    return dispatch.run(inputs, plan, options, layout)
 
 
 def _step_(
@@ -291,17 +291,17 @@ class _Routine(NamedTuple):
     structure: pytree.Structure  # of every tree
     layout: Layout
     step_count: Tensor  # how many updates were made
-    new_count: float  # and after this one
+    new_count: Number  # and after this one; a tensor if the count is not read
 
     def step(self, rule: UpdateRule, numbers: Any, options: Any) -> list[Tree]:
         """Return the new tree of parameters, the new count, and the new trees of slots."""
         inputs, layout, structure = self.inputs, self.layout, self.structure
         plan = dispatch.plan(rule, inputs, numbers, options, layout, in_place=False)
         if layout.params_require_grad:
-            outputs = transforms.without_gradients(dispatch.run, inputs, plan, options)
+            outputs = transforms.without_gradients(dispatch.run, inputs, plan, options, layout)
             keep_requiring(outputs.params, inputs.params)
         else:
-            outputs = dispatch.run(inputs, plan, options)
+            outputs = dispatch.run(inputs, plan, options, layout)
         new_params, *slots = [pytree.unflatten(structure, own) for own in outputs.columns]
         return [new_params, fresh(self.new_count, self.step_count), *slots]
 
@@ -313,7 +313,10 @@ class _Routine(NamedTuple):
             transforms.without_gradients(dispatch.run_, inputs, plan, options, layout)
         else:
             dispatch.run_(inputs, plan, options, layout)
-        self.step_count.fill_(self.new_count)
+        if isinstance(self.new_count, Tensor):
+            self.step_count.copy_(self.new_count)
+        else:
+            self.step_count.fill_(self.new_count)
 
 
 def _find_routine(
@@ -331,11 +334,10 @@ def _find_routine(
     if not isinstance(state, rule.state) or options.step_per_leaf or options.differentiable:
         return None
     trees, count = trees_of(opt, rule, setup.kept, grads, state, params), state.step
-    is_watched = transforms.transformed() or transforms.observed()
-    if is_watched or not isinstance(count, Tensor) or count.ndim > 0 or count.is_inference():
+    if transforms.transformed() or transforms.observed() or not _is_plain_count(count):
         return None
-    value, recalled = value_of(count), recall(trees)
-    if isinstance(value, Tensor) or recalled is None or not recalled.layout.fast_path_ok:
+    recalled = recall(trees)
+    if recalled is None or not recalled.layout.fast_path_ok:
         return None
     inputs, layout, tensors = recalled.inputs, recalled.layout, recalled.inputs.params
     if in_place:
@@ -351,4 +353,15 @@ def _find_routine(
         )
     ):
         return None
-    return _Routine(*recalled, count, value + 1)
+    return _Routine(*recalled, count, value_of(count) + 1)
+
+
+def _is_plain_count(count: Any) -> bool:
+    """Whether a count is one tensor as `init` makes it, about which nothing has to be asked."""
+    return (
+        type(count) is Tensor
+        and count.ndim == 0
+        and count.dtype is torch.float64
+        and not count.requires_grad
+        and not count.is_inference()
+    )

@@ -4,12 +4,11 @@ A training loop makes the same step thousands of times, on other numbers in tens
 they did before. Asking thousands of tensors for their types, shapes, dtypes and strides one by one
 costs more than a step of small ones. So what was found is remembered beside a guard, a list of what
 the tensors looked like, which torch compares with other tensors in one call. No tensor is kept
-alive by it, and nothing in memory is believed: where tensors start is asked each time.
+alive by it but results that are used again, and nothing in memory is believed: where tensors start
+is asked each time.
 
-Kernels want the tensors of a leaf laid out alike and densely: fresh copies for `update`, the
-tensors themselves for `update_`. Whatever is laid out otherwise is copied into the parameter's
-layout, so that any strides are served and none slows down the others. Copies of many small leaves
-are laid side by side, where a kernel finds them as one.
+Kernels want the tensors of a leaf laid out alike and densely. Whatever is laid out otherwise is
+copied into the parameter's layout, so that any strides are served and none slows down the others.
 """
 
 from __future__ import annotations
@@ -22,46 +21,46 @@ import torch
 from torch import Tensor
 
 from .._core import transforms
-from .._core.tensors import copies_of, is_mapped, scaled, write
+from .._core.tensors import scaled, write
 from .._core.types import Number
 from .rule import StepInputs, StepOutputs
 
 
-def copies(inputs: StepInputs, *, same_layout: bool) -> StepInputs:
-    """Return leaves that a kernel may write, in one layout, beside gradients as they are.
+def results(inputs: StepInputs, layout: Layout) -> StepOutputs:
+    """Return tensors that the results of a step on just tensors may be written into."""
+    made = layout.plans.get("results")
+    if made is None:
+        from .results import Results  # noqa: PLC0415  # which nobody needs who writes in place
 
-    `same_layout` says that they are just tensors, those of a leaf in one layout already.
-    """
-    if same_layout:
-        clone_all = copies_of if any(map(is_mapped, inputs.params)) else _clone_all
-        slots = tuple(map(clone_all, inputs.slots))
-        return StepInputs(clone_all(inputs.params), inputs.grads, slots)
-    params = [param.clone() for param in inputs.params]  # dense, in the parameter's own layout
-    grads = _map(_in_layout_of, inputs.grads, params)
-    return StepInputs(params, grads, tuple(_map(_copy, column, params) for column in inputs.slots))
+        made = layout.plans["results"] = Results(inputs.params, inputs.slots)
+    outputs: StepOutputs = made.make()
+    return outputs
 
 
-def _each_clone(tensors: list[Tensor]) -> list[Tensor]:
-    return [tensor.clone() for tensor in tensors]
+def copy_into(outputs: StepOutputs, inputs: StepInputs) -> None:
+    """Copy what a step in place is to write into tensors of the same layout."""
+    for new, old in zip(outputs.columns, inputs.targets.columns, strict=True):
+        _copy_all(new, old)
+
+
+def _copy_each(news: list[Tensor], olds: list[Tensor]) -> None:
+    for new, old in zip(news, olds, strict=True):
+        new.copy_(old)
 
 
 # One call for a list, where torch has it.
-_clone_all: Callable[[list[Tensor]], list[Tensor]] = getattr(torch, "_foreach_clone", _each_clone)
+_copy_all: Callable[[list[Tensor], list[Tensor]], object] = getattr(
+    torch, "_foreach_copy_", _copy_each
+)
 
 
-def packed(inputs: StepInputs) -> StepInputs:
-    """Return contiguous leaves laid side by side in fresh memory, as one leaf."""
-    return StepInputs.of([[torch.cat(column)] for column in inputs.columns])
-
-
-def unpacked(outputs: StepOutputs, sizes: list[int]) -> StepOutputs:
-    """Return the leaves that lie side by side in one.
-
-    They share a storage but no element, and are no views in the eyes of autograd: each has a
-    version of its own. This is far quicker than to allocate each of them.
-    """
-    split = torch.unsafe_split_with_sizes
-    return StepOutputs.of([list(split(column[0], sizes)) for column in outputs.columns])
+def clones(inputs: StepInputs) -> StepInputs:
+    """Return leaves of whatever class, copied, beside gradients as they are."""
+    return StepInputs(
+        [param.clone() for param in inputs.params],
+        inputs.grads,
+        tuple([tensor.clone() for tensor in column] for column in inputs.slots),
+    )
 
 
 def scaled_pieces(inputs: StepInputs, grad_scale: Number) -> Iterator[StepInputs]:
@@ -134,11 +133,6 @@ def _in_layout_of(tensor: Tensor, param: Tensor) -> Tensor:
     return torch.empty_like(param).copy_(tensor)
 
 
-def _copy(tensor: Tensor, param: Tensor) -> Tensor:
-    copy = tensor.clone()
-    return copy if copy.stride() == param.stride() else torch.empty_like(param).copy_(copy)
-
-
 def _is_dense(param: Tensor) -> bool:
     if param.is_neg():
         return False
@@ -162,14 +156,9 @@ _REMEMBERED = 32
 
 # Starting a team of threads costs as much as moving about this many elements.
 _SMALL = 4096
-# Kernels work on vectors, and on what remains at the end of a leaf in another way, which may round
-# differently. Leaves of a multiple of this many elements have no remainder in any dtype, so packing
-# them changes no bit.
-_LANES = 32
 # From so many on, small leaves are worth a call of their own.
 _ENOUGH = 8
-# So many elements of each tensor of a step stay in a core's cache between copying and moving. It is
-# also the most that share a storage.
+# So many elements of each tensor of a step stay in a core's cache between copying and moving.
 IN_CACHE = 1 << 18
 
 
@@ -177,7 +166,6 @@ class Batch(NamedTuple):
     """Leaves of one device and dtype to be moved by one call of a kernel."""
 
     indices: list[int]
-    sizes: list[int] | None = None  # to be laid side by side as one leaf: first dimension of each
     small: bool = False  # so small that a second thread would cost more than it does
 
     def among(self, indices: list[int]) -> Batch:
@@ -188,10 +176,12 @@ class Batch(NamedTuple):
 class Layout(NamedTuple):
     """What is the same for all leaves that look like these."""
 
-    batches: list[list[Batch]]  # for each device and dtype, how to move copies of its leaves
+    groups: list[list[int]]  # the leaves of each device and dtype
+    batches: list[list[Batch]]  # for each of these, how to move copies of its leaves
     batches_in_place: list[list[Batch]]  # and how to move the leaves themselves
     devices: list[torch.device]  # where leaves are
-    plans: dict[Any, Any]  # what was decided before: by rule, kernel and whether in place
+    plans: dict[Any, Any]  # what was decided before: by rule, kernel and whether in place; and
+    # where results go
     plain: bool  # no tensor is of a subclass that overrides operators
     ready: bool  # every tensor is contiguous, and no view that conjugates or negates when read
     real: bool  # none is complex
@@ -272,7 +262,8 @@ def _survey(inputs: StepInputs) -> Layout:
     inferred = any(map(Tensor.is_inference, tensors))
     writable = plain and ready and not inferred and not others_require_grad
     return Layout(
-        batches=[_batches(group, params, packing=plain and ready) for group in groups],
+        groups=groups,
+        batches=[_batches(group, params) for group in groups],
         batches_in_place=[_batches_in_place(group, params) for group in groups],
         devices=list({param.device for param in params}),
         plans={},
@@ -294,29 +285,13 @@ def _batches_in_place(group: list[int], params: Sequence[Tensor]) -> list[Batch]
     return [batch for batch in (Batch(small, small=True), Batch(large)) if batch.indices]
 
 
-def _batches(group: list[int], params: Sequence[Tensor], packing: bool) -> list[Batch]:
+def _batches(group: list[int], params: Sequence[Tensor]) -> list[Batch]:
+    found = _batches_in_place(group, params)
     if params[group[0]].device.type != "cpu":
-        return [Batch(group)]
-    batches = list(_packs(group, params)) if packing else []
-    packed = {index for pack in batches for index in pack.indices}
-    rest = [index for index in group if index not in packed]
-    for batch in _batches_in_place(rest, params) if rest else []:
-        batches.extend([batch] if batch.small else cut(batch.indices, params))
-    return batches
-
-
-def _packs(group: list[int], params: Sequence[Tensor]) -> Iterator[Batch]:
-    """Find small leaves that can lie side by side, as parts of one: their trailing shape is one."""
-    by_trailing: dict[object, list[int]] = {}
-    for index in group:
-        param = params[index]
-        if param.ndim > 0 and 0 < param.numel() <= _SMALL and param.numel() % _LANES == 0:
-            by_trailing.setdefault(param.shape[1:], []).append(index)
-    for indices in by_trailing.values():
-        for pack in cut(indices, params):
-            if len(pack.indices) >= _ENOUGH:
-                sizes = [params[index].shape[0] for index in pack.indices]
-                yield Batch(pack.indices, sizes, small=True)
+        return found
+    return [
+        part for batch in found for part in ([batch] if batch.small else cut(batch.indices, params))
+    ]
 
 
 def cut(indices: list[int], params: Sequence[Tensor]) -> Iterator[Batch]:

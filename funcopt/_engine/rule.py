@@ -134,6 +134,12 @@ class StepOutputs(NamedTuple):
         params, *slots = columns
         return cls(params, tuple(slots))
 
+    def take(self, indices: list[int]) -> StepOutputs:
+        """Return the leaves at these indices, which are in order."""
+        if len(indices) == len(self.params):
+            return self
+        return StepOutputs.of([[column[i] for i in indices] for column in self.columns])
+
 
 _NUMBERS = (int, float)  # False is one, too
 
@@ -173,15 +179,16 @@ class Kernel(NamedTuple):
         step_: `step_(inputs, numbers, options)` writes the new parameters and slots over the old.
         unsupported_reason: `unsupported_reason(device, numbers)` says why leaves on this device
             (with these numbers, if they are given) cannot be served, None if they can.
-        step: `step(inputs, numbers, options)` returns the same in fresh memory, if a kernel can do
-            that in one pass.
+        step_to: `step_to(inputs, outputs, numbers, options)` writes the same into the tensors of a
+            `StepOutputs`, each laid out like its parameter, if a kernel can do that in one pass.
+            Such a kernel is given all leaves of a dtype and device at once.
         scales_gradients: Whether it multiplies gradients by `numbers.grad_scale` on its way.
         takes_members: Whether numbers may differ between the members of stacked leaves.
     """
 
     step_: Callable[[StepInputs, Any, Any], None]
     unsupported_reason: Callable[[torch.device, Any], str | None] = _serves_all
-    step: Callable[[StepInputs, Any, Any], StepOutputs] | None = None
+    step_to: Callable[[StepInputs, StepOutputs, Any, Any], None] | None = None
     scales_gradients: bool = False
     takes_members: bool = False
 

@@ -117,30 +117,10 @@ def test_every_leaf_is_in_one_batch_of_its_device_and_dtype():
         assert all(b.indices == sorted(b.indices) for batches in groups for b in batches)
 
 
-def test_only_leaves_without_a_remainder_are_packed():
-    (batches,), _ = batches_of(*[(64,)] * 8, *[(10,)] * 8, *[(32, 3)] * 8)
-    packed = [batch for batch in batches if batch.sizes]
-    assert [batch.sizes for batch in packed] == [[64] * 8, [32] * 8]
-    assert [batch.indices[0] for batch in packed] == [0, 16]
-
-
-def test_leaves_that_need_another_layout_are_not_packed():
-    column = [torch.zeros(32, 4).T for _ in range(20)]
-    seen = layout_of(StepInputs.of([column, column[:], column[:], column[:]]))
-    assert not any(batch.sizes for batches in seen.batches for batch in batches)
-
-
 def test_large_leaves_are_cut_into_batches_that_fit_in_the_cache():
     (batches,), (in_place,) = batches_of(*[(1 << 17,)] * 8)
     assert [len(batch.indices) for batch in batches] == [2, 2, 2, 2]
     assert [len(batch.indices) for batch in in_place] == [8]
-
-
-def test_packs_share_no_more_than_fits_in_the_cache():
-    (batches,), _ = batches_of(*[(4096,)] * 1000)
-    sizes = [sum(batch.sizes) for batch in batches]
-    assert sum(sizes) == 4096 * 1000
-    assert max(sizes) <= memory.IN_CACHE
 
 
 def test_leaves_among_which_one_tensor_comes_twice_drive_nothing_else_out():

@@ -66,15 +66,8 @@ def _unsupported_reason(device: torch.device, numbers: Any) -> str | None:
     return None
 
 
-def _step(inputs: StepInputs, numbers: Any, options: Any) -> StepOutputs:
-    targets = inputs.targets.columns
-    outputs = StepOutputs.of([[torch.empty_like(tensor) for tensor in own] for own in targets])
-    _launch(inputs, outputs, numbers, options)
-    return outputs
-
-
 def _step_(inputs: StepInputs, numbers: Any, options: Any) -> None:
-    _launch(inputs, inputs.targets, numbers, options)
+    _step_to(inputs, inputs.targets, numbers, options)
 
 
 @functools.cache
@@ -108,7 +101,7 @@ def _unfit_gpu(device: torch.device, triton: Any) -> str | None:
     return None
 
 
-def _launch(inputs: StepInputs, outputs: StepOutputs, numbers: Any, options: Any) -> None:
+def _step_to(inputs: StepInputs, outputs: StepOutputs, numbers: Any, options: Any) -> None:
     source = _source()
     param = inputs.params[0]
     lead = param.shape[: max(n.ndim if isinstance(n, Tensor) else 0 for n in numbers)]
@@ -177,5 +170,5 @@ def _table(words: list[int], numbers: list[Tensor | list[float]], device: torch.
 
 
 ADAMW_TRITON = Kernel(
-    _step_, _unsupported_reason, step=_step, scales_gradients=True, takes_members=True
+    _step_, _unsupported_reason, step_to=_step_to, scales_gradients=True, takes_members=True
 )

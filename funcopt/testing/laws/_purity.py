@@ -43,26 +43,28 @@ def outputs_share_no_memory(opt: Any, params: Tree, gradient_sequence: list[Tree
 
 
 def _check_memory(number: int, results: dict[str, Tree], given: dict[str, Tree]) -> None:
-    owners = {
-        pointer: path for root, tree in given.items() for path, pointer in _memory(tree, root)
-    }
+    taken = [place for root, tree in given.items() for place in _places(tree, root)]
     for root, tree in results.items():
-        for path, pointer in _memory(tree, f"new_{root}"):
-            if pointer in owners:
+        for start, end, path in _places(tree, f"new_{root}"):
+            owner = next((own for first, last, own in taken if first < end and start < last), None)
+            if owner is not None:
                 raise LawBroken(
-                    f"outputs_share_no_memory: step {number}, {path}: got the memory of "
-                    f"{owners[pointer]}, expected its own"
+                    f"outputs_share_no_memory: step {number}, {path}: got the memory of {owner}, "
+                    f"expected its own"
                 )
-            owners[pointer] = path
+            taken.append((start, end, path))
 
 
-def _memory(tree: Tree, root: str) -> list[tuple[str, int]]:
+def _places(tree: Tree, root: str) -> list[tuple[int, int, str]]:
+    """Where the elements of each leaf lie: those of several may share one storage."""
     leaves, structure = pytree.flatten(tree)
-    return [
-        (path, leaf.untyped_storage().data_ptr())
-        for path, leaf in zip(pytree.paths(structure, root), leaves, strict=True)
-        if isinstance(leaf, Tensor) and leaf.numel() > 0
-    ]
+    places = []
+    for path, leaf in zip(pytree.paths(structure, root), leaves, strict=True):
+        if isinstance(leaf, Tensor) and leaf.numel() > 0:
+            last = sum(s * (n - 1) for s, n in zip(leaf.stride(), leaf.shape, strict=True))
+            start = leaf.data_ptr()
+            places.append((start, start + (last + 1) * leaf.element_size(), path))
+    return places
 
 
 def deterministic(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> None:
@@ -109,12 +111,12 @@ def inplace_is_pure(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> No
     if not callable(getattr(opt, "update_", None)):
         raise NotApplicable("it has no update_")
     own, state = clone(params), opt.init(params)
-    memory = _memory((own, state), "")
+    memory = _places((own, state), "")
     for step in run(opt, params, gradient_sequence):
         result = opt.update_(step.grads, state, own)
         compare_moved("inplace_is_pure", step.number, (own, state), step.moved)
         compare("inplace_is_pure", step.number, "result", result, (own, state))
-    if _memory((own, state), "") != memory:
+    if _places((own, state), "") != memory:
         raise LawBroken("inplace_is_pure: the tensors were moved in memory instead of written")
 
 

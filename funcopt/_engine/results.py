@@ -1,0 +1,299 @@
+"""Memory for the results of an update out of place: few allocations, used again once they are free.
+
+The results of a step are written into fresh tensors. To allocate each of them takes longer than to
+move a small leaf, so leaves that have the same shape but for the first dimension are split from one
+tensor. They share its storage but no element, and are no views in the eyes of autograd: each has a
+version of its own.
+
+On the CPU, fresh memory of a large size comes from the system page by page, which takes longer than
+the step itself. So funcopt keeps the storages of large results, and writes into one again once
+nobody else holds it. Whoever holds a result in any way (a view, a detached tensor, NumPy, DLPack,
+what autograd saved, another thread) is among those whom torch counts as users of its storage; a
+storage that other processes see, or that was resized, has moved. No more is kept than the results
+of two steps for trees of one look, and what was not asked for a while is given back.
+
+On CUDA there is one user that is not counted: work that was queued on another stream, whose tensor
+was marked by `record_stream` and then dropped. There, results are used again if one asks for it.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import sys
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from itertools import chain
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._core import transforms
+from .._core.tensors import with_large_pages
+from .rule import StepOutputs
+
+# The users of a storage. The question is private to torch; where it cannot be asked, nothing is
+# kept, and every result is allocated.
+_count_users: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count", None)
+
+# Where results are used again.
+_reused = {"cpu"}
+
+# Smaller storages come from memory that the process has: to keep them would gain nothing.
+_WORTH_KEEPING = 1 << 17  # bytes
+# So many at most share a storage, all of which lives as long as one of them. On a GPU, to allocate
+# takes as long as to write some megabytes.
+_SHARED = {"cpu": 1 << 20, "cuda": 1 << 26}  # bytes
+# Where the next one may start: it can be viewed as any dtype, as a whole allocation can.
+_ALIGNED = 16  # bytes
+# Results of all columns share one where they are small: parameters and slots then live together.
+_SHARED_BY_COLUMNS = 1 << 16  # bytes
+# One storage holds what is old in the next step; the other is what that writes into.
+_MOST_KEPT = 2
+# Storages that were not asked for during so many updates are given back.
+_PATIENCE = 32
+
+_split = torch.unsafe_split_with_sizes
+
+
+class _Kept(NamedTuple):
+    """A storage that may be written again."""
+
+    base: Tensor
+    storage: torch.UntypedStorage
+    address: int  # of the storage, by which torch counts who uses it
+    alone: tuple[int, int, int]  # what `_held` said when nobody else held it
+
+    @property
+    def is_free(self) -> bool:
+        """Whether nobody else holds it, and it is what it was."""
+        return _held(self.base, self.storage, self.address) == self.alone
+
+    @property
+    def has_moved(self) -> bool:
+        """Whether it was resized, or other processes see it."""
+        return self.base.data_ptr() != self.alone[2]
+
+
+def _held(base: Tensor, storage: torch.UntypedStorage, address: int) -> tuple[int, int, int]:
+    """Return how many hold a storage, how many its object in Python, and where its memory is.
+
+    Torch makes one object of Python for a storage and counts that once, however many hold it.
+    """
+    users = _count_users(address) if _count_users is not None else -1
+    return users, sys.getrefcount(storage), base.data_ptr()
+
+
+class _Like(NamedTuple):
+    """What a result looks like."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...] | None  # None if it is contiguous
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @classmethod
+    def of(cls, param: Tensor) -> _Like:
+        """Return what a copy of a tensor looks like: dense, in the order of its dimensions."""
+        strides = None
+        if not param.is_contiguous():
+            strides = torch.empty_like(param, device="meta").stride()
+        return cls(tuple(param.shape), strides, param.dtype, param.device)
+
+    def empty(self) -> Tensor:
+        """Return such a tensor, whose values mean nothing."""
+        if self.strides is not None:
+            return torch.empty_strided(
+                self.shape, self.strides, dtype=self.dtype, device=self.device
+            )
+        return with_large_pages(torch.empty(self.shape, dtype=self.dtype, device=self.device))
+
+
+class _Block:
+    """Results that share a storage: parts of one tensor, of so many rows each."""
+
+    def __init__(self, whole: _Like, rows: list[int]) -> None:
+        """Plan for them; without rows, the whole is the only one, and cannot be split."""
+        self.whole, self.rows = whole, rows
+        self.nbytes = whole.nbytes
+        self.can_be_kept = bool(rows) and self.nbytes >= _WORTH_KEEPING
+        self.kept: dict[object, list[_Kept]] = {}  # by the stream that writes and reads them
+
+    def results(self, stream: object | None) -> Sequence[Tensor]:
+        """Return tensors to write into; without a stream, nothing is kept or used again."""
+        if not self.rows:
+            return [self.whole.empty()]
+        if stream is None or not self.can_be_kept:
+            return _split(self.whole.empty(), self.rows)
+        kept = self.kept.setdefault(stream, [])
+        for _ in range(len(kept)):
+            try:
+                found = kept.pop(0)  # so that no other thread takes it
+            except IndexError:
+                break
+            if found.is_free:
+                results = _split(found.base, self.rows)
+                kept.append(found)
+                return results
+            if not found.has_moved:
+                kept.append(found)
+        base = self.whole.empty()
+        fresh = _Kept(base, base.untyped_storage(), base.untyped_storage()._cdata, (0, 0, 0))
+        fresh = fresh._replace(alone=_held(fresh.base, fresh.storage, fresh.address))
+        results = _split(base, self.rows)
+        del kept[: max(0, 1 + len(kept) - _MOST_KEPT)]
+        kept.append(fresh)  # now that it is held, so that no other thread finds it free
+        return results
+
+
+class Results:
+    """Where steps on leaves that look alike write what comes of them."""
+
+    def __init__(self, params: Sequence[Tensor], slots: Sequence[Sequence[Tensor]]) -> None:
+        """Take note of what results there are: parameters first, all laid out like these."""
+        likes = list(map(_Like.of, params))
+        self._length = len(likes)
+        self._columns = [
+            likes,
+            *(
+                [
+                    like._replace(dtype=tensor.dtype)
+                    for like, tensor in zip(likes, slot, strict=True)
+                ]
+                for slot in slots
+            ),
+        ]
+        self.last = 0  # when memory was asked for
+
+    @cached_property
+    def _blocks(self) -> list[_Block]:
+        return [block for block, _ in self._plan]
+
+    @cached_property
+    def _plan(self) -> list[tuple[_Block, list[int]]]:
+        """The blocks, and which results lie in each."""
+        return list(_plan_blocks(self._columns))
+
+    @cached_property
+    def _order(self) -> Callable[[Any], Sequence[Tensor]] | None:
+        """What puts the results of all blocks into the order of the columns, if they are not."""
+        found = list(chain.from_iterable(indices for _, indices in self._plan))
+        if found == list(range(len(found))):
+            return None
+        return operator.itemgetter(*sorted(range(len(found)), key=found.__getitem__))
+
+    @cached_property
+    def _kind(self) -> torch.device | None:
+        """The one device on which anything may be kept."""
+        devices = {like.device for like in self._columns[0]}
+        keeps = any(block.can_be_kept for block in self._blocks)
+        return devices.pop() if keeps and len(devices) == 1 else None
+
+    def make(self) -> StepOutputs:
+        """Return tensors to write the results into, whose values mean nothing."""
+        stream = None if self._kind is None else self._stream(self._kind)
+        flat: Sequence[Tensor] = [
+            tensor for block in self._blocks for tensor in block.results(stream)
+        ]
+        if self._order is not None:
+            flat = self._order(flat)
+        count = self._length
+        columns = [list(flat[i * count : (i + 1) * count]) for i in range(len(self._columns))]
+        return StepOutputs(columns[0], tuple(columns[1:]))
+
+    def _stream(self, device: torch.device) -> object | None:
+        """Return what orders the steps on this memory, None if it is not to be used again."""
+        if _count_users is None or device.type not in _reused:
+            return None
+        if torch.is_inference_mode_enabled() or transforms.capturing():
+            return None
+        _note(self)
+        return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else "cpu"
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes are kept."""
+        return sum(
+            len(kept) * block.nbytes for block in self._blocks for kept in block.kept.values()
+        )
+
+    def release(self) -> None:
+        """Give back what is kept."""
+        for block in self._blocks:
+            block.kept = {}
+        _keepers.discard(self)
+
+
+def _plan_blocks(columns: Sequence[list[_Like]]) -> Iterator[tuple[_Block, list[int]]]:
+    """Group results by what they may share a storage with, and cut the groups."""
+    alike: dict[object, list[tuple[int, _Like]]] = {}
+    for place, column in enumerate(columns):
+        is_small = sum(like.nbytes for like in column) <= _SHARED_BY_COLUMNS
+        for number, like in enumerate(column, place * len(column)):
+            key: object = number
+            if len(like.shape) > 0 and like.strides is None and like.nbytes % _ALIGNED == 0:
+                key = like.shape[1:], like.dtype, like.device, None if is_small else place
+            alike.setdefault(key, []).append((number, like))
+    for group in alike.values():
+        yield from _cut(group)
+
+
+def _cut(group: list[tuple[int, _Like]]) -> Iterator[tuple[_Block, list[int]]]:
+    most = _SHARED.get(group[0][1].device.type, 0)
+    start, nbytes = 0, 0
+    for end, (_, like) in enumerate(group):
+        if end > start and nbytes + like.nbytes > most:
+            yield _block(group[start:end])
+            start, nbytes = end, 0
+        nbytes += like.nbytes
+    yield _block(group[start:])
+
+
+def _block(group: list[tuple[int, _Like]]) -> tuple[_Block, list[int]]:
+    indices, likes = zip(*group, strict=True)
+    first = likes[0]
+    if first.strides is not None or not first.shape:
+        return _Block(first, []), list(indices)
+    rows = [like.shape[0] for like in likes]
+    return _Block(first._replace(shape=(sum(rows), *first.shape[1:])), rows), list(indices)
+
+
+# Those that may keep something, and how often any was asked.
+_keepers: weakref.WeakSet[Results] = weakref.WeakSet()
+_asked = 0
+
+
+def _note(results: Results) -> None:
+    """Note that memory was asked for, and give back what nobody has asked for in a while."""
+    global _asked  # noqa: PLW0603  # a count that threads may lose a step of
+    _asked += 1
+    results.last = _asked
+    _keepers.add(results)
+    if len(_keepers) > 1 and _asked % _PATIENCE == 0:
+        for other in list(_keepers):
+            if other.last < _asked - _PATIENCE:
+                other.release()
+
+
+def kept_bytes() -> int:
+    """Return how many bytes of results are kept to be used again, held by somebody or not."""
+    return sum(results.nbytes for results in list(_keepers))
+
+
+def release_all() -> None:
+    """Give back what is kept. Results that somebody holds stay as they are."""
+    for results in list(_keepers):
+        results.release()
+
+
+def set_reuse(device_type: str, enabled: bool) -> None:
+    """Use results on devices of a type again, or do not."""
+    (_reused.add if enabled else _reused.discard)(device_type)
+    if not enabled:
+        release_all()
