@@ -59,6 +59,7 @@ FLOORS = [
     "optimizers",
     "optimizers._adam",
     "optimizers.adamw",
+    "optimizers._native",
     "optimizers._adam.adjoint",
     "optimizers._adam.kernels",
     "optimizers._adam.triton",
