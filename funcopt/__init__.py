@@ -4,6 +4,7 @@ import importlib
 from types import ModuleType
 
 from . import extend, memory, schedules
+from ._config import show_config
 from ._core.types import Number, Optimizer, ParamsT, Schedule, Tree
 from .optimizers.adam import Adam, AdamState
 from .optimizers.adamw import AdamW, AdamWState
@@ -64,6 +65,7 @@ __all__ = [
     "memory",
     "replace",
     "schedules",
+    "show_config",
 ]
 
 __version__ = "0.1.0"

@@ -55,6 +55,7 @@ _RULE = UpdateRule(
     equations=_equations,
     equations_=_equations_,
     kernels={
+        "native": "funcopt.optimizers._native:ADAM",
         "fused": "funcopt.optimizers._adam.kernels:ADAM_FUSED",
         "foreach": "funcopt.optimizers._adam.kernels:ADAM_FOREACH",
     },

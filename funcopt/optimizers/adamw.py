@@ -139,6 +139,7 @@ _RULE = UpdateRule(
     equations=_equations,
     equations_=_equations_,
     kernels={
+        "native": "funcopt.optimizers._native:ADAMW",
         "fused": "funcopt.optimizers._adam.kernels:ADAMW_FUSED",
         "triton": "funcopt.optimizers._adam.triton:ADAMW_TRITON",
         "foreach": "funcopt.optimizers._adam.kernels:ADAMW_FOREACH",

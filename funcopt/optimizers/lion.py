@@ -87,7 +87,7 @@ _RULE = UpdateRule(
     options=("maximize",),
     coefficients=coefficients,
     equations=_equations,
-    kernels={"foreach": _FOREACH},
+    kernels={"native": "funcopt.optimizers._native:LION", "foreach": _FOREACH},
     traits=ELEMENTWISE_BY_RULE,
 )
 

@@ -139,6 +139,7 @@ _RULE = UpdateRule(
     coefficients=coefficients,
     equations=_equations,
     kernels={
+        "native": "funcopt.optimizers._native:SGD",
         "fused": _FUSED._replace(unsupported_reason=_fused_unsupported_reason),
         "foreach": _FOREACH,
     },

@@ -87,7 +87,8 @@ def test_a_wrong_type_is_refused_with_what_is_wanted(options, message):
 
 @pytest.mark.parametrize("kernel", ["fast", "", None, ["fused"]])
 def test_an_unknown_kernel_is_refused_with_the_names_there_are(kernel):
-    with pytest.raises(ValueError, match="must be one of auto, fused, triton, foreach, plain"):
+    names = "auto, native, fused, triton, foreach, plain"
+    with pytest.raises(ValueError, match=f"must be one of {names}"):
         AdamW(kernel=kernel)
 
 

@@ -173,7 +173,7 @@ def test_bad_options_are_refused_with_their_value():
         Adam(betas=(1.0, 0.9))
     with pytest.raises(TypeError, match="must be a pair"):
         Adam(betas=0.9)
-    with pytest.raises(ValueError, match="must be one of auto, fused, foreach, plain"):
+    with pytest.raises(ValueError, match="must be one of auto, native, fused, foreach, plain"):
         Adam(kernel="triton")
     assert dataclasses.replace(Adam(), lr=0.1) == Adam(lr=0.1)
 

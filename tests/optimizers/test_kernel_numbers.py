@@ -14,6 +14,8 @@ from .. import oracle
 from ..cases import no_synchronization, random_like
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# Those kernels that serve one device alone.
+SERVED = {"native": "cpu", "triton": "cuda"}
 # Each dtype holds them in its own way, and within their ranges.
 NUMBERS = {"lr": 0.1, "beta1": 0.8, "beta2": 0.95, "eps": 1e-3, "weight_decay": 0.3}
 
@@ -134,7 +136,7 @@ def check(opt, method, place, name, form) -> None:
         (name, kernel)
         for name, place in PLACES.items()
         for kernel in AdamW.rule.kernel_names
-        if kernel != "triton" or place.params == "cuda"
+        if SERVED.get(kernel, place.params) == place.params
     ],
     indirect=["place"],
 )
@@ -143,7 +145,10 @@ def test_a_number_of_any_form_is_taken_or_refused_by_name(name, kernel, method, 
     for form in forms(name, place).values():
         opt = opt_with(name, form, kernel)
         on_device = not place.read and not isinstance(form, float)
-        if on_device and kernel in ("fused", "foreach") and name != "lr" and form_is_tensor(form):
+        if kernel == "native" and not place.read:  # it takes no count that it cannot read
+            with pytest.raises(ValueError, match=r"step is on .*kernel='auto'"):
+                check(opt, method, place, name, form)
+        elif on_device and kernel in ("fused", "foreach") and name != "lr" and form_is_tensor(form):
             public = {"beta1": r"betas\[0\]", "beta2": r"betas\[1\]"}.get(name, name)
             with pytest.raises(ValueError, match=f"{public} is on .*kernel='auto'"):
                 check(opt, method, place, name, form)

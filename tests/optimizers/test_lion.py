@@ -171,5 +171,5 @@ def test_bad_options_are_refused_with_their_value():
         ValueError, match=r"betas\[1\]=1.0: betas\[1\] must be at least 0 and below"
     ):
         Lion(betas=(0.9, 1.0))
-    with pytest.raises(ValueError, match="must be one of auto, foreach, plain"):
+    with pytest.raises(ValueError, match="must be one of auto, native, foreach, plain"):
         Lion(kernel="fused")

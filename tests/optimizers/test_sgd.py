@@ -235,7 +235,7 @@ REFUSED = {
         "momentum": 0.9,
         "dampening": 0.1,
     },
-    "kernel='triton': must be one of auto, fused, foreach, plain": {"kernel": "triton"},
+    "kernel='triton': must be one of auto, native, fused, foreach, plain": {"kernel": "triton"},
 }
 
 

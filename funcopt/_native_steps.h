@@ -1,0 +1,235 @@
+/* The equations of a step, vector by vector: what Adam, SGD and Lion do to a range of memory.
+ *
+ * This file is included for float and for double, and for each set of instructions, with these
+ * defined: REAL; INTEGER, which is as large; WIDTH, how many of them make a vector; OP(name), the
+ * intrinsic of this name; NAME(name). At a width of 1 a vector is an element, in plain C.
+ *
+ * Every element goes the same way. MULTIPLY_ADD(a, b, c) is a * b + c with a single rounding, in
+ * the places where torch's own vectors have it; all other operations are rounded one by one, for
+ * which the compiler must be told not to contract them. So no bit depends on where an element lies,
+ * nor on the instructions that a processor has.
+ *
+ * `olds` are the parameter, the gradient and the slots before the step, `news` the parameter and
+ * the slots after it, in whole vectors. Old and new may be the same memory. `own` are the
+ * coefficients of a member.
+ */
+
+#if WIDTH == 1
+typedef REAL NAME(Vector);
+#define LOAD(source) (*(source))
+#define STORE(target, vector) (*(target) = (vector))
+#define STREAM(target, vector) STORE(target, vector)
+#define SPREAD(number) ((REAL)(number))
+#define MULTIPLY_ADD(a, b, c) OP(fma)(a, b, c)
+#define SQUARE_ROOT(vector) OP(sqrt)(vector)
+#else
+typedef REAL NAME(Vector) __attribute__((vector_size(WIDTH * sizeof(REAL))));
+typedef INTEGER NAME(Mask) __attribute__((vector_size(WIDTH * sizeof(REAL))));
+#define LOAD(source) OP(loadu)(source)
+#define STORE(target, vector) OP(storeu)(target, vector)
+#define STREAM(target, vector) OP(stream)(target, vector)
+#define SPREAD(number) OP(set1)((REAL)(number))
+#define MULTIPLY_ADD(a, b, c) OP(fmadd)(a, b, c)
+#define SQUARE_ROOT(vector) OP(sqrt)(vector)
+#endif
+#define VECTOR NAME(Vector)
+
+/* Return the larger of two, or NaN if either is, as torch.maximum. */
+INLINE VECTOR NAME(larger)(VECTOR one, VECTOR other)
+{
+#if WIDTH == 1
+    return one > other || one != one ? one : other;
+#else
+    const NAME(Mask) takes_one = (one > other) | (one != one);
+    return (VECTOR)((takes_one & (NAME(Mask))one) | (~takes_one & (NAME(Mask))other));
+#endif
+}
+
+/* Return 1, 0 or -1; for NaN 0, as torch.sign. */
+INLINE VECTOR NAME(sign)(VECTOR vector)
+{
+#if WIDTH == 1
+    return (REAL)(vector > 0) - (REAL)(vector < 0);
+#else
+    const VECTOR zero = SPREAD(0);
+    const NAME(Mask) one = (NAME(Mask))SPREAD(1);
+    return (VECTOR)((vector > zero) & one) - (VECTOR)((vector < zero) & one);
+#endif
+}
+
+/* Write a vector, past the cache if `streamed`. */
+INLINE void NAME(put)(REAL *target, VECTOR vector, int streamed)
+{
+    if (streamed)
+        STREAM(target, vector);
+    else
+        STORE(target, vector);
+}
+
+INLINE void NAME(adam)(const double *own, const REAL *const *olds, REAL *const *news,
+                       int64_t count, int streamed, int coupled, int amsgrad)
+{
+    const VECTOR factor = SPREAD(own[GRAD_FACTOR]), decay = SPREAD(own[DECAY]);
+    const VECTOR remainder = SPREAD(own[REMAINDER]), weight = SPREAD(own[LERP_WEIGHT]);
+    const VECTOR beta2 = SPREAD(own[BETA2]), gain2 = SPREAD(own[GAIN2]), eps = SPREAD(own[EPS]);
+    const VECTOR descent = SPREAD(own[DESCENT]), root = SPREAD(own[CORRECTION2_ROOT]);
+    const int from_average = own[LERP_FROM_AVERAGE] != 0.0;
+
+    ELEMENTS_ARE_INDEPENDENT
+    for (int64_t i = 0; i < count; i += WIDTH) {
+        const VECTOR param = LOAD(olds[0] + i), average = LOAD(olds[2] + i);
+        VECTOR grad = LOAD(olds[1] + i) * factor;
+        if (coupled)
+            grad = MULTIPLY_ADD(param, decay, grad);
+        /* As torch.lerp, which starts from the end that is nearer. */
+        const VECTOR start = from_average ? average : grad;
+        const VECTOR new_average = MULTIPLY_ADD(weight, grad - average, start);
+        const VECTOR scaled = LOAD(olds[3] + i) * beta2;
+        const VECTOR square = MULTIPLY_ADD(gain2 * grad, grad, scaled);
+        VECTOR largest = square;
+        if (amsgrad) {
+            largest = NAME(larger)(LOAD(olds[4] + i), square);
+            NAME(put)(news[3] + i, largest, streamed);
+        }
+        const VECTOR denominator = SQUARE_ROOT(largest) / root + eps;
+        NAME(put)(news[1] + i, new_average, streamed);
+        NAME(put)(news[2] + i, square, streamed);
+        NAME(put)(news[0] + i, param * remainder + descent * new_average / denominator, streamed);
+    }
+}
+
+INLINE void NAME(sgd)(const double *own, const REAL *const *olds, REAL *const *news, int64_t count,
+                      int streamed, int coupled, int buffered, int nesterov)
+{
+    const VECTOR factor = SPREAD(own[GRAD_FACTOR]), decay = SPREAD(own[DECAY]);
+    const VECTOR momentum = SPREAD(own[MOMENTUM]), gain = SPREAD(own[GAIN]);
+    const VECTOR descent = SPREAD(own[DESCENT]);
+
+    ELEMENTS_ARE_INDEPENDENT
+    for (int64_t i = 0; i < count; i += WIDTH) {
+        const VECTOR param = LOAD(olds[0] + i);
+        VECTOR grad = LOAD(olds[1] + i) * factor;
+        if (coupled)
+            grad = MULTIPLY_ADD(param, decay, grad);
+        if (buffered) {
+            const VECTOR scaled = LOAD(olds[2] + i) * momentum;
+            const VECTOR buffer = MULTIPLY_ADD(grad, gain, scaled);
+            NAME(put)(news[1] + i, buffer, streamed);
+            if (nesterov)
+                grad = MULTIPLY_ADD(buffer, momentum, grad);
+            else
+                grad = buffer;
+        }
+        NAME(put)(news[0] + i, MULTIPLY_ADD(grad, descent, param), streamed);
+    }
+}
+
+INLINE void NAME(lion)(const double *own, const REAL *const *olds, REAL *const *news,
+                       int64_t count, int streamed)
+{
+    const VECTOR factor = SPREAD(own[GRAD_FACTOR]), decay = SPREAD(own[DECAY]);
+    const VECTOR beta1 = SPREAD(own[BETA1]), gain1 = SPREAD(own[GAIN1]);
+    const VECTOR beta2 = SPREAD(own[BETA2]), gain2 = SPREAD(own[GAIN2]);
+    const VECTOR descent = SPREAD(own[DESCENT]);
+
+    ELEMENTS_ARE_INDEPENDENT
+    for (int64_t i = 0; i < count; i += WIDTH) {
+        const VECTOR param = LOAD(olds[0] + i), average = LOAD(olds[2] + i);
+        const VECTOR grad = LOAD(olds[1] + i) * factor;
+        const VECTOR direction = NAME(sign)(grad * gain1 + average * beta1);
+        NAME(put)(news[1] + i, grad * gain2 + average * beta2, streamed);
+        NAME(put)(news[0] + i, param + (direction + param * decay) * descent, streamed);
+    }
+}
+
+/* Choose the loop once for a range, so that within it nothing is asked. */
+INLINE void NAME(vectors)(const Job *job, const double *own, const REAL *const *olds,
+                          REAL *const *news, int64_t count, int streamed)
+{
+    const int coupled = own[COUPLED] != 0.0, buffered = job->old_columns == 3;
+    if (job->rule == LION)
+        NAME(lion)(own, olds, news, count, streamed);
+    else if (job->rule == SGD) {
+        if (!buffered && !coupled)
+            NAME(sgd)(own, olds, news, count, streamed, 0, 0, 0);
+        else if (!buffered)
+            NAME(sgd)(own, olds, news, count, streamed, 1, 0, 0);
+        else if (!job->nesterov && !coupled)
+            NAME(sgd)(own, olds, news, count, streamed, 0, 1, 0);
+        else if (!job->nesterov)
+            NAME(sgd)(own, olds, news, count, streamed, 1, 1, 0);
+        else if (!coupled)
+            NAME(sgd)(own, olds, news, count, streamed, 0, 1, 1);
+        else
+            NAME(sgd)(own, olds, news, count, streamed, 1, 1, 1);
+    }
+    else if (job->old_columns == 5 && !coupled)
+        NAME(adam)(own, olds, news, count, streamed, 0, 1);
+    else if (job->old_columns == 5)
+        NAME(adam)(own, olds, news, count, streamed, 1, 1);
+    else if (!coupled)
+        NAME(adam)(own, olds, news, count, streamed, 0, 0);
+    else
+        NAME(adam)(own, olds, news, count, streamed, 1, 0);
+}
+
+/* Move elements by way of blocks that stay in the cache: 16-bit ones, which are computed in float,
+ * and those behind the last whole vector. */
+static void NAME(staged)(const Job *job, int64_t leaf, int64_t begin, int64_t end,
+                         const double *own)
+{
+    REAL loaded[MOST_OLDS][BLOCK], computed[MOST_NEWS][BLOCK];
+    const REAL *olds[MOST_OLDS];
+    REAL *news[MOST_NEWS];
+    for (int column = 0; column < job->old_columns; column++)
+        olds[column] = loaded[column];
+    for (int column = 0; column < job->new_columns; column++)
+        news[column] = computed[column];
+    for (int64_t at = begin; at < end; at += BLOCK) {
+        const int64_t count = end - at < BLOCK ? end - at : BLOCK;
+        const int64_t whole = (count + WIDTH - 1) / WIDTH * WIDTH;
+        for (int column = 0; column < job->old_columns; column++) {
+            JOIN(take, REAL)(job, old_at(job, column, leaf) + at * job->item, loaded[column], count);
+            for (int64_t i = count; i < whole; i++)
+                loaded[column][i] = 0;
+        }
+        if (own[ROUNDED_FACTOR] != 1.0)
+            JOIN(scale_rounded, REAL)(job, (REAL)own[ROUNDED_FACTOR], loaded[1], count);
+        NAME(vectors)(job, own, olds, news, whole, 0);
+        for (int column = 0; column < job->new_columns; column++)
+            JOIN(give, REAL)(job, computed[column], new_at(job, column, leaf) + at * job->item, count);
+    }
+}
+
+/* Move the elements of one leaf from `begin` to `end`, which are of one member. */
+static void NAME(range)(const Job *job, int64_t leaf, int64_t begin, int64_t end, const double *own)
+{
+    const int64_t count = job->item == sizeof(REAL) ? (end - begin) / WIDTH * WIDTH : 0;
+    const REAL *olds[MOST_OLDS];
+    REAL *news[MOST_NEWS];
+    if (count > 0) {
+        for (int column = 0; column < job->old_columns; column++)
+            olds[column] = (const REAL *)old_at(job, column, leaf) + begin;
+        for (int column = 0; column < job->new_columns; column++)
+            news[column] = (REAL *)new_at(job, column, leaf) + begin;
+        if (is_streamed(job, leaf, begin, count))
+            NAME(vectors)(job, own, olds, news, count, 1);
+        else
+            NAME(vectors)(job, own, olds, news, count, 0);
+    }
+    if (begin + count < end)
+        NAME(staged)(job, leaf, begin + count, end, own);
+}
+
+#undef LOAD
+#undef STORE
+#undef STREAM
+#undef SPREAD
+#undef MULTIPLY_ADD
+#undef SQUARE_ROOT
+#undef VECTOR
+#undef REAL
+#undef INTEGER
+#undef WIDTH
+#undef OP
+#undef NAME

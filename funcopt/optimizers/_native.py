@@ -1,0 +1,129 @@
+"""The step by a kernel of our own on the CPU: one pass over memory, out of place as in place.
+
+torch's fused kernels move in place, so a pure update by them copies first: 13 reads and writes of a
+leaf by Adam, where one that reads old tensors and writes new ones has 7. The kernel is the compiled
+module `funcopt._native`. Where that could not be built, this file can be imported all the same, and
+its kernels say why they serve nothing.
+
+On whole vectors its bits are those of torch's fused kernels. torch rounds the elements behind the
+last whole vector in another way; here all are rounded alike, so that no bit depends on where an
+element lies, with what it is packed or how many threads there are.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from functools import partial
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._core import transforms
+from .._engine.rule import Kernel, StepInputs, StepOutputs, is_read
+from .adamw import HYPERPARAMS
+
+extension: Any = None
+unserved: str | None = None  # why it serves nothing on this machine
+try:
+    extension = importlib.import_module("funcopt._native")
+except ImportError as error:
+    unserved = f"its extension was not built: {error}"
+else:
+    if not extension.instructions()[0][1]:
+        unserved = "this processor has no instruction for a fused multiply-add"
+
+# As they are numbered in the extension.
+ADAM_RULE, ADAMW_RULE, SGD_RULE, LION_RULE = range(4)
+_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+# Those names that users know by another one are the same in every optimizer.
+_PATHS = {own.name: own.path for own in HYPERPARAMS}
+
+
+def step_(rule: int, inputs: StepInputs, numbers: Any, options: Any) -> None:
+    """Write the new parameters and slots over the old."""
+    _call(rule, inputs, (), numbers, options)
+
+
+def step_to(
+    rule: int, inputs: StepInputs, outputs: StepOutputs, numbers: Any, options: Any
+) -> None:
+    """Write the new parameters and slots into other tensors, which are laid out like the old."""
+    _call(rule, inputs, outputs.columns, numbers, options)
+
+
+def _call(
+    rule: int, inputs: StepInputs, outputs: Sequence[list[Tensor]], numbers: Any, options: Any
+) -> None:
+    columns = inputs.columns
+    if not inputs.params or inputs.params[0].is_meta:  # which has no values
+        return
+    members, values = (1, numbers) if is_read(numbers) else _values(inputs.params[0], numbers)
+    extension.step(
+        rule,
+        _DTYPES[inputs.params[0].dtype],
+        len(columns),
+        options.maximize,
+        getattr(options, "nesterov", False),
+        members,
+        torch.get_num_threads(),
+        list(map(Tensor.numel, inputs.params)),
+        list(map(Tensor.data_ptr, chain(*columns, *outputs))),
+        values,
+    )
+
+
+def _values(param: Tensor, numbers: Any) -> tuple[int, tuple[float | list[float], ...]]:
+    """Return how many members stacked leaves have, and the numbers: one for all or one each."""
+    values = list(numbers)
+    ndim = max([number.ndim for number in values if isinstance(number, Tensor)], default=0)
+    lead = param.shape[:ndim]
+    for index, number in enumerate(values):
+        if isinstance(number, Tensor):
+            # Of size 1 in a dimension of members over which it does not differ.
+            every = number if number.ndim == 0 else number.expand(lead)
+            own = every.double().reshape(-1).tolist()
+            values[index] = own if number.ndim > 0 else own[0]
+    return lead.numel(), tuple(values)
+
+
+def _unsupported_reason(device: torch.device, numbers: Any) -> str | None:
+    if device.type != "cpu":
+        return f"it serves cpu, not {device.type}"
+    if unserved is not None or numbers is None or is_read(numbers):
+        return unserved
+    for name, number in zip(numbers._fields, numbers, strict=True):
+        if isinstance(number, Tensor) and not transforms.on_host(number):
+            path = _PATHS.get(name, name)
+            return f"it takes numbers whose value can be read, and {path} is on {number.device}"
+    return None
+
+
+def instruction_sets() -> list[tuple[str, bool]]:
+    """Return those that this processor has, best first: names, and whether a step is fast."""
+    sets: list[tuple[str, bool]] = extension.instructions()
+    return sets
+
+
+def use(name: str) -> None:
+    """Use this set of instructions from now on, for tests: results do not depend on it."""
+    extension.use(name)
+
+
+def _kernel(rule: int) -> Kernel:
+    return Kernel(
+        partial(step_, rule),
+        _unsupported_reason,
+        step_to=partial(step_to, rule),
+        scales_gradients=True,
+        takes_members=True,
+    )
+
+
+ADAM = _kernel(ADAM_RULE)
+ADAMW = _kernel(ADAMW_RULE)
+SGD = _kernel(SGD_RULE)
+LION = _kernel(LION_RULE)
