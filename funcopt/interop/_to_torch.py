@@ -32,13 +32,14 @@ def to_torch(opt: Any, state: Any, params: Tree) -> dict[str, Any]:
     Going on there gives the bits that `update` would have, in float32 and float64, for the same
     kernel and unless `differentiable` is True; but without `step_per_leaf` only while every leaf
     has a gradient, since torch counts the updates of each parameter. `load_state_dict` takes the
-    options from the dict too, the kernel among them. `"auto"` and `"triton"` are handed over as
-    `fused=True`, which is what `"auto"` runs on the CPU. Where torch's fused kernel refuses, they
-    become both flags False, and the results of all leaves of that group differ by rounding: if one
-    is complex, `differentiable` is True, a count is 2**24 or more, or a leaf of an `SGD` is of 16
-    bits on the CPU, where torch's fused kernel is wrong. Complex leaves of an `SGD`, or of an
-    `Adam` with weight decay, differ by rounding whatever the kernel. The count of an `SGD` is lost,
-    since torch's has none.
+    options from the dict too, the kernel among them. `"auto"`, `"native"` and `"triton"` are handed
+    over as `fused=True`. On the CPU that rounds the last elements of a leaf, behind its last whole
+    vector, in another way than `"native"`, which `"auto"` runs there. Where torch's fused kernel
+    refuses, they become both flags False, and the results of all leaves of that group differ by
+    rounding: if one is complex, `differentiable` is True, a count is 2**24 or more, or a leaf of an
+    `SGD` is of 16 bits on the CPU, where torch's fused kernel is wrong. Complex leaves of an `SGD`,
+    or of an `Adam` with weight decay, differ by rounding whatever the kernel. The count of an `SGD`
+    is lost, since torch's has none.
 
     A scheduler that keeps numbers of its own in the param groups, as OneCycleLR does, loses them
     when the dict is loaded, since they are no part of an optimizer. Keep them by adding what lacks
@@ -197,7 +198,7 @@ def _flags(kind: Counterpart, opt: Any, leaves: list[Tensor], count: float) -> d
             f"{refused}, which torch's {opt.kernel} kernel does not serve. Hand over "
             f"dataclasses.replace(opt, kernel='plain'), whose results differ by rounding."
         )
-    fused = opt.kernel in ("auto", "triton", "fused") and refused is None
+    fused = opt.kernel in ("auto", "native", "triton", "fused") and refused is None
     return {"foreach": opt.kernel == "foreach", "fused": fused}
 
 

@@ -85,8 +85,9 @@ class Adam:
     The equations are those of Kingma and Ba, *Adam: A Method for Stochastic Optimization* (ICLR
     2015), with weight decay as in `torch.optim.Adam`; amsgrad is from Reddi et al., *On the
     Convergence of Adam and Beyond* (ICLR 2018), with the maximum taken before the bias correction,
-    again as in torch. On the CPU, in float32 and float64, the same kernel gives torch's bits.
-    16-bit leaves are computed in float32 by every kernel. A complex leaf is a pair of real ones.
+    again as in torch. On the CPU, in float32 and float64, the same kernel gives torch's bits,
+    `"native"` as for `AdamW`. 16-bit leaves are computed in float32 by every kernel. A complex leaf
+    is a pair of real ones.
 
     Args:
         lr: Learning rate: at least 0; a number, a 0-dim tensor, or a schedule, as for `AdamW`.
@@ -100,8 +101,9 @@ class Adam:
         step_per_leaf: Count the updates of each leaf, so that a leaf whose gradient is sometimes
             None has its own bias corrections, as in torch.optim; a schedule then sees each leaf's
             own count. Off: one count for the tree, advanced by every update.
-        kernel: `"auto"` takes the fastest that is right for the tensors; `"fused"`, `"foreach"` and
-            `"plain"` name one. Tracers and forward mode always see plain operators.
+        kernel: `"auto"` takes the fastest that is right for the tensors; `"native"` (CPU alone),
+            `"fused"`, `"foreach"` and `"plain"` name one. Tracers and forward mode always see plain
+            operators.
         differentiable: Whether plain autograd records an update, as for `AdamW`.
 
     Raises:

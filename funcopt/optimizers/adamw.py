@@ -173,9 +173,10 @@ class AdamW:
     (ICLR 2019), with weight decay times the learning rate as in `torch.optim.AdamW`; amsgrad is
     from Reddi et al., *On the Convergence of Adam and Beyond* (ICLR 2018), with the maximum taken
     before the bias correction, again as in torch. On the CPU, in float32 and float64, the same
-    kernel gives torch's bits. 16-bit leaves are computed in float32 by every kernel, so that zero
-    gradients in float16 leave all but weight decay at rest, where torch's foreach gives NaN. A
-    complex leaf is a pair of real ones.
+    kernel gives torch's bits; `"native"` gives those of torch's fused one on whole vectors, and
+    rounds each element alike, wherever it lies. 16-bit leaves are computed in float32 by every
+    kernel, so that zero gradients in float16 leave all but weight decay at rest, where torch's
+    foreach gives NaN. A complex leaf is a pair of real ones.
 
     Args:
         lr: Learning rate: at least 0; a number, a 0-dim tensor, or a schedule, which is called with
@@ -190,9 +191,9 @@ class AdamW:
         step_per_leaf: Count the updates of each leaf, so that a leaf whose gradient is sometimes
             None has its own bias corrections, as in torch.optim; a schedule then sees each leaf's
             own count. Off: one count for the tree, advanced by every update.
-        kernel: `"auto"` takes the fastest that is right for the tensors; `"fused"`, `"foreach"`,
-            `"triton"` (CUDA alone) and `"plain"` name one. Tracers and forward mode always see
-            plain operators.
+        kernel: `"auto"` takes the fastest that is right for the tensors; `"native"` (CPU alone),
+            `"fused"`, `"triton"` (CUDA alone), `"foreach"` and `"plain"` name one. Tracers and
+            forward mode always see plain operators.
         differentiable: Whether plain autograd records an update. None: if a state tensor or a
             hyperparameter requires a gradient, or if a gradient depends on anything that does,
             other than these parameters. Under a transform of `torch.func` always.

@@ -123,8 +123,8 @@ class Lion:
         maximize: Ascend instead of descending.
         step_per_leaf: Count the updates of each leaf; a schedule then sees each leaf's own count.
             Off: one count for the tree, advanced by every update.
-        kernel: `"auto"` takes the fastest that is right for the tensors; `"foreach"` and `"plain"`
-            name one. Tracers and forward mode always see plain operators.
+        kernel: `"auto"` takes the fastest that is right for the tensors; `"native"` (CPU alone),
+            `"foreach"` and `"plain"` name one. Tracers and forward mode always see plain operators.
         differentiable: Whether plain autograd records an update, as for `AdamW`.
 
     Raises:

@@ -168,12 +168,13 @@ class SGD:
 
     The equations are those of `torch.optim.SGD`; Nesterov's momentum is in the form of Sutskever et
     al., *On the importance of initialization and momentum in deep learning* (ICML 2013). On the
-    CPU, in float32 and float64, the same kernel gives torch's bits. Unlike torch's, the state has a
-    count of updates. The first of them, which takes no dampening, is the one that the count says is
-    the first: if a leaf has no gradient then, its own first one is dampened, unless `step_per_leaf`
-    counts the updates of each leaf, as torch does in effect. 16-bit leaves are computed in float32
-    by every kernel, where torch's fused one is wrong on the CPU. A complex leaf is a pair of real
-    ones, which rounds otherwise than torch's complex products.
+    CPU, in float32 and float64, the same kernel gives torch's bits, `"native"` as for `AdamW`.
+    Unlike torch's, the state has a count of updates. The first of them, which takes no dampening,
+    is the one that the count says is the first: if a leaf has no gradient then, its own first one
+    is dampened, unless `step_per_leaf` counts the updates of each leaf, as torch does in effect.
+    16-bit leaves are computed in float32 by every kernel, where torch's fused one is wrong on the
+    CPU. A complex leaf is a pair of real ones, which rounds otherwise than torch's complex
+    products.
 
     Args:
         lr: Learning rate: at least 0; a number, a 0-dim tensor, or a schedule, as for `AdamW`.
@@ -186,8 +187,9 @@ class SGD:
         step_per_leaf: Count the updates of each leaf, so that a leaf whose gradient is None at the
             first update has its own first one later, as in torch.optim; a schedule then sees each
             leaf's own count. Off: one count for the tree, advanced by every update.
-        kernel: `"auto"` takes the fastest that is right for the tensors; `"fused"`, `"foreach"` and
-            `"plain"` name one. Tracers and forward mode always see plain operators.
+        kernel: `"auto"` takes the fastest that is right for the tensors; `"native"` (CPU alone),
+            `"fused"`, `"foreach"` and `"plain"` name one. Tracers and forward mode always see plain
+            operators.
         differentiable: Whether plain autograd records an update, as for `AdamW`.
 
     Raises:

@@ -1,0 +1,210 @@
+/* What is to be done, and how elements are read and written: what every other part builds on. */
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+#define X86_TARGETS 1
+#include <immintrin.h>
+#endif
+
+#if !defined(_WIN32)
+#define THREADS 1
+#include <pthread.h>
+#endif
+
+#if defined(__GNUC__) || defined(__clang__)
+/* Into functions that are compiled for more instructions than the rest of this file. */
+#define INLINE static inline __attribute__((always_inline))
+#else
+#define INLINE static __forceinline
+#endif
+
+/* An element is read before it is written, and nobody reads another's. */
+#if defined(__clang__)
+#define ELEMENTS_ARE_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
+#elif defined(__GNUC__)
+#define ELEMENTS_ARE_INDEPENDENT _Pragma("GCC ivdep")
+#else
+#define ELEMENTS_ARE_INDEPENDENT __pragma(loop(ivdep))
+#endif
+
+enum { ADAM, ADAMW, SGD, LION };
+enum { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
+enum { MOST_OLDS = 5, MOST_NEWS = 4 };
+static const int64_t MOST_MEMBERS = (int64_t)1 << 40;
+/* So many elements of every column fit into a core's first cache. */
+enum { BLOCK = 512 };
+/* Threads meet at multiples of so many elements of a leaf: whole cache lines, in every dtype. */
+enum { CUT = 64, CACHE_LINE = 64 };
+/* From so many elements on, a second thread saves more time than its start takes. */
+enum { WORTH_A_THREAD = 1 << 18 };
+/* Results of a call that are larger than this are gone from the cache before they are read. */
+static const int64_t BEYOND_CACHE = 16 << 20;
+/* Shorter ranges of a leaf are not worth writing past the cache. */
+enum { LONG = 4096 };
+
+/* What the numbers of a step come to, for one member, rounded to what is computed in. */
+enum {
+    GRAD_FACTOR, /* what gradients are multiplied by, below zero to maximize */
+    ROUNDED_FACTOR, /* the same, where the product is rounded to 16 bits */
+    COUPLED, /* whether weight decay is part of the gradient */
+    DECAY,
+    DESCENT, /* minus the learning rate, or what it is after its bias correction */
+    REMAINDER, /* what decoupled weight decay leaves of a parameter */
+    LERP_WEIGHT,
+    LERP_FROM_AVERAGE,
+    BETA1,
+    BETA2,
+    GAIN1, /* 1 - beta1 */
+    GAIN2,
+    CORRECTION2_ROOT,
+    EPS,
+    MOMENTUM,
+    GAIN, /* what the momentum buffer takes of the gradient */
+    COEFFICIENTS
+};
+
+typedef struct {
+    int rule, dtype, nesterov, maximize;
+    int old_columns, new_columns;
+    int64_t item; /* bytes of an element */
+    int64_t leaves, members, total; /* total: elements of all leaves */
+    int streams; /* whether results are written past the cache */
+    const int64_t *sizes; /* elements of each leaf, all members together */
+    char *const *addresses; /* column by column: those before the step, then those after it */
+    const double *coefficients; /* for each member */
+} Job;
+
+INLINE char *old_at(const Job *job, int column, int64_t leaf)
+{
+    return job->addresses[column * job->leaves + leaf];
+}
+
+INLINE char *new_at(const Job *job, int column, int64_t leaf)
+{
+    return job->addresses[(job->old_columns + column) * job->leaves + leaf];
+}
+
+/* Whether results are written past the cache, which spares reading what is overwritten. In place
+ * it was read already. */
+INLINE int is_streamed(const Job *job, int64_t leaf, int64_t begin, int64_t count)
+{
+    uintptr_t together = 0;
+    for (int column = 0; column < job->new_columns; column++)
+        together |= (uintptr_t)new_at(job, column, leaf);
+    together |= (uintptr_t)(begin * job->item);
+    return job->streams && count >= LONG && together % CACHE_LINE == 0 &&
+           old_at(job, 0, leaf) != new_at(job, 0, leaf);
+}
+
+/* The 16-bit formats, by integer arithmetic that compilers turn into vectors. */
+
+typedef union {
+    float value;
+    uint32_t bits;
+} Float;
+
+INLINE float from_bits(uint32_t bits)
+{
+    const Float both = {.bits = bits};
+    return both.value;
+}
+
+INLINE uint32_t bits_of(float value)
+{
+    const Float both = {.value = value};
+    return both.bits;
+}
+
+INLINE float from_bfloat16(uint16_t half)
+{
+    return from_bits((uint32_t)half << 16);
+}
+
+INLINE uint16_t to_bfloat16(float value)
+{
+    const uint32_t bits = bits_of(value);
+    const uint32_t rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+    return (uint16_t)((bits & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : rounded);
+}
+
+INLINE float from_float16(uint16_t half)
+{
+    const uint32_t sign = (uint32_t)(half & 0x8000) << 16, rest = half & 0x7FFF;
+    /* The exponent has another bias; that of infinity and NaN is the largest in both. */
+    const uint32_t bias = (rest >= 0x7C00 ? 224u : 112u) << 23;
+    const uint32_t normal = (rest << 13) + bias;
+    const uint32_t subnormal = bits_of((float)(int32_t)rest * 0x1p-24f);
+    return from_bits(sign | (rest < 0x0400 ? subnormal : normal));
+}
+
+INLINE uint16_t to_float16(float value)
+{
+    const uint32_t bits = bits_of(value), rest = bits & 0x7FFFFFFF;
+    const uint32_t sign = bits >> 16 & 0x8000;
+    const uint32_t normal = (rest - (112u << 23) + 0x0FFF + (rest >> 13 & 1)) >> 13;
+    /* The last digit of a float beside a half is worth a subnormal's: the sum rounds to it. */
+    const uint32_t subnormal = bits_of(from_bits(rest) + 0.5f) - bits_of(0.5f);
+    uint32_t half = rest < 0x38800000 ? subnormal : normal;
+    half = rest >= 0x477FF000 ? 0x7C00 : half;
+    half = rest > 0x7F800000 ? 0x7E00 : half;
+    return (uint16_t)(sign | half);
+}
+
+/* Elements on their way to where they are computed, and back. */
+
+INLINE void take_float(const Job *job, const char *source, float *values, int64_t count)
+{
+    const uint16_t *halves = (const uint16_t *)source;
+    if (job->dtype == BFLOAT16)
+        for (int64_t i = 0; i < count; i++)
+            values[i] = from_bfloat16(halves[i]);
+    else if (job->dtype == FLOAT16)
+        for (int64_t i = 0; i < count; i++)
+            values[i] = from_float16(halves[i]);
+    else
+        memcpy(values, source, (size_t)count * sizeof(float));
+}
+
+INLINE void give_float(const Job *job, const float *values, char *target, int64_t count)
+{
+    uint16_t *halves = (uint16_t *)target;
+    if (job->dtype == BFLOAT16)
+        for (int64_t i = 0; i < count; i++)
+            halves[i] = to_bfloat16(values[i]);
+    else if (job->dtype == FLOAT16)
+        for (int64_t i = 0; i < count; i++)
+            halves[i] = to_float16(values[i]);
+    else
+        memcpy(target, values, (size_t)count * sizeof(float));
+}
+
+/* A 16-bit gradient times a number is a 16-bit gradient. */
+INLINE void scale_rounded_float(const Job *job, float factor, float *values, int64_t count)
+{
+    if (job->dtype == BFLOAT16)
+        for (int64_t i = 0; i < count; i++)
+            values[i] = from_bfloat16(to_bfloat16(values[i] * factor));
+    else
+        for (int64_t i = 0; i < count; i++)
+            values[i] = from_float16(to_float16(values[i] * factor));
+}
+
+INLINE void take_double(const Job *job, const char *source, double *values, int64_t count)
+{
+    (void)job;
+    memcpy(values, source, (size_t)count * sizeof(double));
+}
+
+INLINE void give_double(const Job *job, const double *values, char *target, int64_t count)
+{
+    (void)job;
+    memcpy(target, values, (size_t)count * sizeof(double));
+}
+
+INLINE void scale_rounded_double(const Job *job, double factor, double *values, int64_t count)
+{
+    (void)job, (void)factor, (void)values, (void)count; /* no leaf in double has 16 bits */
+}

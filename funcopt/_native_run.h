@@ -1,0 +1,188 @@
+/* The loops for each set of instructions, of which one is chosen at run time, and threads. */
+
+#define JOIN_AS_THEY_ARE(one, other) one##_##other
+#define JOIN(one, other) JOIN_AS_THEY_ARE(one, other)
+#define fma_float fmaf
+#define fma_double fma
+#define sqrt_float sqrtf
+#define sqrt_double sqrt
+
+#define REAL float
+#define INTEGER int32_t
+#define WIDTH 1
+#define OP(name) name##_float
+#define NAME(name) float_baseline_##name
+#include "_native_steps.h"
+#define REAL double
+#define INTEGER int64_t
+#define WIDTH 1
+#define OP(name) name##_double
+#define NAME(name) double_baseline_##name
+#include "_native_steps.h"
+
+#if X86_TARGETS
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#endif
+#define REAL float
+#define INTEGER int32_t
+#define WIDTH 8
+#define OP(name) _mm256_##name##_ps
+#define NAME(name) float_avx2_##name
+#include "_native_steps.h"
+#define REAL double
+#define INTEGER int64_t
+#define WIDTH 4
+#define OP(name) _mm256_##name##_pd
+#define NAME(name) double_avx2_##name
+#include "_native_steps.h"
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")
+#endif
+#define REAL float
+#define INTEGER int32_t
+#define WIDTH 16
+#define OP(name) _mm512_##name##_ps
+#define NAME(name) float_avx512_##name
+#include "_native_steps.h"
+#define REAL double
+#define INTEGER int64_t
+#define WIDTH 8
+#define OP(name) _mm512_##name##_pd
+#define NAME(name) double_avx512_##name
+#include "_native_steps.h"
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif
+/* The sets of instructions, best first. */
+
+typedef void (*Range)(const Job *, int64_t, int64_t, int64_t, const double *);
+
+#if X86_TARGETS
+static int has_avx512(void)
+{
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("fma");
+}
+
+static int has_avx2(void)
+{
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+}
+#endif
+
+static int has_always(void)
+{
+    return 1;
+}
+
+/* Without an instruction for it, a fused multiply-add is a call of a function: right, but slow. */
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA) || defined(__aarch64__) || defined(_M_ARM64)
+#define BASELINE_IS_FAST 1
+#else
+#define BASELINE_IS_FAST 0
+#endif
+
+static const struct {
+    const char *name;
+    Range float_range, double_range;
+    int (*is_there)(void);
+    int is_fast;
+} instruction_sets[] = {
+#if X86_TARGETS
+    {"avx512", float_avx512_range, double_avx512_range, has_avx512, 1},
+    {"avx2", float_avx2_range, double_avx2_range, has_avx2, 1},
+#endif
+    {"baseline", float_baseline_range, double_baseline_range, has_always, BASELINE_IS_FAST},
+};
+enum { INSTRUCTION_SETS = sizeof(instruction_sets) / sizeof(instruction_sets[0]) };
+
+static int chosen = INSTRUCTION_SETS - 1;
+
+/* Move the elements from `first` to `last`, of all leaves one after another. */
+static void run(const Job *job, int64_t first, int64_t last)
+{
+    const Range range = job->dtype == FLOAT64 ? instruction_sets[chosen].double_range
+                                              : instruction_sets[chosen].float_range;
+    int64_t start = 0; /* of the leaf */
+    for (int64_t leaf = 0; leaf < job->leaves && start < last; leaf++) {
+        const int64_t size = job->sizes[leaf], own = size / job->members;
+        int64_t begin = first > start ? (first - start + CUT - 1) / CUT * CUT : 0;
+        int64_t end = last < start + size ? (last - start + CUT - 1) / CUT * CUT : size;
+        end = end < size ? end : size;
+        start += size;
+        while (begin < end) {
+            const int64_t member = begin / own, next = (member + 1) * own;
+            const int64_t stop = next < end ? next : end;
+            range(job, leaf, begin, stop, job->coefficients + member * COEFFICIENTS);
+            begin = stop;
+        }
+    }
+#if X86_TARGETS
+    if (job->streams)
+        _mm_sfence();
+#endif
+}
+
+/* Threads. They are made for a call and gone after it, and none waits in between. */
+
+#if THREADS
+enum { MOST_THREADS = 256 };
+
+typedef struct {
+    const Job *job;
+    int64_t first, last;
+} Share;
+
+static void *run_share(void *given)
+{
+    const Share *share = given;
+    run(share->job, share->first, share->last);
+    return NULL;
+}
+
+static void run_on(const Job *job, int64_t threads)
+{
+    pthread_t made[MOST_THREADS];
+    Share shares[MOST_THREADS];
+    int is_made[MOST_THREADS];
+    const int64_t portion = job->total / threads;
+    for (int64_t i = 1; i < threads; i++) {
+        shares[i].job = job;
+        shares[i].first = i * portion;
+        shares[i].last = i + 1 == threads ? job->total : (i + 1) * portion;
+        is_made[i] = pthread_create(&made[i], NULL, run_share, &shares[i]) == 0;
+    }
+    run(job, 0, threads > 1 ? portion : job->total);
+    for (int64_t i = 1; i < threads; i++) {
+        if (is_made[i])
+            pthread_join(made[i], NULL);
+        else
+            run_share(&shares[i]);
+    }
+}
+#else
+enum { MOST_THREADS = 1 };
+
+static void run_on(const Job *job, int64_t threads)
+{
+    (void)threads;
+    run(job, 0, job->total);
+}
+#endif
