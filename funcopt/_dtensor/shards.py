@@ -29,9 +29,19 @@ DTensor: TypeAlias = Any  # whose module is imported by whoever makes one, never
 _BUILT_FOR_PROCESSES = torch.distributed.is_available()
 
 
+def _find_dtensor() -> type | None:
+    return getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
+
+
+_found: type | None = _find_dtensor()
+
+
 def dtensor() -> type | None:
     """Return the type of sharded tensors, if its module was imported: else there are none."""
-    return getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
+    global _found  # noqa: PLW0603  # found once: a compiler takes long to look at all modules
+    if _found is None:
+        _found = _find_dtensor()
+    return _found
 
 
 def has_sharded(tree: Tree) -> bool:

@@ -261,9 +261,16 @@ def numbers_at(
 
     Schedules go by the counts before the update. Leaves that share one after it share the numbers.
     """
+    given = rule.setup_of(opt).numbers
+    if (
+        given is not None
+        and len(news) == 1
+        and type(news[0]) is float
+        and 1.0 <= news[0] < math.inf
+    ):
+        return [rule.numbers(news[0], *given)]  # as nearly always
     for new in dict.fromkeys(news) if len(news) > 1 else news:
         _check_count(new)
-    given = rule.setup_of(opt).numbers
     if given is not None:
         if len(news) == 1 or not _FLOAT.issuperset(map(type, news)):
             return [rule.numbers(detached(new), *given) for new in news]

@@ -125,10 +125,7 @@ def prepare(opt: Any, rule: UpdateRule, grads: Tree, state: Any, params: Tree) -
         check_leaves(leaves, partial(pytree.path, structure, "params"))
     roots = _roots(slots)
     own = pytree.Paired(leaves, structure, None)
-    gradients, *kept = (
-        pytree.pair(tree, root, structure)
-        for tree, root in zip(trees[1:], ("grads", *roots), strict=True)
-    )
+    gradients, *kept = pytree.pair_all(trees[1:], ("grads", *roots), params, leaves, structure)
     counts = gather_counts(state.step, structure if per_leaf else None)
     active = [index for index, grad in enumerate(gradients.leaves) if grad is not None]
     inputs = StepInputs.of([_take(paired.leaves, active) for paired in (own, gradients, *kept)])

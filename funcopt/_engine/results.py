@@ -41,8 +41,6 @@ _count_users: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Coun
 # Where results are used again.
 _reused = {"cpu"}
 
-# Smaller storages come from memory that the process has: to keep them would gain nothing.
-_WORTH_KEEPING = 1 << 17  # bytes
 # So many at most share a storage, all of which lives as long as one of them. On a GPU, to allocate
 # takes as long as to write some megabytes.
 _SHARED = {"cpu": 1 << 20, "cuda": 1 << 26}  # bytes
@@ -65,16 +63,6 @@ class _Kept(NamedTuple):
     storage: torch.UntypedStorage
     address: int  # of the storage, by which torch counts who uses it
     alone: tuple[int, int, int]  # what `_held` said when nobody else held it
-
-    @property
-    def is_free(self) -> bool:
-        """Whether nobody else holds it, and it is what it was."""
-        return _held(self.base, self.storage, self.address) == self.alone
-
-    @property
-    def has_moved(self) -> bool:
-        """Whether it was resized, or other processes see it."""
-        return self.base.data_ptr() != self.alone[2]
 
 
 def _held(base: Tensor, storage: torch.UntypedStorage, address: int) -> tuple[int, int, int]:
@@ -122,14 +110,13 @@ class _Block:
         """Plan for them; without rows, the whole is the only one, and cannot be split."""
         self.whole, self.rows = whole, rows
         self.nbytes = whole.nbytes
-        self.can_be_kept = bool(rows) and self.nbytes >= _WORTH_KEEPING
         self.kept: dict[object, list[_Kept]] = {}  # by the stream that writes and reads them
 
     def results(self, stream: object | None) -> Sequence[Tensor]:
         """Return tensors to write into; without a stream, nothing is kept or used again."""
         if not self.rows:
             return [self.whole.empty()]
-        if stream is None or not self.can_be_kept:
+        if stream is None:
             return _split(self.whole.empty(), self.rows)
         kept = self.kept.setdefault(stream, [])
         for _ in range(len(kept)):
@@ -137,15 +124,21 @@ class _Block:
                 found = kept.pop(0)  # so that no other thread takes it
             except IndexError:
                 break
-            if found.is_free:
-                results = _split(found.base, self.rows)
+            base, storage, address, alone = found
+            held = _held(base, storage, address)
+            if held == alone:
+                results = _split(base, self.rows)
                 kept.append(found)
                 return results
-            if not found.has_moved:
+            if held[2] == alone[2]:  # it was not resized, nor do other processes see it
                 kept.append(found)
-        base = self.whole.empty()
-        fresh = _Kept(base, base.untyped_storage(), base.untyped_storage()._cdata, (0, 0, 0))
-        fresh = fresh._replace(alone=_held(fresh.base, fresh.storage, fresh.address))
+        return self._keep(self.whole.empty(), kept)
+
+    def _keep(self, base: Tensor, kept: list[_Kept]) -> Sequence[Tensor]:
+        storage = base.untyped_storage()
+        address = storage._cdata
+        fresh = _Kept(base, storage, address, (0, 0, 0))
+        fresh = fresh._replace(alone=_held(base, storage, address))
         results = _split(base, self.rows)
         del kept[: max(0, 1 + len(kept) - _MOST_KEPT)]
         kept.append(fresh)  # now that it is held, so that no other thread finds it free
@@ -189,27 +182,26 @@ class Results:
         return operator.itemgetter(*sorted(range(len(found)), key=found.__getitem__))
 
     @cached_property
-    def _kind(self) -> torch.device | None:
-        """The one device on which anything may be kept."""
+    def _device(self) -> torch.device | None:
+        """The one device of all results, None if there are several."""
         devices = {like.device for like in self._columns[0]}
-        keeps = any(block.can_be_kept for block in self._blocks)
-        return devices.pop() if keeps and len(devices) == 1 else None
+        return devices.pop() if len(devices) == 1 else None
 
     def make(self) -> StepOutputs:
         """Return tensors to write the results into, whose values mean nothing."""
-        stream = None if self._kind is None else self._stream(self._kind)
-        flat: Sequence[Tensor] = [
-            tensor for block in self._blocks for tensor in block.results(stream)
-        ]
+        stream, flat = self._stream(), []
+        for block in self._blocks:
+            flat += block.results(stream)
         if self._order is not None:
-            flat = self._order(flat)
+            flat = list(self._order(flat))
         count = self._length
-        columns = [list(flat[i * count : (i + 1) * count]) for i in range(len(self._columns))]
-        return StepOutputs(columns[0], tuple(columns[1:]))
+        slots = [flat[i * count : (i + 1) * count] for i in range(1, len(self._columns))]
+        return StepOutputs(flat[:count], tuple(slots))
 
-    def _stream(self, device: torch.device) -> object | None:
+    def _stream(self) -> object | None:
         """Return what orders the steps on this memory, None if it is not to be used again."""
-        if _count_users is None or device.type not in _reused:
+        device = self._device
+        if _count_users is None or device is None or device.type not in _reused:
             return None
         if torch.is_inference_mode_enabled() or transforms.capturing():
             return None
@@ -227,6 +219,7 @@ class Results:
         """Give back what is kept."""
         for block in self._blocks:
             block.kept = {}
+        self.last = 0
         _keepers.discard(self)
 
 
@@ -273,9 +266,10 @@ def _note(results: Results) -> None:
     """Note that memory was asked for, and give back what nobody has asked for in a while."""
     global _asked  # noqa: PLW0603  # a count that threads may lose a step of
     _asked += 1
+    if results.last == 0:
+        _keepers.add(results)
     results.last = _asked
-    _keepers.add(results)
-    if len(_keepers) > 1 and _asked % _PATIENCE == 0:
+    if _asked % _PATIENCE == 0:
         for other in list(_keepers):
             if other.last < _asked - _PATIENCE:
                 other.release()
