@@ -189,7 +189,8 @@ class Results:
 
     def make(self) -> StepOutputs:
         """Return tensors to write the results into, whose values mean nothing."""
-        stream, flat = self._stream(), []
+        stream = self._stream()
+        flat: list[Tensor] = []
         for block in self._blocks:
             flat += block.results(stream)
         if self._order is not None:
