@@ -177,6 +177,14 @@ class Kernel(NamedTuple):
             that in one pass.
         scales_gradients: Whether it multiplies gradients by `numbers.grad_scale` on its way.
         takes_members: Whether numbers may differ between the members of stacked leaves.
+        step_to: `step_to(inputs, outputs, numbers, options)` writes the new parameters and slots
+            into tensors that are laid out like the old, and may be those.
+        launcher: `launcher(inputs, options)` returns what makes steps of leaves of these sizes, if
+            a kernel can count and decide on the device. Its method `step(inputs, outputs, numbers,
+            new_count, applies)` is `step_to`, and besides: with a tensor `new_count`, on the device
+            like `numbers.step`, that is the count before the step, and the one after it is written
+            there, perhaps over it; where a bool tensor `applies` is False, the outputs and the
+            count are what they were before the step, to the bit.
     """
 
     step_: Callable[[StepInputs, Any, Any], None]
@@ -184,6 +192,8 @@ class Kernel(NamedTuple):
     step: Callable[[StepInputs, Any, Any], StepOutputs] | None = None
     scales_gradients: bool = False
     takes_members: bool = False
+    step_to: Callable[[StepInputs, StepOutputs, Any, Any], None] | None = None
+    launcher: Callable[[StepInputs, Any], Any] | None = None
 
 
 class Adjoint(NamedTuple):
