@@ -54,6 +54,7 @@ FLOORS = [
     "_engine.hyperparameters",
     "_engine.prepare",
     "_engine.driver",
+    "_engine.choice",
     "_engine.kernels",
     "_engine.registration",
     "optimizers",

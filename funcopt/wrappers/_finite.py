@@ -17,19 +17,39 @@ from ._shared import Gradients, read
 _SMALL = 1024
 
 
-def all_finite(tensors: Sequence[Tensor], like: Tensor) -> Tensor:
+def all_finite(leaves: Sequence[Tensor], like: Tensor) -> Tensor:
     """Return whether every element is finite: a bool tensor of shape () on the device of `like`.
 
-    Tensors on the CPU are read once, and nothing of their size is allocated. No derivative is
-    asked for.
+    Tensors on the CPU are read once, and nothing of their size is allocated; on a device one call
+    asks all of them. No derivative is asked for.
     """
-    parts = [view_as_real(tensor.detach()) for tensor in tensors if tensor.numel() > 0]
+    given = [leaf for leaf in leaves if leaf.numel() > 0]
+    with torch.no_grad():
+        if _is_one_call(given):
+            largest = [torch.stack(tensors.norms(own, math.inf)) for own in _by_kind(given)]
+            return _all([own.isfinite().all() for own in largest], like)
+    parts = [view_as_real(leaf.detach()) for leaf in given]
     if transforms.readable() and transforms.all_plain(parts) and all(p.is_cpu for p in parts):
         parts = _suspects(_pooled(parts))
-    found = [_are_finite(extremes).to(like.device) for extremes in _by_kind(_extremes(parts))]
-    if not found:
+    return _all([_are_finite(extremes) for extremes in _by_kind(_extremes(parts))], like)
+
+
+def _is_one_call(leaves: list[Tensor]) -> bool:
+    """Whether the largest element of each of these leaves is had by one call for all of a kind.
+
+    On the CPU that is twenty times slower than to sum up. Of a complex number the absolute value
+    may overflow where its parts do not.
+    """
+    return tensors.use_foreach(leaves) and not any(
+        leaf.is_complex() or transforms.on_host(leaf) for leaf in leaves
+    )
+
+
+def _all(conditions: list[Tensor], like: Tensor) -> Tensor:
+    there = [condition.to(like.device) for condition in conditions]
+    if not there:
         return torch.ones((), dtype=torch.bool, device=like.device)
-    return torch.stack(found).all()
+    return there[0] if len(there) == 1 else torch.stack(there).all()
 
 
 def all_finite_everywhere(gradients: Gradients, like: Tensor) -> Tensor:
