@@ -7,6 +7,7 @@ the condition itself writes the new values or the old.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from .._core import transforms
 from .._core.types import Tree, own_traits
-from .checks import check_inplace
+from .checks import are_apart, check_inplace
 from .driver import _have_history, _state
 from .hyperparameters import numbers_at, with_grad_scale
 from .prepare import Prepared, prepare
@@ -73,7 +74,7 @@ def update_where(
         parts = None if _have_history(own) else _parts(rule, setup.options, prepared, own, applies)
         if parts is None or count.device != applies.device:
             return None
-        if in_place:
+        if in_place and not _is_plainly_fine(prepared):
             check_inplace(rule, prepared, counts, [own])
         outputs = _outputs(prepared.inputs, in_place=in_place)
         for indices, launcher in parts:
@@ -88,24 +89,44 @@ def update_where(
         return new_params, _state(rule, setup, [count + made, *slots])
 
 
+def _is_plainly_fine(prepared: Prepared) -> bool:
+    """Whether nothing can stand against writing in place, as nearly always.
+
+    The layout vouches for the leaves, save for where they start and for parameters' histories.
+    """
+    inputs, count = prepared.inputs, prepared.counts.tensors[0]
+    return (
+        type(count) is Tensor
+        and not count.requires_grad
+        and not count.is_inference()
+        and all(param.is_leaf for param in inputs.params)
+        and are_apart([*chain(*inputs.columns), count])
+    )
+
+
 def _parts(
     rule: UpdateRule, options: Any, prepared: Prepared, numbers: Any, applies: Tensor
-) -> list[tuple[list[int], Any]] | None:
+) -> Sequence[tuple[list[int], Any]] | None:
     """Return which leaves go together, with what makes their step; None if there is none for all.
 
-    Those of one dtype and device go together.
+    Those of one dtype go together. It is remembered with what is known of the leaves.
     """
-    params = prepared.inputs.params
+    layout = prepared.layout
     kernel = _kernel(rule, options, applies.device, numbers)
-    if kernel is None or any(param.device != applies.device for param in params):
+    if kernel is None or layout is None or any(d != applies.device for d in layout.devices):
         return None
-    groups: dict[torch.dtype, list[int]] = {}
-    for index, param in enumerate(params):
-        groups.setdefault(param.dtype, []).append(index)
-    return [
-        (indices, kernel.launcher(prepared.inputs.take(indices), options))
-        for indices in groups.values()
-    ]
+    key = "where", kernel, options
+    parts = layout.plans.get(key)
+    if parts is None:
+        groups: dict[torch.dtype, list[int]] = {}
+        for index, param in enumerate(prepared.inputs.params):
+            groups.setdefault(param.dtype, []).append(index)
+        parts = layout.plans[key] = [
+            (indices, kernel.launcher(prepared.inputs.take(indices), options))
+            for indices in groups.values()
+        ]
+    found: Sequence[tuple[list[int], Any]] = parts
+    return found
 
 
 def _kernel(rule: UpdateRule, options: Any, device: torch.device, numbers: Any) -> Any:

@@ -22,14 +22,14 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from funcopt import AdamW
-from funcopt._core import tensors
+from funcopt import AdamW, Clip, LossScale, SkipNonfinite
+from funcopt._core import tensors, transforms
 from funcopt._engine import dispatch
 from funcopt._engine.rule import StepInputs
 from funcopt.optimizers._adam import triton as kernel
 
 from .. import oracle
-from ..cases import assert_same_bits
+from ..cases import assert_same_bits, tree_map
 from ..cases import leaves as leaves_of
 
 triton = pytest.importorskip("triton")
@@ -738,10 +738,51 @@ def test_a_sweep_is_one_launch(where, launches):
     assert_trees_agree(results, expected)
 
 
+DECIDING = {
+    "LossScale": lambda inner: LossScale(inner, init_scale=4.0),
+    "SkipNonfinite": SkipNonfinite,
+    "Clip": lambda inner: Clip(inner, 0.5, nonfinite="skip"),
+}
+
+
+@on_any_device
+@pytest.mark.parametrize("name", DECIDING)
+def test_a_wrapper_that_decides_is_one_launch(where, launches, name, monkeypatch):
+    params = {"a": torch.randn(5, device=where), "b": torch.randn(3, 700, device=where)}
+    right_params = {key: leaf.cpu() for key, leaf in params.items()}
+    right, opt = (DECIDING[name](AdamW(lr=0.1, kernel=k)) for k in ("plain", "triton"))
+    right_state = right.init(right_params)
+    calls = []
+    for bad in (None, math.nan, None):
+        calls.append({key: torch.randn(leaf.shape) for key, leaf in right_params.items()})
+        if bad is not None:
+            calls[-1]["b"][0, 1] = bad
+    expected = [(right_params, right_state)]
+    for grads in calls:
+        expected.append(right.update(grads, expected[-1][1], expected[-1][0]))
+    monkeypatch.setattr(transforms, "on_host", lambda _: False)  # as it is on a GPU
+    state = opt.init(params)
+    mine = (copy_of(params), copy_of(state))
+    for grads, trees in zip(calls, expected[1:], strict=True):
+        own = {key: grad.to(where) for key, grad in grads.items()}
+        before = params
+        params, state = opt.update(own, state, params)
+        assert_trees_agree((params, state), trees)
+        opt.update_(own, mine[1], mine[0])
+        assert_same_bits(mine, (params, state))
+        if not own["b"].isfinite().all():
+            assert_same_bits(params, before)
+    assert len(launches) == 2 * len(calls)
+
+
+def copy_of(tree):
+    return tree_map(torch.clone, tree)
+
+
 def updated(opt, grads, params):
     return opt.update(grads, opt.init(params), params)
 
 
 def assert_trees_agree(results, expected):
     for one, other in zip(leaves_of(results), leaves_of(expected), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(one.cpu(), other.cpu(), rtol=1e-6, atol=1e-6, equal_nan=True)
