@@ -57,6 +57,7 @@ FLOORS = [
     "_engine.hyperparameters",
     "_engine.prepare",
     "_engine.driver",
+    "_engine.choice",
     "_engine.kernels",
     "_engine.registration",
     "optimizers",

@@ -85,6 +85,10 @@ def write(old: Tensor, new: Tensor) -> None:
 
 def norms(tensors: Sequence[Tensor], order: float) -> list[Tensor]:
     """Return the norm of each tensor, of 16-bit ones in float32. None is empty."""
+    if _alike_on_a_device(tensors) and use_foreach(tensors):
+        own = tensors[0].dtype
+        wider = {} if compute_dtype(own) is own else {"dtype": compute_dtype(own)}
+        return list(torch._foreach_norm(list(tensors), order, **wider))
     wide = [_wide(tensor) for tensor in tensors]
     if wide and use_foreach(wide):
         return list(torch._foreach_norm(wide, order))
@@ -94,6 +98,15 @@ def norms(tensors: Sequence[Tensor], order: float) -> list[Tensor]:
         else vector_norm(tensor, order)
         for tensor in wide
     ]
+
+
+def _alike_on_a_device(tensors: Sequence[Tensor]) -> bool:
+    """Whether one call for a list computes all in one pass: of one dtype, and not on the CPU."""
+    return (
+        len(tensors) > 0
+        and not transforms.on_host(tensors[0])
+        and len({tensor.dtype for tensor in tensors}) == 1
+    )
 
 
 def differentiable_norm(
@@ -164,23 +177,41 @@ def lerp(starts: list[Tensor], ends: list[Tensor], weight: Number) -> list[Tenso
 
     The numbers are those of `torch.lerp`: at a weight of 1, each is the end itself.
     """
-    if isinstance(weight, float) and _use_foreach_lerp(starts, ends):
-        alike = [end.to(start.dtype) for start, end in zip(starts, ends, strict=True)]
-        return list(torch._foreach_lerp(starts, alike, weight))
-    return [_lerp_pair(*pair, weight) for pair in zip(starts, ends, strict=True)]
+    weights = _weights(starts, ends, weight)
+    if weights is None:
+        return [_lerp_pair(*pair, weight) for pair in zip(starts, ends, strict=True)]
+    alike = [end.to(start.dtype) for start, end in zip(starts, ends, strict=True)]
+    return list(torch._foreach_lerp(starts, alike, weights))
 
 
 def lerp_(starts: list[Tensor], ends: list[Tensor], weight: Number) -> None:
     """Do the same, written into the starts."""
-    if not isinstance(weight, float) or not _use_foreach_lerp(starts, ends):
+    weights = _weights(starts, ends, weight)
+    if weights is None:
         for start, end in zip(starts, ends, strict=True):
             write(start, _lerp_pair(start, end, weight))
     elif all(start.dtype is end.dtype for start, end in zip(starts, ends, strict=True)):
-        torch._foreach_lerp_(starts, ends, weight)
+        torch._foreach_lerp_(starts, ends, weights)
     else:
         # One by one, so that only one end at a time is copied into another dtype.
         for start, end in zip(starts, ends, strict=True):
             start.lerp_(end.to(start.dtype), weight)
+
+
+def _weights(
+    starts: list[Tensor], ends: list[Tensor], weight: Number
+) -> float | list[Tensor] | None:
+    """Return what one call for all pairs takes for a weight; None if there is no such call."""
+    if not _use_foreach_lerp(starts, ends):
+        return None
+    if not isinstance(weight, Tensor):
+        return weight
+    # One on a device, which is not to be read, has to be given once for each pair.
+    dtype = starts[0].dtype
+    serves = _alike_on_a_device(starts) and compute_dtype(dtype) is dtype and use_foreach([weight])
+    if not serves or any(start.device != weight.device for start in starts):
+        return None
+    return [weight.to(dtype)] * len(starts)
 
 
 def _lerp_pair(start: Tensor, end: Tensor, weight: Number) -> Tensor:
@@ -219,6 +250,10 @@ def use_foreach(tensors: Sequence[Tensor]) -> bool:
 _MAPPED = 32 << 20
 
 
+# One call for a list, where torch has it.
+_CLONE_ALL: Callable[[list[Tensor]], list[Tensor]] | None = getattr(torch, "_foreach_clone", None)
+
+
 def is_mapped(tensor: Tensor) -> bool:
     """Whether fresh memory of this size comes from the system, and costs what that costs."""
     return tensor.nbytes >= _MAPPED and tensor.device.type == "cpu"
@@ -226,6 +261,8 @@ def is_mapped(tensor: Tensor) -> bool:
 
 def copies_of(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return copies of tensors, in the same layout."""
+    if _CLONE_ALL is not None and _alike_on_a_device(tensors):
+        return list(_CLONE_ALL(list(tensors)))
     return [copy_of(tensor) if is_mapped(tensor) else tensor.clone() for tensor in tensors]
 
 

@@ -84,6 +84,23 @@ def run_(inputs: StepInputs, plan: Plan, options: Any, layout: Layout) -> None:
     memory.give_back(borrowed, inputs)
 
 
+def launcher(inputs: StepInputs, plan: Plan, options: Any, layout: Layout) -> Any:
+    """Return what makes the whole step and counts it on the device, None if nothing does."""
+    (part, _), *others = plan
+    if others or part.stacked or part.kernel.launcher is None:
+        return None
+    key = part.kernel, options
+    if key not in layout.plans:
+        layout.plans[key] = part.kernel.launcher(inputs, options)
+    return layout.plans[key]
+
+
+def counted(plan: Plan, count: Tensor) -> tuple[Plan, Tensor]:
+    """Return the plan with the count after the step, which was one with the count before it."""
+    new_count = count + 1
+    return [(part, numbers._replace(step=new_count)) for part, numbers in plan], new_count
+
+
 def _step_batch_(inputs: StepInputs, batch: Batch, part: Part, numbers: Any, options: Any) -> None:
     if batch.small:
         on_one_thread(_step_, inputs, part, numbers, options)

@@ -27,7 +27,7 @@ from torch import Tensor
 from .._core import pytree, transforms
 from .._core.tensors import recording, scaled, view_as_complex_like, view_as_real
 from .._core.types import Number, Tree
-from . import dispatch
+from . import dispatch, memory
 from .checks import are_apart, check_inplace
 from .hyperparameters import numbers_at, with_grad_scale
 from .memory import Layout, layout_of, write_all
@@ -82,7 +82,7 @@ def update_scaled(
     setup = rule.setup_of(opt)
     routine = _find_routine(opt, rule, setup, grads, state, params, in_place=in_place)
     if routine is not None:
-        numbers = numbers_at(rule, opt, [routine.step_count], [routine.new_count])
+        numbers = routine.numbers(rule, opt)
         if setup.numbers is not None or not _have_history(numbers[0]):
             (own,) = numbers if grad_scale is None else with_grad_scale(numbers, grad_scale)
             if in_place:
@@ -95,7 +95,7 @@ def update_scaled(
         check_untied(prepared.params.leaves, prepared.params.structure)
     counts = prepared.counts.after(prepared.active, prepared.watched)
     # A schedule is asked once: with the numbers of a routine that was left, go on.
-    if routine is None:
+    if routine is None or routine.new_count is None:
         numbers = numbers_at(rule, opt, *prepared.counts.around(prepared.active, counts))
     if grad_scale is not None and _is_followed(prepared, setup.options, numbers):
         scaled_grads = multiplied(grads, grad_scale)
@@ -291,32 +291,59 @@ class _Routine(NamedTuple):
     structure: pytree.Structure  # of every tree
     layout: Layout
     step_count: Tensor  # how many updates were made
-    new_count: Number  # and after this one; a tensor if the count is not read
+    new_count: float | None  # and after this one; None if that is on a device, and not read
+
+    def numbers(self, rule: UpdateRule, opt: Any) -> list[Any]:
+        """Return the numbers of the step; by a count on a device they are those before it."""
+        new = self.step_count if self.new_count is None else self.new_count
+        return numbers_at(rule, opt, [self.step_count], [new])
 
     def step(self, rule: UpdateRule, numbers: Any, options: Any) -> list[Tree]:
         """Return the new tree of parameters, the new count, and the new trees of slots."""
-        inputs, layout, structure = self.inputs, self.layout, self.structure
-        plan = dispatch.plan(rule, inputs, numbers, options, layout, in_place=False)
-        if layout.params_require_grad:
-            outputs = transforms.without_gradients(dispatch.run, inputs, plan, options, layout)
-            keep_requiring(outputs.params, inputs.params)
+        if self.layout.params_require_grad:
+            outputs, count = transforms.without_gradients(self._outputs, rule, numbers, options)
+            keep_requiring(outputs.params, self.inputs.params)
         else:
-            outputs = dispatch.run(inputs, plan, options, layout)
+            outputs, count = self._outputs(rule, numbers, options)
+        structure = self.structure
         new_params, *slots = [pytree.unflatten(structure, own) for own in outputs.columns]
-        return [new_params, fresh(self.new_count, self.step_count), *slots]
+        return [new_params, count, *slots]
+
+    def _outputs(self, rule: UpdateRule, numbers: Any, options: Any) -> tuple[StepOutputs, Tensor]:
+        inputs, layout, count = self.inputs, self.layout, self.step_count
+        plan = dispatch.plan(rule, inputs, numbers, options, layout, in_place=False)
+        if self.new_count is not None:
+            return dispatch.run(inputs, plan, options, layout), fresh(self.new_count, count)
+        launcher = dispatch.launcher(inputs, plan, options, layout)
+        if launcher is None:
+            plan, new_count = dispatch.counted(plan, count)
+            return dispatch.run(inputs, plan, options, layout), new_count
+        outputs, new_count = memory.results(inputs, layout), torch.empty_like(count)
+        launcher.step(inputs, outputs, numbers, new_count)
+        return outputs, new_count
 
     def step_(self, rule: UpdateRule, numbers: Any, options: Any) -> None:
         """Move the leaves and the count in place."""
-        inputs, layout = self.inputs, self.layout
+        if self.layout.params_require_grad:
+            transforms.without_gradients(self._write, rule, numbers, options)
+        else:
+            self._write(rule, numbers, options)
+
+    def _write(self, rule: UpdateRule, numbers: Any, options: Any) -> None:
+        inputs, layout, count = self.inputs, self.layout, self.step_count
         plan = dispatch.plan(rule, inputs, numbers, options, layout, in_place=True)
-        if layout.params_require_grad:
-            transforms.without_gradients(dispatch.run_, inputs, plan, options, layout)
-        else:
+        if self.new_count is not None:
             dispatch.run_(inputs, plan, options, layout)
-        if isinstance(self.new_count, Tensor):
-            self.step_count.copy_(self.new_count)
-        else:
-            self.step_count.fill_(self.new_count)
+            count.fill_(self.new_count)
+            return
+        launcher = dispatch.launcher(inputs, plan, options, layout)
+        if launcher is None:
+            plan, new_count = dispatch.counted(plan, count)
+            dispatch.run_(inputs, plan, options, layout)
+            count.copy_(new_count)
+            return
+        launcher.step(inputs, inputs.targets, numbers, count)
+        memory.note_written([*chain.from_iterable(inputs.targets.columns), count])
 
 
 def _find_routine(
@@ -353,7 +380,8 @@ def _find_routine(
         )
     ):
         return None
-    return _Routine(*recalled, count, value_of(count) + 1)
+    value = value_of(count)
+    return _Routine(*recalled, count, None if isinstance(value, Tensor) else value + 1)
 
 
 def _is_plain_count(count: Any) -> bool:

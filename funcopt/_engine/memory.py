@@ -109,9 +109,14 @@ def give_back(borrowed: StepInputs, inputs: StepInputs) -> None:
         for new, old in zip([*borrowed.params, *chain(*borrowed.slots)], moved, strict=True):
             if new is not old:
                 write(old, new)
+    note_written(moved)
+
+
+def note_written(tensors: list[Tensor]) -> None:
+    """Tell autograd what a kernel has written, so that who needs the old values is refused."""
     if torch.is_inference_mode_enabled():  # where tensors have no version
-        moved = [tensor for tensor in moved if not tensor.is_inference()]
-    torch.autograd.graph.increment_version(moved)
+        tensors = [tensor for tensor in tensors if not tensor.is_inference()]
+    torch.autograd.graph.increment_version(tensors)
 
 
 def write_all(inputs: StepInputs, outputs: StepOutputs) -> None:

@@ -184,6 +184,12 @@ class Kernel(NamedTuple):
             Such a kernel is given all leaves of a dtype and device at once.
         scales_gradients: Whether it multiplies gradients by `numbers.grad_scale` on its way.
         takes_members: Whether numbers may differ between the members of stacked leaves.
+        launcher: `launcher(inputs, options)` returns what makes steps of leaves of these sizes, if
+            a kernel can count and decide on the device. Its method `step(inputs, outputs, numbers,
+            new_count, applies)` is `step_to`, and besides: with a tensor `new_count`, on the device
+            like `numbers.step`, that is the count before the step, and the one after it is written
+            there, perhaps over it; where a bool tensor `applies` is False, the outputs and the
+            count are what they were before the step, to the bit.
     """
 
     step_: Callable[[StepInputs, Any, Any], None]
@@ -191,6 +197,7 @@ class Kernel(NamedTuple):
     step_to: Callable[[StepInputs, StepOutputs, Any, Any], None] | None = None
     scales_gradients: bool = False
     takes_members: bool = False
+    launcher: Callable[[StepInputs, Any], Any] | None = None
 
 
 class Adjoint(NamedTuple):

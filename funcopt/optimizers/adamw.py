@@ -140,8 +140,8 @@ _RULE = UpdateRule(
     equations_=_equations_,
     kernels={
         "native": "funcopt.optimizers._native:ADAMW",
-        "fused": "funcopt.optimizers._adam.kernels:ADAMW_FUSED",
         "triton": "funcopt.optimizers._adam.triton:ADAMW_TRITON",
+        "fused": "funcopt.optimizers._adam.kernels:ADAMW_FUSED",
         "foreach": "funcopt.optimizers._adam.kernels:ADAMW_FOREACH",
     },
     adjoint="funcopt.optimizers._adam.adjoint:ADAMW_ADJOINT",

@@ -16,8 +16,10 @@ from .._core import pytree, tensors, transforms
 from .._core.tensors import write
 from .._core.types import Number, Optimizer, Tree, kind_of
 from .._dtensor.shards import check_placed
-from .._engine.checks import check_apart, check_writable, is_like, of_members
-from ._shared import Gradients, check_wrapper_inplace, gather_params, records
+from .._engine.checks import check_apart, check_writable, is_like, of_members, sharding
+from .._engine.memory import known, layout_of
+from .._engine.rule import StepInputs
+from ._shared import Gradients, check_wrapper_inplace, gather_params, may_recall, records
 
 DtypeOf: TypeAlias = Callable[[torch.dtype], torch.dtype]
 """Gives the dtype of a leaf of the tree, from that of its parameter."""
@@ -35,6 +37,19 @@ def copy_params(opt: Optimizer[Any], params: Tree, dtype_of: DtypeOf) -> tuple[T
     with torch.set_grad_enabled(records(opt, no_gradients, ())):
         copies = [leaf.to(dtype_of(leaf.dtype), copy=True) for leaf in own.leaves]
     return pytree.unflatten(own.structure, copies), own.moving
+
+
+def _are_known(beside: StepInputs, dtype_of: DtypeOf) -> bool:
+    """Whether the trees look as trees did that were checked; other dtypes were right for others."""
+    shards = sharding()
+    return (
+        (shards is None or shards.current_parts() is None)
+        and known(beside) is not None
+        and all(
+            own.dtype is dtype_of(param.dtype)
+            for own, param in zip(beside.slots[0], beside.params, strict=True)
+        )
+    )
 
 
 class ShadowParams(NamedTuple):
@@ -59,6 +74,9 @@ class ShadowParams(NamedTuple):
         Messages say by `what` what a leaf is, and by `relation` what is wrong with it.
         """
         paired = pytree.pair(tree, root, gradients.structure)
+        beside = StepInputs(gradients.params, [], (paired.leaves,))
+        if not gradients.resting and may_recall() and _are_known(beside, dtype_of):
+            return cls(gradients, root, paired)
         path = partial(pytree.path, gradients.structure, root)
         check_placed(paired.leaves, gradients.params, path, what)
         for index, (leaf, param) in enumerate(zip(paired.leaves, gradients.params, strict=True)):
@@ -70,6 +88,8 @@ class ShadowParams(NamedTuple):
                     f"{wanted[1]}, of this shape, and there. Make the state with init() from these "
                     f"parameters.{of_members()}"
                 )
+        if not gradients.resting and may_recall():
+            layout_of(beside)  # by which they are known next time
         return cls(gradients, root, paired)
 
     @property

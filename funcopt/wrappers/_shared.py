@@ -29,8 +29,10 @@ from .._engine.checks import (
     check_unwatched,
 )
 from .._engine.hyperparameters import has_schedule
-from .._engine.prepare import check_untied, device_for_count, first_count, next_step
+from .._engine.memory import layout_of
+from .._engine.prepare import check_untied, device_for_count, first_count, next_step, recall
 from .._engine.registration import at_rest
+from .._engine.rule import StepInputs
 
 
 class Gradients(NamedTuple):
@@ -91,6 +93,9 @@ def gather_gradients(opt: Optimizer[Any], grads: Tree, params: Tree) -> Gradient
         TypeError: If a leaf is not a dense floating-point or complex tensor, unless it is at rest.
         ValueError: If the trees, or a gradient and its parameter, do not match.
     """
+    known = _recalled(opt, grads, params)
+    if known is not None:
+        return known
     leaves, structure = pytree.flatten(params)
     resting = _check_moving(opt, leaves, structure)
     paired = pytree.pair(grads, "grads", structure, resting)
@@ -104,7 +109,23 @@ def gather_gradients(opt: Optimizer[Any], grads: Tree, params: Tree) -> Gradient
         lambda position: pytree.path(structure, "grads", given[position]),
         "a gradient",
     )
+    if type(params) is dict and len(given) == len(leaves) and may_recall():
+        layout_of(StepInputs(leaves, paired.leaves, ()))  # by which they are known next time
     return Gradients(leaves, structure, paired, resting)
+
+
+def _recalled(opt: Optimizer[Any], grads: Tree, params: Tree) -> Gradients | None:
+    """Pair without checking anything, if these leaves look as some did that were checked."""
+    recalled = recall([params, grads]) if may_recall() else None
+    if recalled is None or at_rest(opt, recalled.inputs.params, recalled.structure):
+        return None
+    inputs, structure, _ = recalled
+    return Gradients(inputs.params, structure, pytree.Paired(inputs.grads, structure, None))
+
+
+def may_recall() -> bool:
+    """Whether leaves may be known by their looks: nobody follows what is done with them."""
+    return not transforms.transformed() and not transforms.observed()
 
 
 def _check_moving(

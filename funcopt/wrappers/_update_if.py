@@ -16,6 +16,7 @@ from .._core import pytree, transforms
 from .._core.tensors import choose, copies_of, write
 from .._core.types import Optimizer, Tree
 from .._engine.checks import check_dense
+from .._engine.choice import update_where
 from .._engine.prepare import keep_requiring
 from .._engine.registration import at_rest
 from ._scaled import update_scaled
@@ -34,13 +35,18 @@ def update_if(
 
     Leaves at rest are in either case the tensors that were given. Where the condition is known,
     only one of the two is done. Else it is a tensor of shape (), as for the members of a vmap, or
-    on a device that is not to be waited for: then both are done, and one is chosen.
+    on a device that is not to be waited for: then both are done, and one is chosen, by the kernel
+    that makes the update if it can.
 
     Whether plain autograd records a copy and a choice, `records` says. What the gradients are
     multiplied by is as for `update_scaled`.
     """
     if condition is True:
         return update_scaled(opt, grads, grad_scale, state, params)
+    if condition is not False and not recorded:
+        made = update_where(condition, opt, grads, grad_scale, state, params, in_place=False)
+        if made is not None:
+            return made
     olds, structure = pytree.flatten(params)
     own, state_structure = pytree.flatten(state)
     before = [*olds, *own]
@@ -75,6 +81,8 @@ def update_if_(
     if condition is True:
         update_scaled(opt, grads, grad_scale, state, params, in_place=True)
     elif isinstance(condition, Tensor):
+        if update_where(condition, opt, grads, grad_scale, state, params, in_place=True):
+            return
         resting = at_rest(opt, *pytree.flatten(params))
         leaves = pytree.flatten((params, state))[0]
         leaves = [leaf for index, leaf in enumerate(leaves) if index not in resting]

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from .._core import tensors
+from .._core import tensors, transforms
 from .._core.types import Number, Optimizer, ParamsT, Schedule, Traits, Tree, check_optimizer
 from .._dtensor.reductions import over_shards
 from .._engine.checks import check_state
@@ -140,19 +140,27 @@ class Clip:
     def update(self, grads: Tree, state: ClipState, params: ParamsT) -> tuple[ParamsT, ClipState]:
         """Return the new parameters and state. A gradient of None adds nothing to the norm."""
         gradients, numbers = self._gather(grads, state, params)
-        given, scale, norm, should_update = self._clip(gradients, state.norm, **numbers)
+        norm = _norm(gradients, self.norm_type, state.norm)
+        found, should_update = norm.detach(), self._should_update(norm)
         recorded = should_update is not True and records(self, gradients, state, numbers)
+        if recorded or transforms.transformed():
+            gradients = gradients.replace(zeros_unless(should_update, gradients.tensors))
+            if isinstance(should_update, Tensor):
+                norm = _norm(gradients, self.norm_type, state.norm)
+        scale = _scale(norm, **numbers)
         new_params, inner = update_if(
-            should_update, self.inner, given, state.inner, params, recorded, scale
+            should_update, self.inner, gradients.tree, state.inner, params, recorded, scale
         )
-        return new_params, ClipState(norm, inner, next_step(state.step, should_update))
+        return new_params, ClipState(found, inner, next_step(state.step, should_update))
 
     def update_(self, grads: Tree, state: ClipState, params: ParamsT) -> tuple[ParamsT, ClipState]:
         """Do the same as `update` in place."""
         gradients, numbers = self._gather(grads, state, params)
         check_wrapper_inplace(numbers, own_tensors(state, "norm"), gradients)
-        given, scale, norm, should_update = self._clip(gradients, state.norm, **numbers)
-        update_if_(should_update, self.inner, given, state.inner, params, scale)
+        norm = _norm(gradients, self.norm_type, state.norm)
+        should_update = self._should_update(norm)
+        scale = _scale(norm, **numbers)
+        update_if_(should_update, self.inner, gradients.tree, state.inner, params, scale)
         write_state(state, should_update, norm=norm)
         return params, state
 
@@ -164,24 +172,18 @@ class Clip:
         numbers = numbers_of(self, state.step)
         return gather_gradients(self, grads, params), numbers
 
-    def _clip(
-        self, gradients: Gradients, like: Tensor, max_norm: Number
-    ) -> tuple[Tree, Tensor | None, Tensor, bool | Tensor]:
-        """Return gradients, what they are multiplied by, their norm, and whether to update."""
-        norm = _norm(gradients, self.norm_type, like)
-        found, should_update = norm.detach(), self._should_update(norm)
-        if isinstance(should_update, Tensor):
-            gradients = gradients.replace(zeros_unless(should_update, gradients.tensors))
-            norm = _norm(gradients, self.norm_type, like)
-        max_norm = max_norm.to(norm) if isinstance(max_norm, Tensor) else max_norm
-        scale = (max_norm * (norm + _EPS).reciprocal()).clamp(max=1.0)
-        return gradients.tree, None if known_value(scale) == 1.0 else scale, found, should_update
-
     def _should_update(self, norm: Tensor) -> bool | Tensor:
         if self.nonfinite == "propagate":
             return True
         value = read(norm)
         return norm.detach().isfinite() if value is None else math.isfinite(value)
+
+
+def _scale(norm: Tensor, max_norm: Number) -> Tensor | None:
+    """Return what gradients of a norm are multiplied by, None if that is known to be 1."""
+    max_norm = max_norm.to(norm) if isinstance(max_norm, Tensor) else max_norm
+    scale = (max_norm * (norm + _EPS).reciprocal()).clamp(max=1.0)
+    return None if known_value(scale) == 1.0 else scale
 
 
 def _zero_norm(params: list[Tensor]) -> Tensor:

@@ -248,3 +248,19 @@ def test_a_kernel_that_cannot_serve_is_refused_by_path():
     _, state = train(AdamW(), params, [grads] * 2)
     with pytest.raises(ValueError, match=r"params\['weight'\] is on cpu, which kernel='triton'"):
         AdamW(kernel="triton").update(grads, state, params)
+
+
+@pytest.mark.parametrize("kernel", ["auto", "plain", "foreach", "fused"])
+@pytest.mark.parametrize("update", ["update", "update_"])
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_a_count_that_is_not_read_goes_the_short_way(
+    kernel, update, requires_grad, taken, monkeypatch
+):
+    opt, gradients = AdamW(kernel=kernel), gradients_of()
+    read = train(opt, params_of(requires_grad), gradients, update)
+    monkeypatch.setattr(driver, "value_of", lambda count: count)  # as on a device
+    taken.clear()
+    unread = train(opt, params_of(requires_grad), gradients, update)
+    assert taken == [STEPS[update]] * 4
+    assert unread[1].step == 4
+    torch.testing.assert_close(unread, read)

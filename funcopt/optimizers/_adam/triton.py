@@ -2,8 +2,8 @@
 
 torch's fused kernel moves in place, so a pure update by it copies first: 13 reads and writes of a
 leaf, where one that reads old tensors and writes new ones has 7. All leaves of a launch, and all
-members of a vmap with numbers of their own, are told to it by one table of addresses and numbers,
-which goes to the device without waiting for it. The bias corrections are computed there, in
+members of a vmap with numbers of their own, are told to it by one table of addresses, which goes to
+the device without waiting for it and is kept there. The bias corrections are computed there, in
 float64, so that a count or a learning rate on the device is never read here, and a CUDA graph
 replays a step with whatever they are by then.
 
@@ -16,16 +16,18 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+import struct
 from array import array
+from collections.abc import Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..._core import transforms
 from ..._core.types import Number
-from ..._engine.rule import Kernel, StepInputs, StepOutputs
+from ..._engine.rule import Kernel, StepInputs, StepOutputs, is_read
 from ..adamw import HYPERPARAMS
 
 _PATHS = {own.name: own.path for own in HYPERPARAMS}
@@ -70,6 +72,195 @@ def _step_(inputs: StepInputs, numbers: Any, options: Any) -> None:
     _step_to(inputs, inputs.targets, numbers, options)
 
 
+def _step_to(inputs: StepInputs, outputs: StepOutputs, numbers: Any, options: Any) -> None:
+    launcher(inputs, options).step(inputs, outputs, numbers)
+
+
+# The launchers of the trees that were moved last, by what they were made for.
+_launchers: dict[object, Launcher] = {}
+_MOST_LAUNCHERS = 32
+
+
+def launcher(inputs: StepInputs, options: Any) -> Launcher:
+    """Return what launches steps of leaves of these sizes."""
+    param = inputs.params[0]
+    sizes = tuple(map(Tensor.numel, inputs.params))
+    key = sizes, param.dtype, param.device, options.amsgrad, options.maximize
+    found = _launchers.get(key)
+    if found is None:
+        if len(_launchers) >= _MOST_LAUNCHERS:
+            _launchers.clear()
+        found = _launchers[key] = Launcher(*key)
+    return found
+
+
+class _Table(NamedTuple):
+    """A table on the device, and all that what is in it depends on."""
+
+    members: int
+    addresses: list[int]
+    stream: int
+    words: Tensor
+
+
+class _Shape(NamedTuple):
+    """How the leaves are cut into programs, for so many members."""
+
+    programs: int
+    run: int  # of how many blocks
+    words: list[int]  # the part of the table that says so
+
+
+class Launcher:
+    """Launches steps of leaves of certain sizes, and keeps the tables that it made for them.
+
+    A table is written once and never again, and dropped if it was not used of late. A launch that
+    is queued may read it after that: its memory comes from the allocator of the stream on which it
+    is used, which hands memory out again for what comes later on that stream. Another stream has
+    tables of its own: it would not wait until one has arrived, nor may two launches at once count
+    their programs in the same word of it. A graph that is captured has its own as well, which it
+    copies again at each replay; what it copies from is kept for good. Numbers are no part of a
+    table but arguments of the launch. So nothing that changes from step to step is copied, and
+    nothing that is queued can see a number of a later step.
+    """
+
+    # A loop that hands out results in turn, or keeps some, has several sets of addresses.
+    _MOST_TABLES = 8
+
+    def __init__(
+        self,
+        sizes: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+        amsgrad: bool,
+        maximize: bool,
+    ) -> None:
+        """Note what all launches have in common."""
+        self._source = _source()
+        self._sizes = sizes
+        self._device = device
+        self._index = -1 if device.type == "cpu" else device.index or 0
+        self._constants = {
+            "DTYPE": getattr(self._source.tl, str(dtype).removeprefix("torch.")),
+            "AMSGRAD": amsgrad,
+            "MAXIMIZE": maximize,
+        }
+        self._compiled: dict[bool, Any] = {}
+        self._shapes: dict[int, _Shape] = {}
+        self._tables: tuple[_Table, ...] = ()
+
+    def step(
+        self,
+        inputs: StepInputs,
+        outputs: StepOutputs,
+        numbers: Any,
+        new_count: Tensor | None = None,
+        applies: Tensor | None = None,
+    ) -> None:
+        """Write the new parameters and slots into the outputs, which may be those of the inputs.
+
+        Args:
+            inputs: The leaves.
+            outputs: Tensors laid out like them.
+            numbers: The numbers of the step.
+            new_count: Where to write the count after the step, perhaps the count itself: a float64
+                tensor of shape () on the device. Then `numbers.step` is one as well: the count
+                before the step, where else it is the count after it.
+            applies: A bool tensor of shape () on the device: where it is False, the outputs and the
+                count are what they were before the step, to the bit.
+        """
+        if self._index < 0 or self._index == torch.cuda.current_device():
+            self._step(inputs, outputs, numbers, new_count, applies)
+        else:
+            with torch.cuda.device(self._index):
+                self._step(inputs, outputs, numbers, new_count, applies)
+
+    def _step(
+        self,
+        inputs: StepInputs,
+        outputs: StepOutputs,
+        numbers: Any,
+        new_count: Tensor | None,
+        applies: Tensor | None,
+    ) -> None:
+        own = _arguments(numbers, inputs.params[0], self._device)
+        shape = self._shapes.get(own.members) or self._shape(own.members)
+        if shape.programs == 0:
+            if new_count is not None:
+                torch.add(numbers.step, 1 if applies is None else applies, out=new_count)
+            return
+        _run(
+            self._compiled,
+            self._source,
+            (shape.programs,),
+            (
+                self._table(inputs, outputs, shape, own.members),
+                len(self._sizes),
+                shape.run,
+                *own.words,
+                own.kinds,
+                0 if new_count is None else new_count.data_ptr(),
+                0 if applies is None else applies.data_ptr(),
+            ),
+            {**self._constants, "CONDITIONAL": applies is not None, "BLOCK": _BLOCK},
+        )
+
+    def _shape(self, members: int) -> _Shape:
+        elements = [size // members for size in self._sizes]
+        blocks = members * sum(-(-count // _BLOCK) for count in elements)
+        run = max(1, min(_LONGEST_RUN, blocks // _ENOUGH_PROGRAMS))
+        programs = [-(-count // (run * _BLOCK)) for count in elements]
+        ends = list(accumulate(members * count for count in programs))
+        shape = _Shape(ends[-1], run, [0, *ends[:-1], *programs, *elements])
+        self._shapes[members] = shape
+        return shape
+
+    def _table(
+        self, inputs: StepInputs, outputs: StepOutputs, shape: _Shape, members: int
+    ) -> Tensor:
+        addresses: list[int] = []
+        for column in (*inputs.columns, *outputs.columns):
+            addresses += map(Tensor.data_ptr, column)
+        words = [*shape.words, *addresses, 0]
+        if transforms.capturing():
+            return _sent(words, self._device)
+        stream = self._source.stream_of(self._index)
+        recent = self._tables
+        for table in recent:
+            if table.addresses == addresses and table.stream == stream and table.members == members:
+                return table.words
+        made = _Table(members, addresses, stream, _sent(words, self._device))
+        # Replaced whole, so that threads need no lock.
+        self._tables = (made, *recent[: self._MOST_TABLES - 1])
+        return made.words
+
+
+def _run(
+    compiled: dict[bool, Any],
+    source: Any,
+    grid: tuple[int],
+    arguments: tuple[Any, ...],
+    constants: dict[str, Any],
+) -> None:
+    """Launch the kernel, by what Triton compiled at the first launch of this kind if it can be had.
+
+    Triton's own way asks at each launch for the types of all arguments and for what was compiled
+    for them, which takes longer than a small step. Here they are always of the same types.
+    """
+    kernel = compiled.get(constants["CONDITIONAL"])
+    if kernel is not None:
+        kernel[grid](*arguments, *constants.values())
+        return
+    kernel = source.step_kernel[grid](
+        *arguments,
+        **constants,
+        num_warps=_WARPS,
+        enable_fp_fusion=False,  # rounded as the equations are written
+    )
+    if source.is_compiled(kernel):
+        compiled[constants["CONDITIONAL"]] = kernel
+
+
 @functools.cache
 def _source() -> Any:
     """Import Triton and what is written in it. It takes half a second, so who needs it pays it."""
@@ -101,74 +292,78 @@ def _unfit_gpu(device: torch.device, triton: Any) -> str | None:
     return None
 
 
-def _step_to(inputs: StepInputs, outputs: StepOutputs, numbers: Any, options: Any) -> None:
-    source = _source()
-    param = inputs.params[0]
+class _Arguments(NamedTuple):
+    """The numbers of a step as the kernel takes them."""
+
+    members: int  # how many have numbers of their own; 1 if all share them
+    words: tuple[int, ...]
+    kinds: int
+    tensors: list[Tensor]  # of which some words are the addresses
+
+
+# What a number is, in the bits that the kernel is told of it.
+_IS_ADDRESS, _IS_FLOAT32, _IS_PER_MEMBER = 1, 2, 4
+
+
+def _arguments(numbers: Any, param: Tensor, device: torch.device) -> _Arguments:
+    if is_read(numbers):
+        return _Arguments(1, _bits(numbers), 0, [])
     lead = param.shape[: max(n.ndim if isinstance(n, Tensor) else 0 for n in numbers)]
-    values = [_values(number, lead, param.device) for number in numbers]
-    members = max(1, *map(len, values))
-    elements = [leaf.numel() // members for leaf in inputs.params]
-    blocks = members * sum(-(-count // _BLOCK) for count in elements)
-    run = max(1, min(_LONGEST_RUN, blocks // _ENOUGH_PROGRAMS))
-    programs = [-(-count // (run * _BLOCK)) for count in elements]
-    ends = list(accumulate(members * count for count in programs))
-    if ends[-1] == 0:
-        return
-    words = [0, *ends[:-1], *programs, *elements]
-    for column in (*inputs.columns, *outputs.columns):
-        words += map(Tensor.data_ptr, column)
-    with torch.cuda.device(param.get_device()):
-        source.step_kernel[(ends[-1],)](
-            _table(words, values, param.device),
-            len(elements),
-            run,
-            DTYPE=getattr(source.tl, str(param.dtype).removeprefix("torch.")),
-            AMSGRAD=options.amsgrad,
-            MAXIMIZE=options.maximize,
-            BLOCK=_BLOCK,
-            num_warps=_WARPS,
-            enable_fp_fusion=False,  # rounded as the equations are written
-        )
+    values = [_value(number, lead, device) for number in numbers]
+    words, kinds, members, tensors = [], 0, 1, []
+    for index, value in enumerate(values):
+        if isinstance(value, Tensor):
+            kind = _IS_ADDRESS | (_IS_FLOAT32 if value.dtype is torch.float32 else 0)
+            if value.numel() != 1:
+                kind, members = kind | _IS_PER_MEMBER, value.numel()
+            kinds |= kind << (4 * index)
+            words.append(value.data_ptr())
+            tensors.append(value)
+        else:
+            words += _bits((value,))
+    return _Arguments(max(1, members), tuple(words), kinds, tensors)
 
 
-def _values(number: Number, lead: torch.Size, device: torch.device) -> Tensor | list[float]:
-    """Return one value, or one for each member: where they are if that is the device."""
+def _bits(values: Sequence[float]) -> tuple[int, ...]:
+    """Return float64 numbers as integers of the same bits."""
+    count = len(values)
+    return struct.unpack(f"{count}q", struct.pack(f"{count}d", *values))
+
+
+def _value(number: Number, lead: torch.Size, device: torch.device) -> Tensor | float:
+    """Return a value, or a tensor on the device that has it, or one for each member."""
     if not isinstance(number, Tensor):
-        return [float(number)]
+        return float(number)
     if number.numel() != 1:
         number = number.expand(lead)
-    number = number.to(torch.float64).reshape(-1).contiguous()
     if number.device == device:
-        return number
-    values: list[float] = number.tolist()
-    return values
+        if number.dtype is not torch.float32:
+            number = number.to(torch.float64)
+        return number.reshape(-1).contiguous()
+    values: list[float] = number.to(torch.float64).reshape(-1).tolist()
+    if len(values) == 1:
+        return values[0]
+    return _sent(_bits(values), device).view(torch.float64)
 
 
-def _table(words: list[int], numbers: list[Tensor | list[float]], device: torch.device) -> Tensor:
-    """Append the numbers, or where they are, and send all to the device."""
-    ours = [number for number in numbers if isinstance(number, list)]
-    table = torch.empty(
-        len(words) + 2 * len(numbers) + sum(map(len, ours)), dtype=torch.int64, device=device
-    )
-    place = table.data_ptr() + 8 * (len(words) + 2 * len(numbers))
-    for number in numbers:
-        if isinstance(number, Tensor):
-            words.append(number.data_ptr())
-        else:
-            words.append(place)
-            place += 8 * len(number)
-    words += [int(len(number) > 1) for number in numbers]
-    bits = array("q", array("d", [value for number in ours for value in number]).tobytes())
-    host = torch.frombuffer(array("q", words) + bits, dtype=torch.int64)
-    if device.type == "cuda":
-        # Only from pinned memory does a copy not wait. Its allocator waits for the copy instead
-        # before it hands the memory out again.
-        host = host.pin_memory()
-        if transforms.capturing():
-            _read_at_replay.append(host)
-    return table.copy_(host, non_blocking=True)
+def _sent(words: Sequence[int], device: torch.device) -> Tensor:
+    """Return integers on the device, which are sent there without waiting for it."""
+    host = torch.frombuffer(array("q", words), dtype=torch.int64)
+    if device.type != "cuda":
+        return host
+    # Only from pinned memory does a copy not wait. Its allocator waits for the copy instead before
+    # it hands the memory out again.
+    host = host.pin_memory()
+    if transforms.capturing():
+        _read_at_replay.append(host)
+    return host.to(device, non_blocking=True)
 
 
 ADAMW_TRITON = Kernel(
-    _step_, _unsupported_reason, step_to=_step_to, scales_gradients=True, takes_members=True
+    _step_,
+    _unsupported_reason,
+    scales_gradients=True,
+    takes_members=True,
+    step_to=_step_to,
+    launcher=launcher,
 )

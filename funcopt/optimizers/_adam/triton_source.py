@@ -1,12 +1,16 @@
 """The step in one pass, as Triton source: what each program of a launch does.
 
-A program moves some blocks of one member of one leaf. Which those are, where they lie and what the
-numbers are it reads from a table of 64-bit words, built by `triton.py`:
+A program moves some blocks of one member of one leaf. Which those are and where they lie it reads
+from a table of 64-bit words, built by `triton.py`:
 
 - for each leaf: its first program; the programs of a member; the elements of a member;
 - for each leaf: the addresses of param, grad, exp_avg, exp_avg_sq (and max_exp_avg_sq) before the
   step, and of the same without grad after it;
-- for each of the seven numbers the address of a float64; then for each its stride over the members.
+- how many programs of this launch are done: 0 before it and after it.
+
+The numbers are arguments, 64 bits each: the bits of a float64, or the address of a tensor. What a
+number is, is said by four bits of `kinds`, the lowest ones for the first: 1 for an address, 2 for
+one of float32, not float64, 4 for one of a value for each member.
 """
 
 # Triton ships no types. This file is the border: what comes of Triton is untyped here, and what is
@@ -30,9 +34,26 @@ def _jit(function: Any) -> Any:
     return function if triton is None else triton.jit(function)
 
 
+def stream_of(index: int) -> int:
+    """Return the stream that launches on a device go to; 0 where the interpreter serves the CPU."""
+    stream: int = triton.runtime.driver.active.get_current_stream(index) if index >= 0 else 0
+    return stream
+
+
+def is_compiled(kernel: Any) -> bool:
+    """Whether what a launch returned is a compiled kernel, which can be launched as it is."""
+    return triton is not None and isinstance(kernel, triton.compiler.CompiledKernel)
+
+
+_INTEGERS = (
+    *("leaves", "run", "step", "lr", "beta1", "beta2", "eps", "weight_decay", "grad_scale"),
+    *("kinds", "new_count", "applies"),
+)
+
+
 def _entry(function: Any) -> Any:
-    # A count gets no kernel of its own for being 1, or a multiple of 16.
-    return function if triton is None else triton.jit(function, do_not_specialize=["leaves", "run"])
+    # An integer gets no kernel of its own for being 1, or a multiple of 16.
+    return function if triton is None else triton.jit(function, do_not_specialize=_INTEGERS)
 
 
 # Capitals are what is fixed at compilation, as in Triton's own sources.
@@ -44,12 +65,28 @@ def step_kernel(
     table,
     leaves,
     run,
+    step: tl.int64,
+    lr: tl.int64,
+    beta1: tl.int64,
+    beta2: tl.int64,
+    eps: tl.int64,
+    weight_decay: tl.int64,
+    grad_scale: tl.int64,
+    kinds: tl.int64,
+    new_count: tl.int64,
+    applies: tl.int64,
     DTYPE: tl.constexpr,
     AMSGRAD: tl.constexpr,
     MAXIMIZE: tl.constexpr,
+    CONDITIONAL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Move `run` blocks of BLOCK elements, or as many as are left of the member."""
+    """Move `run` blocks of BLOCK elements, or as many as are left of the member.
+
+    Where `new_count` is an address, `step` is that of the count before this update, and the count
+    after it is written. `applies` is the address of a bool, if CONDITIONAL: where it is False,
+    everything stays as it was.
+    """
     TENSORS: tl.constexpr = 9 if AMSGRAD else 7
     leaf = _leaf_of(tl.program_id(0), table, leaves)
     place = (tl.program_id(0) - tl.load(table + leaf)).to(tl.int32)
@@ -61,34 +98,24 @@ def step_kernel(
 
     addresses = table + 3 * leaves + leaf
     start = (member * elements + begin) * (DTYPE.primitive_bitwidth // 8)
-    param = tl.load(addresses) + start
-    grad = tl.load(addresses + leaves) + start
-    exp_avg = tl.load(addresses + 2 * leaves) + start
-    exp_avg_sq = tl.load(addresses + 3 * leaves) + start
-    largest = exp_avg_sq
-    if AMSGRAD:
-        largest = tl.load(addresses + 4 * leaves) + start
-    after = addresses + (TENSORS // 2 + 1) * leaves
-    new_param = tl.load(after) + start
-    new_exp_avg = tl.load(after + leaves) + start
-    new_exp_avg_sq = tl.load(after + 2 * leaves) + start
-    new_largest = new_exp_avg_sq
-    if AMSGRAD:
-        new_largest = tl.load(after + 3 * leaves) + start
-
-    olds = (param, grad, exp_avg, exp_avg_sq, largest)
-    news = (new_param, new_exp_avg, new_exp_avg_sq, new_largest)
-    spread = param | grad | exp_avg | exp_avg_sq | largest
-    aligned = ((spread | new_param | new_exp_avg | new_exp_avg_sq | new_largest) & 15) == 0
-    numbers = _numbers(table + (3 + TENSORS) * leaves, member, DTYPE)
-    offset = 0
-    while offset < size:
-        # Whole blocks in aligned memory are moved 16 bytes at a time, which a mask would forbid.
-        if aligned & (size - offset >= BLOCK):
-            _move(olds, news, numbers, offset, size, DTYPE, AMSGRAD, MAXIMIZE, BLOCK, True)
-        else:
-            _move(olds, news, numbers, offset, size, DTYPE, AMSGRAD, MAXIMIZE, BLOCK, False)
-        offset += BLOCK
+    olds = _before(addresses, leaves, start, AMSGRAD)
+    news = _after(addresses + (TENSORS // 2 + 1) * leaves, leaves, start, AMSGRAD)
+    spread = olds[0] | olds[1] | olds[2] | olds[3] | olds[4]
+    aligned = ((spread | news[0] | news[1] | news[2] | news[3]) & 15) == 0
+    words = (step, lr, beta1, beta2, eps, weight_decay, grad_scale)
+    count = _number(step, kinds, 0, member)
+    updates = tl.where(new_count != 0, count + 1.0, count)
+    numbers = _numbers(words, kinds, updates, member, DTYPE)
+    made = True
+    if CONDITIONAL:
+        made = tl.load(applies.to(tl.pointer_type(tl.int8))) != 0
+    if made:
+        _move_all(olds, news, numbers, size, aligned, DTYPE, AMSGRAD, MAXIMIZE, BLOCK)
+    elif news[0] != olds[0]:
+        _copy_all(olds, news, size, DTYPE, AMSGRAD, BLOCK)
+    if new_count != 0:
+        reached = tl.where(made, updates, count)
+        _write_count(table + (3 + TENSORS) * leaves, new_count, reached)
 
 
 @_jit
@@ -105,16 +132,55 @@ def _leaf_of(program, table, leaves):
 
 
 @_jit
-def _numbers(table, member, DTYPE: tl.constexpr):
+def _before(addresses, leaves, start, AMSGRAD: tl.constexpr):
+    """Return where what a program reads begins."""
+    param = tl.load(addresses) + start
+    grad = tl.load(addresses + leaves) + start
+    exp_avg = tl.load(addresses + 2 * leaves) + start
+    exp_avg_sq = tl.load(addresses + 3 * leaves) + start
+    largest = exp_avg_sq
+    if AMSGRAD:
+        largest = tl.load(addresses + 4 * leaves) + start
+    return param, grad, exp_avg, exp_avg_sq, largest
+
+
+@_jit
+def _after(addresses, leaves, start, AMSGRAD: tl.constexpr):
+    """Return where what it writes begins."""
+    param = tl.load(addresses) + start
+    exp_avg = tl.load(addresses + leaves) + start
+    exp_avg_sq = tl.load(addresses + 2 * leaves) + start
+    largest = exp_avg_sq
+    if AMSGRAD:
+        largest = tl.load(addresses + 3 * leaves) + start
+    return param, exp_avg, exp_avg_sq, largest
+
+
+@_jit
+def _write_count(done, new_count, count):
+    """Let the program that is the last to finish write the count, in whatever order they run.
+
+    In place, the count is written where every program reads it. Each counts itself as done when all
+    its threads have read, and whoever finds that all others are done finds that all have read. A
+    launch that follows on the same stream begins with none that is done.
+    """
+    tl.debug_barrier()
+    others = tl.atomic_add(done, 1)
+    if others == tl.num_programs(0) - 1:
+        tl.store(done, 0)
+        tl.store(new_count.to(tl.pointer_type(tl.float64)), count)
+
+
+@_jit
+def _numbers(words, kinds, step, member, DTYPE: tl.constexpr):
     """Return what the numbers of a member come to, found in float64 and rounded once."""
     COMPUTE: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
-    step = _number(table, 0, member)
-    lr = _number(table, 1, member)
-    beta1 = _number(table, 2, member)
-    beta2 = _number(table, 3, member)
-    eps = _number(table, 4, member)
-    weight_decay = _number(table, 5, member)
-    grad_factor = _number(table, 6, member)
+    lr = _number(words[1], kinds, 1, member)
+    beta1 = _number(words[2], kinds, 2, member)
+    beta2 = _number(words[3], kinds, 3, member)
+    eps = _number(words[4], kinds, 4, member)
+    weight_decay = _number(words[5], kinds, 5, member)
+    grad_scale = _number(words[6], kinds, 6, member)
     # A decay of less than half of a parameter is subtracted; where less is left, that is a factor.
     decay = lr * weight_decay
     kept = tl.where(decay < 0.5, 1.0, 1.0 - decay)
@@ -130,14 +196,23 @@ def _numbers(table, member, DTYPE: tl.constexpr):
         step_size.to(COMPUTE),
         correction2_root.to(COMPUTE),
         eps.to(COMPUTE),
-        grad_factor.to(COMPUTE),
+        grad_scale.to(COMPUTE),
     )
 
 
 @_jit
-def _number(table, INDEX: tl.constexpr, member):
-    address = tl.load(table + INDEX).to(tl.pointer_type(tl.float64))
-    return tl.load(address + tl.load(table + 7 + INDEX) * member)
+def _number(word, kinds, INDEX: tl.constexpr, member):
+    """Return a number of a member in float64, whichever kind it is of."""
+    kind = kinds >> (4 * INDEX)
+    place = word.to(tl.int64)
+    value = place.to(tl.float64, bitcast=True)
+    if (kind & 1) != 0:
+        offset = tl.where((kind & 4) != 0, member, 0)
+        if (kind & 2) != 0:
+            value = tl.load(place.to(tl.pointer_type(tl.float32)) + offset).to(tl.float64)
+        else:
+            value = tl.load(place.to(tl.pointer_type(tl.float64)) + offset)
+    return value
 
 
 @_jit
@@ -155,6 +230,28 @@ def _one_minus_power(beta, step):
 
 
 @_jit
+def _move_all(
+    olds,
+    news,
+    numbers,
+    size,
+    aligned,
+    DTYPE: tl.constexpr,
+    AMSGRAD: tl.constexpr,
+    MAXIMIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    offset = 0
+    while offset < size:
+        # Whole blocks in aligned memory are moved 16 bytes at a time, which a mask would forbid.
+        if aligned & (size - offset >= BLOCK):
+            _move(olds, news, numbers, offset, size, DTYPE, AMSGRAD, MAXIMIZE, BLOCK, True)
+        else:
+            _move(olds, news, numbers, offset, size, DTYPE, AMSGRAD, MAXIMIZE, BLOCK, False)
+        offset += BLOCK
+
+
+@_jit
 def _move(
     olds,
     news,
@@ -169,7 +266,7 @@ def _move(
 ):
     """Move one block: the equations of `plain`, in the same order but for weight decay."""
     COMPUTE: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
-    kept, decay, gain1, beta2, gain2, step_size, correction2_root, eps, grad_factor = numbers
+    kept, decay, gain1, beta2, gain2, step_size, correction2_root, eps, grad_scale = numbers
     lanes = tl.arange(0, BLOCK)
     mask = None if WHOLE else lanes < size - offset
     param = tl.load(_pointers(olds[0], offset, lanes, DTYPE, WHOLE), mask=mask).to(COMPUTE)
@@ -177,7 +274,7 @@ def _move(
     exp_avg = tl.load(_pointers(olds[2], offset, lanes, DTYPE, WHOLE), mask=mask).to(COMPUTE)
     exp_avg_sq = tl.load(_pointers(olds[3], offset, lanes, DTYPE, WHOLE), mask=mask).to(COMPUTE)
 
-    grad = (grad * grad_factor).to(DTYPE).to(COMPUTE)
+    grad = (grad * grad_scale).to(DTYPE).to(COMPUTE)
     if MAXIMIZE:
         grad = -grad
     # As torch.lerp, which takes the end that is nearer.
@@ -199,6 +296,27 @@ def _move(
     tl.store(_pointers(news[0], offset, lanes, DTYPE, WHOLE), param.to(DTYPE), mask=mask)
     tl.store(_pointers(news[1], offset, lanes, DTYPE, WHOLE), exp_avg.to(DTYPE), mask=mask)
     tl.store(_pointers(news[2], offset, lanes, DTYPE, WHOLE), exp_avg_sq.to(DTYPE), mask=mask)
+
+
+@_jit
+def _copy_all(olds, news, size, DTYPE: tl.constexpr, AMSGRAD: tl.constexpr, BLOCK: tl.constexpr):
+    """Copy all blocks, to the bit."""
+    offset = 0
+    while offset < size:
+        _copy(olds[0], news[0], offset, size, DTYPE, BLOCK)
+        _copy(olds[2], news[1], offset, size, DTYPE, BLOCK)
+        _copy(olds[3], news[2], offset, size, DTYPE, BLOCK)
+        if AMSGRAD:
+            _copy(olds[4], news[3], offset, size, DTYPE, BLOCK)
+        offset += BLOCK
+
+
+@_jit
+def _copy(old, new, offset, size, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
+    lanes = tl.arange(0, BLOCK)
+    mask = lanes < size - offset
+    values = tl.load(_pointers(old, offset, lanes, DTYPE, False), mask=mask)
+    tl.store(_pointers(new, offset, lanes, DTYPE, False), values, mask=mask)
 
 
 @_jit

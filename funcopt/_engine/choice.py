@@ -1,0 +1,141 @@
+"""An update that is made where a condition on the device holds, in the same pass over memory.
+
+What holds on a device is not read, so that nothing waits for it. To make an update, keep what was
+before it, and choose between the two takes three passes and twice the memory. A kernel that reads
+the condition itself writes the new values or the old.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._core import transforms
+from .._core.types import Tree, own_traits
+from .checks import are_apart, check_inplace
+from .driver import _have_history, _state
+from .hyperparameters import numbers_at, with_grad_scale
+from .memory import results
+from .prepare import Prepared, prepare
+from .rule import UpdateRule
+
+
+def update_where(
+    applies: Tensor,
+    opt: Any,
+    grads: Tree,
+    grad_scale: Tensor | None,
+    state: Any,
+    params: Tree,
+    *,
+    in_place: bool,
+) -> tuple[Tree, Any] | None:
+    """Update where a condition holds, else keep every bit; None if that takes more than one pass.
+
+    Then nothing was done. An optimizer that is no rule's, one whose kernel cannot decide on the
+    device, and whatever is followed for derivatives, members or a trace, is for the caller.
+
+    Args:
+        applies: The condition: a bool tensor of shape ().
+        opt: The optimizer.
+        grads: The gradients, which are multiplied by `grad_scale`, if that is given.
+        grad_scale: A tensor of shape ().
+        state: The state.
+        params: The parameters.
+        in_place: Whether to write parameters and state over the old, or in fresh memory.
+
+    Raises:
+        Exception: Whatever the update itself would raise.
+    """
+    given = [applies] if grad_scale is None else [applies, grad_scale]
+    if (
+        transforms.transformed()
+        or transforms.observed()
+        or not own_traits(opt).by_rule
+        or not transforms.all_plain(given)
+        or any(map(transforms.has_derivative, given))
+    ):
+        return None
+    rule: UpdateRule = opt.rule
+    setup = rule.setup_of(opt)
+    if setup.options.step_per_leaf or setup.options.differentiable:
+        return None
+    prepared = prepare(opt, rule, grads, state, params)
+    count = prepared.counts.tensors[0]
+    if prepared.watched or prepared.layout is None or not prepared.layout.fast_path_ok:
+        return None
+    with torch.no_grad():
+        counts = prepared.counts.after(prepared.active, prepared.watched)
+        numbers = numbers_at(rule, opt, *prepared.counts.around(prepared.active, counts))
+        (own,) = with_grad_scale(numbers, grad_scale)
+        parts = None if _have_history(own) else _parts(rule, setup.options, prepared, own, applies)
+        if parts is None or count.device != applies.device:
+            return None
+        if in_place and not _is_plainly_fine(prepared):
+            check_inplace(rule, prepared, counts, [own])
+        inputs = prepared.inputs
+        outputs = inputs.targets if in_place else results(inputs, prepared.layout)
+        for indices, launcher in parts:
+            launcher.step(inputs.take(indices), outputs.take(indices), own, applies=applies)
+        made = applies.to(count.dtype)
+        if in_place:
+            torch.autograd.graph.increment_version(list(chain(*outputs.columns)))
+            count.add_(made)
+            return params, state
+        new_params, *slots = prepared.rebuild(outputs)
+        return new_params, _state(rule, setup, [count + made, *slots])
+
+
+def _is_plainly_fine(prepared: Prepared) -> bool:
+    """Whether nothing can stand against writing in place, as nearly always.
+
+    The layout vouches for the leaves, save for where they start and for parameters' histories.
+    """
+    inputs, count = prepared.inputs, prepared.counts.tensors[0]
+    return (
+        type(count) is Tensor
+        and not count.requires_grad
+        and not count.is_inference()
+        and all(param.is_leaf for param in inputs.params)
+        and are_apart([*chain(*inputs.columns), count])
+    )
+
+
+def _parts(
+    rule: UpdateRule, options: Any, prepared: Prepared, numbers: Any, applies: Tensor
+) -> Sequence[tuple[list[int], Any]] | None:
+    """Return which leaves go together, with what makes their step; None if there is none for all.
+
+    Those of one dtype go together. It is remembered with what is known of the leaves.
+    """
+    layout = prepared.layout
+    kernel = _kernel(rule, options, applies.device, numbers)
+    if kernel is None or layout is None or any(d != applies.device for d in layout.devices):
+        return None
+    key = "where", kernel, options
+    parts = layout.plans.get(key)
+    if parts is None:
+        groups: dict[torch.dtype, list[int]] = {}
+        for index, param in enumerate(prepared.inputs.params):
+            groups.setdefault(param.dtype, []).append(index)
+        parts = layout.plans[key] = [
+            (indices, kernel.launcher(prepared.inputs.take(indices), options))
+            for indices in groups.values()
+        ]
+    found: Sequence[tuple[list[int], Any]] = parts
+    return found
+
+
+def _kernel(rule: UpdateRule, options: Any, device: torch.device, numbers: Any) -> Any:
+    """Return the kernel that decides on the device, if one does that may be taken."""
+    for name in rule.kernels if options.kernel == "auto" else [options.kernel]:
+        kernel = rule.kernel(name) if name in rule.kernels else None
+        if kernel is None or kernel.launcher is None:
+            continue
+        if kernel.unsupported_reason(device, numbers) is None:
+            return kernel
+    return None
