@@ -21,15 +21,6 @@
 #define INLINE static __forceinline
 #endif
 
-/* An element is read before it is written, and nobody reads another's. */
-#if defined(__clang__)
-#define ELEMENTS_ARE_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
-#elif defined(__GNUC__)
-#define ELEMENTS_ARE_INDEPENDENT _Pragma("GCC ivdep")
-#else
-#define ELEMENTS_ARE_INDEPENDENT __pragma(loop(ivdep))
-#endif
-
 enum { ADAM, ADAMW, SGD, LION };
 enum { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
 enum { MOST_OLDS = 5, MOST_NEWS = 4 };

@@ -1,5 +1,22 @@
 /* The loops for each set of instructions, of which one is chosen at run time, and threads. */
 
+/* Without an instruction for it, a fused multiply-add is a call of a function: right, but slow. */
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA) || defined(__aarch64__) || defined(_M_ARM64)
+#define BASELINE_IS_FAST 1
+#else
+#define BASELINE_IS_FAST 0
+#endif
+
+/* Of elements one by one, the compiler is told that it may make vectors: an element is read before
+ * it is written, and nobody reads another's. */
+#if defined(__clang__)
+#define ELEMENTS_ARE_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
+#elif defined(__GNUC__)
+#define ELEMENTS_ARE_INDEPENDENT _Pragma("GCC ivdep")
+#else
+#define ELEMENTS_ARE_INDEPENDENT __pragma(loop(ivdep))
+#endif
+
 #define JOIN_AS_THEY_ARE(one, other) one##_##other
 #define JOIN(one, other) JOIN_AS_THEY_ARE(one, other)
 #define fma_float fmaf
@@ -76,6 +93,7 @@ typedef void (*Range)(const Job *, int64_t, int64_t, int64_t, const double *);
 #if X86_TARGETS
 static int has_avx512(void)
 {
+    __builtin_cpu_init();
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
            __builtin_cpu_supports("fma");
@@ -83,6 +101,7 @@ static int has_avx512(void)
 
 static int has_avx2(void)
 {
+    __builtin_cpu_init();
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 }
 #endif
@@ -91,13 +110,6 @@ static int has_always(void)
 {
     return 1;
 }
-
-/* Without an instruction for it, a fused multiply-add is a call of a function: right, but slow. */
-#if defined(__FMA__) || defined(__ARM_FEATURE_FMA) || defined(__aarch64__) || defined(_M_ARM64)
-#define BASELINE_IS_FAST 1
-#else
-#define BASELINE_IS_FAST 0
-#endif
 
 static const struct {
     const char *name;

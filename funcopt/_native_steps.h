@@ -22,6 +22,11 @@ typedef REAL NAME(Vector);
 #define SPREAD(number) ((REAL)(number))
 #define MULTIPLY_ADD(a, b, c) OP(fma)(a, b, c)
 #define SQUARE_ROOT(vector) OP(sqrt)(vector)
+#if BASELINE_IS_FAST
+#define VECTORIZE ELEMENTS_ARE_INDEPENDENT
+#else
+#define VECTORIZE
+#endif
 #else
 typedef REAL NAME(Vector) __attribute__((vector_size(WIDTH * sizeof(REAL))));
 typedef INTEGER NAME(Mask) __attribute__((vector_size(WIDTH * sizeof(REAL))));
@@ -31,6 +36,7 @@ typedef INTEGER NAME(Mask) __attribute__((vector_size(WIDTH * sizeof(REAL))));
 #define SPREAD(number) OP(set1)((REAL)(number))
 #define MULTIPLY_ADD(a, b, c) OP(fmadd)(a, b, c)
 #define SQUARE_ROOT(vector) OP(sqrt)(vector)
+#define VECTORIZE
 #endif
 #define VECTOR NAME(Vector)
 
@@ -75,7 +81,7 @@ INLINE void NAME(adam)(const double *own, const REAL *const *olds, REAL *const *
     const VECTOR descent = SPREAD(own[DESCENT]), root = SPREAD(own[CORRECTION2_ROOT]);
     const int from_average = own[LERP_FROM_AVERAGE] != 0.0;
 
-    ELEMENTS_ARE_INDEPENDENT
+    VECTORIZE
     for (int64_t i = 0; i < count; i += WIDTH) {
         const VECTOR param = LOAD(olds[0] + i), average = LOAD(olds[2] + i);
         VECTOR grad = LOAD(olds[1] + i) * factor;
@@ -105,7 +111,7 @@ INLINE void NAME(sgd)(const double *own, const REAL *const *olds, REAL *const *n
     const VECTOR momentum = SPREAD(own[MOMENTUM]), gain = SPREAD(own[GAIN]);
     const VECTOR descent = SPREAD(own[DESCENT]);
 
-    ELEMENTS_ARE_INDEPENDENT
+    VECTORIZE
     for (int64_t i = 0; i < count; i += WIDTH) {
         const VECTOR param = LOAD(olds[0] + i);
         VECTOR grad = LOAD(olds[1] + i) * factor;
@@ -132,7 +138,7 @@ INLINE void NAME(lion)(const double *own, const REAL *const *olds, REAL *const *
     const VECTOR beta2 = SPREAD(own[BETA2]), gain2 = SPREAD(own[GAIN2]);
     const VECTOR descent = SPREAD(own[DESCENT]);
 
-    ELEMENTS_ARE_INDEPENDENT
+    VECTORIZE
     for (int64_t i = 0; i < count; i += WIDTH) {
         const VECTOR param = LOAD(olds[0] + i), average = LOAD(olds[2] + i);
         const VECTOR grad = LOAD(olds[1] + i) * factor;
@@ -228,6 +234,7 @@ static void NAME(range)(const Job *job, int64_t leaf, int64_t begin, int64_t end
 #undef MULTIPLY_ADD
 #undef SQUARE_ROOT
 #undef VECTOR
+#undef VECTORIZE
 #undef REAL
 #undef INTEGER
 #undef WIDTH

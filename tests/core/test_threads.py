@@ -59,7 +59,7 @@ def test_small_leaves_are_moved_by_one_thread_and_large_ones_by_all(two_threads,
     monkeypatch.setitem(AdamW.rule._loaded, "fused", fused._replace(step_=step_))
     monkeypatch.setattr(memory, "_recent", ())
     params = [torch.zeros(7) for _ in range(10)] + [torch.zeros(10_000)]
-    opt = AdamW()
+    opt = AdamW(kernel="fused")
     state = opt.init(params)
     opt.update(params, state, params)
     opt.update_([p.clone() for p in params], state, params)

@@ -290,7 +290,7 @@ def test_vmap_with_shared_numbers_makes_one_fused_call(monkeypatch, init, levels
     calls = count_calls(monkeypatch, "_fused_adamw_")
     params = {"a": torch.randn(6, 4, 3), "b": torch.randn(6, 4)}
     state = init(params)
-    update = AdamW().update
+    update = AdamW(kernel="fused").update
     dims = (0, AdamWState(None if state.step.ndim == 0 else 0, 0, 0, None), 0)
     if levels == 2:
         update = vmap(update, (0, AdamWState(None, 0, 0, None), 0))
@@ -373,7 +373,7 @@ def test_complex_leaves_map_and_differentiate(dtype):
 def test_large_members_with_numbers_of_their_own_take_a_kernel_call_each(monkeypatch):
     calls = count_calls(monkeypatch, "_fused_adamw_")
     params = {"w": torch.randn(3, 200, 200)}
-    opt = AdamW(lr=torch.tensor([0.1, 0.2, 0.3]))
+    opt = AdamW(lr=torch.tensor([0.1, 0.2, 0.3]), kernel="fused")
     mapped, _ = vmap(lambda o, p: o.update(p, o.init(p), p))(opt, params)
     assert len(calls) == 3
     for i in range(3):

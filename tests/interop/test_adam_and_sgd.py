@@ -100,7 +100,8 @@ def test_a_run_goes_on_for_20_steps_after_either_switch(kind, options, kernel, d
 @pytest.mark.parametrize("kind", TORCHS)
 def test_a_run_is_handed_over_before_its_first_step(kind):
     params = drawn(torch.float32)
-    opt = kind(lr=0.1, **({"momentum": 0.9, "dampening": 0.5} if kind is SGD else {}))
+    options = {"momentum": 0.9, "dampening": 0.5} if kind is SGD else {}
+    opt = kind(lr=0.1, kernel="fused", **options)
     state = opt.init(params)
     saved = to_torch(opt, state, params)
     assert saved["state"] == {}

@@ -1,9 +1,11 @@
 """The native kernel: its bits, which depend on nothing but the values, and what it refuses."""
 
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.func import vmap
 
 from funcopt import SGD, Adam, AdamW, Lion
 from funcopt._engine.rule import StepInputs, StepOutputs
@@ -275,6 +277,32 @@ def test_members_move_as_they_do_one_by_one(opt, dtype):
             )
             expected = [[tensor[i, j] for tensor in column] for column in columns]
             assert_same(moved(opt, member, single), expected)
+
+
+@pytest.mark.parametrize("size", [4, 4000])
+@pytest.mark.parametrize("lr", [0.1, torch.tensor([0.1, 0.2, 0.3])], ids=["shared", "each its own"])
+def test_all_members_of_a_vmap_are_moved_by_one_call(lr, size, monkeypatch):
+    calls = []
+
+    def step(*given):
+        calls.append(given)
+        return extension.step(*given)
+
+    extension = _native.extension
+    monkeypatch.setattr(_native, "extension", SimpleNamespace(step=step))
+    params = {"w": torch.randn(3, size), "b": torch.randn(3, 2)}
+    opt, axis = AdamW(lr=lr), 0 if isinstance(lr, torch.Tensor) else None
+    state = vmap(AdamW().init)(params)
+    moved, _ = vmap(lambda o, g, s, p: o.update(g, s, p), in_dims=(axis, 0, 0, 0))(
+        opt, params, state, params
+    )
+    assert len(calls) == 1
+    for member in range(3):
+        own = AdamW(lr=lr[member] if axis == 0 else lr)
+        single = {key: leaf[member] for key, leaf in params.items()}
+        alone, _ = own.update(single, own.init(single), single)
+        for key, leaf in alone.items():
+            assert same_memory(moved[key][member], leaf)
 
 
 def test_the_first_gradient_of_sgd_is_not_dampened():
