@@ -250,8 +250,7 @@ def use_foreach(tensors: Sequence[Tensor]) -> bool:
 _MAPPED = 32 << 20
 
 
-# One call for a list, where torch has it.
-_CLONE_ALL: Callable[[list[Tensor]], list[Tensor]] | None = getattr(torch, "_foreach_clone", None)
+_CLONE_ALL: Callable[..., list[Tensor]] | None = getattr(torch, "_foreach_clone", None)
 
 
 def is_mapped(tensor: Tensor) -> bool:

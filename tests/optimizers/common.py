@@ -5,6 +5,8 @@ import itertools
 import torch
 from torch.func import vmap
 
+from funcopt._engine.rule import StepOutputs
+
 from ..cases import TORCH_FLAGS, assert_close, assert_same_bits, clone, random_like, tree_map
 
 SHAPES = [(3, 4), (), (5,), (0,), (1,), (2, 3, 4), (129,)]
@@ -23,6 +25,15 @@ def same_memory(one, other):
     """Whether two tensors are alike to the bit, the sign of zero included."""
     whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[one.element_size()]
     return torch.equal(one.contiguous().view(whole), other.contiguous().view(whole))
+
+
+def fresh_step(kernel, inputs, numbers, options):
+    """Return what a kernel writes that writes elsewhere, in fresh memory of the same layout."""
+    outputs = StepOutputs.of(
+        [torch.empty_like(p) for p in inputs.params] for _ in inputs.targets.columns
+    )
+    kernel.step_to(inputs, outputs, numbers, options)
+    return outputs
 
 
 def assert_torchs_bits(ours, torchs, options, kernel, dtype):

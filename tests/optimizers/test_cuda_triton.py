@@ -8,6 +8,7 @@ from funcopt._engine.rule import StepInputs, StepOutputs
 
 from ..cases import no_synchronization
 from . import test_triton
+from .common import fresh_step
 from .test_triton import (
     AMSGRAD,
     NUMBERS,
@@ -47,18 +48,18 @@ PLACES = {
 def test_nothing_waits_for_the_device(name):
     numbers = NUMBERS._replace(**{n: number.cuda() for n, number in PLACES[name].items()})
     leaves = make_leaves([(3,), (3, 2000)], "cuda")
-    TRITON.step(leaves, numbers, PLAIN)  # which compiles
+    fresh_step(TRITON, leaves, numbers, PLAIN)  # which compiles
     with no_synchronization():
-        moved = TRITON.step(leaves, numbers, PLAIN)
+        moved = fresh_step(TRITON, leaves, numbers, PLAIN)
     assert_agrees(moved, leaves, numbers, PLAIN)
 
 
 def test_numbers_for_each_member_may_be_on_the_cpu():
     numbers = NUMBERS._replace(lr=torch.tensor([0.1, 0.2, 0.3]))
     leaves = make_leaves([(3,), (3, 2000)], "cuda")
-    TRITON.step(leaves, numbers, PLAIN)
+    fresh_step(TRITON, leaves, numbers, PLAIN)
     with no_synchronization():
-        moved = TRITON.step(leaves, numbers, PLAIN)
+        moved = fresh_step(TRITON, leaves, numbers, PLAIN)
     assert_agrees(moved, leaves, numbers, PLAIN)
 
 
@@ -69,7 +70,7 @@ def test_runs_of_blocks_are_right():
 def test_consecutive_calls_do_not_disturb_each_other():
     """Their tables pass through the same pinned memory, one after the other."""
     all_leaves = [make_leaves([(1000, 1000), (n,)], "cuda") for n in range(1, 30)]
-    results = [TRITON.step(leaves, NUMBERS, PLAIN) for leaves in all_leaves]
+    results = [fresh_step(TRITON, leaves, NUMBERS, PLAIN) for leaves in all_leaves]
     for leaves, moved in zip(all_leaves, results, strict=True):
         assert_agrees(moved, leaves, NUMBERS, PLAIN)
 
@@ -79,14 +80,14 @@ def test_a_graph_replays_with_the_numbers_of_the_day():
     lr = torch.tensor(0.1, device="cuda")
     numbers = NUMBERS._replace(step=count, lr=lr)
     leaves = make_leaves([(3,), (70, 1000)], "cuda", amsgrad=True)
-    TRITON.step(leaves, numbers, AMSGRAD)
+    fresh_step(TRITON, leaves, numbers, AMSGRAD)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        moved = TRITON.step(leaves, numbers, AMSGRAD)
+        moved = fresh_step(TRITON, leaves, numbers, AMSGRAD)
         count += 1
     # Other tables come and go between capture and replay.
     for size in range(1, 20):
-        TRITON.step(make_leaves([(size,), (size,)], "cuda"), NUMBERS, PLAIN)
+        fresh_step(TRITON, make_leaves([(size,), (size,)], "cuda"), NUMBERS, PLAIN)
     for step, rate in ((1, 0.1), (2, 0.7), (3, 0.01)):
         lr.fill_(rate)
         for grad in leaves.grads:
@@ -128,7 +129,7 @@ def test_another_stream_is_served():
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        moved = TRITON.step(leaves, NUMBERS, PLAIN)
+        moved = fresh_step(TRITON, leaves, NUMBERS, PLAIN)
     torch.cuda.current_stream().wait_stream(stream)
     assert_agrees(moved, leaves, NUMBERS, PLAIN)
 
@@ -139,7 +140,7 @@ def test_a_leaf_may_have_more_elements_than_fit_into_32_bits():
         pytest.skip("the device has too little memory")
     columns = [[torch.ones(count, dtype=torch.bfloat16, device="cuda")] for _ in range(4)]
     leaves = StepInputs.of(columns)
-    moved = TRITON.step(leaves, NUMBERS, PLAIN)
+    moved = fresh_step(TRITON, leaves, NUMBERS, PLAIN)
     for end in (slice(0, 3000), slice(2**31 - 3000, count)):
         part = StepInputs.of([tensor[end] for tensor in column] for column in leaves.columns)
         result = StepOutputs.of([tensor[end] for tensor in column] for column in moved.columns)

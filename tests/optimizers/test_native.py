@@ -12,7 +12,7 @@ from funcopt._engine.rule import StepInputs, StepOutputs
 from funcopt.optimizers import _native
 
 from ..cases import clone
-from .common import crossed, number, same_memory
+from .common import crossed, fresh_step, number, same_memory
 
 pytestmark = pytest.mark.skipif(_native.unserved is not None, reason=str(_native.unserved))
 
@@ -57,9 +57,7 @@ def moved(opt, inputs, numbers=None):
     """The columns after a step into fresh memory."""
     options = opt.rule.set_up(opt).options
     own = numbers_of(opt) if numbers is None else numbers
-    step = opt.rule.kernel("native").step
-    assert step is not None
-    return step(inputs, own, options).columns
+    return fresh_step(opt.rule.kernel("native"), inputs, own, options).columns
 
 
 def moved_in_place(opt, inputs, numbers=None):
@@ -395,7 +393,7 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("error", "message", "changed"), REFUSED, ids=str)
+@pytest.mark.parametrize(("error", "message", "changed"), REFUSED)
 def test_what_cannot_be_right_is_refused_before_anything_is_written(error, message, changed):
     call()  # which is right
     with pytest.raises(error, match=message or None):

@@ -31,6 +31,7 @@ from funcopt.optimizers._adam import triton as kernel
 from .. import oracle
 from ..cases import assert_same_bits, tree_map
 from ..cases import leaves as leaves_of
+from .common import fresh_step
 
 triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
@@ -135,7 +136,7 @@ def assert_agrees(moved, leaves: StepInputs, numbers, options) -> None:
 
 
 def check(leaves: StepInputs, numbers, options=PLAIN) -> None:
-    assert_agrees(TRITON.step(leaves, numbers, options), leaves, numbers, options)
+    assert_agrees(fresh_step(TRITON, leaves, numbers, options), leaves, numbers, options)
 
 
 @pytest.fixture
@@ -180,7 +181,7 @@ def test_odd_numbers_are_served(where, name):
     for dtype in (torch.float32, torch.float64):
         leaves = make_leaves([(7,)], where, dtype)
         numbers = NUMBERS._replace(**ODD_NUMBERS[name])
-        moved = TRITON.step(leaves, numbers, PLAIN)
+        moved = fresh_step(TRITON, leaves, numbers, PLAIN)
         if name == "nearly endless memory":
             # The plain kernel's own digits are lost there; those of the moments are not.
             moved = moved._replace(params=dispatch.step(RULE, leaves, numbers, PLAIN).params)
@@ -217,7 +218,7 @@ def test_a_first_step_has_all_digits(where):
     leaves.slots[1][0].zero_()
     numbers = NUMBERS._replace(step=1, beta1=1 - 1e-6, beta2=1 - 1e-6)
     moved, expected = (
-        TRITON.step(leaves, numbers, PLAIN),
+        fresh_step(TRITON, leaves, numbers, PLAIN),
         dispatch.step(RULE, leaves, numbers, PLAIN),
     )
     torch.testing.assert_close(moved.slots, expected.slots, rtol=5e-7, atol=0)
@@ -295,7 +296,7 @@ def test_a_step_keeps_its_digits_whatever_the_weight_decay(where, weight_decay):
     param, grad, exp_avg, exp_avg_sq = (column[0].double() for column in leaves.columns)
     before = oracle.OracleState(NUMBERS.step - 1, exp_avg, exp_avg_sq, exp_avg_sq)
     expected, _ = oracle.update(grad, before, param, lr=0.1, weight_decay=weight_decay)
-    moved = TRITON.step(leaves, NUMBERS._replace(weight_decay=weight_decay), PLAIN)
+    moved = fresh_step(TRITON, leaves, NUMBERS._replace(weight_decay=weight_decay), PLAIN)
     torch.testing.assert_close(moved.params[0].double(), expected, rtol=3e-7, atol=0)
 
 
@@ -311,7 +312,7 @@ def test_an_infinite_parameter_stays_infinite(where, weight_decay):
 def test_no_momentum_forgets_the_largest_past(where):
     leaves = make_leaves([(7,)], where)
     leaves.slots[0][0].fill_(1e30)
-    moved = TRITON.step(leaves, NUMBERS._replace(beta1=0.0), PLAIN)
+    moved = fresh_step(TRITON, leaves, NUMBERS._replace(beta1=0.0), PLAIN)
     assert_same_bits(moved.slots[0], leaves.grads)
 
 
@@ -322,7 +323,7 @@ def test_gradients_are_multiplied_on_the_way_and_left_as_they_are(where, dtype, 
     leaves = make_leaves([(5, 3), (1030,)], where, dtype)
     factor = 0.3 if told == "as a number" else torch.tensor(0.3, dtype=torch.float64, device=where)
     before = [grad.clone() for grad in leaves.grads]
-    moved = TRITON.step(leaves, NUMBERS._replace(grad_scale=factor), PLAIN)
+    moved = fresh_step(TRITON, leaves, NUMBERS._replace(grad_scale=factor), PLAIN)
     assert_same_bits(leaves.grads, before)
     multiplied = leaves._replace(grads=tensors.scaled(leaves.grads, 0.3))
     assert_agrees(moved, multiplied, NUMBERS, PLAIN)
@@ -427,7 +428,7 @@ def test_tensors_of_any_kind_are_numbers(where, name):
 def test_inputs_keep_their_bits_and_outputs_their_own_memory(where, dtype):
     leaves = make_leaves([(3,), (1030,)], where, dtype, amsgrad=True)
     before = copy(leaves)
-    moved = TRITON.step(leaves, NUMBERS, AMSGRAD)
+    moved = fresh_step(TRITON, leaves, NUMBERS, AMSGRAD)
     assert_same_bits(flat(leaves), flat(before))
     places = [t.untyped_storage().data_ptr() for t in (*flat(leaves), *flat(moved))]
     assert len(set(places)) == len(places)
@@ -439,7 +440,7 @@ def test_inputs_keep_their_bits_and_outputs_their_own_memory(where, dtype):
 def test_in_place_gives_the_same_bits(where, dtype, amsgrad):
     options = AMSGRAD if amsgrad else PLAIN
     leaves = make_leaves([(), (2, 1030)], where, dtype, amsgrad)
-    moved = TRITON.step(leaves, NUMBERS, options)
+    moved = fresh_step(TRITON, leaves, NUMBERS, options)
     grads = [grad.clone() for grad in leaves.grads]
     TRITON.step_(leaves, NUMBERS, options)
     assert_same_bits(flat(leaves.targets), flat(moved))
@@ -452,7 +453,7 @@ def test_no_gradient_moves_nothing_but_by_weight_decay(where, dtype):
     params = [torch.randn(3, device=where).to(dtype)]
     zeros = [torch.zeros_like(params[0])]
     leaves = StepInputs(params, zeros, (zeros, zeros, zeros))
-    moved = TRITON.step(leaves, NUMBERS, AMSGRAD)
+    moved = fresh_step(TRITON, leaves, NUMBERS, AMSGRAD)
     assert_agrees(moved, leaves, NUMBERS, AMSGRAD)
     assert all(not tensor.any() for column in moved.slots for tensor in column)
 
@@ -463,7 +464,7 @@ def test_what_is_not_finite_stays_so(where):
     leaves.grads[0][0] = math.nan
     leaves.slots[2][0][1] = math.nan
     leaves.slots[2][0][2] = math.inf
-    moved = TRITON.step(leaves, NUMBERS, AMSGRAD)
+    moved = fresh_step(TRITON, leaves, NUMBERS, AMSGRAD)
     assert moved.slots[2][0][:3].isfinite().tolist() == [False, False, False]
     assert_agrees(moved, leaves, NUMBERS, AMSGRAD)
 
@@ -562,7 +563,7 @@ def test_a_step_that_does_not_apply_leaves_all_bits_as_they_were(where, dtype, a
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_step_that_applies_is_the_same_as_any_other(where, dtype):
     leaves = make_leaves([(3,), (2, 1030)], where, dtype)
-    expected = TRITON.step(leaves, NUMBERS, PLAIN)
+    expected = fresh_step(TRITON, leaves, NUMBERS, PLAIN)
     count, applies = count_of(2.0, where), torch.tensor(True, device=where)
     numbers = NUMBERS._replace(step=count)
     kernel.launcher(leaves, PLAIN).step(leaves, leaves.targets, numbers, count, applies)
