@@ -17,8 +17,8 @@ from torch import Tensor
 from .._core import transforms
 from .._core.types import Tree, own_traits
 from .checks import are_apart, check_inplace
-from .driver import _have_history, _state
-from .hyperparameters import numbers_at, with_grad_scale
+from .driver import _have_history, _numbers, _state
+from .hyperparameters import with_grad_scale
 from .memory import results
 from .prepare import Prepared, prepare
 from .rule import UpdateRule
@@ -70,7 +70,7 @@ def update_where(
         return None
     with torch.no_grad():
         counts = prepared.counts.after(prepared.active, prepared.watched)
-        numbers = numbers_at(rule, opt, *prepared.counts.around(prepared.active, counts))
+        numbers = _numbers(opt, rule, prepared, counts)
         (own,) = with_grad_scale(numbers, grad_scale)
         parts = None if _have_history(own) else _parts(rule, setup.options, prepared, own, applies)
         if parts is None or count.device != applies.device:

@@ -29,7 +29,7 @@ from .._core.tensors import recording, scaled, view_as_complex_like, view_as_rea
 from .._core.types import Number, Tree
 from . import dispatch, memory
 from .checks import are_apart, check_inplace
-from .hyperparameters import numbers_at, with_grad_scale
+from .hyperparameters import check_counts, numbers_at, with_grad_scale
 from .memory import Layout, layout_of, write_all
 from .prepare import (
     Prepared,
@@ -96,7 +96,7 @@ def update_scaled(
     counts = prepared.counts.after(prepared.active, prepared.watched)
     # A schedule is asked once: with the numbers of a routine that was left, go on.
     if routine is None or routine.new_count is None:
-        numbers = numbers_at(rule, opt, *prepared.counts.around(prepared.active, counts))
+        numbers = _numbers(opt, rule, prepared, counts)
     if grad_scale is not None and _is_followed(prepared, setup.options, numbers):
         scaled_grads = multiplied(grads, grad_scale)
         return update_scaled(opt, scaled_grads, None, state, params, in_place=in_place)
@@ -155,7 +155,7 @@ def check_update_(opt: Any, grads: Tree, state: Any, params: Tree) -> bool:
     setup = rule.setup_of(opt)
     prepared = _prepare(opt, rule, setup, grads, state, params)
     counts = prepared.counts.after(prepared.active, prepared.watched)
-    numbers = numbers_at(rule, opt, *prepared.counts.around(prepared.active, counts))
+    numbers = _numbers(opt, rule, prepared, counts)
     check_inplace(rule, prepared, counts, numbers)
     # A kernel that was asked for by name may yet refuse numbers that it cannot read.
     tensors = [n for n in chain.from_iterable(numbers) if not isinstance(n, float)]
@@ -175,6 +175,13 @@ def _prepare(
                 f"{kernel!r} cannot serve: {reason}. kernel='auto' takes one that can."
             )
     return prepared
+
+
+def _numbers(opt: Any, rule: UpdateRule, prepared: Prepared, counts: list[Number]) -> list[Any]:
+    """Return the numbers for each count of those leaves that have a gradient."""
+    olds, news = prepared.counts.around(prepared.active, counts)
+    check_counts(news)
+    return numbers_at(rule, opt, olds, news)
 
 
 def _state(rule: UpdateRule, setup: Setup, kept: list[Tree]) -> Any:
@@ -295,8 +302,10 @@ class _Routine(NamedTuple):
 
     def numbers(self, rule: UpdateRule, opt: Any) -> list[Any]:
         """Return the numbers of the step; by a count on a device they are those before it."""
-        new = self.step_count if self.new_count is None else self.new_count
-        return numbers_at(rule, opt, [self.step_count], [new])
+        if self.new_count is None:
+            return numbers_at(rule, opt, [self.step_count], [self.step_count])
+        check_counts([self.new_count])
+        return numbers_at(rule, opt, [self.step_count], [self.new_count])
 
     def step(self, rule: UpdateRule, numbers: Any, options: Any) -> list[Tree]:
         """Return the new tree of parameters, the new count, and the new trees of slots."""

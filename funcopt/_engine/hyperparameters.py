@@ -260,17 +260,9 @@ def numbers_at(
     """Return the numbers of an update for each count of updates.
 
     Schedules go by the counts before the update. Leaves that share one after it share the numbers.
+    That the counts are counts is for `check_counts`.
     """
     given = rule.setup_of(opt).numbers
-    if (
-        given is not None
-        and len(news) == 1
-        and type(news[0]) is float
-        and 1.0 <= news[0] < math.inf
-    ):
-        return [rule.numbers(news[0], *given)]  # as nearly always
-    for new in dict.fromkeys(news) if len(news) > 1 else news:
-        _check_count(new)
     if given is not None:
         if len(news) == 1 or not _FLOAT.issuperset(map(type, news)):
             return [rule.numbers(detached(new), *given) for new in news]
@@ -309,11 +301,13 @@ def detached(number: Number) -> Number:
     return number.detach() if isinstance(number, Tensor) else number
 
 
-def _check_count(count: Number) -> None:
-    if isinstance(count, Tensor):
-        check_values(_STEP, count)
-    else:
-        check_number(_STEP, count)
+def check_counts(counts: Sequence[Number]) -> None:
+    """Refuse counts after an update that cannot be, as far as they can be read without waiting."""
+    for count in dict.fromkeys(counts) if len(counts) > 1 else counts:
+        if isinstance(count, Tensor):
+            check_values(_STEP, count)
+        elif not 1.0 <= count < math.inf:
+            check_number(_STEP, count)
 
 
 _STEP = Hyperparam(

@@ -5,7 +5,7 @@ import torch
 from torch.func import grad, vmap
 
 from funcopt import AdamW
-from funcopt._engine import driver, hyperparameters, memory
+from funcopt._engine import driver, memory
 
 from ..cases import KERNELS, OPTIONS, assert_same_bits, random_like
 
@@ -259,7 +259,6 @@ def test_a_count_that_is_not_read_goes_the_short_way(
     opt, gradients = AdamW(kernel=kernel), gradients_of()
     read = train(opt, params_of(requires_grad), gradients, update)
     monkeypatch.setattr(driver, "value_of", lambda count: count)  # as on a device
-    monkeypatch.setattr(hyperparameters, "_check_count", lambda count: None)
     taken.clear()
     unread = train(opt, params_of(requires_grad), gradients, update)
     assert taken == [STEPS[update]] * 4
