@@ -199,7 +199,7 @@ class Launcher:
         _run(
             self._compiled,
             self._source,
-            (shape.programs,),
+            (shape.programs, 1, 1),
             (
                 self._table(inputs, outputs, shape, own.members),
                 len(self._sizes),
@@ -245,7 +245,7 @@ class Launcher:
 def _run(
     compiled: dict[bool, Any],
     source: Any,
-    grid: tuple[int],
+    grid: tuple[int, int, int],
     arguments: tuple[Any, ...],
     constants: dict[str, Any],
 ) -> None:
