@@ -769,6 +769,7 @@ DECIDING = {
     "LossScale": lambda inner: LossScale(inner, init_scale=4.0),
     "SkipNonfinite": SkipNonfinite,
     "Clip": lambda inner: Clip(inner, 0.5, nonfinite="skip"),
+    "LossScale, Clip": lambda inner: LossScale(Clip(inner, 0.5), init_scale=4.0),
 }
 
 
