@@ -16,10 +16,17 @@ from .._core import pytree, tensors, transforms
 from .._core.tensors import write
 from .._core.types import Number, Optimizer, Tree, kind_of
 from .._dtensor.shards import check_placed
-from .._engine.checks import check_apart, check_writable, is_like, of_members, sharding
+from .._engine.checks import check_apart, check_writable, is_like, of_members
 from .._engine.memory import known, layout_of
 from .._engine.rule import StepInputs
-from ._shared import Gradients, check_wrapper_inplace, gather_params, may_recall, records
+from ._shared import (
+    Gradients,
+    are_shards,
+    check_wrapper_inplace,
+    gather_params,
+    may_recall,
+    records,
+)
 
 DtypeOf: TypeAlias = Callable[[torch.dtype], torch.dtype]
 """Gives the dtype of a leaf of the tree, from that of its parameter."""
@@ -41,9 +48,8 @@ def copy_params(opt: Optimizer[Any], params: Tree, dtype_of: DtypeOf) -> tuple[T
 
 def _are_known(beside: StepInputs, dtype_of: DtypeOf) -> bool:
     """Whether the trees look as trees did that were checked; other dtypes were right for others."""
-    shards = sharding()
     return (
-        (shards is None or shards.current_parts() is None)
+        not are_shards()
         and known(beside) is not None
         and all(
             own.dtype is dtype_of(param.dtype)

@@ -27,6 +27,7 @@ from .._engine.checks import (
     check_no_history,
     check_not_among,
     check_unwatched,
+    sharding,
 )
 from .._engine.hyperparameters import has_schedule
 from .._engine.memory import layout_of
@@ -121,6 +122,12 @@ def _recalled(opt: Optimizer[Any], grads: Tree, params: Tree) -> Gradients | Non
         return None
     inputs, structure, _ = recalled
     return Gradients(inputs.params, structure, pytree.Paired(inputs.grads, structure, None))
+
+
+def are_shards() -> bool:
+    """Whether the leaves are the local parts of sharded ones."""
+    shards = sharding()
+    return shards is not None and shards.current_parts() is not None
 
 
 def may_recall() -> bool:

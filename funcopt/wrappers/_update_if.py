@@ -5,7 +5,7 @@ Wrappers that skip updates, or make one of several calls, go by it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,9 +17,45 @@ from .._core.tensors import choose, copies_of, write
 from .._core.types import Optimizer, Tree
 from .._engine.checks import check_dense
 from .._engine.choice import update_where
+from .._engine.driver import multiplied
 from .._engine.prepare import keep_requiring
 from .._engine.registration import at_rest
 from ._scaled import update_scaled
+from ._shared import are_shards, may_recall
+
+# By the very type: a subclass may have an update of its own.
+_handing_on: dict[type, Callable[..., tuple[Tree, Tree] | None]] = {}
+
+
+def hands_on_condition(kind: type, update: Callable[..., tuple[Tree, Tree] | None]) -> None:
+    """Let wrappers of a type take a condition on a device, to hand it on to the kernel.
+
+    It is called as `update_by_kernel` is, but with gradients that are multiplied.
+    """
+    _handing_on[kind] = update
+
+
+def update_by_kernel(
+    condition: Tensor,
+    opt: Optimizer[Any],
+    grads: Tree,
+    grad_scale: Tensor | None,
+    state: Tree,
+    params: Tree,
+    *,
+    in_place: bool,
+) -> tuple[Tree, Tree] | None:
+    """Update if a condition holds, which the kernel reads; None, and nothing done, if none can."""
+    own = _handing_on.get(type(opt))
+    if own is None:
+        return update_where(condition, opt, grads, grad_scale, state, params, in_place=in_place)
+    # What is asked of sharded gradients is asked once: all processes ask together, and whether one
+    # of them can go this way depends on how its own parts lie.
+    if are_shards() or not may_recall():
+        return None
+    if grad_scale is not None:
+        grads = multiplied(grads, grad_scale)
+    return own(opt, condition, grads, state, params, in_place=in_place)
 
 
 def update_if(
@@ -44,7 +80,7 @@ def update_if(
     if condition is True:
         return update_scaled(opt, grads, grad_scale, state, params)
     if condition is not False and not recorded:
-        made = update_where(condition, opt, grads, grad_scale, state, params, in_place=False)
+        made = update_by_kernel(condition, opt, grads, grad_scale, state, params, in_place=False)
         if made is not None:
             return made
     olds, structure = pytree.flatten(params)
@@ -81,7 +117,7 @@ def update_if_(
     if condition is True:
         update_scaled(opt, grads, grad_scale, state, params, in_place=True)
     elif isinstance(condition, Tensor):
-        if update_where(condition, opt, grads, grad_scale, state, params, in_place=True):
+        if update_by_kernel(condition, opt, grads, grad_scale, state, params, in_place=True):
             return
         resting = at_rest(opt, *pytree.flatten(params))
         leaves = pytree.flatten((params, state))[0]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .._core import tensors, transforms
+from .._core.tensors import choose
 from .._core.types import Number, Optimizer, ParamsT, Schedule, Traits, Tree, check_optimizer
 from .._dtensor.reductions import over_shards
 from .._engine.checks import check_state
@@ -32,7 +33,7 @@ from ._shared import (
     records,
     write_state,
 )
-from ._update_if import update_if, update_if_
+from ._update_if import hands_on_condition, update_by_kernel, update_if, update_if_
 
 _NONFINITE = ("propagate", "skip")
 # What torch adds to a norm before it divides by it.
@@ -172,11 +173,44 @@ class Clip:
         numbers = numbers_of(self, state.step)
         return gather_gradients(self, grads, params), numbers
 
+    def _update_by_kernel(
+        self, condition: Tensor, grads: Tree, state: ClipState, params: Tree, *, in_place: bool
+    ) -> tuple[Tree, ClipState] | None:
+        """Update if a condition on a device holds, and the norm allows it, as the kernel finds."""
+        gradients, numbers = self._gather(grads, state, params)
+        if in_place:
+            check_wrapper_inplace(numbers, own_tensors(state, "norm"), gradients)
+        with torch.no_grad():
+            norm = _norm(gradients, self.norm_type, state.norm)
+            allowed = self._should_update(norm)
+            if allowed is False:
+                return None
+            made = condition if allowed is True else condition & allowed
+            moved = update_by_kernel(
+                made,
+                self.inner,
+                gradients.tree,
+                _scale(norm, **numbers),
+                state.inner,
+                params,
+                in_place=in_place,
+            )
+            if moved is None:
+                return None
+            norm = choose(condition, norm, state.norm)
+            if not in_place:
+                return moved[0], ClipState(norm, moved[1], next_step(state.step, made))
+            write_state(state, made, norm=norm)
+        return params, state
+
     def _should_update(self, norm: Tensor) -> bool | Tensor:
         if self.nonfinite == "propagate":
             return True
         value = read(norm)
         return norm.detach().isfinite() if value is None else math.isfinite(value)
+
+
+hands_on_condition(Clip, Clip._update_by_kernel)
 
 
 def _scale(norm: Tensor, max_norm: Number) -> Tensor | None:

@@ -74,6 +74,8 @@ def outcomes() -> dict[str, tuple[str, str]]:
         return results
 
 
+compiled = pytest.mark.skipif(INTERPRETED, reason="nothing is compiled under the interpreter")
+
 ON_ANY_DEVICE = {}
 
 
@@ -145,7 +147,7 @@ def launches(monkeypatch) -> list[int]:
     real, grids = kernel._run, []
 
     def counting(compiled, source, grid, arguments, constants):
-        grids.append(*grid)
+        grids.append(grid[0])
         real(compiled, source, grid, arguments, constants)
 
     monkeypatch.setattr(kernel, "_run", counting)
@@ -623,6 +625,32 @@ def test_launchers_that_are_kept_are_few(where, monkeypatch):
         assert len(kernel._launchers) <= kernel._MOST_LAUNCHERS
 
 
+@compiled
+def test_a_kernel_is_launched_as_it_was_compiled(monkeypatch):
+    """Its arguments come by position, and its grid is all of three numbers."""
+    launches = []
+
+    class Launched:
+        def __getitem__(self, grid):
+            launches.append([*grid])
+            return lambda *args, **named: launches[-1].extend([args, named]) or self
+
+    fake = types.SimpleNamespace(step_kernel=Launched(), is_compiled=lambda _: True)
+    own, arguments = {}, tuple(range(13))
+    fixed = {"DTYPE": "float32", "AMSGRAD": False, "MAXIMIZE": True, "CONDITIONAL": True}
+    for _ in range(2):
+        kernel._run(own, fake, (5, 1, 1), arguments, {**fixed, "BLOCK": 1024})
+    by_name, by_position = launches
+    assert by_name[:3] == by_position[:3] == [5, 1, 1]
+    names = source.step_kernel.arg_names
+    assert by_position[4] == {}
+    given = dict(zip(names, by_position[3], strict=True))
+    assert given == {**dict(zip(names, arguments, strict=False)), **fixed, "BLOCK": 1024}
+    assert given.items() <= {**by_name[4], **dict(zip(names, by_name[3], strict=False))}.items()
+    kernel._run(own, fake, (5, 1, 1), arguments, {**fixed, "CONDITIONAL": False, "BLOCK": 1024})
+    assert launches[-1][4]["CONDITIONAL"] is False  # which is another kernel
+
+
 @on_any_device
 def test_each_stream_has_tables_of_its_own(where, sent, monkeypatch):
     """One that another stream has sent may not have arrived yet."""
@@ -655,7 +683,6 @@ def test_it_serves_what_lies_where_its_numbers_do(where):
 
 
 # What follows asks about the real compiler.
-compiled = pytest.mark.skipif(INTERPRETED, reason="nothing is compiled under the interpreter")
 
 FAILS = types.SimpleNamespace(get_current_target=lambda: 1 / 0)
 OLD = types.SimpleNamespace(get_current_target=lambda: GPUTarget("cuda", 75, 32))
@@ -743,6 +770,7 @@ DECIDING = {
     "LossScale": lambda inner: LossScale(inner, init_scale=4.0),
     "SkipNonfinite": SkipNonfinite,
     "Clip": lambda inner: Clip(inner, 0.5, nonfinite="skip"),
+    "LossScale, Clip": lambda inner: LossScale(Clip(inner, 0.5), init_scale=4.0),
 }
 
 

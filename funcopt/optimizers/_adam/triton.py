@@ -192,7 +192,7 @@ class Launcher:
         _run(
             self._compiled,
             self._source,
-            (shape.programs,),
+            (shape.programs, 1, 1),
             (
                 self._table(inputs, outputs, shape, own.members),
                 len(self._sizes),
@@ -219,26 +219,29 @@ class Launcher:
         self, inputs: StepInputs, outputs: StepOutputs, shape: _Shape, members: int
     ) -> Tensor:
         addresses: list[int] = []
+        asked: dict[int, list[int]] = {}  # in place, the lists of inputs come again as outputs
         for column in (*inputs.columns, *outputs.columns):
-            addresses += map(Tensor.data_ptr, column)
-        words = [*shape.words, *addresses, 0]
+            if id(column) not in asked:
+                asked[id(column)] = list(map(Tensor.data_ptr, column))
+            addresses += asked[id(column)]
         if transforms.capturing():
-            return _sent(words, self._device)
+            return _sent([*shape.words, *addresses, 0], self._device)
         stream = self._source.stream_of(self._index)
         recent = self._tables
         for table in recent:
             if table.addresses == addresses and table.stream == stream and table.members == members:
                 return table.words
-        made = _Table(members, addresses, stream, _sent(words, self._device))
+        words = _sent([*shape.words, *addresses, 0], self._device)
+        made = _Table(members, addresses, stream, words)
         # Replaced whole, so that threads need no lock.
         self._tables = (made, *recent[: self._MOST_TABLES - 1])
-        return made.words
+        return words
 
 
 def _run(
     compiled: dict[bool, Any],
     source: Any,
-    grid: tuple[int],
+    grid: tuple[int, int, int],
     arguments: tuple[Any, ...],
     constants: dict[str, Any],
 ) -> None:
@@ -303,6 +306,8 @@ class _Arguments(NamedTuple):
 
 # What a number is, in the bits that the kernel is told of it.
 _IS_ADDRESS, _IS_FLOAT32, _IS_PER_MEMBER = 1, 2, 4
+# The dtypes that it reads.
+_AS_THEY_ARE = frozenset((torch.float64, torch.float32))
 
 
 def _arguments(numbers: Any, param: Tensor, device: torch.device) -> _Arguments:
@@ -334,6 +339,8 @@ def _value(number: Number, lead: torch.Size, device: torch.device) -> Tensor | f
     """Return a value, or a tensor on the device that has it, or one for each member."""
     if not isinstance(number, Tensor):
         return float(number)
+    if number.ndim == 0 and number.device == device and number.dtype in _AS_THEY_ARE:
+        return number
     if number.numel() != 1:
         number = number.expand(lead)
     if number.device == device:
