@@ -340,9 +340,10 @@ def amsgrads_maximum_is_dropped_by_the_foreach_kernel(patch: Patch) -> None:
 def sixteen_bits_are_computed_in_sixteen_bits(patch: Patch) -> None:
     for where in (dispatch, list_kernels):
         patch.setattr(where, "compute_dtype", lambda dtype: dtype)
-    fused = AdamW.rule.kernel("fused")
-    lacking = fused._replace(unsupported_reason=lambda *_: "it is not there")
-    patch.setitem(AdamW.rule._loaded, "fused", lacking)
+    for name in ("native", "fused"):
+        kernel = AdamW.rule.kernel(name)
+        lacking = kernel._replace(unsupported_reason=lambda *_: "it is not there")
+        patch.setitem(AdamW.rule._loaded, name, lacking)
     number(patch, "eps", lambda eps, _: 1e-8)
 
 

@@ -54,9 +54,9 @@ def plan(
     within itself (gloo one more bucket in an all-gather); and traffic that is not the optimizer's,
     such as the all-reduce of gradients around it.
 
-    The kernels are the fused ones. Those that can clip or scale gradients do so, as on a GPU, where
-    the CPU takes up to a megabyte for pieces of them. Values cannot be read, as on a GPU:
-    `SkipNonfinite` makes both ways and chooses.
+    The kernels are those that serve the CPU, native or fused. The native one clips and scales
+    gradients on its way, as on a GPU, where the fused one takes up to a megabyte for pieces of
+    them. Values cannot be read, as on a GPU: `SkipNonfinite` makes both ways and chooses.
 
     Args:
         opt: The optimizer. A mesh of so many processes takes the place of its `mesh`, and of that

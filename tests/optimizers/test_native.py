@@ -206,6 +206,14 @@ def test_results_that_are_written_past_the_cache_have_the_same_bits():
     assert_same(moved_in_place(opt, inputs), outputs.columns)
 
 
+def test_members_that_begin_within_a_cache_line_have_the_same_bits_past_the_cache():
+    opt = AdamW(lr=0.1)
+    inputs = inputs_for(opt, [(1 << 19) + 1], members=(3,))
+    rates = torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64)
+    numbers = numbers_of(opt)._replace(lr=rates)
+    assert_same(moved(opt, inputs, numbers), moved_in_place(opt, inputs, numbers))
+
+
 @pytest.mark.parametrize("dtype", [*WIDE, *NARROW])
 @each_optimizer
 def test_a_step_leaves_what_it_reads_as_it_was(opt, dtype):
