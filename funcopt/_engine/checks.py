@@ -160,12 +160,16 @@ def starts(leaves: Sequence[Any]) -> list[int] | None:
 
 
 def are_apart(tensors: Sequence[Tensor]) -> bool:
-    """Whether all tensors start at places of their own, as nearly always; empty ones nowhere."""
-    pointers = list(map(Tensor.data_ptr, tensors))
-    if len(set(pointers)) == len(pointers):
+    """Whether all tensors start at places of their own, as nearly always."""
+    return all_differ(list(map(Tensor.data_ptr, tensors)))
+
+
+def all_differ(addresses: list[int]) -> bool:
+    """Whether no two addresses are the same; empty tensors start nowhere, at 0."""
+    if len(set(addresses)) == len(addresses):
         return True
-    pointers = [pointer for pointer in pointers if pointer]
-    return len(set(pointers)) == len(pointers)
+    addresses = [address for address in addresses if address]
+    return len(set(addresses)) == len(addresses)
 
 
 def check_distinct(leaves: Sequence[Tensor], path: Callable[[int], str], what: str) -> None:

@@ -134,7 +134,7 @@ def _kernel(rule: UpdateRule, options: Any, device: torch.device, numbers: Any) 
     """Return the kernel that decides on the device, if one does that may be taken."""
     for name in rule.kernels if options.kernel == "auto" else [options.kernel]:
         kernel = rule.kernel(name) if name in rule.kernels else None
-        if kernel is None or kernel.launcher is None:
+        if kernel is None or not kernel.counts_on_device:
             continue
         if kernel.unsupported_reason(device, numbers) is None:
             return kernel

@@ -49,6 +49,7 @@ class Part(NamedTuple):
     batches: list[Batch]
     kernel: Kernel
     stacked: bool  # leaves have a first dimension of members, with numbers of their own
+    launcher: Any = None  # what makes the step of all leaves, if one call does that
 
 
 Plan = list[tuple[Part, Any]]
@@ -82,17 +83,6 @@ def run_(inputs: StepInputs, plan: Plan, options: Any, layout: Layout) -> None:
         for batch in part.batches:
             _step_batch_(borrowed.take(batch.indices), batch, part, numbers, options)
     memory.give_back(borrowed, inputs)
-
-
-def launcher(inputs: StepInputs, plan: Plan, options: Any, layout: Layout) -> Any:
-    """Return what makes the whole step and counts it on the device, None if nothing does."""
-    (part, _), *others = plan
-    if others or part.stacked or part.kernel.launcher is None:
-        return None
-    key = part.kernel, options
-    if key not in layout.plans:
-        layout.plans[key] = part.kernel.launcher(inputs, options)
-    return layout.plans[key]
 
 
 def counted(plan: Plan, count: Tensor) -> tuple[Plan, Tensor]:
@@ -142,7 +132,7 @@ def plan(
         own = numbers if is_read(numbers) else numbers._make(map(_value, numbers))
         # Who serves does not depend on their values, but for the one that gradients are scaled by.
         kinds = () if is_read(own) else tuple(map(_kind, own))
-        key = rule, options.kernel, in_place, _is_one(own.grad_scale), kinds
+        key = rule, options, in_place, _is_one(own.grad_scale), kinds
         parts = layout.plans.get(key)
         if parts is None:
             parts = layout.plans[key] = _parts(rule, inputs, own, options, layout, in_place)
@@ -172,7 +162,11 @@ def _parts(
         at_once = kernel.step_to is not None or not rule.traits.elementwise
         batches = [Batch(group)] if at_once else several
         stacked = not is_read(numbers) and any(map(_is_stacked, numbers))
-        part = Part(batches, kernel, stacked)
+        at_one_call = at_once and not stacked and len(layout.groups) == 1 and layout.fast_path_ok
+        launcher = None
+        if at_one_call and kernel.launcher is not None:
+            launcher = kernel.launcher(inputs, options)
+        part = Part(batches, kernel, stacked, launcher)
         parts.append(_of_members(part, rule, inputs, numbers, options) if stacked else part)
     return parts
 

@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 
 from .._core import pytree, transforms
-from .._core.tensors import recording, scaled, view_as_complex_like, view_as_real
+from .._core.tensors import recording, view_as_complex_like, view_as_real
 from .._core.types import Number, Tree
 from . import dispatch, memory
-from .checks import are_apart, check_inplace
+from .checks import all_differ, check_inplace
 from .hyperparameters import check_counts, numbers_at, with_grad_scale
 from .memory import Layout, layout_of, write_all
 from .prepare import (
@@ -38,7 +38,10 @@ from .prepare import (
     first_count,
     flatten_params,
     fresh,
+    is_plain_count,
     keep_requiring,
+    multiplied,
+    outside_unless_plain,
     prepare,
     recall,
     trees_of,
@@ -131,22 +134,6 @@ def _write(
         own_numbers = prepared.counts.of_leaves(numbers)
         _step_(rule, prepared.inputs, own_numbers, setup.options, prepared.layout)
         prepared.counts.write(counts)
-
-
-def multiplied(grads: Tree, grad_scale: Tensor) -> Tree:
-    """Return gradients times a number, in the dtypes of the gradients and in fresh memory."""
-    leaves, structure = pytree.flatten(grads)
-    products = iter(scaled([leaf for leaf in leaves if leaf is not None], grad_scale))
-    return pytree.unflatten(
-        structure, [None if leaf is None else next(products) for leaf in leaves]
-    )
-
-
-def outside_unless_plain(grads: Tree, grad_scale: Tensor) -> tuple[Tree, Tensor | None]:
-    """Return gradients and a number to multiply them by, done already if it has a history."""
-    if not transforms.has_derivative(grad_scale) and transforms.all_plain([grad_scale]):
-        return grads, grad_scale
-    return multiplied(grads, grad_scale), None
 
 
 def check_update_(opt: Any, grads: Tree, state: Any, params: Tree) -> bool:
@@ -297,6 +284,8 @@ class _Routine(NamedTuple):
     inputs: StepInputs
     structure: pytree.Structure  # of every tree
     layout: Layout
+    flat: list[Tensor]  # the columns of the inputs, one after another
+    addresses: list[int]  # where these start
     step_count: Tensor  # how many updates were made
     new_count: float | None  # and after this one; None if that is on a device, and not read
 
@@ -321,15 +310,24 @@ class _Routine(NamedTuple):
     def _outputs(self, rule: UpdateRule, numbers: Any, options: Any) -> tuple[StepOutputs, Tensor]:
         inputs, layout, count = self.inputs, self.layout, self.step_count
         plan = dispatch.plan(rule, inputs, numbers, options, layout, in_place=False)
-        if self.new_count is not None:
-            return dispatch.run(inputs, plan, options, layout), fresh(self.new_count, count)
-        launcher = dispatch.launcher(inputs, plan, options, layout)
-        if launcher is None:
-            plan, new_count = dispatch.counted(plan, count)
+        (part, own), *_ = plan
+        on_device = self.new_count is None
+        if part.launcher is None or (on_device and not part.kernel.counts_on_device):
+            plan, new_count = self._counted(plan)
             return dispatch.run(inputs, plan, options, layout), new_count
-        outputs, new_count = memory.results(inputs, layout), torch.empty_like(count)
-        launcher.step(inputs, outputs, numbers, new_count)
-        return outputs, new_count
+        outputs = memory.results(inputs, layout)
+        if on_device:
+            new_count = torch.empty_like(count)
+            part.launcher.step(inputs, outputs, own, new_count, addresses=self.addresses)
+            return outputs, new_count
+        part.launcher.step(inputs, outputs, own, addresses=self.addresses)
+        return outputs, self._counted(plan)[1]
+
+    def _counted(self, plan: dispatch.Plan) -> tuple[dispatch.Plan, Tensor]:
+        """Return a plan that goes by the count after the step, and that count in fresh memory."""
+        if self.new_count is None:
+            return dispatch.counted(plan, self.step_count)
+        return plan, fresh(self.new_count, self.step_count)
 
     def step_(self, rule: UpdateRule, numbers: Any, options: Any) -> None:
         """Move the leaves and the count in place."""
@@ -341,18 +339,22 @@ class _Routine(NamedTuple):
     def _write(self, rule: UpdateRule, numbers: Any, options: Any) -> None:
         inputs, layout, count = self.inputs, self.layout, self.step_count
         plan = dispatch.plan(rule, inputs, numbers, options, layout, in_place=True)
-        if self.new_count is not None:
-            dispatch.run_(inputs, plan, options, layout)
-            count.fill_(self.new_count)
-            return
-        launcher = dispatch.launcher(inputs, plan, options, layout)
-        if launcher is None:
-            plan, new_count = dispatch.counted(plan, count)
+        (part, own), *_ = plan
+        on_device = self.new_count is None
+        if part.launcher is None or (on_device and not part.kernel.counts_on_device):
+            plan, new_count = self._counted(plan)
             dispatch.run_(inputs, plan, options, layout)
             count.copy_(new_count)
             return
-        launcher.step(inputs, inputs.targets, numbers, count)
-        memory.note_written([*chain.from_iterable(inputs.targets.columns), count])
+        params = len(inputs.params)
+        moved = [*self.flat[:params], *self.flat[2 * params :]]
+        if on_device:
+            part.launcher.step(inputs, inputs.targets, own, count, addresses=self.addresses)
+            memory.note_written([*moved, count])
+        else:
+            part.launcher.step(inputs, inputs.targets, own, addresses=self.addresses)
+            memory.note_written(moved)
+            count.fill_(own.step)
 
 
 def _find_routine(
@@ -370,18 +372,21 @@ def _find_routine(
     if not isinstance(state, rule.state) or options.step_per_leaf or options.differentiable:
         return None
     trees, count = trees_of(opt, rule, setup.kept, grads, state, params), state.step
-    if transforms.transformed() or transforms.observed() or not _is_plain_count(count):
+    if transforms.transformed() or transforms.observed() or not is_plain_count(count):
         return None
     recalled = recall(trees)
     if recalled is None or not recalled.layout.fast_path_ok:
         return None
-    inputs, layout, tensors = recalled.inputs, recalled.layout, recalled.inputs.params
+    inputs, structure, layout, flat = recalled
+    addresses = list(map(Tensor.data_ptr, flat))
     if in_place:
         if layout.params_require_grad and not all(param.is_leaf for param in inputs.params):
             return None
-        tensors = [*chain.from_iterable(inputs.columns), count]
+        written = [*addresses, count.data_ptr()]
+    else:
+        written = addresses[: len(inputs.params)]
     if (
-        not are_apart(tensors)
+        not all_differ(written)
         or (transforms.may_be_dual() and transforms.any_dual(*inputs.columns, (count,)))
         or (
             options.kernel != "auto"
@@ -390,15 +395,5 @@ def _find_routine(
     ):
         return None
     value = value_of(count)
-    return _Routine(*recalled, count, None if isinstance(value, Tensor) else value + 1)
-
-
-def _is_plain_count(count: Any) -> bool:
-    """Whether a count is one tensor as `init` makes it, about which nothing has to be asked."""
-    return (
-        type(count) is Tensor
-        and count.ndim == 0
-        and count.dtype is torch.float64
-        and not count.requires_grad
-        and not count.is_inference()
-    )
+    new_count = None if isinstance(value, Tensor) else value + 1
+    return _Routine(inputs, structure, layout, flat, addresses, count, new_count)

@@ -207,12 +207,15 @@ _recent: tuple[_Known, ...] = ()
 
 def known(inputs: StepInputs) -> Layout | None:
     """Return what was learned of leaves that looked the same, if that is remembered."""
+    return known_flat(list(chain(*inputs.columns)), tuple(map(len, inputs.columns)))
+
+
+def known_flat(tensors: list[Tensor], lengths: tuple[int, ...]) -> Layout | None:
+    """Return it for columns of these lengths, one after another."""
     global _recent  # noqa: PLW0603  # replaced whole, so that threads need no lock
-    params, grads, slots = inputs
-    lengths = (len(params), len(grads), *map(len, slots))
     recent = _recent
     for entry in recent:
-        if entry.lengths == lengths and entry.unchanged(*params, *grads, *chain(*slots)):
+        if entry.lengths == lengths and entry.unchanged(*tensors):
             if entry is not recent[0]:  # so that the one in use is found first
                 _recent = (entry, *(other for other in recent if other is not entry))
             return entry.layout

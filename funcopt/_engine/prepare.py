@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from itertools import compress
+from itertools import chain, compress
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from .._core import pytree, transforms
-from .._core.tensors import write
+from .._core.tensors import scaled, write
 from .._core.types import Number, Tree
 from .checks import check_alike, check_distinct, check_leaves, check_state, sharding
 from .hyperparameters import check_count
-from .memory import Layout, known, layout_of
+from .memory import Layout, known, known_flat, layout_of
 from .rule import Slot, StepInputs, StepOutputs, UpdateRule
 
 T = TypeVar("T")
@@ -173,6 +173,7 @@ class Recalled(NamedTuple):
     inputs: StepInputs
     structure: pytree.Structure  # of every one of them
     layout: Layout
+    flat: list[Tensor]  # the columns of the inputs, one after another
 
 
 def recall(trees: list[Tree]) -> Recalled | None:
@@ -181,9 +182,10 @@ def recall(trees: list[Tree]) -> Recalled | None:
     if found is None:
         return None
     columns, structure = found
-    inputs = StepInputs.of(columns)
-    layout = known(inputs) if _agree(inputs) else None
-    return None if layout is None else Recalled(inputs, structure, layout)
+    params, grads, *slots = columns
+    inputs, flat = StepInputs(params, grads, tuple(slots)), list(chain.from_iterable(columns))
+    layout = known_flat(flat, (len(params),) * len(columns)) if _agree(inputs) else None
+    return None if layout is None else Recalled(inputs, structure, layout, flat)
 
 
 def _prepare_known(
@@ -192,7 +194,7 @@ def _prepare_known(
     recalled = recall(trees)
     if recalled is None:
         return None
-    inputs, structure, layout = recalled
+    inputs, structure, layout, _ = recalled
     params, *kept = [pytree.Paired(c, structure, None) for c in inputs.targets.columns]
     counts = gather_counts(step, structure if per_leaf else None)
     active = list(range(len(inputs.params)))
@@ -321,6 +323,17 @@ def value_of(count: Tensor) -> Number:
     return float(count.item()) if readable else count
 
 
+def is_plain_count(count: Any) -> bool:
+    """Whether a count is one tensor as `init` makes it, about which nothing has to be asked."""
+    return (
+        type(count) is Tensor
+        and count.ndim == 0
+        and count.dtype is torch.float64
+        and not count.requires_grad
+        and not count.is_inference()
+    )
+
+
 def fresh(new: Number, old: Tensor) -> Tensor:
     """Return a new count of this value, like the old one."""
     if not isinstance(new, Tensor):
@@ -347,3 +360,19 @@ def gather_counts(step: Tree, structure: pytree.Structure | None) -> Counts:
     for index, count in enumerate(paired.leaves):
         check_count(count, partial(pytree.path, paired.structure, "state.step", index))
     return Counts(paired, structure is not None)
+
+
+def multiplied(grads: Tree, grad_scale: Tensor) -> Tree:
+    """Return gradients times a number, in the dtypes of the gradients and in fresh memory."""
+    leaves, structure = pytree.flatten(grads)
+    products = iter(scaled([leaf for leaf in leaves if leaf is not None], grad_scale))
+    return pytree.unflatten(
+        structure, [None if leaf is None else next(products) for leaf in leaves]
+    )
+
+
+def outside_unless_plain(grads: Tree, grad_scale: Tensor) -> tuple[Tree, Tensor | None]:
+    """Return gradients and a number to multiply them by, done already if it has a history."""
+    if not transforms.has_derivative(grad_scale) and transforms.all_plain([grad_scale]):
+        return grads, grad_scale
+    return multiplied(grads, grad_scale), None

@@ -184,12 +184,14 @@ class Kernel(NamedTuple):
             Such a kernel is given all leaves of a dtype and device at once.
         scales_gradients: Whether it multiplies gradients by `numbers.grad_scale` on its way.
         takes_members: Whether numbers may differ between the members of stacked leaves.
-        launcher: `launcher(inputs, options)` returns what makes steps of leaves of these sizes, if
-            a kernel can count and decide on the device. Its method `step(inputs, outputs, numbers,
-            new_count, applies)` is `step_to`, and besides: with a tensor `new_count`, on the device
-            like `numbers.step`, that is the count before the step, and the one after it is written
-            there, perhaps over it; where a bool tensor `applies` is False, the outputs and the
-            count are what they were before the step, to the bit.
+        launcher: `launcher(inputs, options)` returns what makes steps of leaves of these sizes, and
+            knows all that is the same in each. Its `step(inputs, outputs, numbers, new_count=None,
+            applies=None, addresses=None)` writes into the outputs, which may be the inputs'
+            targets. `addresses` has where the inputs start, column by column, if that is known.
+        counts_on_device: Whether it takes two more. Where `new_count` is given, a float64 tensor of
+            shape () on the device, `numbers.step` is one as well, the count before the step, and
+            the one after it is written there, perhaps over it. Where the bool tensor `applies` is
+            False, outputs and count are what they were before the step, to the bit.
     """
 
     step_: Callable[[StepInputs, Any, Any], None]
@@ -198,6 +200,7 @@ class Kernel(NamedTuple):
     scales_gradients: bool = False
     takes_members: bool = False
     launcher: Callable[[StepInputs, Any], Any] | None = None
+    counts_on_device: bool = False
 
 
 class Adjoint(NamedTuple):

@@ -13,7 +13,6 @@ element lies, with what it is packed or how many threads there are.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -43,37 +42,56 @@ _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16:
 _PATHS = {own.name: own.path for own in HYPERPARAMS}
 
 
-def step_(rule: int, inputs: StepInputs, numbers: Any, options: Any) -> None:
-    """Write the new parameters and slots over the old."""
-    _call(rule, inputs, (), numbers, options)
+class _Launcher:
+    """Makes steps of leaves of certain sizes."""
+
+    def __init__(self, rule: int, inputs: StepInputs, options: Any) -> None:
+        """Note what all steps have in common."""
+        param = inputs.params[0]
+        self._columns = len(inputs.columns)
+        self._fixed = rule, _DTYPES[param.dtype], self._columns, options.maximize
+        self._nesterov = getattr(options, "nesterov", False)
+        self._sizes = list(map(Tensor.numel, inputs.params))
+        self._has_values = not param.is_meta
+
+    def step(
+        self,
+        inputs: StepInputs,
+        outputs: StepOutputs,
+        numbers: Any,
+        new_count: Tensor | None = None,
+        applies: Tensor | None = None,
+        addresses: list[int] | None = None,
+    ) -> None:
+        """Write the new parameters and slots, as a `Launcher` does."""
+        del new_count, applies  # which are for devices
+        if not self._has_values:
+            return
+        members, values = (1, numbers) if is_read(numbers) else _values(inputs.params[0], numbers)
+        starts = addresses or list(map(Tensor.data_ptr, chain(*inputs.columns)))
+        if outputs.params is not inputs.params:
+            starts = [*starts, *map(Tensor.data_ptr, chain(*outputs.columns))]
+        extension.step(
+            *self._fixed,
+            self._nesterov,
+            members,
+            torch.get_num_threads(),
+            self._sizes,
+            starts,
+            values,
+        )
 
 
-def step_to(
+def _step_(rule: int, inputs: StepInputs, numbers: Any, options: Any) -> None:
+    if inputs.params:
+        _Launcher(rule, inputs, options).step(inputs, inputs.targets, numbers)
+
+
+def _step_to(
     rule: int, inputs: StepInputs, outputs: StepOutputs, numbers: Any, options: Any
 ) -> None:
-    """Write the new parameters and slots into other tensors, which are laid out like the old."""
-    _call(rule, inputs, outputs.columns, numbers, options)
-
-
-def _call(
-    rule: int, inputs: StepInputs, outputs: Sequence[list[Tensor]], numbers: Any, options: Any
-) -> None:
-    columns = inputs.columns
-    if not inputs.params or inputs.params[0].is_meta:  # which has no values
-        return
-    members, values = (1, numbers) if is_read(numbers) else _values(inputs.params[0], numbers)
-    extension.step(
-        rule,
-        _DTYPES[inputs.params[0].dtype],
-        len(columns),
-        options.maximize,
-        getattr(options, "nesterov", False),
-        members,
-        torch.get_num_threads(),
-        list(map(Tensor.numel, inputs.params)),
-        list(map(Tensor.data_ptr, chain(*columns, *outputs))),
-        values,
-    )
+    if inputs.params:
+        _Launcher(rule, inputs, options).step(inputs, outputs, numbers)
 
 
 def _values(param: Tensor, numbers: Any) -> tuple[int, tuple[float | list[float], ...]]:
@@ -115,11 +133,12 @@ def use(name: str) -> None:
 
 def _kernel(rule: int) -> Kernel:
     return Kernel(
-        partial(step_, rule),
+        partial(_step_, rule),
         _unsupported_reason,
-        step_to=partial(step_to, rule),
+        step_to=partial(_step_to, rule),
         scales_gradients=True,
         takes_members=True,
+        launcher=partial(_Launcher, rule),
     )
 
 

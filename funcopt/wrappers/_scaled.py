@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .._core.types import Optimizer, Tree, own_traits
 from .._engine import driver
-from .._engine.driver import multiplied
+from .._engine.prepare import multiplied
 
 Trees: TypeAlias = tuple[Tree, Tree]
 

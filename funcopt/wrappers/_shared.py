@@ -120,7 +120,7 @@ def _recalled(opt: Optimizer[Any], grads: Tree, params: Tree) -> Gradients | Non
     recalled = recall([params, grads]) if may_recall() else None
     if recalled is None or at_rest(opt, recalled.inputs.params, recalled.structure):
         return None
-    inputs, structure, _ = recalled
+    inputs, structure, *_ = recalled
     return Gradients(inputs.params, structure, pytree.Paired(inputs.grads, structure, None))
 
 

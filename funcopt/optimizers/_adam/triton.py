@@ -19,7 +19,7 @@ import os
 import struct
 from array import array
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any, NamedTuple
 
 import torch
@@ -156,24 +156,14 @@ class Launcher:
         numbers: Any,
         new_count: Tensor | None = None,
         applies: Tensor | None = None,
+        addresses: list[int] | None = None,
     ) -> None:
-        """Write the new parameters and slots into the outputs, which may be those of the inputs.
-
-        Args:
-            inputs: The leaves.
-            outputs: Tensors laid out like them.
-            numbers: The numbers of the step.
-            new_count: Where to write the count after the step, perhaps the count itself: a float64
-                tensor of shape () on the device. Then `numbers.step` is one as well: the count
-                before the step, where else it is the count after it.
-            applies: A bool tensor of shape () on the device: where it is False, the outputs and the
-                count are what they were before the step, to the bit.
-        """
+        """Write the new parameters and slots, as a `Launcher` does."""
         if self._index < 0 or self._index == torch.cuda.current_device():
-            self._step(inputs, outputs, numbers, new_count, applies)
+            self._step(inputs, outputs, numbers, new_count, applies, addresses)
         else:
             with torch.cuda.device(self._index):
-                self._step(inputs, outputs, numbers, new_count, applies)
+                self._step(inputs, outputs, numbers, new_count, applies, addresses)
 
     def _step(
         self,
@@ -182,6 +172,7 @@ class Launcher:
         numbers: Any,
         new_count: Tensor | None,
         applies: Tensor | None,
+        addresses: list[int] | None,
     ) -> None:
         own = _arguments(numbers, inputs.params[0], self._device)
         shape = self._shapes.get(own.members) or self._shape(own.members)
@@ -189,13 +180,19 @@ class Launcher:
             if new_count is not None:
                 torch.add(numbers.step, 1 if applies is None else applies, out=new_count)
             return
+        starts = addresses or list(map(Tensor.data_ptr, chain(*inputs.columns)))
+        count = len(inputs.params)
+        if outputs.params is inputs.params:
+            starts = [*starts, *starts[:count], *starts[2 * count :]]
+        else:
+            starts = [*starts, *map(Tensor.data_ptr, chain(*outputs.columns))]
         _run(
             self._compiled,
             self._source,
             (shape.programs, 1, 1),
             (
-                self._table(inputs, outputs, shape, own.members),
-                len(self._sizes),
+                self._table(starts, shape, own.members),
+                count,
                 shape.run,
                 *own.words,
                 own.kinds,
@@ -215,15 +212,7 @@ class Launcher:
         self._shapes[members] = shape
         return shape
 
-    def _table(
-        self, inputs: StepInputs, outputs: StepOutputs, shape: _Shape, members: int
-    ) -> Tensor:
-        addresses: list[int] = []
-        asked: dict[int, list[int]] = {}  # in place, the lists of inputs come again as outputs
-        for column in (*inputs.columns, *outputs.columns):
-            if id(column) not in asked:
-                asked[id(column)] = list(map(Tensor.data_ptr, column))
-            addresses += asked[id(column)]
+    def _table(self, addresses: list[int], shape: _Shape, members: int) -> Tensor:
         if transforms.capturing():
             return _sent([*shape.words, *addresses, 0], self._device)
         stream = self._source.stream_of(self._index)
@@ -313,6 +302,10 @@ _AS_THEY_ARE = frozenset((torch.float64, torch.float32))
 def _arguments(numbers: Any, param: Tensor, device: torch.device) -> _Arguments:
     if is_read(numbers):
         return _Arguments(1, _bits(numbers), 0, [])
+    step, *others = numbers
+    is_count = isinstance(step, Tensor) and step.device == device and step.ndim == 0
+    if is_count and step.dtype is torch.float64 and is_read(others):  # as in most training
+        return _Arguments(1, (step.data_ptr(), *_bits(others)), _IS_ADDRESS, [step])
     lead = param.shape[: max(n.ndim if isinstance(n, Tensor) else 0 for n in numbers)]
     values = [_value(number, lead, device) for number in numbers]
     words, kinds, members, tensors = [], 0, 1, []
@@ -373,4 +366,5 @@ ADAMW_TRITON = Kernel(
     takes_members=True,
     step_to=_step_to,
     launcher=launcher,
+    counts_on_device=True,
 )
