@@ -375,7 +375,7 @@ def _find_routine(
     if transforms.transformed() or transforms.observed() or not is_plain_count(count):
         return None
     recalled = recall(trees)
-    if recalled is None or not recalled.layout.fast_path_ok:
+    if recalled is None or not recalled.flat or not recalled.layout.fast_path_ok:
         return None
     inputs, structure, layout, flat = recalled
     addresses = list(map(Tensor.data_ptr, flat))

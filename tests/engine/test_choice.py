@@ -50,7 +50,7 @@ class Deciding:
 @pytest.fixture
 def device(monkeypatch):
     """Let nothing be read, and a kernel decide, as on a device; count its steps."""
-    kernel = Kernel(lambda *_: None, launcher=Deciding)
+    kernel = Kernel(lambda *_: None, launcher=Deciding, counts_on_device=True)
     monkeypatch.setattr(transforms, "on_host", lambda _: False)
     monkeypatch.setitem(AdamW.rule._loaded, "triton", kernel)
     monkeypatch.setattr(Deciding, "steps", 0)
