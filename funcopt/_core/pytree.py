@@ -66,13 +66,19 @@ def _flatten_dict(tree: dict[Any, Any]) -> tuple[list[Any], Structure]:
         positions, structure = optree.tree_flatten(
             numbered, none_is_leaf=True, namespace=_NAMESPACE
         )
-        found = _taker([keys[position] for position in positions]), structure
+        in_order = list(positions) == list(range(len(keys)))
+        take = _values if in_order else _taker([keys[position] for position in positions])
+        found = take, structure
         if _are_strings(keys):
             if len(_structures) >= _MOST_STRUCTURES:
                 _structures.clear()
             _structures[keys] = found
     take, structure = found
     return take(tree), structure
+
+
+def _values(tree: Any) -> list[Any]:
+    return list(tree.values())
 
 
 def _taker(keys: list[Any]) -> Callable[[Any], list[Any]]:

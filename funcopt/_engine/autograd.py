@@ -59,6 +59,25 @@ class _Step(NamedTuple):
         return [list(flat[i : i + self.leaves]) for i in range(0, len(flat), self.leaves)]
 
 
+def step_per_numbers(
+    rule: UpdateRule, inputs: StepInputs, numbers: Any | list[Any], options: Any
+) -> StepOutputs:
+    """Return the leaves after one step, made for each set of numbers: the rule knows one set."""
+    if not isinstance(numbers, list):
+        return step_by_rule(rule, inputs, numbers, options)
+    groups: dict[int, list[int]] = {}
+    for index, own in enumerate(numbers):
+        groups.setdefault(id(own), []).append(index)
+    columns = [list(column) for column in inputs.targets.columns]
+    for indices in groups.values():
+        own = numbers[indices[0]]
+        part = step_by_rule(rule, inputs.take(indices), own, options)
+        for column, tensors in zip(columns, part.columns, strict=True):
+            for index, tensor in zip(indices, tensors, strict=True):
+                column[index] = tensor
+    return StepOutputs.of(columns)
+
+
 def step_by_rule(rule: UpdateRule, inputs: StepInputs, numbers: Any, options: Any) -> StepOutputs:
     """Return the leaves after one step with the same numbers, under whatever is watching."""
     if not inputs.params:  # flat, lists without leaves would be lost

@@ -222,7 +222,9 @@ def _step(
     if transforms.transformed() or torch.is_grad_enabled():
         if not rule.traits.elementwise:  # members cannot be stacked, nor complex leaves be split
             return dispatch.step(rule, inputs, numbers, options)
-        return _step_per_numbers(rule, inputs, numbers, options)
+        from . import autograd  # noqa: PLC0415  # which is for derivatives and members alone
+
+        return autograd.step_per_numbers(rule, inputs, numbers, options)
     layout = layout or layout_of(inputs)
     plan = dispatch.plan(rule, inputs, numbers, options, layout, in_place=False)
     return dispatch.run(inputs, plan, options, layout)
@@ -244,27 +246,6 @@ def _step_(
         layout = layout_of(inputs)
     plan = dispatch.plan(rule, inputs, numbers, options, layout, in_place=True)
     dispatch.run_(inputs, plan, options, layout)
-
-
-def _step_per_numbers(
-    rule: UpdateRule, inputs: StepInputs, numbers: Any | list[Any], options: Any
-) -> StepOutputs:
-    """Take one step by the rule of autograd for each set of numbers: it knows one set."""
-    from . import autograd  # noqa: PLC0415  # which is for derivatives and members alone
-
-    if not isinstance(numbers, list):
-        return autograd.step_by_rule(rule, inputs, numbers, options)
-    groups: dict[int, list[int]] = {}
-    for index, own in enumerate(numbers):
-        groups.setdefault(id(own), []).append(index)
-    columns = [list(column) for column in inputs.targets.columns]
-    for indices in groups.values():
-        own = numbers[indices[0]]
-        part = autograd.step_by_rule(rule, inputs.take(indices), own, options)
-        for column, tensors in zip(columns, part.columns, strict=True):
-            for index, tensor in zip(indices, tensors, strict=True):
-                column[index] = tensor
-    return StepOutputs.of(columns)
 
 
 def _as_real(inputs: StepInputs) -> StepInputs:
@@ -380,13 +361,13 @@ def _find_routine(
     inputs, structure, layout, flat = recalled
     addresses = list(map(Tensor.data_ptr, flat))
     if in_place:
-        if layout.params_require_grad and not all(param.is_leaf for param in inputs.params):
-            return None
-        written = [*addresses, count.data_ptr()]
+        has_history = layout.params_require_grad and not all(p.is_leaf for p in inputs.params)
+        addresses = [] if has_history else _remembered_apart(addresses, count.data_ptr(), layout)
+        apart = bool(addresses)
     else:
-        written = addresses[: len(inputs.params)]
+        apart = all_differ(addresses[: len(inputs.params)])
     if (
-        not all_differ(written)
+        not apart
         or (transforms.may_be_dual() and transforms.any_dual(*inputs.columns, (count,)))
         or (
             options.kernel != "auto"
@@ -397,3 +378,14 @@ def _find_routine(
     value = value_of(count)
     new_count = None if isinstance(value, Tensor) else value + 1
     return _Routine(inputs, structure, layout, flat, addresses, count, new_count)
+
+
+def _remembered_apart(addresses: list[int], count: int, layout: Layout) -> list[int]:
+    """Return addresses if no two are the same, else none; those of the last step as they were."""
+    last: tuple[list[int], int] | None = layout.plans.get("apart")
+    if last is not None and last[1] == count and last[0] == addresses:
+        return last[0]  # the same list, by which a launcher knows that nothing has moved
+    if not all_differ([*addresses, count]):
+        return []
+    layout.plans["apart"] = addresses, count
+    return addresses

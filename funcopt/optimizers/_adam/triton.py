@@ -148,6 +148,7 @@ class Launcher:
         self._compiled: dict[bool, Any] = {}
         self._shapes: dict[int, _Shape] = {}
         self._tables: tuple[_Table, ...] = ()
+        self._in_place: _Table | None = None  # the last one, by the list of the engine
 
     def step(
         self,
@@ -180,19 +181,15 @@ class Launcher:
             if new_count is not None:
                 torch.add(numbers.step, 1 if applies is None else applies, out=new_count)
             return
+        in_place = outputs.params is inputs.params
         starts = addresses or list(map(Tensor.data_ptr, chain(*inputs.columns)))
-        count = len(inputs.params)
-        if outputs.params is inputs.params:
-            starts = [*starts, *starts[:count], *starts[2 * count :]]
-        else:
-            starts = [*starts, *map(Tensor.data_ptr, chain(*outputs.columns))]
         _run(
             self._compiled,
             self._source,
             (shape.programs, 1, 1),
             (
-                self._table(starts, shape, own.members),
-                count,
+                self._table(starts, None if in_place else outputs, shape, own.members),
+                len(self._sizes),
                 shape.run,
                 *own.words,
                 own.kinds,
@@ -212,19 +209,38 @@ class Launcher:
         self._shapes[members] = shape
         return shape
 
-    def _table(self, addresses: list[int], shape: _Shape, members: int) -> Tensor:
-        if transforms.capturing():
-            return _sent([*shape.words, *addresses, 0], self._device)
+    def _table(
+        self, starts: list[int], outputs: StepOutputs | None, shape: _Shape, members: int
+    ) -> Tensor:
+        """Return the table of leaves that start there; without outputs, of a step in place."""
         stream = self._source.stream_of(self._index)
-        recent = self._tables
-        for table in recent:
+        last, capturing = self._in_place, transforms.capturing()
+        if outputs is not None or capturing:
+            last = None
+        if last is not None and last.addresses is starts and last[:3:2] == (members, stream):
+            return last.words
+        count = len(self._sizes)
+        if outputs is None:
+            addresses = [*starts, *starts[:count], *starts[2 * count :]]
+        else:
+            addresses = [*starts, *map(Tensor.data_ptr, chain(*outputs.columns))]
+        if capturing:
+            return _sent([*shape.words, *addresses, 0], self._device)
+        found = self._found(addresses, stream, members)
+        if found is None:
+            words = _sent([*shape.words, *addresses, 0], self._device)
+            found = _Table(members, addresses, stream, words)
+            # Replaced whole, so that threads need no lock.
+            self._tables = (found, *self._tables[: self._MOST_TABLES - 1])
+        if outputs is None:
+            self._in_place = found._replace(addresses=starts)
+        return found.words
+
+    def _found(self, addresses: list[int], stream: int, members: int) -> _Table | None:
+        for table in self._tables:
             if table.addresses == addresses and table.stream == stream and table.members == members:
-                return table.words
-        words = _sent([*shape.words, *addresses, 0], self._device)
-        made = _Table(members, addresses, stream, words)
-        # Replaced whole, so that threads need no lock.
-        self._tables = (made, *recent[: self._MOST_TABLES - 1])
-        return words
+                return table
+        return None
 
 
 def _run(
