@@ -13,6 +13,7 @@ copied into the parameter's layout, so that any strides are served and none slow
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
@@ -157,6 +158,8 @@ try:
 except (ImportError, AttributeError):  # pragma: no cover
     _guard_of = None
 
+_is_nested = operator.attrgetter("is_nested")
+
 _REMEMBERED = 32
 
 # Starting a team of threads costs as much as moving about this many elements.
@@ -214,6 +217,11 @@ def known_flat(tensors: list[Tensor], lengths: tuple[int, ...]) -> Layout | None
     """Return it for columns of these lengths, one after another."""
     global _recent  # noqa: PLW0603  # replaced whole, so that threads need no lock
     recent = _recent
+    try:
+        if recent and any(map(_is_nested, tensors)):  # to compare one ends the process
+            return None
+    except AttributeError:  # which is no tensor
+        return None
     for entry in recent:
         if entry.lengths == lengths and entry.unchanged(*tensors):
             if entry is not recent[0]:  # so that the one in use is found first

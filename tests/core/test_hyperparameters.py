@@ -87,7 +87,7 @@ def test_a_wrong_type_is_refused_with_what_is_wanted(options, message):
 
 @pytest.mark.parametrize("kernel", ["fast", "", None, ["fused"]])
 def test_an_unknown_kernel_is_refused_with_the_names_there_are(kernel):
-    names = "auto, native, fused, triton, foreach, plain"
+    names = "auto, native, triton, fused, foreach, plain"
     with pytest.raises(ValueError, match=f"must be one of {names}"):
         AdamW(kernel=kernel)
 

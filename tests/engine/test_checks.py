@@ -355,6 +355,20 @@ def test_parameters_and_gradients_that_are_not_dense_are_refused(name, kind):
             update(grads | {"w": wrong["w"]}, state, params)
 
 
+@pytest.mark.parametrize("kind", NOT_DENSE)
+def test_what_is_not_dense_is_refused_after_steps_on_what_is(kind):
+    opt, params, grads = AdamW(), weights(), clone(weights())
+    state = opt.init(params)
+    for _ in range(3):
+        params, state = opt.update(grads, state, params)
+    wrong = {"w": not_dense(kind, grads["w"])}
+    for update in (opt.update, opt.update_):
+        with pytest.raises(TypeError, match=r"^grads\['w'\] has "):
+            update(grads | wrong, state, params)
+        with pytest.raises(TypeError, match=r"^state\.exp_avg\['w'\] has "):
+            update(grads, state._replace(exp_avg=state.exp_avg | wrong), params)
+
+
 @pytest.mark.usefixtures("unknown_leaves")
 @pytest.mark.parametrize("kind", NOT_DENSE)
 @pytest.mark.parametrize("name", LOOKING)

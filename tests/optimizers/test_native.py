@@ -201,7 +201,7 @@ def test_results_that_are_written_past_the_cache_have_the_same_bits():
     small = [torch.empty(64) for _ in range(3)]
     outputs = StepOutputs.of([list(pair) for pair in zip(shifted, small, strict=True)])
     options = opt.rule.set_up(opt).options
-    _native.step_to(_native.ADAMW_RULE, inputs, outputs, numbers_of(opt), options)
+    opt.rule.kernel("native").step_to(inputs, outputs, numbers_of(opt), options)
     assert_same(moved(opt, inputs), outputs.columns)
     assert_same(moved_in_place(opt, inputs), outputs.columns)
 
