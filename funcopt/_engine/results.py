@@ -46,8 +46,9 @@ _reused = {"cpu"}
 _SHARED = {"cpu": 1 << 20, "cuda": 1 << 26}  # bytes
 # Where the next one may start: it can be viewed as any dtype, as a whole allocation can.
 _ALIGNED = 16  # bytes
+_PADDING = -1  # the index of what is no result
 # Results of all columns share one where they are small: parameters and slots then live together.
-_SHARED_BY_COLUMNS = 1 << 16  # bytes
+_SHARED_BY_COLUMNS = 1 << 19  # bytes of a column
 # One storage holds what is old in the next step; the other is what that writes into.
 _MOST_KEPT = 2
 # Storages that were not asked for during so many updates are given back.
@@ -179,7 +180,8 @@ class Results:
         found = list(chain.from_iterable(indices for _, indices in self._plan))
         if found == list(range(len(found))):
             return None
-        return operator.itemgetter(*sorted(range(len(found)), key=found.__getitem__))
+        places = {index: place for place, index in enumerate(found)}
+        return operator.itemgetter(*[places[index] for index in sorted(places) if index >= 0])
 
     @cached_property
     def _device(self) -> torch.device | None:
@@ -231,7 +233,8 @@ def _plan_blocks(columns: Sequence[list[_Like]]) -> Iterator[tuple[_Block, list[
         is_small = sum(like.nbytes for like in column) <= _SHARED_BY_COLUMNS
         for number, like in enumerate(column, place * len(column)):
             key: object = number
-            if len(like.shape) > 0 and like.strides is None and like.nbytes % _ALIGNED == 0:
+            can_be_padded = len(like.shape) == 1 and like.nbytes > 0
+            if like.shape and not like.strides and (can_be_padded or like.nbytes % _ALIGNED == 0):
                 key = like.shape[1:], like.dtype, like.device, None if is_small else place
             alike.setdefault(key, []).append((number, like))
     for group in alike.values():
@@ -250,12 +253,17 @@ def _cut(group: list[tuple[int, _Like]]) -> Iterator[tuple[_Block, list[int]]]:
 
 
 def _block(group: list[tuple[int, _Like]]) -> tuple[_Block, list[int]]:
-    indices, likes = zip(*group, strict=True)
-    first = likes[0]
+    first = group[0][1]
     if first.strides is not None or not first.shape:
-        return _Block(first, []), list(indices)
-    rows = [like.shape[0] for like in likes]
-    return _Block(first._replace(shape=(sum(rows), *first.shape[1:])), rows), list(indices)
+        return _Block(first, []), [index for index, _ in group]
+    rows, places = [], []
+    for index, like in group:
+        rows.append(like.shape[0])
+        places.append(index)
+        if len(like.shape) == 1 and like.nbytes % _ALIGNED:  # what lies between it and the next
+            rows.append(-like.nbytes % _ALIGNED // like.dtype.itemsize)
+            places.append(_PADDING)
+    return _Block(first._replace(shape=(sum(rows), *first.shape[1:])), rows), places
 
 
 # Those that may keep something, and how often any was asked.

@@ -293,6 +293,7 @@ def test_two_trees_that_take_turns_both_keep_their_memory():
         [()] * 3,
         [(0,), (3, 0), (0, 3)],
         [(5,), (7, 2), (), (9,), (1, 2)],
+        [(5,), (9,), (3,), (3, 5), (1, 7)],
         [(4096,)] * 600,
     ],
 )
@@ -312,6 +313,7 @@ def test_results_look_like_what_they_are_of_and_share_no_element(shapes):
 def test_results_can_be_viewed_as_any_dtype():
     shapes = [(2,), (6,), (4,), (3, 4), (1, 4), (16,), (10,)]
     made = results.Results([torch.randn(shape) for shape in shapes], []).make()
+    assert [tuple(t.shape) for t in made.params] == shapes
     assert all(t.data_ptr() % 16 == 0 for t in made.params)
     for tensor in made.params:
         assert tensor.view(torch.complex64).numel() * 2 == tensor.numel()
