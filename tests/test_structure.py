@@ -58,6 +58,7 @@ FLOORS = [
     "_engine.prepare",
     "_engine.driver",
     "_engine.choice",
+    "_engine.sharded",
     "_engine.kernels",
     "_engine.registration",
     "optimizers",

@@ -104,12 +104,37 @@ _MOST_STRUCTURES = 256
 _structures: dict[tuple[Any, ...], tuple[Callable[[Any], list[Any]], Structure]] = {}
 
 
+class NotKnownError(Exception):
+    """Raised where the tree is needed of which a `FlatTree` has the leaves alone."""
+
+
+class FlatTree:
+    """The leaves of a tree that was checked before in all but how its leaves look now.
+
+    It stands for such a tree in a step that is like one before, to which leaves are enough. Any
+    other step flattens its trees, and raises `NotKnownError` before anything was done.
+    """
+
+    __slots__ = "leaves", "structure"
+
+    def __init__(self, leaves: list[Any], structure: Structure) -> None:
+        """Take the leaves, and the structure of what is to come of them."""
+        self.leaves, self.structure = leaves, structure
+
+
+def _refuse_flat(_: FlatTree) -> tuple[list[Any], None]:
+    raise NotKnownError
+
+
 def columns_of_dicts(trees: Sequence[Tree]) -> tuple[list[list[Any]], Structure] | None:
     """Return the values of dicts that have the same keys in the same order, seen before as leaves.
 
     Whether the values are leaves this time is for the caller to find out: it compares them with the
-    leaves of last time. None where this shortcut does not apply.
+    leaves of last time. Trees that are flat already have theirs. None where this shortcut does not
+    apply.
     """
+    if type(trees[0]) is FlatTree:
+        return [tree.leaves for tree in trees], trees[0].structure
     if type(trees[0]) is not dict or not _are_strings(keys := tuple(trees[0])):
         return None
     found = _structures.get(keys)
@@ -149,6 +174,12 @@ def _mirror(leaves: list[Any]) -> bool:
 def flatten_above(tree: Tree, is_leaf: Callable[[Any], bool]) -> tuple[list[Any], Structure]:
     """Return the subtrees for which `is_leaf` holds, with the other leaves, and what holds them."""
     return optree.tree_flatten(tree, is_leaf, none_is_leaf=True, namespace=_NAMESPACE)
+
+
+def list_structure(length: int) -> Structure:
+    """Return the structure of a list of so many leaves."""
+    leaves: Tree = [_A_LEAF] * length
+    return optree.tree_structure(leaves, none_is_leaf=True, namespace=_NAMESPACE)
 
 
 def unflatten(structure: Structure, leaves: Iterable[Any]) -> Tree:
@@ -364,3 +395,7 @@ def register_node(
     )
     register: Any = optree.register_pytree_node  # typed for Collections, of which it uses nothing
     register(cls, flatten_node, unflatten_node, namespace=optree.registry.__GLOBAL_NAMESPACE)
+
+
+_register_flat: Any = optree.register_pytree_node
+_register_flat(FlatTree, _refuse_flat, FlatTree, namespace=_NAMESPACE)

@@ -11,7 +11,7 @@ from torch import Tensor
 from .._core import pytree, transforms
 from .._core.tensors import recording
 from .._core.types import Tree, optimizers_in, own_traits
-from .shards import Parts, dtensor, work_on
+from .shards import Parts, dtensor, wholes_of_parts, work_on
 
 
 def check_shardable(opt: Any) -> None:
@@ -127,10 +127,8 @@ def _whole(part: Tensor, old: Any, kind: Any) -> Tensor:
     same = part.stride() == old.to_local().stride()
     own = part.detach() if part.requires_grad else part
     if same and type(old) is kind and hasattr(old, "_spec"):
-        # What FSDP2 does, too, without the check of arguments that takes ten times as long; and
-        # without `__init__`, which does nothing, and takes twice as long as all else.
-        create: Any = kind.__new__
-        made: Tensor = create(kind, own, old._spec, requires_grad=part.requires_grad)
+        made: Tensor
+        (made,) = wholes_of_parts([own], [old._spec], [part.requires_grad])
         return made
     stride = old.stride() if same else _stride(part, old.shape)
     mesh, placements = old.device_mesh, old.placements

@@ -109,9 +109,12 @@ def prepare(opt: Any, rule: UpdateRule, grads: Tree, state: Any, params: Tree) -
     """Lay out an update flat, checked.
 
     Raises:
+        NotKnownError: If of the trees there are the leaves alone.
         TypeError: If a leaf is not a dense floating-point or complex tensor.
         ValueError: If a tree does not match the parameters.
     """
+    if type(params) is pytree.FlatTree:  # which has no paths to name in a message
+        raise pytree.NotKnownError
     check_state(state, rule.state)
     setup = rule.setup_of(opt)
     slots, per_leaf = list(compress(rule.slots, setup.kept)), setup.options.step_per_leaf

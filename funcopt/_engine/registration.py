@@ -156,9 +156,9 @@ def _serving(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _on_local_parts(method: Callable[..., Any], *args: Any) -> Any:
-    from .._dtensor import methods  # noqa: PLC0415  # which nobody needs who has no DTensors
+    from . import sharded  # noqa: PLC0415  # which nobody needs who has no DTensors
 
-    return getattr(methods, method.__name__)(method, *args)
+    return getattr(sharded, method.__name__)(method, *args)
 
 
 def _check_replayed(opt: Any, state: Tree, params: Tree) -> None:
