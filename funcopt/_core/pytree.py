@@ -66,9 +66,7 @@ def _flatten_dict(tree: dict[Any, Any]) -> tuple[list[Any], Structure]:
         positions, structure = optree.tree_flatten(
             numbered, none_is_leaf=True, namespace=_NAMESPACE
         )
-        in_order = list(positions) == list(range(len(keys)))
-        take = _values if in_order else _taker([keys[position] for position in positions])
-        found = take, structure
+        found = _taker(list(keys), [keys[position] for position in positions]), structure
         if _are_strings(keys):
             if len(_structures) >= _MOST_STRUCTURES:
                 _structures.clear()
@@ -77,14 +75,10 @@ def _flatten_dict(tree: dict[Any, Any]) -> tuple[list[Any], Structure]:
     return take(tree), structure
 
 
-def _values(tree: Any) -> list[Any]:
-    return list(tree.values())
-
-
-def _taker(keys: list[Any]) -> Callable[[Any], list[Any]]:
-    """Return the function that takes the values at these keys out of a dict."""
-    if len(keys) < 2:  # of one key, an itemgetter gives no tuple
-        return lambda tree: [tree[key] for key in keys]
+def _taker(given: list[Any], keys: list[Any]) -> Callable[[Any], list[Any]]:
+    """Return the function that takes the values at keys, in this order, out of such a dict."""
+    if keys == given:
+        return lambda tree: list(tree.values())
     take = operator.itemgetter(*keys)
     return lambda tree: list(take(tree))
 
