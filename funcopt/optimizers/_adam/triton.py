@@ -34,7 +34,7 @@ _PATHS = {own.name: own.path for own in HYPERPARAMS}
 
 # The step is bound by memory, so what counts is how much is under way. With 4 warps a thread has 8
 # elements of a block, for float32 two loads of 16 bytes from each of 4 tensors before it uses any.
-# On an H200 the kernel moves 4.1 TB/s so, of the 4.2 of a plain copy. Larger blocks take more
+# On an H200 the kernel moves 4.0 TB/s so, of the 4.2 of a plain copy. Larger blocks take more
 # registers than that gains; smaller ones would pay more often for what comes before a program's
 # first load.
 _BLOCK = 1024
