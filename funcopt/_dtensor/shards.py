@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import operator
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
+from itertools import repeat
 from typing import Any, NamedTuple, ParamSpec, TypeAlias, TypeVar
 
 import torch
@@ -99,7 +100,7 @@ def specs_of(tensors: Sequence[Any]) -> list[Any] | None:
 
 
 def wholes_of_parts(
-    parts: Iterable[Tensor], specs: Iterable[Any], requires_grad: Iterable[bool]
+    parts: Sequence[Tensor], specs: Sequence[Any], requires_grad: Sequence[bool] | None = None
 ) -> list[Any]:
     """Return the DTensors that lie by these specs, and of which these are the local parts.
 
@@ -107,11 +108,14 @@ def wholes_of_parts(
     `__init__`, which does nothing, and takes twice as long as all else.
     """
     kind: Any = _found
-    create = kind.__new__
-    return [
-        create(kind, part, spec, requires_grad=requires)
-        for part, spec, requires in zip(parts, specs, requires_grad, strict=False)
-    ]
+    create, requiring = kind.__new__, requires_grad or repeat(False)
+    try:
+        return list(map(create, repeat(kind), parts, specs, requiring))
+    except TypeError:  # a torch that wants the last one by its name, which takes a fifth longer
+        return [
+            create(kind, part, spec, requires_grad=requires)
+            for part, spec, requires in zip(parts, specs, requiring, strict=False)
+        ]
 
 
 def part_or_leaf(leaf: Any) -> Any:

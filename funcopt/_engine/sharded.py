@@ -16,7 +16,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from functools import cache
-from itertools import chain, repeat
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -26,8 +26,9 @@ from .._core.types import Tree, own_traits
 from .._dtensor import methods
 from .._dtensor.shards import dtensor, held_by, specs_of, wholes_of_parts, work_on
 from . import driver
-from .memory import _guard_of
+from .memory import _guard_of, layout_of
 from .prepare import trees_of
+from .rule import StepInputs
 
 _requires_grad = operator.attrgetter("requires_grad")
 _is_leaf = operator.attrgetter("is_leaf")
@@ -41,8 +42,7 @@ def update(method: Callable[..., Any], opt: Any, grads: Tree, state: Any, params
     results = None if found is None else _update(opt, found, state)
     if results is None:
         results = methods.update(method, opt, grads, state, params)
-        if found is None:
-            _remember(opt, grads, state, params)
+        _remember(opt, grads, state, params, is_new=found is None)
     return results
 
 
@@ -51,8 +51,7 @@ def update_(method: Callable[..., Any], opt: Any, grads: Tree, state: Any, param
     found = _find(opt, grads, state, params)
     if found is None or not _update_(opt, found, state):
         methods.update_(method, opt, grads, state, params)
-        if found is None:
-            _remember(opt, grads, state, params)
+        _remember(opt, grads, state, params, is_new=found is None)
     return params, state
 
 
@@ -101,9 +100,10 @@ def _update(opt: Any, found: _Found, state: Any) -> tuple[Tree, Tree] | None:
         return None
     new_params, new_state = made
     specs, _, *slot_specs = found.split(found.known.specs)
-    wholes = [wholes_of_parts(new_params, specs, found.known.requiring)]
-    for slot, own_specs in zip(_kept(opt, new_state), slot_specs, strict=True):
-        wholes.append(wholes_of_parts(slot, own_specs, repeat(False)))
+    wholes = [
+        wholes_of_parts(new_params, specs, found.known.requiring),
+        *map(wholes_of_parts, _kept(opt, new_state), slot_specs),
+    ]
     own, *others = [pytree.unflatten(found.structure, column) for column in wholes]
     return own, _state(opt, new_state, others)
 
@@ -144,8 +144,12 @@ def _find(opt: Any, grads: Tree, state: Any, params: Tree) -> _Found | None:
     return None
 
 
-def _remember(opt: Any, grads: Tree, state: Any, params: Tree) -> None:
-    """Remember how the DTensors of an update look and lie, which went well."""
+def _remember(opt: Any, grads: Tree, state: Any, params: Tree, *, is_new: bool) -> None:
+    """Remember how the DTensors of an update look and lie, which went well.
+
+    The engine, too, is told of their parts. It may have seen others: those of parameters that
+    require a gradient did so, and it forgets in its own time.
+    """
     global _recent  # noqa: PLW0603  # replaced whole, so that threads need no lock
     columns = _columns(opt, grads, state, params)
     if columns is None:
@@ -157,7 +161,11 @@ def _remember(opt: Any, grads: Tree, state: Any, params: Tree) -> None:
         return
     if any(map(_requires_grad, wholes[len(own) :])):
         return
-    unchanged = _guard(wholes)
+    parts = [held_by(column) for column in columns.leaves]
+    if not transforms.all_plain(chain.from_iterable(parts)):
+        return
+    layout_of(StepInputs.of(parts))
+    unchanged = _guard(wholes) if is_new else None
     if unchanged is not None:
         known = _Known(specs, unchanged, list(map(_requires_grad, own)))
         _recent = (known, *_recent[: _MOST_KNOWN - 1])
