@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from . import compiling, ensembles, memory, picture, report, steps, unroll
+from . import compiling, ensembles, memory, picture, report, steps, training, unroll
 from .measure import Settings
 from .results import Section
 
@@ -24,13 +24,14 @@ def _one(module_section: Callable[[str, Settings], Section], workload: str) -> M
 WORKLOADS: dict[str, Measure] = {
     **{name: _one(steps.section, name) for name in steps.WORKLOADS},
     **{name: _one(ensembles.section, name) for name in ensembles.WORKLOADS},
+    **{name: _one(training.section, name) for name in training.WORKLOADS},
     "unroll": unroll.sections,
-    "memory": memory.sections,
+    "memory": lambda _: memory.sections(),
     "compile": lambda _: compiling.sections(),
 }
 
 # The others measure what a GPU does not change, or is too small for one.
-ON_A_GPU = ("gpt2-60m", "resnet-25m", "leaves-2000", "mlp", "ensemble-large")
+ON_A_GPU = ("gpt2-60m", "resnet-25m", "leaves-2000", "mlp", "ensemble-large", "training")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -24,6 +24,8 @@ __all__ = [
     "PASSES",
     "UPDATE",
     "UPDATE_",
+    "UPDATE_FUSED",
+    "UPDATE_FUSED_",
     "all_candidates",
     "memory_candidate",
     "torch_step",
@@ -33,6 +35,9 @@ BASELINE = "torch fused"
 COMPILED = "torch compiled"
 UPDATE_ = "funcopt update_"
 UPDATE = "funcopt update"
+# By torch's fused kernel, which serves where that of the optimizer's own choice is not built.
+UPDATE_FUSED_ = "funcopt update_, kernel fused"
+UPDATE_FUSED = "funcopt update, kernel fused"
 LIMIT = "memory-bandwidth limit"
 
 # A step moves so many times the memory of an in-place pass, or of a copy: 7 sizes, not 2.
@@ -48,6 +53,8 @@ def all_candidates(params: Tensors, grads: Tensors) -> list[Candidate]:
         Candidate(BASELINE, partial(torch_step, params, grads, fused=True), required=True),
         Candidate(UPDATE_, partial(_update_, params, grads), required=True),
         Candidate(UPDATE, partial(_update, params, grads), required=True),
+        Candidate(UPDATE_FUSED_, partial(_update_, params, grads, kernel="fused"), required=True),
+        Candidate(UPDATE_FUSED, partial(_update, params, grads, kernel="fused"), required=True),
         Candidate("torch foreach", partial(torch_step, params, grads, foreach=True)),
         Candidate("torch single", partial(torch_step, params, grads, foreach=False, fused=False)),
         Candidate(COMPILED, partial(_compiled, params, grads)),
@@ -78,14 +85,14 @@ def _compiled(params: Tensors, grads: Tensors) -> Step:
     return torch.compile(_torch_optimizer(params, grads).step)
 
 
-def _update_(params: Tensors, grads: Tensors) -> Step:
+def _update_(params: Tensors, grads: Tensors, kernel: str = "auto") -> Step:
     own = {name: param.clone() for name, param in params.items()}
-    opt = funcopt.AdamW()
+    opt = funcopt.AdamW(kernel=kernel)
     return in_turn(opt.update_, grads, opt.init(own), own)
 
 
-def _update(params: Tensors, grads: Tensors) -> Step:
-    opt = funcopt.AdamW()
+def _update(params: Tensors, grads: Tensors, kernel: str = "auto") -> Step:
+    opt = funcopt.AdamW(kernel=kernel)
     return in_turn(opt.update, grads, opt.init(params), params)
 
 

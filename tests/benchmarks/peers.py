@@ -11,9 +11,20 @@ from typing import Any
 from .measure import Absent, Candidate, Step, in_turn
 from .workloads import Tensors
 
-__all__ = ["OPTAX", "candidates", "installed", "optax_mapped", "torchopt_update", "version"]
+__all__ = [
+    "OPTAX",
+    "OPTAX_MAPPED",
+    "TORCHOPT",
+    "candidates",
+    "installed",
+    "optax_mapped",
+    "torchopt_update",
+    "version",
+]
 
 OPTAX = "optax jit"
+OPTAX_MAPPED = "optax jit(vmap)"
+TORCHOPT = "TorchOpt"
 
 _MISSING = "not installed"
 
@@ -21,7 +32,7 @@ _MISSING = "not installed"
 def candidates(params: Tensors, grads: Tensors) -> list[Candidate]:
     """Return the peers' steps on a tree, whether they can be taken here or not."""
     return [
-        Candidate("TorchOpt", partial(_torchopt, params, grads, accelerated=False)),
+        Candidate(TORCHOPT, partial(_torchopt, params, grads, accelerated=False)),
         Candidate("TorchOpt accelerated", partial(_torchopt, params, grads, accelerated=True)),
         Candidate(OPTAX, partial(_optax, params, grads, donated=False)),
         Candidate("optax jit, donated", partial(_optax, params, grads, donated=True)),

@@ -11,6 +11,9 @@ from pathlib import Path
 import optree
 import torch
 
+import funcopt
+from funcopt.optimizers import _native
+
 from . import peers
 from .results import Row, Section, shown
 
@@ -32,11 +35,20 @@ def header(device: torch.device, arguments: Sequence[str]) -> str:
         f"- command: `{shlex.join(['python', '-m', __package__ or '', *arguments])}`",
         f"- versions: {', '.join(f'{name} {number}' for name, number in versions.items())}",
         f"- machine: {machine}",
+        f"- funcopt's kernels for AdamW there: {', '.join(_kernels(device))}",
         "- figures: the median over rounds of what a step takes as a multiple of what the baseline "
         "takes in the same round, and the quartiles; so 0.5 is twice as fast. A figure is judged "
         "as it is shown.",
     ]
     return "\n".join(lines)
+
+
+def _kernels(device: torch.device) -> list[str]:
+    """Return those that serve, in the order in which they are tried, the native one in detail."""
+    rule = funcopt.AdamW.rule
+    names = [n for n in rule.kernels if rule.kernel(n).unsupported_reason(device, None) is None]
+    instructions = _native.instruction_sets()[0][0] if "native" in names else ""
+    return [f"native ({instructions})" if name == "native" else name for name in names]
 
 
 def markdown(heading: str, sections: Sequence[Section]) -> str:

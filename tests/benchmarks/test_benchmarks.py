@@ -3,15 +3,20 @@
 import pytest
 import torch
 
+import funcopt
+
+from ..cases import assert_close, clone
 from . import __main__ as command
-from . import load, peers, steps, unroll
-from .measure import Absent, Candidate, Settings, compare
-from .memory import peaks_of
+from . import load, peers, steps, training, unroll
+from .measure import Absent, Candidate, Settings, compare, in_turn
+from .memory import used_by
 from .processes import OutOfTime, ask
 from .report import markdown
 from .results import Figure, Row, Section, at_most, below
+from .training import BY_AUTOGRAD, BY_GRAD, IN_PLACE
 from .workloads import SHAPES, elements
 
+MIB = 2**20
 CPU = torch.device("cpu")
 
 
@@ -145,11 +150,40 @@ def test_a_device_that_is_not_there_is_refused(capsys):
 
 
 def test_the_peak_of_a_step_is_what_it_allocates():
+    def step():
+        torch.ones(8, 2**20)  # 32 MiB
+
+    assert 30 * MIB < max(use.peak for use in used(step)) < 40 * MIB
+
+
+def test_the_peak_counts_what_is_kept_and_nothing_of_it_is_left():
+    opt = funcopt.SGD(lr=0.1)
+    params = {"w": torch.ones(8, 2**20)}
+    # The gradient and the parameters before the steps are there before.
+    found = used(in_turn(opt.update, params, opt.init(params), params))
+    assert 30 * MIB < max(use.peak for use in found) < 40 * MIB
+    assert max(use.left for use in found) < 4 * MIB
+
+
+def used(step):
     try:
-        peaks = peaks_of(lambda: torch.ones(8, 2**20))  # 32 MiB
+        return used_by(step)
     except Absent as reason:
         pytest.skip(str(reason))
-    assert 30 * 2**20 < max(peaks) < 40 * 2**20
+
+
+@pytest.mark.parametrize("name", [BY_GRAD, BY_AUTOGRAD, IN_PLACE])
+def test_everyone_trains_the_same_model_in_the_same_way(name):
+    size = training.Size(layers=2, width=8, heads=2, vocabulary=11, context=5, batch=2)
+    everyone = training.candidates(size, CPU)
+    own, other = everyone[name](), everyone[training.TORCH]()
+    start = clone(own.params())
+    for _ in range(3):
+        own.step()
+        other.step()
+    assert_close(own.params(), other.params())
+    moved = [torch.dist(a, b) for a, b in zip(own.params().values(), start.values(), strict=True)]
+    assert min(moved) > 0
 
 
 def test_memory_that_a_graph_keeps_is_counted_once():

@@ -94,7 +94,6 @@ def every_case():
 HALF_WAY = {
     ("own: negative when read", "Ema", "update_"),
     ("own: of inference mode", "Accumulate", "update_"),
-    ("own: expanded", "Accumulate", "update_"),
 }
 
 
