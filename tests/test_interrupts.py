@@ -16,7 +16,7 @@ import funcopt
 from funcopt import AdamW, Clip, Ema, Partition, torchscript
 from funcopt._core import tensors
 from funcopt._dtensor.shards import current_parts
-from funcopt._engine import memory
+from funcopt._engine import memory, results
 from funcopt.distributed import (
     Zero1,
     _fake_world,
@@ -53,8 +53,14 @@ def around():
     }
 
 
-def check_everywhere(make, within="", warm=3, afterwards=lambda: None):
+def check_everywhere(make_call, within="", warm=3, afterwards=lambda: None):
     """Interrupt a call everywhere, and see that all is as before and a later call as ever."""
+
+    def make():
+        results.release_all()  # so that each call goes the same way, by fresh memory
+        results._asked = 0
+        return make_call()
+
     count = torch.get_num_threads()
     torch.set_num_threads(2)
     try:

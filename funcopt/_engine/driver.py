@@ -292,23 +292,19 @@ class _Routine(NamedTuple):
         inputs, layout, count = self.inputs, self.layout, self.step_count
         plan = dispatch.plan(rule, inputs, numbers, options, layout, in_place=False)
         (part, own), *_ = plan
-        on_device = self.new_count is None
-        if part.launcher is None or (on_device and not part.kernel.counts_on_device):
-            plan, new_count = self._counted(plan)
+        if self.new_count is not None:
+            if part.launcher is None:
+                outputs = dispatch.run(inputs, plan, options, layout)
+            else:
+                outputs = memory.results(inputs, layout)
+                part.launcher.step(inputs, outputs, own, addresses=self.addresses)
+            return outputs, fresh(self.new_count, count)
+        if part.launcher is None or not part.kernel.counts_on_device:
+            plan, new_count = dispatch.counted(plan, count)
             return dispatch.run(inputs, plan, options, layout), new_count
-        outputs = memory.results(inputs, layout)
-        if on_device:
-            new_count = torch.empty_like(count)
-            part.launcher.step(inputs, outputs, own, new_count, addresses=self.addresses)
-            return outputs, new_count
-        part.launcher.step(inputs, outputs, own, addresses=self.addresses)
-        return outputs, self._counted(plan)[1]
-
-    def _counted(self, plan: dispatch.Plan) -> tuple[dispatch.Plan, Tensor]:
-        """Return a plan that goes by the count after the step, and that count in fresh memory."""
-        if self.new_count is None:
-            return dispatch.counted(plan, self.step_count)
-        return plan, fresh(self.new_count, self.step_count)
+        outputs, new_count = memory.results(inputs, layout), torch.empty_like(count)
+        part.launcher.step(inputs, outputs, own, new_count, addresses=self.addresses)
+        return outputs, new_count
 
     def step_(self, rule: UpdateRule, numbers: Any, options: Any) -> None:
         """Move the leaves and the count in place."""
@@ -321,21 +317,21 @@ class _Routine(NamedTuple):
         inputs, layout, count = self.inputs, self.layout, self.step_count
         plan = dispatch.plan(rule, inputs, numbers, options, layout, in_place=True)
         (part, own), *_ = plan
-        on_device = self.new_count is None
-        if part.launcher is None or (on_device and not part.kernel.counts_on_device):
-            plan, new_count = self._counted(plan)
+        moved = [*self.flat[: len(inputs.params)], *self.flat[2 * len(inputs.params) :]]
+        if self.new_count is not None:
+            if part.launcher is None:
+                dispatch.run_(inputs, plan, options, layout)
+            else:
+                part.launcher.step(inputs, inputs.targets, own, addresses=self.addresses)
+                memory.note_written(moved)
+            count.fill_(self.new_count)
+        elif part.launcher is None or not part.kernel.counts_on_device:
+            plan, new_count = dispatch.counted(plan, count)
             dispatch.run_(inputs, plan, options, layout)
             count.copy_(new_count)
-            return
-        params = len(inputs.params)
-        moved = [*self.flat[:params], *self.flat[2 * params :]]
-        if on_device:
+        else:
             part.launcher.step(inputs, inputs.targets, own, count, addresses=self.addresses)
             memory.note_written([*moved, count])
-        else:
-            part.launcher.step(inputs, inputs.targets, own, addresses=self.addresses)
-            memory.note_written(moved)
-            count.fill_(own.step)
 
 
 def _find_routine(

@@ -242,7 +242,7 @@ def _plan_blocks(columns: Sequence[list[_Like]]) -> Iterator[tuple[_Block, list[
 
 
 def _cut(group: list[tuple[int, _Like]]) -> Iterator[tuple[_Block, list[int]]]:
-    most = _SHARED.get(group[0][1].device.type, 0)
+    most = _SHARED.get(group[0][1].device.type, _SHARED["cpu"])
     start, nbytes = 0, 0
     for end, (_, like) in enumerate(group):
         if end > start and nbytes + like.nbytes > most:

@@ -28,6 +28,7 @@ from funcopt import (
     Partition,
     SkipNonfinite,
     decay_label,
+    memory,
 )
 from funcopt.distributed import LocalUpdates, PlanRow, Zero1, plan
 from funcopt.extend import Traits, register_optimizer
@@ -146,7 +147,11 @@ class Measured(NamedTuple):
 
 
 def measure(opt, method, pause):
-    """What a real process has, asks for and sends, and its peak as its allocator has it."""
+    """What a real process has, asks for and sends, and its peak as its allocator has it.
+
+    No results are used again, so that each step asks for all that it needs.
+    """
+    memory.reuse("cpu", False)
     options = {"activities": [ProfilerActivity.CPU], "profile_memory": True, "acc_events": True}
     with Traffic(pause) as traffic, profile(**options) as profiler:
         params, grads = make_params(), make_params()
