@@ -181,7 +181,9 @@ class Results:
         if found == list(range(len(found))):
             return None
         places = {index: place for place, index in enumerate(found)}
-        return operator.itemgetter(*[places[index] for index in sorted(places) if index >= 0])
+        order = [places[index] for index in sorted(places) if index >= 0]
+        # Of one place, an itemgetter gives no tuple.
+        return operator.itemgetter(*order) if len(order) > 1 else operator.itemgetter(slice(1))
 
     @cached_property
     def _device(self) -> torch.device | None:

@@ -24,7 +24,9 @@ from funcopt._core import pytree
 from funcopt._engine import driver, memory, results
 
 from ..distributed import harness
-from .changes import OF_A_LOOP, OF_A_TENSOR, PLACES, every_change, nothing, of_a_tensor
+from .changes_of_steps import every_change, nothing
+from .changes_of_tensors import OF_A_TENSOR, PLACES, of_a_tensor
+from .changes_of_trees import OF_A_LOOP
 from .loops import HALF_WRITTEN, TREES, Elsewhere, Forgetful, Loop, forget, seen_of
 
 

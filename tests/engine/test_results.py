@@ -319,6 +319,12 @@ def test_results_can_be_viewed_as_any_dtype():
         assert tensor.view(torch.complex64).numel() * 2 == tensor.numel()
 
 
+@pytest.mark.parametrize("size", [1, 3, 4, 5])
+def test_one_result_is_one(size):
+    made = results.Results([torch.randn(size)], []).make()
+    assert [tuple(t.shape) for t in made.params] == [(size,)]
+
+
 def test_dense_layouts_are_those_of_the_parameters():
     params = [torch.zeros(2, 3, 4, 5).to(memory_format=torch.channels_last), torch.zeros(4, 3).T]
     made = results.Results(params, [params]).make()
