@@ -28,7 +28,8 @@ class PlanRow(NamedTuple):
     Example:
         >>> import torch, funcopt
         >>> from funcopt.distributed import plan
-        >>> plan(funcopt.Adam(), {"w": torch.empty(1000)}, 2).rows[0].peak_in_place
+        >>> opt = funcopt.Adam(kernel="fused")
+        >>> plan(opt, {"w": torch.empty(1000)}, 2).rows[0].peak_in_place
         16012
     """
 
