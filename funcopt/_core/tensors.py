@@ -187,7 +187,7 @@ def lerp(starts: list[Tensor], ends: list[Tensor], weight: Number) -> list[Tenso
 def lerp_(starts: list[Tensor], ends: list[Tensor], weight: Number) -> None:
     """Do the same, written into the starts."""
     weights = _weights(starts, ends, weight)
-    if weights is None:
+    if weights is None or any(map(Tensor.is_neg, starts)):  # which no list that is written may have
         for start, end in zip(starts, ends, strict=True):
             write(start, _lerp_pair(start, end, weight))
     elif all(start.dtype is end.dtype for start, end in zip(starts, ends, strict=True)):

@@ -27,6 +27,7 @@ from .._engine.checks import (
     check_no_history,
     check_not_among,
     check_unwatched,
+    check_writable,
     sharding,
 )
 from .._engine.hyperparameters import has_schedule
@@ -242,8 +243,9 @@ def check_wrapper_inplace(
 
     Raises:
         RuntimeError: Under a transform of `torch.func` or forward mode, or if anything here has a
-            history.
-        ValueError: If two of its tensors, or one and a gradient, start at the same place.
+            history, or a tensor of inference mode would be written outside of it.
+        ValueError: If two of its tensors, or one and a gradient, start at the same place, or the
+            elements of one do.
     """
     root, leaves = tree
     written = [*leaves, *own.values()]
@@ -255,6 +257,8 @@ def check_wrapper_inplace(
         return list(own)[index - len(leaves)]
 
     check_no_history(_history(numbers, written, path, gradients))
+    if not transforms.tracing():
+        check_writable(written, path)
     tensors = [*written, *gradients.tensors]
     if transforms.tracing() or not transforms.all_plain(tensors) or are_apart(tensors):
         return  # where operators are recorded there is no memory yet

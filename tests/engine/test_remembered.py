@@ -92,16 +92,8 @@ def every_case():
     return [_case(*case) for column in zip(*rows, strict=True) for case in column]
 
 
-# What a wrapper does not ask of its own tree before it writes: torch refuses when it is too late.
-HALF_WAY = {
-    ("own: negative when read", "Ema", "update_"),
-    ("own: of inference mode", "Accumulate", "update_"),
-}
-
-
 def _case(*case):
-    marks = [pytest.mark.xfail(strict=True)] if case in HALF_WAY else []
-    return pytest.param(*case, id="-".join(case), marks=marks)
+    return pytest.param(*case, id="-".join(case))
 
 
 @pytest.mark.by_day(2 * len(METHODS) * len(CHANGES))
