@@ -224,7 +224,7 @@ def _lerp_pair(start: Tensor, end: Tensor, weight: Number) -> Tensor:
 
 def _use_foreach_lerp(starts: list[Tensor], ends: list[Tensor]) -> bool:
     tensors = [*starts, *ends]
-    return bool(starts) and not any(map(Tensor.is_complex, tensors)) and use_foreach(tensors)
+    return len(starts) > 0 and not any(map(Tensor.is_complex, tensors)) and use_foreach(tensors)
 
 
 def _wide(tensor: Tensor) -> Tensor:
