@@ -25,8 +25,8 @@ def all_finite(leaves: Sequence[Tensor], like: Tensor) -> Tensor:
     """
     given = [leaf for leaf in leaves if leaf.numel() > 0]
     with torch.no_grad():
-        kinds = _by_kind(given)
-        if tensors.use_foreach(given) and not any(_is_slow(own[0]) for own in kinds):
+        kinds = [] if not given or transforms.on_host(given[0]) else _by_kind(given)
+        if kinds and not any(_is_slow(own[0]) for own in kinds) and tensors.use_foreach(given):
             largest = [torch.stack(tensors.norms(own, math.inf)) for own in kinds]
             return _all([own.isfinite().all() for own in largest], like)
     parts = [view_as_real(leaf.detach()) for leaf in given]
