@@ -29,7 +29,7 @@ from .._core.tensors import recording, view_as_complex_like, view_as_real
 from .._core.types import Number, Tree
 from . import dispatch, memory
 from .checks import all_differ, check_inplace
-from .hyperparameters import check_counts, numbers_at, with_grad_scale
+from .hyperparameters import check_counts, detached, numbers_at, with_grad_scale
 from .memory import Layout, layout_of, write_all
 from .prepare import (
     Prepared,
@@ -98,8 +98,10 @@ def update_scaled(
         check_untied(prepared.params.leaves, prepared.params.structure)
     counts = prepared.counts.after(prepared.active, prepared.watched)
     # A schedule is asked once: with the numbers of a routine that was left, go on.
-    if routine is None or routine.new_count is None:
+    if routine is None:
         numbers = _numbers(opt, rule, prepared, counts)
+    elif routine.new_count is None:  # they are those of the count before
+        numbers = [own._replace(step=detached(counts[0])) for own in numbers]
     if grad_scale is not None and _is_followed(prepared, setup.options, numbers):
         scaled_grads = multiplied(grads, grad_scale)
         return update_scaled(opt, scaled_grads, None, state, params, in_place=in_place)

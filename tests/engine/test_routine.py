@@ -264,3 +264,26 @@ def test_a_count_that_is_not_read_goes_the_short_way(
     assert taken == [STEPS[update]] * 4
     assert unread[1].step == 4
     torch.testing.assert_close(unread, read)
+
+
+@pytest.mark.parametrize("is_read", [True, False])
+def test_a_schedule_is_asked_once_where_the_short_way_is_left(is_read, taken, monkeypatch):
+    asked, learned = [], torch.tensor(0.1, requires_grad=True)
+
+    def schedule(count):
+        asked.append(count.item())
+        return learned * 1.0
+
+    opt, params = AdamW(lr=schedule), params_of()
+    grads = gradients_of(1)[0]
+    state = opt.init(params)
+    if not is_read:  # as on a device
+        monkeypatch.setattr(driver, "value_of", lambda count: count)
+    for _ in range(2):
+        moved, new_state = opt.update(grads, state, params)
+    assert asked == [0.0, 0.0]
+    assert taken == []  # the derivative by the learning rate is kept
+    assert moved["bias"].requires_grad
+    assert new_state.step == 1
+    expected, _ = AdamW(lr=0.1).update(grads, state, params)
+    torch.testing.assert_close(dict(moved), dict(expected))
