@@ -19,8 +19,8 @@ from .._core.types import Tree, own_traits
 from .checks import are_apart, check_inplace
 from .driver import _have_history, _numbers, _state
 from .hyperparameters import with_grad_scale
-from .memory import results
-from .prepare import Prepared, prepare
+from .memory import note_written, results
+from .prepare import Prepared, is_plain_count, prepare
 from .rule import UpdateRule
 
 
@@ -83,7 +83,7 @@ def update_where(
             launcher.step(inputs.take(indices), outputs.take(indices), own, applies=applies)
         made = applies.to(count.dtype)
         if in_place:
-            torch.autograd.graph.increment_version(list(chain(*outputs.columns)))
+            note_written(list(chain(*outputs.columns)))
             count.add_(made)
             return params, state
         new_params, *slots = prepared.rebuild(outputs)
@@ -97,9 +97,7 @@ def _is_plainly_fine(prepared: Prepared) -> bool:
     """
     inputs, count = prepared.inputs, prepared.counts.tensors[0]
     return (
-        type(count) is Tensor
-        and not count.requires_grad
-        and not count.is_inference()
+        is_plain_count(count)
         and all(param.is_leaf for param in inputs.params)
         and are_apart([*chain(*inputs.columns), count])
     )
@@ -119,12 +117,9 @@ def _parts(
     key = "where", kernel, options
     parts = layout.plans.get(key)
     if parts is None:
-        groups: dict[torch.dtype, list[int]] = {}
-        for index, param in enumerate(prepared.inputs.params):
-            groups.setdefault(param.dtype, []).append(index)
         parts = layout.plans[key] = [
             (indices, kernel.launcher(prepared.inputs.take(indices), options))
-            for indices in groups.values()
+            for indices in layout.groups
         ]
     found: Sequence[tuple[list[int], Any]] = parts
     return found

@@ -244,23 +244,28 @@ def layout_of(inputs: StepInputs) -> Layout:
 def _learn(inputs: StepInputs) -> Layout:
     global _recent  # noqa: PLW0603  # replaced whole, so that threads need no lock
     layout = _survey(inputs)
-    unchanged = _guard(list(chain(*inputs.columns)))
+    unchanged = guard(list(chain(*inputs.columns)))
     if unchanged is not None:
         entry = _Known(tuple(map(len, inputs.columns)), unchanged, layout)
         _recent = (entry, *_recent[: _REMEMBERED - 1])
     return layout
 
 
-def _guard(tensors: list[Tensor]) -> Callable[..., bool] | None:
-    """Return whether tensors look as these do, as a function of them, if it can be had."""
+def guard(
+    tensors: Sequence[Any], sizes: list[list[None]] | None = None
+) -> Callable[..., bool] | None:
+    """Return whether tensors look as these do, as a function of them, if it can be had.
+
+    `sizes` has None for each dimension whose size and stride may be any.
+    """
     # A guard lets nothing pass in which one tensor comes twice.
     if _guard_of is None or len(set(map(id, tensors))) < len(tensors):
         return None
     try:
-        guard = _guard_of(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+        made = _guard_of(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=sizes)
     except Exception:  # whatever is private may change
         return None
-    check: Callable[..., bool] = guard.check
+    check: Callable[..., bool] = made.check
     return check
 
 

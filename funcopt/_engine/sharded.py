@@ -26,7 +26,7 @@ from .._core.types import Tree, own_traits
 from .._dtensor import methods
 from .._dtensor.shards import dtensor, held_by, specs_of, wholes_of_parts, work_on
 from . import driver
-from .memory import _guard_of, layout_of
+from .memory import guard, layout_of
 from .prepare import trees_of
 from .rule import StepInputs
 
@@ -165,7 +165,9 @@ def _remember(opt: Any, grads: Tree, state: Any, params: Tree, *, is_new: bool) 
     if not transforms.all_plain(chain.from_iterable(parts)):
         return
     layout_of(StepInputs.of(parts))
-    unchanged = _guard(wholes) if is_new else None
+    # Their specs tell the shapes.
+    any_size = [[None] * whole.ndim for whole in wholes]
+    unchanged = guard(wholes, any_size) if is_new else None
     if unchanged is not None:
         known = _Known(specs, unchanged, list(map(_requires_grad, own)))
         _recent = (known, *_recent[: _MOST_KNOWN - 1])
@@ -175,19 +177,6 @@ def _is_ordinary(whole: Any) -> bool:
     """Whether a result that is laid out contiguously here lies by the spec of this DTensor."""
     kind: Any = dtensor()
     return type(whole) is kind and whole.is_contiguous() and not whole.is_inference()
-
-
-def _guard(wholes: list[Any]) -> Callable[..., bool] | None:
-    """Return whether DTensors look as these do but for their shapes, which their specs tell."""
-    if _guard_of is None or len(set(map(id, wholes))) < len(wholes):
-        return None
-    any_size = [[None] * whole.ndim for whole in wholes]
-    try:
-        guard = _guard_of(*wholes, dynamic_dims_sizes=any_size, dynamic_dims_strides=any_size)
-    except Exception:  # whatever is private may change
-        return None
-    check: Callable[..., bool] = guard.check
-    return check
 
 
 class _Columns(NamedTuple):

@@ -48,8 +48,7 @@ class _Launcher:
     def __init__(self, rule: int, inputs: StepInputs, options: Any) -> None:
         """Note what all steps have in common."""
         param = inputs.params[0]
-        self._columns = len(inputs.columns)
-        self._fixed = rule, _DTYPES[param.dtype], self._columns, options.maximize
+        self._fixed = rule, _DTYPES[param.dtype], len(inputs.columns), options.maximize
         self._nesterov = getattr(options, "nesterov", False)
         self._sizes = list(map(Tensor.numel, inputs.params))
         self._has_values = not param.is_meta

@@ -392,7 +392,7 @@ def work_without_private_names(rank):
     with Counted() as long:
         expected = opt.update(grads, state, params)
     assert long.count == 0
-    for module, name in ((sharded, "_guard_of"), (shards, "_spec_of")):
+    for module, name in ((memory, "_guard_of"), (shards, "_spec_of")):
         sharded._recent, original = (), getattr(module, name)
         setattr(module, name, None if name == "_guard_of" else lambda leaf: leaf.no_such_name)
         with Counted() as long:
