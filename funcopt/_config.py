@@ -22,7 +22,7 @@ def show_config() -> None:
 
     Those that serve are in the order in which `kernel="auto"` tries them; on a GPU, those that
     write elsewhere than they read are tried first by `update`. The line of the native kernel says
-    which instructions of the processor it uses and how many threads it may start, which is
+    which instructions of the processor it uses and how many threads it may use, which is
     `torch.get_num_threads()`; small trees are moved on one thread.
 
     Example:

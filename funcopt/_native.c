@@ -228,15 +228,6 @@ static int take_kind(PyObject *const *given, Job *job, int64_t *threads)
     return 0;
 }
 
-/* How many threads are worth their start, of those that there may be. */
-static int64_t worth_threads(const Job *job, int64_t threads)
-{
-    const int64_t worth = job->total / WORTH_A_THREAD;
-    threads = threads < MOST_THREADS ? threads : MOST_THREADS;
-    threads = threads < worth ? threads : worth;
-    return threads > 1 ? threads : 1;
-}
-
 static PyObject *run_job(PyObject *const *given, Job *job, int64_t threads)
 {
     const size_t columns = (size_t)(job->old_columns + job->new_columns);
@@ -257,7 +248,7 @@ static PyObject *run_job(PyObject *const *given, Job *job, int64_t threads)
         take_numbers(given[9], job, values, coefficients) == 0) {
         job->streams = job->total * job->item * job->new_columns > BEYOND_CACHE;
         Py_BEGIN_ALLOW_THREADS
-        run_on(job, worth_threads(job, threads));
+        run_on(job, threads);
         Py_END_ALLOW_THREADS
         result = Py_None;
         Py_INCREF(result);
@@ -342,6 +333,30 @@ static PyObject *use(PyObject *module, PyObject *given)
     Py_RETURN_NONE;
 }
 
+PyDoc_STRVAR(take_threads_doc,
+             "take_threads(run, number, count)\n--\n\n"
+             "Run on the threads of an OpenMP, by the addresses of its functions `GOMP_parallel`,\n"
+             "`omp_get_thread_num` and `omp_get_num_threads`; without any, on threads of our own.");
+
+static PyObject *take_threads(PyObject *module, PyObject *const *given, Py_ssize_t count)
+{
+    (void)module;
+    void *found[3] = {NULL, NULL, NULL};
+    if (count != 0 && count != 3) {
+        PyErr_Format(PyExc_TypeError, "take_threads takes 3 addresses or none, not %zd.", count);
+        return NULL;
+    }
+    for (Py_ssize_t i = 0; i < count; i++) {
+        found[i] = PyLong_AsVoidPtr(given[i]);
+        if (PyErr_Occurred())
+            return NULL;
+    }
+    memcpy(&team.run, &found[0], sizeof(void *));
+    memcpy(&team.number, &found[1], sizeof(void *));
+    memcpy(&team.count, &found[2], sizeof(void *));
+    Py_RETURN_NONE;
+}
+
 static int start(PyObject *module)
 {
     (void)module;
@@ -355,6 +370,7 @@ static PyMethodDef methods[] = {
     {"step", (PyCFunction)(void (*)(void))step, METH_FASTCALL, step_doc},
     {"instructions", instructions, METH_NOARGS, instructions_doc},
     {"use", use, METH_O, use_doc},
+    {"take_threads", (PyCFunction)(void (*)(void))take_threads, METH_FASTCALL, take_threads_doc},
     {NULL, NULL, 0, NULL},
 };
 

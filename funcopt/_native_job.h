@@ -29,8 +29,8 @@ static const int64_t MOST_MEMBERS = (int64_t)1 << 40;
 enum { BLOCK = 512 };
 /* Threads meet at multiples of so many elements of a leaf: whole cache lines, in every dtype. */
 enum { CUT = 64, CACHE_LINE = 64 };
-/* From so many elements on, a second thread saves more time than its start takes. */
-enum { WORTH_A_THREAD = 1 << 18 };
+/* So many elements of its own are worth a thread that waits already, or one that is made. */
+enum { WORTH_A_WAITING = 1 << 14, WORTH_A_MADE = 1 << 18 };
 /* Results of a call that are larger than this are gone from the cache before they are read. */
 static const int64_t BEYOND_CACHE = 16 << 20;
 /* Shorter ranges of a leaf are not worth writing past the cache. */

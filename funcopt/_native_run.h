@@ -152,49 +152,79 @@ static void run(const Job *job, int64_t first, int64_t last)
 #endif
 }
 
-/* Threads. They are made for a call and gone after it, and none waits in between. */
+/* Threads. Best are those that torch has already: its own loops leave them waiting for more, awake
+ * for a while, and others beside them would share their cores. Where its OpenMP was not found,
+ * threads are made for a call and gone after it. */
 
-#if THREADS
+/* What a compiler calls for a parallel region, and what tells its threads apart. */
+static struct {
+    void (*run)(void (*)(void *), void *, unsigned, unsigned);
+    int (*number)(void);
+    int (*count)(void);
+} team;
+
 enum { MOST_THREADS = 256 };
 
+/* Move the elements of one thread, of so many. */
+static void run_share(const Job *job, int64_t thread, int64_t threads)
+{
+    const int64_t portion = job->total / threads;
+    run(job, thread * portion, thread + 1 == threads ? job->total : (thread + 1) * portion);
+}
+
+static void run_in_team(void *job)
+{
+    run_share(job, team.number(), team.count());
+}
+
+#if THREADS
 typedef struct {
     const Job *job;
-    int64_t first, last;
+    int64_t thread, threads;
 } Share;
 
-static void *run_share(void *given)
+static void *run_made(void *given)
 {
     const Share *share = given;
-    run(share->job, share->first, share->last);
+    run_share(share->job, share->thread, share->threads);
     return NULL;
 }
 
-static void run_on(const Job *job, int64_t threads)
+static void run_on_made(const Job *job, int64_t threads)
 {
     pthread_t made[MOST_THREADS];
     Share shares[MOST_THREADS];
     int is_made[MOST_THREADS];
-    const int64_t portion = job->total / threads;
     for (int64_t i = 1; i < threads; i++) {
-        shares[i].job = job;
-        shares[i].first = i * portion;
-        shares[i].last = i + 1 == threads ? job->total : (i + 1) * portion;
-        is_made[i] = pthread_create(&made[i], NULL, run_share, &shares[i]) == 0;
+        shares[i] = (Share){job, i, threads};
+        is_made[i] = pthread_create(&made[i], NULL, run_made, &shares[i]) == 0;
     }
-    run(job, 0, threads > 1 ? portion : job->total);
+    run_share(job, 0, threads);
     for (int64_t i = 1; i < threads; i++) {
         if (is_made[i])
             pthread_join(made[i], NULL);
         else
-            run_share(&shares[i]);
+            run_made(&shares[i]);
     }
 }
 #else
-enum { MOST_THREADS = 1 };
-
-static void run_on(const Job *job, int64_t threads)
+static void run_on_made(const Job *job, int64_t threads)
 {
     (void)threads;
-    run(job, 0, job->total);
+    run_share(job, 0, 1);
 }
 #endif
+
+/* Move all elements, on as many threads as are worth it, of those that there may be. */
+static void run_on(const Job *job, int64_t threads)
+{
+    const int64_t worth = job->total / (team.run != NULL ? WORTH_A_WAITING : WORTH_A_MADE);
+    threads = threads < MOST_THREADS ? threads : MOST_THREADS;
+    threads = threads < worth ? threads : worth;
+    if (threads <= 1)
+        run_share(job, 0, 1);
+    else if (team.run != NULL)
+        team.run(run_in_team, (void *)job, (unsigned)threads, 0);
+    else
+        run_on_made(job, threads);
+}

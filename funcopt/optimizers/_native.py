@@ -12,9 +12,13 @@ element lies, with what it is packed or how many threads there are.
 
 from __future__ import annotations
 
+import ctypes
 import importlib
+import os
+import sys
 from functools import partial
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +37,30 @@ except ImportError as error:
 else:
     if not extension.instructions()[0][1]:
         unserved = "this processor has no instruction for a fused multiply-add"
+
+
+def threads_of_torch() -> tuple[int, ...]:
+    """Return the addresses of what starts and tells apart torch's threads, or none.
+
+    torch has an OpenMP of its own on Linux, and a second one beside it would be a second set of
+    threads. So its functions are looked up among those that torch itself was linked with.
+    """
+    if not sys.platform.startswith("linux"):
+        return ()
+    names = "GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads"
+    try:
+        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        found = [ctypes.cast(library[name], ctypes.c_void_p).value for name in names]
+    except (OSError, AttributeError):  # a build of another kind
+        return ()
+    return tuple(address for address in found if address)
+
+
+if extension is not None:
+    extension.take_threads(*threads_of_torch())
+    # The child of a fork has none of the threads that its parent had, and would wait for them.
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=extension.take_threads)
 
 # As they are numbered in the extension.
 ADAM_RULE, ADAMW_RULE, SGD_RULE, LION_RULE = range(4)

@@ -1,5 +1,8 @@
 """The native kernel: its bits, which depend on nothing but the values, and what it refuses."""
 
+import os
+import subprocess
+import sys
 import threading
 from types import SimpleNamespace
 
@@ -164,19 +167,49 @@ def test_no_bit_depends_on_where_an_element_lies_or_what_it_is_moved_with(opt, d
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @each_optimizer
-def test_no_bit_depends_on_the_number_of_threads(opt, dtype):
+def test_no_bit_depends_on_the_number_of_threads_nor_on_whose_they_are(opt, dtype):
     # Leaves that a thread ends in, one that lies across the border, and one behind it.
     inputs = inputs_for(opt, [3, (1 << 18) + 7, 0, (1 << 19) + 1, 5], dtype)
     count = torch.get_num_threads()
     try:
         results = []
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            results += [moved(opt, inputs), moved_in_place(opt, inputs)]
+        for addresses in (_native.threads_of_torch(), ()):
+            _native.extension.take_threads(*addresses)
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                results += [moved(opt, inputs), moved_in_place(opt, inputs)]
     finally:
         torch.set_num_threads(count)
+        _native.extension.take_threads(*_native.threads_of_torch())
     for result in results[1:]:
         assert_same(result, results[0])
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="torch has no such threads")
+def test_threads_of_torch_are_found_where_its_loops_run_on_an_openmp():
+    found = _native.threads_of_torch()
+    assert len(found) == (3 if "OpenMP" in torch.__config__.parallel_info() else 0)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there are no forks")
+def test_the_child_of_a_fork_does_not_wait_for_the_threads_of_its_parent():
+    code = """
+import os, torch, funcopt
+torch.set_num_threads(2)
+params = {"w": torch.ones(1 << 20)}
+opt = funcopt.AdamW(kernel="native")
+state = opt.init(params)
+expected = opt.update(params, state, params)[0]["w"]
+child = os.fork()
+result = opt.update(params, state, params)[0]["w"]
+torch.set_num_threads(1)  # for torch itself would wait
+same = torch.equal(result, expected)
+if child == 0:
+    os._exit(0 if same else 1)
+assert same
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 @pytest.mark.parametrize("dtype", [*WIDE, *NARROW])
@@ -411,5 +444,7 @@ def test_what_cannot_be_right_is_refused_before_anything_is_written(error, messa
 def test_the_extension_wants_all_arguments_and_an_instruction_set_that_is_there():
     with pytest.raises(TypeError, match="step takes 10 arguments, not 1"):
         _native.extension.step(1)
+    with pytest.raises(TypeError, match="take_threads takes 3 addresses or none, not 1"):
+        _native.extension.take_threads(1)
     with pytest.raises(ValueError, match="no such instruction set"):
         _native.use("abacus")
