@@ -13,8 +13,8 @@ from .optimizers.lion import Lion, LionState
 from .optimizers.sgd import SGD, SGDState
 from .wrappers.accumulate import Accumulate, AccumulateState
 from .wrappers.averaged import averaged
+from .wrappers.clip import Clip, ClipState
 from .wrappers.clip_adaptive import ClipAdaptive, ClipAdaptiveState
-from .wrappers.clip_norm import Clip, ClipState
 from .wrappers.clip_value import ClipValue, ClipValueState
 from .wrappers.ema import Ema, EmaState
 from .wrappers.find_replace import find, replace

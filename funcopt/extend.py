@@ -94,7 +94,6 @@ self.hyperparams)`, and ask for their values with `numbers_of(self, state.step)`
 from ._core.pytree import tree_map
 from ._core.types import Traits, traits_of
 from ._engine.dispatch import safe_sqrt
-from ._engine.driver import init, update, update_
 from ._engine.hyperparameters import normalize_fields, numbers_of
 from ._engine.registration import check_fields, register_optimizer
 from ._engine.rule import (
@@ -113,6 +112,7 @@ from ._engine.rule import (
     StepOutputs,
     UpdateRule,
 )
+from ._engine.update import init, update, update_
 
 __all__ = [
     "ABOVE_ZERO",

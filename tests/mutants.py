@@ -14,8 +14,9 @@ from torch import Tensor
 
 from funcopt import AdamW
 from funcopt._core import pytree
-from funcopt._engine import autograd, checks, dispatch, driver, memory, prepare
+from funcopt._engine import autograd, checks, dispatch, memory, prepare
 from funcopt._engine import kernels as list_kernels
+from funcopt._engine import update as engine
 from funcopt.optimizers import adamw
 from funcopt.optimizers._adam import adjoint
 from funcopt.testing import laws
@@ -85,7 +86,7 @@ def numbers(patch: Patch, change: Callable[[Any, AdamW], Any]) -> None:
     def changed(original: Any, rule: Any, opt: AdamW, olds: Any, news: Any) -> list[Any]:
         return [change(own, opt) for own in original(rule, opt, olds, news)]
 
-    wrap(patch, driver, "numbers_at", changed)
+    wrap(patch, engine, "numbers_at", changed)
 
 
 # What goes in and comes out.
@@ -459,7 +460,7 @@ def every_member_has_the_learning_rate_of_the_first(patch: Patch) -> None:
         first = isinstance(value, Tensor) and dim is not None and value.ndim == 1
         return value[0] if first else original(value, dim)
 
-    wrap(patch, autograd, "_with_outer_dim", change)
+    wrap(patch, autograd, "_with_dim_of_vmap", change)
 
 
 @caught_by(laws.gradient_is_finite)

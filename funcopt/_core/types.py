@@ -107,7 +107,7 @@ class Optimizer(Protocol[StateT]):
         ...
 
 
-def check_optimizer(name: str, value: object) -> None:
+def check_is_optimizer(name: str, value: object) -> None:
     """Refuse what is no optimizer to wrap."""
     if not isinstance(value, Optimizer) or isinstance(value, type):
         raise TypeError(

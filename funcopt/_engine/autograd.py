@@ -64,21 +64,23 @@ def step_per_numbers(
 ) -> StepOutputs:
     """Return the leaves after one step, made for each set of numbers: the rule knows one set."""
     if not isinstance(numbers, list):
-        return step_by_rule(rule, inputs, numbers, options)
+        return step_under_transforms(rule, inputs, numbers, options)
     groups: dict[int, list[int]] = {}
     for index, own in enumerate(numbers):
         groups.setdefault(id(own), []).append(index)
     columns = [list(column) for column in inputs.targets.columns]
     for indices in groups.values():
         own = numbers[indices[0]]
-        part = step_by_rule(rule, inputs.take(indices), own, options)
+        part = step_under_transforms(rule, inputs.take(indices), own, options)
         for column, tensors in zip(columns, part.columns, strict=True):
             for index, tensor in zip(indices, tensors, strict=True):
                 column[index] = tensor
     return StepOutputs.of(columns)
 
 
-def step_by_rule(rule: UpdateRule, inputs: StepInputs, numbers: Any, options: Any) -> StepOutputs:
+def step_under_transforms(
+    rule: UpdateRule, inputs: StepInputs, numbers: Any, options: Any
+) -> StepOutputs:
     """Return the leaves after one step with the same numbers, under whatever is watching."""
     if not inputs.params:  # flat, lists without leaves would be lost
         return inputs.targets
@@ -103,8 +105,8 @@ def _step_stacked(
     # Decided before dimensions are moved, since what comes of that has a history of its own.
     others = (*chain(*given.slots), *numbers)
     with recording(given.params, given.grads, others, step.options.differentiable):
-        moved = map(_with_outer_dim, numbers, dims[: step.number_count])
-        numbers = _with_inner_dims(numbers._make((*moved, numbers.grad_scale)))
+        moved = map(_with_dim_of_vmap, numbers, dims[: step.number_count])
+        numbers = _with_dims_of_inner_vmaps(numbers._make((*moved, numbers.grad_scale)))
         stacked = [
             _leaf_to_front(leaf, dim, size)
             for leaf, dim in zip(
@@ -117,7 +119,7 @@ def _step_stacked(
             stacked = [leaf.contiguous() for leaf in stacked]
         inputs = StepInputs.of(step.columns(stacked))
         if transformed or torch.is_grad_enabled():
-            outputs = step_by_rule(step.rule, inputs, numbers, step.options)
+            outputs = step_under_transforms(step.rule, inputs, numbers, step.options)
         else:
             outputs = _step_eagerly(step, inputs, numbers)
     return tuple(chain(*outputs.columns))
@@ -199,7 +201,7 @@ def _pull_back_equations(
     def step(own: list[Tensor], leaves: list[Tensor]) -> list[Tensor]:
         inputs = StepInputs.of(list(_cut(leaves, len(columns))))
         chosen = numbers._replace(**dict(zip(wanted, own, strict=True)))
-        return list(chain(*dispatch.step(rule, inputs, chosen, options).columns))
+        return list(chain(*dispatch.plain_step(rule, inputs, chosen, options).columns))
 
     leaves = list(chain(*columns))
     vjp: Any = torch.func.vjp  # which is typed as if it always returned auxiliary output
@@ -213,7 +215,7 @@ def _pull_back_equations(
     return [found.get(name) for name in numbers._fields[:-1]], list(_cut(by_leaf, len(columns)))
 
 
-def _with_outer_dim(number: Number, dim: int | None) -> Number:
+def _with_dim_of_vmap(number: Number, dim: int | None) -> Number:
     if not isinstance(number, Tensor):
         return number
     if dim is not None:
@@ -227,7 +229,7 @@ def _member_dims(numbers: Any) -> int:
     return max(number.ndim if isinstance(number, Tensor) else 0 for number in numbers)
 
 
-def _with_inner_dims(numbers: Any) -> Any:
+def _with_dims_of_inner_vmaps(numbers: Any) -> Any:
     """Give numbers that differ over outer vmaps alone a place for the inner ones, too."""
     lead = _member_dims(numbers)
     if lead < 2:

@@ -1,4 +1,4 @@
-"""The equations in plain operators, and the one place where a kernel is chosen.
+"""The one place where a kernel is chosen, and the equations in plain operators as one of them.
 
 `plan` decides everything and refuses whatever is to be refused; `run` and `run_` then make the step
 out of place or in place.
@@ -33,7 +33,7 @@ def _kernel(rule: UpdateRule, name: str) -> Kernel:
 
 def _plain(rule: UpdateRule) -> Kernel:
     """Return the equations as a kernel: operators serve whatever device or number torch does."""
-    return Kernel(partial(step_, rule), takes_members=True)
+    return Kernel(partial(plain_step_, rule), takes_members=True)
 
 
 def unserved(rule: UpdateRule, name: str, device: torch.device) -> str | None:
@@ -281,7 +281,7 @@ def safe_sqrt(squares: Tensor) -> Tensor:
     return squares.masked_fill(zero, 1.0).sqrt().masked_fill(zero, 0.0)
 
 
-def step(
+def plain_step(
     rule: UpdateRule, inputs: StepInputs, numbers: Any | list[Any], options: Any
 ) -> StepOutputs:
     """Return the leaves after one step, with the same numbers or each with its own."""
@@ -294,7 +294,7 @@ def step(
     return StepOutputs.of(columns or [[] for _ in inputs.targets.columns])
 
 
-def step_(rule: UpdateRule, inputs: StepInputs, numbers: Any, options: Any) -> None:
+def plain_step_(rule: UpdateRule, inputs: StepInputs, numbers: Any, options: Any) -> None:
     """Do the same in place, leaf by leaf, so that no more than one leaf is there twice."""
     equations_ = rule.equations_
     # A subclass may lack operators in place, or return copies of what it holds.

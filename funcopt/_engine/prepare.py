@@ -307,7 +307,7 @@ def first_count(place: torch.device) -> Tensor:
     return torch.zeros((), dtype=torch.float64, device=place)
 
 
-def next_step(step: Tree, moves: bool | Tensor = True) -> Tree:
+def next_count(step: Tree, moves: bool | Tensor = True) -> Tree:
     """Return a wrapper's count, one more if it moves; `()`, where it has none, stays `()`."""
     if not isinstance(step, Tensor):
         return step

@@ -25,10 +25,11 @@ from .._core import pytree, transforms
 from .._core.types import Tree, own_traits
 from .._dtensor import methods
 from .._dtensor.shards import dtensor, held_by, specs_of, wholes_of_parts, work_on
-from . import driver
 from .memory import guard, layout_of
 from .prepare import trees_of
 from .rule import StepInputs
+from .update import update as update_parts
+from .update import update_ as update_parts_
 
 _requires_grad = operator.attrgetter("requires_grad")
 _is_leaf = operator.attrgetter("is_leaf")
@@ -95,7 +96,7 @@ def _update(opt: Any, found: _Found, state: Any) -> tuple[Tree, Tree] | None:
     if any(map(_requires_grad, params.leaves)):  # which is for the DTensor to do, not for its part
         return None
     try:
-        made = work_on(None, driver.update, opt, grads, _state(opt, state, slots), params)
+        made = work_on(None, update_parts, opt, grads, _state(opt, state, slots), params)
     except pytree.NotKnownError:
         return None
     new_params, new_state = made
@@ -115,7 +116,7 @@ def _update_(opt: Any, found: _Found, state: Any) -> bool:
         return False
     params, grads, *slots = found.trees()
     try:
-        work_on(None, driver.update_, opt, grads, _state(opt, state, slots), params)
+        work_on(None, update_parts_, opt, grads, _state(opt, state, slots), params)
     except pytree.NotKnownError:
         return False
     # A DTensor counts for itself what is written into it, by which autograd finds out.

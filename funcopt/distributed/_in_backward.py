@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from .._core import pytree
-from .._core.types import Optimizer, check_optimizer, own_traits
+from .._core.types import Optimizer, check_is_optimizer, own_traits
 from ..wrappers.partition import Partition
 from ._checks import check_kept
 from ._reducer import BucketHook, check_reducer
@@ -178,7 +178,7 @@ def update_in_backward(
         {'weight': tensor([[1., 1.]])}
         >>> handle.remove()
     """
-    check_optimizer("opt", opt)
+    check_is_optimizer("opt", opt)
     if not isinstance(module, torch.nn.Module):
         raise TypeError(f"module is of type {type(module).__name__}: it must be an nn.Module.")
     reduced = module if isinstance(module, DistributedDataParallel) else None

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .._core import pytree, transforms
 from .._core.tensors import compute_dtype, write
-from .._core.types import Optimizer, ParamsT, Traits, Tree, check_optimizer
+from .._core.types import Optimizer, ParamsT, Traits, Tree, check_is_optimizer
 from .._engine.checks import check_state
 from .._engine.hyperparameters import check_flag, normalize
 from .._engine.prepare import keep_requiring
@@ -133,7 +133,7 @@ class LocalUpdates:
         )
 
     def __post_init__(self) -> None:
-        check_optimizer("inner", self.inner)
+        check_is_optimizer("inner", self.inner)
         for own in self.hyperparams:
             name, value = own.name, own.of(self)
             if not isinstance(value, numbers.Real) or isinstance(value, bool):

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from .._core import pytree, transforms
-from .._core.types import Optimizer, Tree, check_optimizer, own_traits
+from .._core.types import Optimizer, Tree, check_is_optimizer, own_traits
 from .._engine import memory
 from .._engine.hyperparameters import check_choice
 from .._engine.prepare import flatten_params
@@ -85,7 +85,7 @@ def plan(
             8  976.6 KiB  976.6 KiB  18.6 MiB  17.2 MiB         1 x, 3.3 MiB     1 x, 3.3 MiB
            64  122.1 KiB  122.1 KiB  15.7 MiB  15.5 MiB         1 x, 3.8 MiB     1 x, 3.8 MiB
     """
-    check_optimizer("opt", opt)
+    check_is_optimizer("opt", opt)
     sizes = tuple(mesh) if isinstance(mesh, Sequence) and not isinstance(mesh, str) else (mesh,)
     for size in sizes:
         check_whole_number("mesh", size, ", or several such")

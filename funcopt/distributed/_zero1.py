@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .._core import pytree, transforms
 from .._core.tensors import write
-from .._core.types import Optimizer, ParamsT, Traits, Tree, check_optimizer, traits_of
+from .._core.types import Optimizer, ParamsT, Traits, Tree, check_is_optimizer, traits_of
 from .._dtensor.shards import wholes_in, work_on
 from .._engine.checks import check_state
 from .._engine.hyperparameters import check_choice
@@ -116,7 +116,7 @@ class Zero1:
         return Traits(shardable=True, linear=True, sends=True, takes_local_gradients=local)
 
     def __post_init__(self) -> None:
-        check_optimizer("inner", self.inner)
+        check_is_optimizer("inner", self.inner)
         check_packable(self.inner)
         check_mesh(self.mesh)
         check_whole_number("bucket_bytes", self.bucket_bytes)

@@ -8,9 +8,9 @@ from typing import Any, ClassVar, NamedTuple
 from torch import Tensor
 
 from .._core.types import ELEMENTWISE_BY_RULE, Number, ParamsT, Schedule, Tree
-from .._engine import driver
 from .._engine.registration import check_fields, register_optimizer
 from .._engine.rule import UpdateRule
+from .._engine.update import init, update, update_
 from ._terms import add_decay
 from .adamw import HYPERPARAMS, SLOTS, Coefficients, coefficients, descend, descend_
 
@@ -138,13 +138,13 @@ class Adam:
 
     def init(self, params: Tree) -> AdamState:
         """Return the state before the first update: zeros."""
-        state: AdamState = driver.init(self, params)
+        state: AdamState = init(self, params)
         return state
 
     def update(self, grads: Tree, state: AdamState, params: ParamsT) -> tuple[ParamsT, AdamState]:
         """Return the new parameters and the new state, in fresh memory."""
-        return driver.update(self, grads, state, params)
+        return update(self, grads, state, params)
 
     def update_(self, grads: Tree, state: AdamState, params: ParamsT) -> tuple[ParamsT, AdamState]:
         """Do the same as `update`, written into `params` and `state`, which are returned."""
-        return driver.update_(self, grads, state, params)
+        return update_(self, grads, state, params)

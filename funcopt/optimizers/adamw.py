@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from .._core.types import ELEMENTWISE_BY_RULE, Number, ParamsT, Schedule, Tree
-from .._engine import driver
 from .._engine.dispatch import safe_sqrt
 from .._engine.registration import check_fields, register_optimizer
 from .._engine.rule import AT_LEAST_ZERO, BELOW_ONE, Hyperparam, Slot, UpdateRule
+from .._engine.update import init, update, update_
 
 
 class AdamWState(NamedTuple):
@@ -237,7 +237,7 @@ class AdamW:
             AdamWState(step=tensor(0., dtype=torch.float64), exp_avg=[tensor([0., 0.])],
                        exp_avg_sq=[tensor([0., 0.])], max_exp_avg_sq=())
         """
-        state: AdamWState = driver.init(self, params)
+        state: AdamWState = init(self, params)
         return state
 
     def update(self, grads: Tree, state: AdamWState, params: ParamsT) -> tuple[ParamsT, AdamWState]:
@@ -252,7 +252,7 @@ class AdamW:
             >>> params
             [tensor([0.9899, 0.9899]), tensor([1., 1.])]
         """
-        return driver.update(self, grads, state, params)
+        return update(self, grads, state, params)
 
     def update_(
         self, grads: Tree, state: AdamWState, params: ParamsT
@@ -269,4 +269,4 @@ class AdamW:
             Parameter containing:
             tensor([0.8990, 0.8990], requires_grad=True)
         """
-        return driver.update_(self, grads, state, params)
+        return update_(self, grads, state, params)

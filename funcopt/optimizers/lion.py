@@ -10,9 +10,10 @@ from torch import Tensor
 
 from .._core.tensors import double, fit
 from .._core.types import ELEMENTWISE_BY_RULE, Number, ParamsT, Schedule, Tree
-from .._engine import driver, kernels
+from .._engine import kernels
 from .._engine.registration import check_fields, register_optimizer
 from .._engine.rule import AT_LEAST_ZERO, BELOW_ONE, Hyperparam, Slot, StepInputs, UpdateRule
+from .._engine.update import init, update, update_
 
 
 class LionState(NamedTuple):
@@ -157,13 +158,13 @@ class Lion:
 
     def init(self, params: Tree) -> LionState:
         """Return the state before the first update: zeros."""
-        state: LionState = driver.init(self, params)
+        state: LionState = init(self, params)
         return state
 
     def update(self, grads: Tree, state: LionState, params: ParamsT) -> tuple[ParamsT, LionState]:
         """Return the new parameters and the new state, in fresh memory."""
-        return driver.update(self, grads, state, params)
+        return update(self, grads, state, params)
 
     def update_(self, grads: Tree, state: LionState, params: ParamsT) -> tuple[ParamsT, LionState]:
         """Do the same as `update`, written into `params` and `state`, which are returned."""
-        return driver.update_(self, grads, state, params)
+        return update_(self, grads, state, params)

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from .._core.tensors import compute_dtype, double, fit
 from .._core.types import ELEMENTWISE_BY_RULE, Number, ParamsT, Schedule, Tree
-from .._engine import driver, kernels
+from .._engine import kernels
 from .._engine.registration import check_fields, register_optimizer
 from .._engine.rule import AT_LEAST_ZERO, Hyperparam, Range, Slot, StepInputs, UpdateRule
+from .._engine.update import init, update, update_
 from ._terms import add_decay, add_scaled
 
 
@@ -231,16 +232,16 @@ class SGD:
 
     def init(self, params: Tree) -> SGDState:
         """Return the state before the first update: zeros."""
-        state: SGDState = driver.init(self, params)
+        state: SGDState = init(self, params)
         return state
 
     def update(self, grads: Tree, state: SGDState, params: ParamsT) -> tuple[ParamsT, SGDState]:
         """Return the new parameters and the new state, in fresh memory."""
-        return driver.update(self, grads, state, params)
+        return update(self, grads, state, params)
 
     def update_(self, grads: Tree, state: SGDState, params: ParamsT) -> tuple[ParamsT, SGDState]:
         """Do the same as `update`, written into `params` and `state`, which are returned."""
-        return driver.update_(self, grads, state, params)
+        return update_(self, grads, state, params)
 
 
 def _is_zero(given: Number | Schedule) -> bool:

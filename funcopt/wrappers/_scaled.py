@@ -13,8 +13,8 @@ from typing import Any, TypeAlias
 from torch import Tensor
 
 from .._core.types import Optimizer, Tree, own_traits
-from .._engine import driver
 from .._engine.prepare import multiplied
+from .._engine.update import update_scaled as update_scaled_by_rule
 
 Trees: TypeAlias = tuple[Tree, Tree]
 
@@ -46,7 +46,7 @@ def update_scaled(
     update = opt.update_ if in_place else opt.update
     if grad_scale is None:
         return update(grads, state, params)
-    own = driver.update_scaled if own_traits(opt).by_rule else _handing_on.get(type(opt))
+    own = update_scaled_by_rule if own_traits(opt).by_rule else _handing_on.get(type(opt))
     if own is None:
         return update(multiplied(grads, grad_scale), state, params)
     return own(opt, grads, grad_scale, state, params, in_place=in_place)

@@ -3,7 +3,8 @@
 An update of a wrapper goes the same way in every one of them. It checks its state, finds its
 numbers (`numbers_of`), pairs the gradients with the parameters (`gather_gradients`), decides what
 the inner optimizer is given and whether it makes its update, calls it, and returns its own new
-state. In place, `check_wrapper_inplace` stands before the call, and `write_state` after it.
+state. In place, `check_wrapper_inplace` stands before the call, and `write_fields_and_count` after
+it.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from .._engine.checks import (
 )
 from .._engine.hyperparameters import has_schedule
 from .._engine.memory import layout_of
-from .._engine.prepare import check_untied, device_for_count, first_count, next_step, recall
+from .._engine.prepare import check_untied, device_for_count, first_count, next_count, recall
 from .._engine.registration import at_rest
 from .._engine.rule import StepInputs
 
@@ -203,7 +204,7 @@ def check_scalar(name: str, value: object, dtype: torch.dtype | None = None) -> 
         )
 
 
-def first_step(opt: Any, place: torch.device) -> Tree:
+def first_count_if_scheduled(opt: Any, place: torch.device) -> Tree:
     """Return the first count of updates of a wrapper: `()` if none of its numbers is a schedule."""
     return first_count(place) if has_schedule(opt) else ()
 
@@ -219,7 +220,7 @@ def own_tensors(state: Any, *names: str) -> dict[str, Tensor]:
     return {f"state.{name}": getattr(state, name) for name in (*names, *counts)}
 
 
-def write_state(state: Any, updated: bool | Tensor = True, **values: Tensor) -> None:
+def write_fields_and_count(state: Any, updated: bool | Tensor = True, **values: Tensor) -> None:
     """Write new values into fields of a wrapper's state, and its count if it has one.
 
     The count goes up if the inner update was made.
@@ -227,7 +228,7 @@ def write_state(state: Any, updated: bool | Tensor = True, **values: Tensor) -> 
     for name, value in values.items():
         write(getattr(state, name), value)
     if isinstance(state.step, Tensor):
-        write(state.step, next_step(state.step, updated))
+        write(state.step, next_count(state.step, updated))
 
 
 def check_wrapper_inplace(

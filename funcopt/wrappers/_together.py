@@ -12,8 +12,8 @@ from .._core import pytree, transforms
 from .._core.tensors import write
 from .._core.types import Optimizer, Tree, own_traits
 from .._dtensor.shards import whole_of
-from .._engine import driver
 from .._engine.checks import check_apart, check_unwatched, check_writable
+from .._engine.update import check_update_
 from ._scaled import update_scaled
 
 
@@ -103,7 +103,7 @@ def _is_sure(update: Update) -> bool:
         return True
     if not own_traits(opt).by_rule or not params:
         return False
-    return driver.check_update_(opt, grads, state, params)
+    return check_update_(opt, grads, state, params)
 
 
 def _moved(label: str, update: Update) -> tuple[list[Tensor], list[Tensor]]:

@@ -16,9 +16,9 @@ from .._core import pytree, transforms
 from .._core.tensors import choose, copies_of, write
 from .._core.types import Optimizer, Tree
 from .._engine.checks import check_dense
-from .._engine.choice import update_where
 from .._engine.prepare import keep_requiring, multiplied
 from .._engine.registration import at_rest
+from .._engine.update_where import update_where
 from ._scaled import update_scaled
 from ._shared import are_shards, may_recall
 

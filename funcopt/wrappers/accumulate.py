@@ -18,12 +18,12 @@ from .._core.types import (
     Schedule,
     Traits,
     Tree,
-    check_optimizer,
+    check_is_optimizer,
     kind_of,
 )
 from .._engine.checks import check_state, is_like
 from .._engine.hyperparameters import normalize_fields, numbers_of
-from .._engine.prepare import next_step
+from .._engine.prepare import next_count
 from .._engine.registration import register_optimizer
 from .._engine.rule import COUNT, Hyperparam
 from ._shadow_params import ShadowParams
@@ -32,14 +32,14 @@ from ._shared import (
     check_scalar,
     check_wrapper_inplace,
     device_of_counts,
-    first_step,
+    first_count_if_scheduled,
     gather_gradients,
     gather_params,
     is_due,
     own_tensors,
     read,
     records,
-    write_state,
+    write_fields_and_count,
     zero_if,
 )
 from ._update_if import update_if, update_if_
@@ -125,7 +125,7 @@ class Accumulate:
 
     def __post_init__(self) -> None:
         """Check and normalize the number of calls."""
-        check_optimizer("inner", self.inner)
+        check_is_optimizer("inner", self.inner)
         normalize_fields(self, self.hyperparams)
 
     def init(self, params: Tree) -> AccumulateState:
@@ -138,7 +138,7 @@ class Accumulate:
             pytree.unflatten(structure, zeros),
             torch.zeros(len(leaves), dtype=torch.bool, device=place),
             self.inner.init(params),
-            first_step(self, torch.device("cpu")),
+            first_count_if_scheduled(self, torch.device("cpu")),
         )
 
     def update(
@@ -161,7 +161,7 @@ class Accumulate:
             rest = [zero_if(complete, tensor) for tensor in sums]
         mini_step = zero_if(complete, state.mini_step.detach() + 1)
         acc_grads, given = call.acc_grads.rebuild(rest), zero_if(complete, given)
-        step = next_step(state.step, complete)
+        step = next_count(state.step, complete)
         return new_params, AccumulateState(mini_step, acc_grads, given, inner, step)
 
     def update_(
@@ -185,7 +185,9 @@ class Accumulate:
                         old.zero_()
                     else:
                         write(old, zero_if(complete, new))
-            write_state(state, complete, mini_step=zero_if(complete, state.mini_step + 1))
+            write_fields_and_count(
+                state, complete, mini_step=zero_if(complete, state.mini_step + 1)
+            )
         return params, state
 
 

@@ -11,22 +11,22 @@ from torch import Tensor
 
 from .._core import pytree, transforms
 from .._core.tensors import compute_dtype, differentiable_norm, fit, vector_norm
-from .._core.types import Number, Optimizer, ParamsT, Schedule, Traits, Tree, check_optimizer
+from .._core.types import Number, Optimizer, ParamsT, Schedule, Traits, Tree, check_is_optimizer
 from .._dtensor.shards import whole_of
 from .._engine.checks import check_state
 from .._engine.hyperparameters import normalize_fields, numbers_of
-from .._engine.prepare import next_step
+from .._engine.prepare import next_count
 from .._engine.registration import register_optimizer
 from .._engine.rule import AT_LEAST_ZERO, Hyperparam
 from ._shared import (
     Gradients,
     check_wrapper_inplace,
     device_of_tensors,
-    first_step,
+    first_count_if_scheduled,
     gather_gradients,
     own_tensors,
     records,
-    write_state,
+    write_fields_and_count,
 )
 
 # The least norm that a gradient is divided by, as in optax.
@@ -108,13 +108,13 @@ class ClipAdaptive:
 
     def __post_init__(self) -> None:
         """Check and normalize the hyperparameters."""
-        check_optimizer("inner", self.inner)
+        check_is_optimizer("inner", self.inner)
         normalize_fields(self, self.hyperparams)
 
     def init(self, params: Tree) -> ClipAdaptiveState:
         """Return the state before the first update: the inner state."""
         inner = self.inner.init(params)
-        return ClipAdaptiveState(inner, first_step(self, device_of_tensors(params)))
+        return ClipAdaptiveState(inner, first_count_if_scheduled(self, device_of_tensors(params)))
 
     def update(
         self, grads: Tree, state: ClipAdaptiveState, params: ParamsT
@@ -124,7 +124,7 @@ class ClipAdaptive:
         with torch.set_grad_enabled(records(self, gradients, state, numbers)):
             clipped = _clip(gradients, **numbers)
         new_params, inner = self.inner.update(clipped, state.inner, params)
-        return new_params, ClipAdaptiveState(inner, next_step(state.step))
+        return new_params, ClipAdaptiveState(inner, next_count(state.step))
 
     def update_(
         self, grads: Tree, state: ClipAdaptiveState, params: ParamsT
@@ -135,7 +135,7 @@ class ClipAdaptive:
         with torch.no_grad():
             clipped = _clip(gradients, **numbers)
         self.inner.update_(clipped, state.inner, params)
-        write_state(state)
+        write_fields_and_count(state)
         return params, state
 
     def _gather(

@@ -10,20 +10,20 @@ from torch import Tensor
 
 from .._core import transforms
 from .._core.tensors import is_mapped, view_as_complex_like, view_as_real
-from .._core.types import Number, Optimizer, ParamsT, Schedule, Traits, Tree, check_optimizer
+from .._core.types import Number, Optimizer, ParamsT, Schedule, Traits, Tree, check_is_optimizer
 from .._engine.checks import check_state
 from .._engine.hyperparameters import normalize_fields, numbers_of
-from .._engine.prepare import next_step
+from .._engine.prepare import next_count
 from .._engine.registration import register_optimizer
 from .._engine.rule import AT_LEAST_ZERO, Hyperparam
 from ._shared import (
     Gradients,
     check_wrapper_inplace,
     device_of_tensors,
-    first_step,
+    first_count_if_scheduled,
     gather_gradients,
     own_tensors,
-    write_state,
+    write_fields_and_count,
 )
 
 
@@ -77,13 +77,13 @@ class ClipValue:
 
     def __post_init__(self) -> None:
         """Check and normalize the hyperparameter."""
-        check_optimizer("inner", self.inner)
+        check_is_optimizer("inner", self.inner)
         normalize_fields(self, self.hyperparams)
 
     def init(self, params: Tree) -> ClipValueState:
         """Return the state before the first update: the inner state."""
         inner = self.inner.init(params)
-        return ClipValueState(inner, first_step(self, device_of_tensors(params)))
+        return ClipValueState(inner, first_count_if_scheduled(self, device_of_tensors(params)))
 
     def update(
         self, grads: Tree, state: ClipValueState, params: ParamsT
@@ -92,7 +92,7 @@ class ClipValue:
         gradients, numbers = self._gather(grads, state, params)
         clipped = _clip(gradients, **numbers)
         new_params, inner = self.inner.update(clipped, state.inner, params)
-        return new_params, ClipValueState(inner, next_step(state.step))
+        return new_params, ClipValueState(inner, next_count(state.step))
 
     def update_(
         self, grads: Tree, state: ClipValueState, params: ParamsT
@@ -101,7 +101,7 @@ class ClipValue:
         gradients, numbers = self._gather(grads, state, params)
         check_wrapper_inplace(numbers, own_tensors(state), gradients)
         self.inner.update_(_clip(gradients, **numbers), state.inner, params)
-        write_state(state)
+        write_fields_and_count(state)
         return params, state
 
     def _gather(

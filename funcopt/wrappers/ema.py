@@ -18,7 +18,7 @@ from .._core.types import (
     Schedule,
     Traits,
     Tree,
-    check_optimizer,
+    check_is_optimizer,
 )
 from .._engine.checks import check_state
 from .._engine.hyperparameters import check_flag, normalize_fields, numbers_of
@@ -113,7 +113,7 @@ class Ema:
 
     def __post_init__(self) -> None:
         """Check and normalize every hyperparameter."""
-        check_optimizer("inner", self.inner)
+        check_is_optimizer("inner", self.inner)
         normalize_fields(self, self.hyperparams)
         check_flag("debias", self.debias)
 

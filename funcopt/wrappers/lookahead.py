@@ -19,24 +19,24 @@ from .._core.types import (
     Schedule,
     Traits,
     Tree,
-    check_optimizer,
+    check_is_optimizer,
 )
 from .._engine.checks import check_state
 from .._engine.hyperparameters import check_flag, normalize_fields, numbers_of
-from .._engine.prepare import keep_requiring, next_step
+from .._engine.prepare import keep_requiring, next_count
 from .._engine.registration import register_optimizer
 from .._engine.rule import COUNT, FRACTION, Hyperparam
 from ._shadow_params import ShadowParams, copy_params
 from ._shared import (
     check_scalar,
     device_of_counts,
-    first_step,
+    first_count_if_scheduled,
     gather_gradients,
     is_due,
     known_value,
     own_tensors,
     records,
-    write_state,
+    write_fields_and_count,
     zero_if,
 )
 from ._update_if import choose_each, copies
@@ -129,7 +129,7 @@ class Lookahead:
 
     def __post_init__(self) -> None:
         """Check and normalize every hyperparameter."""
-        check_optimizer("inner", self.inner)
+        check_is_optimizer("inner", self.inner)
         normalize_fields(self, self.hyperparams)
         check_flag("reset_state", self.reset_state)
 
@@ -137,7 +137,7 @@ class Lookahead:
         """Return the state before the first update, when slow and fast parameters are the same."""
         slow_params, _ = copy_params(self, params, _same)
         count = torch.zeros((), dtype=torch.float64, device=device_of_counts(self.every))
-        step = first_step(self, torch.device("cpu"))
+        step = first_count_if_scheduled(self, torch.device("cpu"))
         return LookaheadState(count, slow_params, self.inner.init(params), step)
 
     def update(
@@ -162,7 +162,7 @@ class Lookahead:
                 inner = self._restarted(syncs, inner, new_params)
         count = zero_if(syncs, state.steps_since_sync.detach() + 1)
         new_slow_params = slow.paired.rebuild(new_slow)
-        return new_params, LookaheadState(count, new_slow_params, inner, next_step(state.step))
+        return new_params, LookaheadState(count, new_slow_params, inner, next_count(state.step))
 
     def update_(
         self, grads: Tree, state: LookaheadState, params: ParamsT
@@ -176,7 +176,7 @@ class Lookahead:
             if syncs is not False:
                 self._sync_(syncs, _known(numbers["alpha"]), slow, state.inner, params)
             count = zero_if(syncs, state.steps_since_sync + 1)
-            write_state(state, steps_since_sync=count)
+            write_fields_and_count(state, steps_since_sync=count)
         return params, state
 
     def _gather(

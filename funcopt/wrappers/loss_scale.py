@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._core import transforms
-from .._core.types import Number, Optimizer, ParamsT, Schedule, Traits, Tree, check_optimizer
+from .._core.types import Number, Optimizer, ParamsT, Schedule, Traits, Tree, check_is_optimizer
 from .._engine.checks import check_state
 from .._engine.hyperparameters import (
     check_count,
@@ -20,7 +20,7 @@ from .._engine.hyperparameters import (
     number_at,
     numbers_of,
 )
-from .._engine.prepare import next_step
+from .._engine.prepare import next_count
 from .._engine.registration import register_optimizer
 from .._engine.rule import COUNT, Hyperparam, Range
 from ._finite import all_finite_everywhere, decide, device_for_state, zeros_unless
@@ -28,12 +28,12 @@ from ._shared import (
     Gradients,
     check_scalar,
     check_wrapper_inplace,
-    first_step,
+    first_count_if_scheduled,
     gather_gradients,
     gather_params,
     own_tensors,
     records,
-    write_state,
+    write_fields_and_count,
 )
 from ._update_if import update_if, update_if_
 
@@ -156,7 +156,7 @@ class LossScale:
 
     def __post_init__(self) -> None:
         """Check and normalize every hyperparameter."""
-        check_optimizer("inner", self.inner)
+        check_is_optimizer("inner", self.inner)
         object.__setattr__(self, "init_scale", normalize(_INIT_SCALE, self.init_scale))
         normalize_fields(self, self.hyperparams)
 
@@ -174,7 +174,9 @@ class LossScale:
             else torch.full((), init_scale, dtype=torch.float32, device=place)
         )
         tracker = torch.zeros((), dtype=torch.int64, device=place)
-        return LossScaleState(scale, tracker, self.inner.init(params), first_step(self, place))
+        return LossScaleState(
+            scale, tracker, self.inner.init(params), first_count_if_scheduled(self, place)
+        )
 
     def update(
         self, grads: Tree, state: LossScaleState, params: ParamsT
@@ -196,7 +198,7 @@ class LossScale:
         )
         scale, tracker = _rescale(state, finite, numbers)
         return new_params, LossScaleState(
-            scale, tracker, inner, next_step(state.step, should_update)
+            scale, tracker, inner, next_count(state.step, should_update)
         )
 
     def update_(
@@ -210,7 +212,7 @@ class LossScale:
         inverse = _inverse(state.scale)
         update_if_(should_update, self.inner, gradients.tree, state.inner, params, inverse)
         scale, tracker = _rescale(state, finite, numbers)
-        write_state(state, should_update, scale=scale, growth_tracker=tracker)
+        write_fields_and_count(state, should_update, scale=scale, growth_tracker=tracker)
         return params, state
 
     def _gather(

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 from torch import Tensor
 
 from .._core import pytree
-from .._core.types import Optimizer, ParamsT, Traits, Tree, check_optimizer
+from .._core.types import Optimizer, ParamsT, Traits, Tree, check_is_optimizer
 from .._dtensor.shards import whole_of
 from .._engine.checks import check_dense, check_state
 from .._engine.prepare import check_untied
@@ -96,7 +96,7 @@ class Partition:
         for label, opt in self.inner.items():
             if not isinstance(label, str):
                 raise TypeError(f"inner has the label {label!r}: a label must be a string.")
-            check_optimizer(f"inner[{label!r}]", opt)
+            check_is_optimizer(f"inner[{label!r}]", opt)
         object.__setattr__(self, "inner", dict(self.inner))
         check_labels(self.labels, self.inner)
         object.__setattr__(self, "_patterns", patterns_in(self.labels))

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from .._core import transforms
-from .._core.types import Number, Optimizer, ParamsT, Schedule, Traits, Tree, check_optimizer
+from .._core.types import Number, Optimizer, ParamsT, Schedule, Traits, Tree, check_is_optimizer
 from .._engine.checks import check_state
 from .._engine.hyperparameters import check_count, detached, normalize_fields, numbers_of
-from .._engine.prepare import next_step
+from .._engine.prepare import next_count
 from .._engine.registration import register_optimizer
 from .._engine.rule import Hyperparam, Range
 from ._finite import all_finite_everywhere, decide, device_for_state, zeros_unless
@@ -22,12 +22,12 @@ from ._shared import (
     check_overflow_is_seen,
     check_scalar,
     check_wrapper_inplace,
-    first_step,
+    first_count_if_scheduled,
     gather_gradients,
     gather_params,
     own_tensors,
     records,
-    write_state,
+    write_fields_and_count,
 )
 from ._update_if import update_if, update_if_
 
@@ -112,7 +112,7 @@ class SkipNonfinite:
 
     def __post_init__(self) -> None:
         """Check and normalize the number of calls."""
-        check_optimizer("inner", self.inner)
+        check_is_optimizer("inner", self.inner)
         normalize_fields(self, self.hyperparams)
         if isinstance(self.max_consecutive, float):  # which is infinite
             check_overflow_is_seen("SkipNonfinite", self.inner)
@@ -125,7 +125,7 @@ class SkipNonfinite:
             torch.zeros((), dtype=torch.int64, device=place),
             torch.ones((), dtype=torch.bool, device=place),
             self.inner.init(params),
-            first_step(self, place),
+            first_count_if_scheduled(self, place),
         )
 
     def update(
@@ -144,7 +144,7 @@ class SkipNonfinite:
         new_params, inner = update_if(
             should_update, self.inner, given, state.inner, params, recorded
         )
-        return new_params, SkipNonfiniteState(*counts, inner, next_step(state.step, should_update))
+        return new_params, SkipNonfiniteState(*counts, inner, next_count(state.step, should_update))
 
     def update_(
         self, grads: Tree, state: SkipNonfiniteState, params: ParamsT
@@ -155,7 +155,7 @@ class SkipNonfinite:
         check_wrapper_inplace(numbers, own_tensors(state, *names), gradients)
         counts, should_update = _judge(gradients, state, **numbers)
         update_if_(should_update, self.inner, gradients.tree, state.inner, params)
-        write_state(state, should_update, **dict(zip(names, counts, strict=True)))
+        write_fields_and_count(state, should_update, **dict(zip(names, counts, strict=True)))
         return params, state
 
     def _gather(

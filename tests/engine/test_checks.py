@@ -21,7 +21,7 @@ from funcopt._engine import memory
 from funcopt.schedules import Constant
 
 from ..cases import NOT_DENSE, assert_same_bits, clone, not_dense
-from ..table import OPTIMIZERS
+from ..every_optimizer import OPTIMIZERS
 
 
 def params():

@@ -8,7 +8,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from funcopt.distributed import LocalUpdates, Zero1
 
 from ..cases import assert_close, clone, leaves, tree_map
-from ..table import OPTIMIZERS
+from ..every_optimizer import OPTIMIZERS
 
 # Those that can be traced whole: the others leave the graph, since they may have to send something.
 # Two that differ in the kernel alone are the same to a tracer.

@@ -12,8 +12,8 @@ from funcopt._core import transforms
 from funcopt.distributed import Zero1, gather_state, scatter_state
 
 from ..cases import assert_same_bits, leaves, tree_map
+from ..every_optimizer import OPTIMIZERS, public_optimizers
 from ..schedules.cases import CASES
-from ..table import OPTIMIZERS, public_optimizers
 
 DTYPES = (
     torch.float16,

@@ -21,7 +21,8 @@ from funcopt import (
     SkipNonfinite,
 )
 from funcopt._core import pytree
-from funcopt._engine import driver, memory, results
+from funcopt._engine import memory, results
+from funcopt._engine import update as engine
 
 from ..distributed import harness
 from .changes_of_steps import every_change, nothing
@@ -175,7 +176,7 @@ PLANTED = {
         careless_columns,
         "gradients in another order",
     ),
-    "leaves that may lie anywhere": (driver, "all_differ", lambda _: True, "tied parameters"),
+    "leaves that may lie anywhere": (engine, "all_differ", lambda _: True, "tied parameters"),
 }
 
 

@@ -5,7 +5,8 @@ import torch
 from torch.func import grad, vmap
 
 from funcopt import AdamW
-from funcopt._engine import driver, memory
+from funcopt._engine import memory
+from funcopt._engine import update as engine
 
 from ..cases import KERNELS, OPTIONS, assert_same_bits, random_like
 
@@ -23,13 +24,13 @@ def taken(monkeypatch):
     """An entry for each update that went the short way."""
     seen = []
     for name in STEPS.values():
-        original = getattr(driver._Routine, name)
+        original = getattr(engine._Routine, name)
 
         def noted(self, *arguments, original=original):
             seen.append(original.__name__)
             return original(self, *arguments)
 
-        monkeypatch.setattr(driver._Routine, name, noted)
+        monkeypatch.setattr(engine._Routine, name, noted)
     return seen
 
 
@@ -71,7 +72,7 @@ def test_it_gives_the_bits_of_the_long_way(
     gradients = gradients_of()
     short = train(opt, params_of(requires_grad), gradients, update)
     assert taken == [STEPS[update]] * 3  # all but the first, in which the layout is learned
-    monkeypatch.setattr(driver, "_find_routine", lambda *_, **__: None)
+    monkeypatch.setattr(engine, "_find_routine", lambda *_, **__: None)
     long = train(opt, params_of(requires_grad), gradients, update)
     assert len(taken) == 3
     assert_same_bits(short, long)
@@ -258,7 +259,7 @@ def test_a_count_that_is_not_read_goes_the_short_way(
 ):
     opt, gradients = AdamW(kernel=kernel), gradients_of()
     read = train(opt, params_of(requires_grad), gradients, update)
-    monkeypatch.setattr(driver, "value_of", lambda count: count)  # as on a device
+    monkeypatch.setattr(engine, "value_of", lambda count: count)  # as on a device
     taken.clear()
     unread = train(opt, params_of(requires_grad), gradients, update)
     assert taken == [STEPS[update]] * 4
@@ -278,7 +279,7 @@ def test_a_schedule_is_asked_once_where_the_short_way_is_left(is_read, taken, mo
     grads = gradients_of(1)[0]
     state = opt.init(params)
     if not is_read:  # as on a device
-        monkeypatch.setattr(driver, "value_of", lambda count: count)
+        monkeypatch.setattr(engine, "value_of", lambda count: count)
     for _ in range(2):
         moved, new_state = opt.update(grads, state, params)
     assert asked == [0.0, 0.0]

@@ -107,7 +107,7 @@ def test_a_graph_moves_in_place():
         TRITON.step_(leaves, NUMBERS._replace(step=count), PLAIN)
     for step in range(1, 4):
         graph.replay()
-        dispatch.step_(RULE, expected, NUMBERS._replace(step=step), PLAIN)
+        dispatch.plain_step_(RULE, expected, NUMBERS._replace(step=step), PLAIN)
     for one, other in zip(flat(leaves.targets), flat(expected.targets), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 

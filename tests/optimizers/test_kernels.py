@@ -37,11 +37,11 @@ def test_foreach_takes_a_count_and_a_learning_rate_that_are_not_read(opt, step, 
     rule, options = opt.rule, opt.rule.set_up(opt).options
     others = rule.hyperparams_of(opt)[1:]
     inputs = inputs_for(opt, step)
-    expected = dispatch.step(rule, inputs, rule.numbers(step, 0.1, *others), options)
+    expected = dispatch.plain_step(rule, inputs, rule.numbers(step, 0.1, *others), options)
     moved = StepInputs.of(clone(list(inputs.columns)))
     rule.kernel("foreach").step_(moved, rule.numbers(number(step), lr, *others), options)
     assert_close(list(moved.targets.columns), list(expected.columns), rtol=1e-12, atol=1e-14)
-    plain = dispatch.step(rule, inputs, rule.numbers(number(step), lr, *others), options)
+    plain = dispatch.plain_step(rule, inputs, rule.numbers(number(step), lr, *others), options)
     assert_close(list(plain.columns), list(expected.columns), rtol=1e-12, atol=1e-14)
 
 
@@ -49,7 +49,7 @@ def test_foreach_takes_a_count_and_a_learning_rate_that_are_not_read(opt, step, 
 def test_fused_sgd_without_dampening_takes_a_count_that_is_not_read(step):
     opt = SGD(momentum=0.9, weight_decay=0.1)
     rule, options, inputs = opt.rule, opt.rule.set_up(opt).options, inputs_for(opt, step)
-    expected = dispatch.step(rule, inputs, rule.numbers(step, 0.1, 0.9, 0.0, 0.1), options)
+    expected = dispatch.plain_step(rule, inputs, rule.numbers(step, 0.1, 0.9, 0.0, 0.1), options)
     moved = StepInputs.of(clone(list(inputs.columns)))
     rule.kernel("fused").step_(moved, rule.numbers(number(step), 0.1, 0.9, 0.0, 0.1), options)
     assert_close(list(moved.targets.columns), list(expected.columns), rtol=1e-12)

@@ -8,7 +8,7 @@ import torch
 
 from funcopt import Accumulate, AdamW, Clip, ClipValue, Ema, LossScale, SkipNonfinite
 from funcopt._core import tensors, transforms
-from funcopt._engine import choice, dispatch
+from funcopt._engine import dispatch, update_where
 from funcopt._engine.rule import Kernel
 from funcopt.wrappers import _update_if
 
@@ -39,7 +39,7 @@ class Deciding:
     def step(self, inputs, outputs, numbers, new_count=None, applies=None):
         type(self).steps += 1
         inputs = inputs._replace(grads=tensors.scaled(inputs.grads, numbers.grad_scale))
-        news = dispatch.step(AdamW.rule, inputs, numbers, self.options)
+        news = dispatch.plain_step(AdamW.rule, inputs, numbers, self.options)
         for olds, own, outs in zip(
             inputs.targets.columns, news.columns, outputs.columns, strict=True
         ):
@@ -219,7 +219,7 @@ def test_under_a_transform_nothing_is_tried(device):
     state = opt.init(params)
 
     def tried(params):
-        found = choice.update_where(
+        found = update_where.update_where(
             applies, opt, gradients(params), None, state, params, in_place=False
         )
         assert found is None

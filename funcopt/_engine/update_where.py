@@ -17,11 +17,11 @@ from torch import Tensor
 from .._core import transforms
 from .._core.types import Tree, own_traits
 from .checks import are_apart, check_inplace
-from .driver import _have_history, _numbers, _state
 from .hyperparameters import with_grad_scale
 from .memory import note_written, results
 from .prepare import Prepared, is_plain_count, prepare
 from .rule import UpdateRule
+from .update import _have_history, _numbers, _state
 
 
 def update_where(

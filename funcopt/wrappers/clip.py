@@ -11,11 +11,11 @@ from torch import Tensor
 
 from .._core import tensors, transforms
 from .._core.tensors import choose
-from .._core.types import Number, Optimizer, ParamsT, Schedule, Traits, Tree, check_optimizer
+from .._core.types import Number, Optimizer, ParamsT, Schedule, Traits, Tree, check_is_optimizer
 from .._dtensor.reductions import over_shards
 from .._engine.checks import check_state
 from .._engine.hyperparameters import check_choice, normalize, normalize_fields, numbers_of
-from .._engine.prepare import next_step
+from .._engine.prepare import next_count
 from .._engine.registration import register_optimizer
 from .._engine.rule import AT_LEAST_ZERO, Hyperparam, Range
 from ._finite import device_for_state, zeros_unless
@@ -24,14 +24,14 @@ from ._shared import (
     check_overflow_is_seen,
     check_scalar,
     check_wrapper_inplace,
-    first_step,
+    first_count_if_scheduled,
     gather_gradients,
     gather_params,
     known_value,
     own_tensors,
     read,
     records,
-    write_state,
+    write_fields_and_count,
 )
 from ._update_if import hands_on_condition, update_by_kernel, update_if, update_if_
 
@@ -124,7 +124,7 @@ class Clip:
 
     def __post_init__(self) -> None:
         """Check and normalize every hyperparameter."""
-        check_optimizer("inner", self.inner)
+        check_is_optimizer("inner", self.inner)
         normalize_fields(self, self.hyperparams)
         if isinstance(self.norm_type, Tensor):
             raise TypeError("norm_type is a tensor: the order of a norm is fixed, give a number.")
@@ -136,7 +136,7 @@ class Clip:
     def init(self, params: Tree) -> ClipState:
         """Return the state before the first update: a norm of 0 and the inner state."""
         norm = _zero_norm(gather_params(self, params).moving)
-        return ClipState(norm, self.inner.init(params), first_step(self, norm.device))
+        return ClipState(norm, self.inner.init(params), first_count_if_scheduled(self, norm.device))
 
     def update(self, grads: Tree, state: ClipState, params: ParamsT) -> tuple[ParamsT, ClipState]:
         """Return the new parameters and state. A gradient of None adds nothing to the norm."""
@@ -152,7 +152,7 @@ class Clip:
         new_params, inner = update_if(
             should_update, self.inner, gradients.tree, state.inner, params, recorded, scale
         )
-        return new_params, ClipState(found, inner, next_step(state.step, should_update))
+        return new_params, ClipState(found, inner, next_count(state.step, should_update))
 
     def update_(self, grads: Tree, state: ClipState, params: ParamsT) -> tuple[ParamsT, ClipState]:
         """Do the same as `update` in place."""
@@ -162,7 +162,7 @@ class Clip:
         should_update = self._should_update(norm)
         scale = _scale(norm, **numbers)
         update_if_(should_update, self.inner, gradients.tree, state.inner, params, scale)
-        write_state(state, should_update, norm=norm)
+        write_fields_and_count(state, should_update, norm=norm)
         return params, state
 
     def _gather(
@@ -199,8 +199,8 @@ class Clip:
                 return None
             norm = choose(condition, norm, state.norm)
             if not in_place:
-                return moved[0], ClipState(norm, moved[1], next_step(state.step, made))
-            write_state(state, made, norm=norm)
+                return moved[0], ClipState(norm, moved[1], next_count(state.step, made))
+            write_fields_and_count(state, made, norm=norm)
         return params, state
 
     def _should_update(self, norm: Tensor) -> bool | Tensor:

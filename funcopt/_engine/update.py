@@ -5,9 +5,10 @@ Data goes one way:
 1. `prepare` lays the trees out flat. Leaves that look as they did before are recalled; others are
    checked one by one, paired by key, and remembered.
 2. `numbers_at` finds what the hyperparameters are at this update, and checks them.
-3. `_step` asks who is watching. A tracer, or forward mode, gets `equations`, in plain operators;
-   vmap and reverse mode get `autograd`, one rule for the whole step; where nobody watches,
-   `dispatch` has the fastest kernel make it that is right for these tensors.
+3. `_route_step` asks who is watching. A tracer, or forward mode, gets the equations in plain
+   operators, `dispatch.plain_step`; vmap and reverse mode get `autograd`, one function for the
+   whole step; where nobody watches, `dispatch` has the fastest kernel make it that is right for
+   these tensors.
 4. `Prepared.rebuild` puts the results into trees like those that were given.
 
 In place, `check_inplace` stands before the third stage, so that nothing is half-written, and the
@@ -120,7 +121,7 @@ def _build(
     others = (*slots, *chain.from_iterable(numbers))
     with recording(prepared.params.leaves, gradients, others, setup.options.differentiable):
         own_numbers = prepared.counts.of_leaves(numbers)
-        outputs = _step(rule, prepared.inputs, own_numbers, setup.options, prepared.layout)
+        outputs = _route_step(rule, prepared.inputs, own_numbers, setup.options, prepared.layout)
         new_params, *new_slots = prepared.rebuild(outputs)
     return new_params, _state(rule, setup, [prepared.counts.rebuild(counts), *new_slots])
 
@@ -134,7 +135,7 @@ def _write(
     may_record = prepared.layout is None or prepared.layout.params_require_grad
     with torch.no_grad() if may_record else nullcontext():
         own_numbers = prepared.counts.of_leaves(numbers)
-        _step_(rule, prepared.inputs, own_numbers, setup.options, prepared.layout)
+        _route_step_(rule, prepared.inputs, own_numbers, setup.options, prepared.layout)
         prepared.counts.write(counts)
 
 
@@ -200,7 +201,7 @@ def _have_history(numbers: Any) -> bool:
     )
 
 
-def _step(
+def _route_step(
     rule: UpdateRule,
     inputs: StepInputs,
     numbers: Any | list[Any],
@@ -214,16 +215,16 @@ def _step(
     """
     real = layout.real if layout else not any(map(Tensor.is_complex, inputs.params))
     if not real and rule.traits.elementwise:
-        outputs = _step(rule, _as_real(inputs), numbers, options, None)
+        outputs = _route_step(rule, _as_real(inputs), numbers, options, None)
         return StepOutputs.of(
             list(map(view_as_complex_like, column, inputs.params)) for column in outputs.columns
         )
     rows = numbers if isinstance(numbers, list) else [numbers]
     if transforms.needs_plain_operators(*inputs.columns, *rows):
-        return dispatch.step(rule, inputs, numbers, options)
+        return dispatch.plain_step(rule, inputs, numbers, options)
     if transforms.transformed() or torch.is_grad_enabled():
         if not rule.traits.elementwise:  # members cannot be stacked, nor complex leaves be split
-            return dispatch.step(rule, inputs, numbers, options)
+            return dispatch.plain_step(rule, inputs, numbers, options)
         from . import autograd  # noqa: PLC0415  # which is for derivatives and members alone
 
         return autograd.step_per_numbers(rule, inputs, numbers, options)
@@ -232,7 +233,7 @@ def _step(
     return dispatch.run(inputs, plan, options, layout)
 
 
-def _step_(
+def _route_step_(
     rule: UpdateRule,
     inputs: StepInputs,
     numbers: Any | list[Any],
@@ -241,7 +242,7 @@ def _step_(
 ) -> None:
     """Move the leaves in place, with the same numbers, while no gradient is recorded."""
     if layout is None or transforms.observed() or _any_lazy(inputs, layout):
-        write_all(inputs, _step(rule, inputs, numbers, options, layout))
+        write_all(inputs, _route_step(rule, inputs, numbers, options, layout))
         return
     if not layout.real and rule.traits.elementwise:
         inputs = _as_real(inputs)
