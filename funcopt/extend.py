@@ -86,15 +86,76 @@ holds an optimizer to what it says: run `check_optimizer(Signum())`.
     tensor([[ 0.1000, -0.1000]])
 
 One that keeps something of its own has a NamedTuple for its state, with the state of the inner
-optimizer as its field `inner`. Its own numbers may be schedules, too: name them in a class
-attribute `hyperparams`, check them in `__post_init__` with `normalize_fields(self,
-self.hyperparams)`, and ask for their values with `numbers_of(self, state.step)`.
+optimizer as its field `inner`. Its numbers may be tensors and schedules, if they are named in
+`hyperparams`; schedules are called with a count of its own, in the field `step`:
+
+    >>> class ScaledState(NamedTuple):
+    ...     inner: Any
+    ...     step: Any
+    >>> @extend.register_optimizer
+    ... @dataclass(frozen=True)
+    ... class Scaled:
+    ...     """Multiply the gradients by a number."""
+    ...
+    ...     traits: ClassVar[extend.Traits] = extend.Traits(elementwise=True, linear=True)
+    ...     hyperparams: ClassVar[tuple[extend.Hyperparam, ...]] = (
+    ...         extend.Hyperparam("factor", extend.AT_LEAST_ZERO),
+    ...     )
+    ...     inner: funcopt.Optimizer[Any]
+    ...     factor: funcopt.Number | funcopt.Schedule
+    ...
+    ...     def __post_init__(self):
+    ...         extend.check_is_optimizer("inner", self.inner)
+    ...         extend.normalize_fields(self, self.hyperparams)
+    ...
+    ...     def init(self, params):
+    ...         step = extend.first_count(extend.device_of_tensors(params))
+    ...         return ScaledState(self.inner.init(params), step)
+    ...
+    ...     def update(self, grads, state, params):
+    ...         gradients, numbers = self.gather(grads, state, params)
+    ...         scaled = self.scaled(gradients, **numbers)
+    ...         new_params, inner = self.inner.update(scaled, state.inner, params)
+    ...         return new_params, ScaledState(inner, extend.next_count(state.step))
+    ...
+    ...     def update_(self, grads, state, params):
+    ...         gradients, numbers = self.gather(grads, state, params)
+    ...         own = {"state.step": state.step}  # what it writes, by path
+    ...         extend.check_wrapper_inplace(numbers, own, gradients)  # before anything is written
+    ...         self.inner.update_(self.scaled(gradients, **numbers), state.inner, params)
+    ...         extend.write_fields_and_count(state)
+    ...         return params, state
+    ...
+    ...     def gather(self, grads, state, params):
+    ...         extend.check_state(state, ScaledState)
+    ...         numbers = extend.numbers_of(self, state.step)
+    ...         return extend.gather_gradients(self, grads, params), numbers
+    ...
+    ...     @staticmethod
+    ...     def scaled(gradients, factor):
+    ...         return gradients.replace(g * extend.fit(factor, g) for g in gradients.tensors).tree
+    >>> opt, w = Scaled(funcopt.SGD(lr=0.1), factor=lambda step: 1 / (1 + step)), torch.zeros(2)
+    >>> state = opt.init(w)
+    >>> for _ in range(2):
+    ...     w, state = opt.update(torch.ones(2), state, w)
+    >>> w
+    tensor([-0.1500, -0.1500])
+
+`numbers_of` gives floats, or tensors as they are, a schedule's in float64: `fit` gives such a
+number the dtype, the device and the dimensions with which it meets a leaf. Where a wrapper should
+count only if one of its numbers is a schedule, as funcopt's do, `first_count_if_scheduled(self,
+place)` is `()` otherwise, and stays so. An update must come out the same for the same arguments: a
+random number is a function of a key and a count in the state, never of torch's own generator, which
+vmap refuses and which a checkpoint does not hold.
 '''
 
 from ._core.pytree import tree_map
-from ._core.types import Traits, traits_of
+from ._core.tensors import fit
+from ._core.types import Traits, check_is_optimizer, traits_of
+from ._engine.checks import check_state
 from ._engine.dispatch import safe_sqrt
 from ._engine.hyperparameters import normalize_fields, numbers_of
+from ._engine.prepare import first_count, next_count
 from ._engine.registration import check_fields, register_optimizer
 from ._engine.rule import (
     ABOVE_ZERO,
@@ -113,6 +174,13 @@ from ._engine.rule import (
     UpdateRule,
 )
 from ._engine.update import init, update, update_
+from .wrappers._shared import (
+    check_wrapper_inplace,
+    device_of_tensors,
+    first_count_if_scheduled,
+    gather_gradients,
+    write_fields_and_count,
+)
 
 __all__ = [
     "ABOVE_ZERO",
@@ -131,7 +199,16 @@ __all__ = [
     "Traits",
     "UpdateRule",
     "check_fields",
+    "check_is_optimizer",
+    "check_state",
+    "check_wrapper_inplace",
+    "device_of_tensors",
+    "first_count",
+    "first_count_if_scheduled",
+    "fit",
+    "gather_gradients",
     "init",
+    "next_count",
     "normalize_fields",
     "numbers_of",
     "register_optimizer",
@@ -140,4 +217,5 @@ __all__ = [
     "tree_map",
     "update",
     "update_",
+    "write_fields_and_count",
 ]

@@ -1,5 +1,6 @@
 """What others can build by what is public and documented, and what is refused to them."""
 
+import doctest
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -9,6 +10,7 @@ from torch.func import grad, jvp, vmap
 
 from funcopt import (
     Accumulate,
+    AdamW,
     Clip,
     ClipValue,
     Ema,
@@ -20,7 +22,8 @@ from funcopt import (
     extend,
 )
 from funcopt.distributed import LocalUpdates, Zero1
-from funcopt.testing import check_optimizer
+from funcopt.testing import check_optimizer, laws
+from funcopt.testing._check import check_law
 
 from .cases import assert_close, assert_same_bits
 
@@ -256,3 +259,21 @@ def test_a_number_out_of_its_range_is_refused_by_its_words():
         Signum(beta=1.0)
     with pytest.raises(TypeError, match="maximize=1: must be True or False"):
         Signum(maximize=1)
+
+
+def documented():
+    """The names that the examples in the docstring of `extend` define."""
+    found = {}
+    for test in doctest.DocTestFinder(recurse=False).find(extend):
+        for example in test.examples:
+            if example.source.startswith(("class", "@", "def", "from", "import")):
+                exec(example.source, found)  # our own docstring
+    return found
+
+
+@pytest.mark.parametrize("factor", [0.5, lambda step: 1 / (2 + step)], ids=["number", "schedule"])
+@pytest.mark.parametrize("law", laws.LAWS, ids=lambda law: law.__name__)
+def test_the_laws_hold_of_the_wrapper_that_the_docs_show(law, factor):
+    opt = documented()["Scaled"](AdamW(lr=0.1), factor)
+    verdict = check_law(law, opt, max_examples=2)
+    assert verdict.status in ("holds", "not applicable"), verdict

@@ -163,8 +163,8 @@ class Traits:
             as for a norm over everything. Elementwise optimizers are packable.
         complex_as_pairs: Complex leaves may come as pairs of real ones, as in such a tensor.
             Elementwise optimizers see them so anyway.
-        linear: What it hands to the inner optimizer depends linearly on the gradients, so that the
-            mean over processes may be taken before or after. What clips or skips is not linear.
+        linear: What it hands to the inner optimizer commutes with the mean over processes, which
+            may be taken before or after, as with a factor. What clips or skips is not linear.
         by_rule: Its updates are those of its rule and nothing besides, so that what wraps it may
             go to the engine itself, as with a number to multiply gradients by.
         rests: It leaves every leaf, and its own state, as they are.

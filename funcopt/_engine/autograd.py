@@ -10,6 +10,12 @@ the front. A number has one dimension for each vmap around it, outermost first, 
 over which it does not differ: for a vmap of 3 within one of 5, a learning rate that differs over
 the outer one alone has shape (5, 1). A number that differs over none has no dimension.
 
+Two ways lead to the stack. Where nothing but vmaps is active, `step_under_transforms` goes beneath
+them by hand, one by one from the innermost, and no `Function` is made. Where a derivative is
+active, too, torch calls the `vmap` rule of the `Function` for the vmaps inside of it, whose
+`backward` then sees the stack: it is what `grad(vmap(step))` asks for. In `vmap(grad(step))`,
+`backward` sees one member, and torch maps its operators over all.
+
 There is no `jvp` rule on purpose: jvp of jvp through one comes out as zero without an error.
 Forward mode takes the equations instead.
 """
@@ -216,6 +222,7 @@ def _pull_back_equations(
 
 
 def _with_dim_of_vmap(number: Number, dim: int | None) -> Number:
+    """Put the dimension of this vmap in front; those of vmaps inside of it are there already."""
     if not isinstance(number, Tensor):
         return number
     if dim is not None:

@@ -211,7 +211,12 @@ class Adjoint(NamedTuple):
             needs. `needs` has for each number whether its cotangent is wanted.
         pull_back: `pull_back(kept, numbers, options, needs, cotangents)` returns the cotangents of
             the numbers, and those of the columns of `StepInputs`, from those of the columns of
-            `StepOutputs`. None stands for zeros.
+            `StepOutputs`. None stands for zeros. Each cotangent has the shape of what it belongs
+            to: that of a 0-dim number is a sum over all leaves.
+
+    Where members are stacked inside a derivative, as in `grad` of `vmap`, leaves have a first
+    dimension for each vmap, and a number as many, of size 1 where it does not differ, or none. In
+    `vmap` of `grad`, torch maps the derivative over the members, and it sees one of them.
     """
 
     keep: Callable[[StepInputs, StepOutputs, Any], Sequence[list[Tensor]]]

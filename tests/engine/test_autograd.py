@@ -169,6 +169,20 @@ COMPOSITIONS = {
         lambda f: grad(scalar(shared(vmap(f))), N),
         operands(4, 5, numbers=(5,)),
     ),
+    "vmap of vmap of grad": (lambda f: vmap(vmap(grad(scalar(f), N))), SQUARE),
+    "vmap of vmap of grad, numbers of the inner": (
+        lambda f: shared(vmap(grad(scalar(f), N))),
+        operands(4, 5, numbers=(5,)),
+    ),
+    "vmap of grad of vmap": (lambda f: vmap(grad(scalar(vmap(f)), N)), SQUARE),
+    "vmap of grad of vmap, numbers of the outer": (
+        lambda f: vmap(grad(scalar(shared(f)), N)),
+        operands(4, 5, numbers=(4,)),
+    ),
+    "grad of vmap of grad of vmap": (
+        lambda f: grad(sums(vmap(grad(scalar(vmap(f)), N))), N),
+        operands(2, 3, numbers=(2, 3), shape=(2,)),
+    ),
     "jacfwd of vmap": (lambda f: jacfwd(vmap(f), (0, 1, 6)), SMALL),
     "jacrev of vmap": (lambda f: jacrev(vmap(f), (0, 1, 6)), SMALL),
     "vmap of jacfwd": (lambda f: vmap(jacfwd(f, N)), SMALL),

@@ -9,13 +9,17 @@ import torch
 from torch import Tensor
 
 from ..._core import pytree
-from ..._core.types import Tree, traits_of
+from ..._core.types import Tree, optimizers_in, own_traits, traits_of
 from .._compare import ROUNDING, NotApplicable, compare
 from .._subject import run
 
 
 def names_do_not_matter(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> None:
-    """A leaf moves as it would under another name, elsewhere in the tree."""
+    """A leaf moves as it would under another name, elsewhere in the tree.
+
+    It need not for an optimizer that says it treats leaves by their names, as `Partition` may.
+    """
+    _check_blind_to_names(opt)
     structure = pytree.flatten(params)[1]
     names = [f"x{index}" for index in reversed(range(structure.num_leaves))]
 
@@ -56,6 +60,16 @@ def _check_says(opt: Any, trait: str, what: str) -> None:
         )
 
 
+def _check_blind_to_names(opt: Any) -> None:
+    for part in optimizers_in(opt):
+        # A count for each leaf is another reason to say so, by which names do not matter.
+        if own_traits(part).tells_leaves_apart and not getattr(part, "step_per_leaf", False):
+            raise NotApplicable(
+                f"{type(part).__name__} says that it treats leaves by their names, by "
+                f"traits = Traits(tells_leaves_apart=True) in its class"
+            )
+
+
 def _alone(
     opt: Any,
     params: Tree,
@@ -64,6 +78,7 @@ def _alone(
     law: str,
 ) -> None:
     """Hold each leaf, prepared and updated alone, to what it became among the others."""
+    _check_blind_to_names(opt)  # alone, it has no name
     leaves, structure = pytree.flatten(params)
     rows = [pytree.pair(grads, "grads", structure).leaves for grads in gradient_sequence]
     whole = [pytree.flatten(step.new_params)[0] for step in run(opt, params, gradient_sequence)]
