@@ -4,17 +4,10 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 
 from ._engine.rule import UpdateRule
-from .optimizers.adam import Adam
-from .optimizers.adamw import AdamW
-from .optimizers.lion import Lion
-from .optimizers.sgd import SGD
-
-_OPTIMIZERS: tuple[Any, ...] = (AdamW, Adam, SGD, Lion)
 
 
 def show_config() -> None:
@@ -31,14 +24,16 @@ def show_config() -> None:
         funcopt 0.1.0, torch ...
         native kernel: ...
         cpu
-          AdamW: ...
+          SGD: ...
     """
-    version = importlib.import_module(__package__).__version__
-    print(f"funcopt {version}, torch {torch.__version__}")
+    package = importlib.import_module(__package__)
+    public = [getattr(package, name) for name in package.__all__]
+    optimizers = [opt for opt in public if isinstance(getattr(opt, "rule", None), UpdateRule)]
+    print(f"funcopt {package.__version__}, torch {torch.__version__}")
     print(f"native kernel: {_native()}")
     for device in _devices():
         print(device)
-        for opt in _OPTIMIZERS:
+        for opt in optimizers:
             for line in _kernels(opt.__name__, opt.rule, device):
                 print(line)
 
