@@ -23,8 +23,8 @@ import operator
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
-from itertools import chain
+from functools import cached_property, partial
+from itertools import accumulate, chain
 from typing import Any, NamedTuple
 
 import torch
@@ -43,14 +43,20 @@ _reused = {"cpu"}
 
 # So many at most share a storage, all of which lives as long as one of them. On a GPU, to allocate
 # takes as long as to write some megabytes.
-_SHARED = {"cpu": 1 << 20, "cuda": 1 << 26}  # bytes
+_SHARED = {"cpu": 1 << 21, "cuda": 1 << 26}  # bytes
 # Where the next one may start: it can be viewed as any dtype, as a whole allocation can.
 _ALIGNED = 16  # bytes
 _PADDING = -1  # the index of what is no result
 # Results of all columns share one where they are small: parameters and slots then live together.
 _SHARED_BY_COLUMNS = 1 << 19  # bytes of a column
+# Less is allocated each time by the allocator of C: to ask who holds it would take as long.
+_WORTH_KEEPING = {"cpu": 1 << 16, "cuda": 0}  # bytes
+# No storage below this has memory pages of its own.
+_HAS_PAGES = 1 << 16  # bytes
 # One storage holds what is old in the next step; the other is what that writes into.
 _MOST_KEPT = 2
+# So many lists of where results start are remembered: those of all storages in turn.
+_MOST_STARTS = 16
 # Storages that were not asked for during so many updates are given back.
 _PATIENCE = 32
 
@@ -95,13 +101,18 @@ class _Like(NamedTuple):
             strides = torch.empty_like(param, device="meta").stride()
         return cls(tuple(param.shape), strides, param.dtype, param.device)
 
-    def empty(self) -> Tensor:
-        """Return such a tensor, whose values mean nothing."""
-        if self.strides is not None:
-            return torch.empty_strided(
-                self.shape, self.strides, dtype=self.dtype, device=self.device
-            )
-        return with_large_pages(torch.empty(self.shape, dtype=self.dtype, device=self.device))
+    def allocator(self) -> Callable[[], Tensor]:
+        """Return what returns such tensors, whose values mean nothing."""
+        # torch allocates by strides in half the time that it takes by a shape alone.
+        strides = self.strides or torch.empty(self.shape, device="meta").stride()
+        return partial(
+            torch.empty_strided, self.shape, strides, dtype=self.dtype, device=self.device
+        )
+
+    @property
+    def step(self) -> int:
+        """How many bytes lie between the first elements of two rows."""
+        return math.prod(self.shape[1:]) * self.dtype.itemsize
 
 
 class _Block:
@@ -111,14 +122,26 @@ class _Block:
         """Plan for them; without rows, the whole is the only one, and cannot be split."""
         self.whole, self.rows = whole, rows
         self.nbytes = whole.nbytes
+        least = _WORTH_KEEPING.get(whole.device.type, 0)
+        self.is_worth_keeping = len(rows) > 0 and self.nbytes >= least
         self.kept: dict[object, list[_Kept]] = {}  # by the stream that writes and reads them
+        self._allocate = whole.allocator()
 
-    def results(self, stream: object | None) -> Sequence[Tensor]:
-        """Return tensors to write into; without a stream, nothing is kept or used again."""
-        if not self.rows:
-            return [self.whole.empty()]
-        if stream is None:
-            return _split(self.whole.empty(), self.rows)
+    @property
+    def offsets(self) -> list[int]:
+        """Where the results start, from the first on, in bytes."""
+        return [rows * self.whole.step for rows in accumulate(self.rows[:-1], initial=0)]
+
+    def results(self, stream: object | None) -> tuple[Sequence[Tensor], int]:
+        """Return tensors to write into, and where they start.
+
+        Without a stream, nothing is kept or used again.
+        """
+        if stream is None or not self.is_worth_keeping:
+            base = self._allocate()
+            if self.nbytes >= _HAS_PAGES:
+                base = with_large_pages(base)
+            return _split(base, self.rows) if self.rows else [base], base.data_ptr()
         kept = self.kept.setdefault(stream, [])
         for _ in range(len(kept)):
             try:
@@ -130,12 +153,12 @@ class _Block:
             if held == alone:
                 results = _split(base, self.rows)
                 kept.append(found)
-                return results
+                return results, alone[2]
             if held[2] == alone[2]:  # it was not resized, nor do other processes see it
                 kept.append(found)
-        return self._keep(self.whole.empty(), kept)
+        return self._keep(with_large_pages(self._allocate()), kept)
 
-    def _keep(self, base: Tensor, kept: list[_Kept]) -> Sequence[Tensor]:
+    def _keep(self, base: Tensor, kept: list[_Kept]) -> tuple[Sequence[Tensor], int]:
         storage = base.untyped_storage()
         address = storage._cdata
         fresh = _Kept(base, storage, address, (0, 0, 0))
@@ -143,7 +166,7 @@ class _Block:
         results = _split(base, self.rows)
         del kept[: max(0, 1 + len(kept) - _MOST_KEPT)]
         kept.append(fresh)  # now that it is held, so that no other thread finds it free
-        return results
+        return results, fresh.alone[2]
 
 
 class Results:
@@ -163,6 +186,7 @@ class Results:
                 for slot in slots
             ),
         ]
+        self._starts: dict[tuple[int, ...], list[int]] = {}
         self.last = 0  # when memory was asked for
 
     @cached_property
@@ -175,7 +199,7 @@ class Results:
         return list(_plan_blocks(self._columns))
 
     @cached_property
-    def _order(self) -> Callable[[Any], Sequence[Tensor]] | None:
+    def _order(self) -> Callable[[Any], Any] | None:
         """What puts the results of all blocks into the order of the columns, if they are not."""
         found = list(chain.from_iterable(indices for _, indices in self._plan))
         if found == list(range(len(found))):
@@ -186,6 +210,10 @@ class Results:
         return operator.itemgetter(*order) if len(order) > 1 else operator.itemgetter(slice(1))
 
     @cached_property
+    def _is_worth_keeping(self) -> bool:
+        return any(block.is_worth_keeping for block in self._blocks)
+
+    @cached_property
     def _device(self) -> torch.device | None:
         """The one device of all results, None if there are several."""
         devices = {like.device for like in self._columns[0]}
@@ -193,15 +221,31 @@ class Results:
 
     def make(self) -> StepOutputs:
         """Return tensors to write the results into, whose values mean nothing."""
-        stream = self._stream()
+        stream = self._stream() if self._is_worth_keeping else None
         flat: list[Tensor] = []
+        bases = []
         for block in self._blocks:
-            flat += block.results(stream)
+            own, base = block.results(stream)
+            flat += own
+            bases.append(base)
         if self._order is not None:
             flat = list(self._order(flat))
         count = self._length
         slots = [flat[i * count : (i + 1) * count] for i in range(1, len(self._columns))]
-        return StepOutputs(flat[:count], tuple(slots))
+        return StepOutputs(flat[:count], tuple(slots), self._starts_at(tuple(bases)))
+
+    def _starts_at(self, bases: tuple[int, ...]) -> list[int]:
+        """Return where all results start, from where their blocks do: the same list if known."""
+        starts = self._starts.get(bases)
+        if starts is None:
+            found: list[int] = []
+            for base, block in zip(bases, self._blocks, strict=True):
+                found += map(base.__add__, block.offsets)
+            starts = list(self._order(found)) if self._order is not None else found
+            if len(self._starts) >= _MOST_STARTS:
+                self._starts = {}
+            self._starts[bases] = starts
+        return starts
 
     def _stream(self) -> object | None:
         """Return what orders the steps on this memory, None if it is not to be used again."""

@@ -118,10 +118,17 @@ class StepInputs(NamedTuple):
 
 
 class StepOutputs(NamedTuple):
-    """The tensors that come out of a step, leaf by leaf."""
+    """The tensors that come out of a step, leaf by leaf.
+
+    Attributes:
+        params: The new parameters.
+        slots: The new slots, a list for each.
+        starts: Where all of them start in memory, one after another, if that is known.
+    """
 
     params: list[Tensor]
     slots: tuple[list[Tensor], ...]
+    starts: list[int] | None = None
 
     @property
     def columns(self) -> tuple[list[Tensor], ...]:

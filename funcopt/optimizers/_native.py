@@ -97,7 +97,9 @@ class _Launcher:
         members, values = (1, numbers) if is_read(numbers) else _values(inputs.params[0], numbers)
         starts = addresses or list(map(Tensor.data_ptr, chain(*inputs.columns)))
         if outputs.params is not inputs.params:
-            starts = [*starts, *map(Tensor.data_ptr, chain(*outputs.columns))]
+            starts = starts + (
+                outputs.starts or list(map(Tensor.data_ptr, chain(*outputs.columns)))
+            )
         extension.step(
             *self._fixed,
             self._nesterov,

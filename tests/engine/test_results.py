@@ -16,12 +16,14 @@ from funcopt._engine import results
 
 from ..cases import assert_same_bits, clone
 
-LARGE = (300, 200)  # 240 kB: worth keeping
+LARGE = (300, 200)
 
 
 @pytest.fixture(autouse=True)
 def nothing_kept(monkeypatch):
     monkeypatch.setattr(engine_memory, "_recent", ())
+    # So that small results are kept as large ones are.
+    monkeypatch.setattr(results, "_WORTH_KEEPING", {})
     gc.collect()
     memory.release()
     yield
@@ -335,8 +337,8 @@ def test_dense_layouts_are_those_of_the_parameters():
 def test_a_storage_holds_no_more_than_its_bound():
     made = results.Results([torch.zeros(4096)] * 1000, []).make()
     sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in made.params}
-    assert max(sizes.values()) <= 1 << 20
-    assert len(sizes) == 16
+    assert max(sizes.values()) <= 1 << 21
+    assert len(sizes) == 8
 
 
 def test_a_device_type_that_is_none_is_refused():
@@ -350,3 +352,21 @@ def test_without_the_count_of_users_nothing_is_kept(monkeypatch):
     for seed in range(4):
         params, state = opt.update(grads_of(params, seed), state, params)
     assert memory.kept_bytes() == 0
+
+
+def test_results_that_are_quickly_allocated_are_not_kept(monkeypatch):
+    monkeypatch.setattr(results, "_WORTH_KEEPING", {"cpu": 1 << 16})
+    for shapes, nbytes in (((64, 64),), 0), (((128, 128),), 1 << 16):
+        opt, params, state = start(shapes)
+        for seed in range(4):
+            params, state = opt.update(grads_of(params, seed), state, params)
+        assert memory.kept_bytes() == 2 * 3 * nbytes
+
+
+def test_where_results_start_is_known():
+    params = [torch.randn(shape) for shape in [(5,), (7, 2), (), (9,), (2, 2), LARGE, (), (3,)]]
+    made = results.Results(params, [params, params])
+    for _ in range(4):
+        outputs = made.make()
+        found = [tensor.data_ptr() for column in outputs.columns for tensor in column]
+        assert outputs.starts == found

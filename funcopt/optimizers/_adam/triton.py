@@ -222,7 +222,8 @@ class Launcher:
         if outputs is None:
             addresses = [*starts, *starts[:count], *starts[2 * count :]]
         else:
-            addresses = [*starts, *map(Tensor.data_ptr, chain(*outputs.columns))]
+            news = outputs.starts or list(map(Tensor.data_ptr, chain(*outputs.columns)))
+            addresses = starts + news
         if capturing:
             return _sent([*shape.words, *addresses, 0], self._device)
         found = self._found(addresses, stream, members)
