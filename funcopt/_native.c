@@ -357,6 +357,8 @@ static PyObject *take_threads(PyObject *module, PyObject *const *given, Py_ssize
     Py_RETURN_NONE;
 }
 
+#include "_native_launch.h"
+
 static int start(PyObject *module)
 {
     (void)module;
@@ -370,6 +372,7 @@ static PyMethodDef methods[] = {
     {"step", (PyCFunction)(void (*)(void))step, METH_FASTCALL, step_doc},
     {"instructions", instructions, METH_NOARGS, instructions_doc},
     {"use", use, METH_O, use_doc},
+    {"launch", (PyCFunction)(void (*)(void))launch, METH_FASTCALL, launch_doc},
     {"take_threads", (PyCFunction)(void (*)(void))take_threads, METH_FASTCALL, take_threads_doc},
     {NULL, NULL, 0, NULL},
 };

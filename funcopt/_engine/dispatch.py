@@ -51,6 +51,11 @@ class Part(NamedTuple):
     stacked: bool  # leaves have a first dimension of members, with numbers of their own
     launcher: Any = None  # what makes the step of all leaves, if one call does that
 
+    @property
+    def counts_on_device(self) -> bool:
+        """Whether that call advances the count, too, and reads a condition for both."""
+        return self.launcher is not None and self.kernel.counts_on_device
+
 
 Plan = list[tuple[Part, Any]]
 """Who moves what, with which numbers."""
@@ -129,9 +134,12 @@ def plan(
             a leaf or a number.
     """
     if not isinstance(numbers, list):
-        own = numbers if is_read(numbers) else numbers._make(map(_value, numbers))
-        # Who serves does not depend on their values, but for the one that gradients are scaled by.
-        kinds = () if is_read(own) else tuple(map(_kind, own))
+        own: Any = numbers
+        kinds: tuple[Any, ...] = ()
+        if not is_read(numbers):
+            own = numbers._make([n if type(n) is float else _value(n) for n in numbers])
+            # Who serves does not depend on values, but for the one that gradients are scaled by.
+            kinds = tuple([float if type(n) is float else _kind(n) for n in own])
         key = rule, options, in_place, _is_one(own.grad_scale), kinds
         parts = layout.plans.get(key)
         if parts is None:

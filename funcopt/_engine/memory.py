@@ -120,6 +120,13 @@ def note_written(tensors: list[Tensor]) -> None:
     torch.autograd.graph.increment_version(tensors)
 
 
+def any_lazy(inputs: StepInputs, layout: Layout) -> bool:
+    """Whether a tensor to be written is a conjugate view, whose memory does not hold its values."""
+    return not layout.ready and any(
+        any(map(Tensor.is_conj, column)) for column in inputs.targets.columns
+    )
+
+
 def write_all(inputs: StepInputs, outputs: StepOutputs) -> None:
     """Write what came of a step into the leaves."""
     for olds, news in zip(inputs.targets.columns, outputs.columns, strict=True):

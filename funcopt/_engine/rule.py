@@ -118,17 +118,11 @@ class StepInputs(NamedTuple):
 
 
 class StepOutputs(NamedTuple):
-    """The tensors that come out of a step, leaf by leaf.
-
-    Attributes:
-        params: The new parameters.
-        slots: The new slots, a list for each.
-        starts: Where all of them start in memory, one after another, if that is known.
-    """
+    """The tensors that come out of a step, leaf by leaf."""
 
     params: list[Tensor]
     slots: tuple[list[Tensor], ...]
-    starts: list[int] | None = None
+    starts: list[int] | None = None  # where all of them start in memory, if that is known
 
     @property
     def columns(self) -> tuple[list[Tensor], ...]:
@@ -218,12 +212,8 @@ class Adjoint(NamedTuple):
             needs. `needs` has for each number whether its cotangent is wanted.
         pull_back: `pull_back(kept, numbers, options, needs, cotangents)` returns the cotangents of
             the numbers, and those of the columns of `StepInputs`, from those of the columns of
-            `StepOutputs`. None stands for zeros. Each cotangent has the shape of what it belongs
-            to: that of a 0-dim number is a sum over all leaves.
-
-    Where members are stacked inside a derivative, as in `grad` of `vmap`, leaves have a first
-    dimension for each vmap, and a number as many, of size 1 where it does not differ, or none. In
-    `vmap` of `grad`, torch maps the derivative over the members, and it sees one of them.
+            `StepOutputs`. None stands for zeros. Each has the shape of what it belongs to: that of
+            a 0-dim number is a sum. In `grad` of `vmap`, both have first dimensions of members.
     """
 
     keep: Callable[[StepInputs, StepOutputs, Any], Sequence[list[Tensor]]]

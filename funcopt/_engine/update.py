@@ -241,7 +241,7 @@ def _route_step_(
     layout: Layout | None,
 ) -> None:
     """Move the leaves in place, with the same numbers, while no gradient is recorded."""
-    if layout is None or transforms.observed() or _any_lazy(inputs, layout):
+    if layout is None or transforms.observed() or memory.any_lazy(inputs, layout):
         write_all(inputs, _route_step(rule, inputs, numbers, options, layout))
         return
     if not layout.real and rule.traits.elementwise:
@@ -253,13 +253,6 @@ def _route_step_(
 
 def _as_real(inputs: StepInputs) -> StepInputs:
     return StepInputs.of(list(map(view_as_real, column)) for column in inputs.columns)
-
-
-def _any_lazy(inputs: StepInputs, layout: Layout) -> bool:
-    """Whether a tensor to be written is a conjugate view, whose memory does not hold its values."""
-    return not layout.ready and any(
-        any(map(Tensor.is_conj, column)) for column in inputs.targets.columns
-    )
 
 
 class _Routine(NamedTuple):
@@ -280,18 +273,33 @@ class _Routine(NamedTuple):
         check_counts([self.new_count])
         return numbers_at(rule, opt, [self.step_count], [self.new_count])
 
-    def step(self, rule: UpdateRule, numbers: Any, options: Any) -> list[Tree]:
+    def decides(
+        self, applies: Tensor, rule: UpdateRule, numbers: Any, options: Any, *, in_place: bool
+    ) -> bool:
+        """Whether one call makes the step, or leaves it, by a condition that it reads itself."""
+        if self.new_count is not None or applies.device != self.step_count.device:
+            return False
+        inputs, layout = self.inputs, self.layout
+        (part, _), *_ = dispatch.plan(rule, inputs, numbers, options, layout, in_place=in_place)
+        return part.counts_on_device
+
+    def step(
+        self, rule: UpdateRule, numbers: Any, options: Any, applies: Tensor | None = None
+    ) -> list[Tree]:
         """Return the new tree of parameters, the new count, and the new trees of slots."""
+        given = rule, numbers, options, applies
         if self.layout.params_require_grad:
-            outputs, count = transforms.without_gradients(self._outputs, rule, numbers, options)
+            outputs, count = transforms.without_gradients(self._outputs, *given)
             keep_requiring(outputs.params, self.inputs.params)
         else:
-            outputs, count = self._outputs(rule, numbers, options)
+            outputs, count = self._outputs(*given)
         structure = self.structure
         new_params, *slots = [pytree.unflatten(structure, own) for own in outputs.columns]
         return [new_params, count, *slots]
 
-    def _outputs(self, rule: UpdateRule, numbers: Any, options: Any) -> tuple[StepOutputs, Tensor]:
+    def _outputs(
+        self, rule: UpdateRule, numbers: Any, options: Any, applies: Tensor | None
+    ) -> tuple[StepOutputs, Tensor]:
         inputs, layout, count = self.inputs, self.layout, self.step_count
         plan = dispatch.plan(rule, inputs, numbers, options, layout, in_place=False)
         (part, own), *_ = plan
@@ -302,21 +310,23 @@ class _Routine(NamedTuple):
                 outputs = memory.results(inputs, layout)
                 part.launcher.step(inputs, outputs, own, addresses=self.addresses)
             return outputs, fresh(self.new_count, count)
-        if part.launcher is None or not part.kernel.counts_on_device:
+        if not part.counts_on_device:
             plan, new_count = dispatch.counted(plan, count)
             return dispatch.run(inputs, plan, options, layout), new_count
         outputs, new_count = memory.results(inputs, layout), torch.empty_like(count)
-        part.launcher.step(inputs, outputs, own, new_count, addresses=self.addresses)
+        part.launcher.step(inputs, outputs, own, new_count, applies, self.addresses)
         return outputs, new_count
 
-    def step_(self, rule: UpdateRule, numbers: Any, options: Any) -> None:
+    def step_(
+        self, rule: UpdateRule, numbers: Any, options: Any, applies: Tensor | None = None
+    ) -> None:
         """Move the leaves and the count in place."""
         if self.layout.params_require_grad:
-            transforms.without_gradients(self._write, rule, numbers, options)
+            transforms.without_gradients(self._write, rule, numbers, options, applies)
         else:
-            self._write(rule, numbers, options)
+            self._write(rule, numbers, options, applies)
 
-    def _write(self, rule: UpdateRule, numbers: Any, options: Any) -> None:
+    def _write(self, rule: UpdateRule, numbers: Any, options: Any, applies: Tensor | None) -> None:
         inputs, layout, count = self.inputs, self.layout, self.step_count
         plan = dispatch.plan(rule, inputs, numbers, options, layout, in_place=True)
         (part, own), *_ = plan
@@ -328,12 +338,12 @@ class _Routine(NamedTuple):
                 part.launcher.step(inputs, inputs.targets, own, addresses=self.addresses)
                 memory.note_written(moved)
             count.fill_(self.new_count)
-        elif part.launcher is None or not part.kernel.counts_on_device:
+        elif not part.counts_on_device:
             plan, new_count = dispatch.counted(plan, count)
             dispatch.run_(inputs, plan, options, layout)
             count.copy_(new_count)
         else:
-            part.launcher.step(inputs, inputs.targets, own, count, addresses=self.addresses)
+            part.launcher.step(inputs, inputs.targets, own, count, applies, self.addresses)
             memory.note_written([*moved, count])
 
 

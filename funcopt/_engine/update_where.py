@@ -21,7 +21,7 @@ from .hyperparameters import with_grad_scale
 from .memory import note_written, results
 from .prepare import Prepared, is_plain_count, prepare
 from .rule import UpdateRule
-from .update import _have_history, _numbers, _state
+from .update import _find_routine, _have_history, _numbers, _state
 
 
 def update_where(
@@ -64,6 +64,30 @@ def update_where(
     setup = rule.setup_of(opt)
     if setup.options.step_per_leaf or setup.options.differentiable:
         return None
+    routine = _find_routine(opt, rule, setup, grads, state, params, in_place=in_place)
+    if routine is not None and setup.numbers is not None:
+        (own,) = with_grad_scale(routine.numbers(rule, opt), grad_scale)
+        if routine.decides(applies, rule, own, setup.options, in_place=in_place):
+            if in_place:
+                routine.step_(rule, own, setup.options, applies)
+                return params, state
+            new_params, *kept = routine.step(rule, own, setup.options, applies)
+            return new_params, _state(rule, setup, kept)
+    return _update_carefully(applies, opt, grads, grad_scale, state, params, in_place=in_place)
+
+
+def _update_carefully(
+    applies: Tensor,
+    opt: Any,
+    grads: Tree,
+    grad_scale: Tensor | None,
+    state: Any,
+    params: Tree,
+    *,
+    in_place: bool,
+) -> tuple[Tree, Any] | None:
+    rule: UpdateRule = opt.rule
+    setup = rule.setup_of(opt)
     prepared = prepare(opt, rule, grads, state, params)
     count = prepared.counts.tensors[0]
     if prepared.watched or prepared.layout is None or not prepared.layout.fast_path_ok:

@@ -36,8 +36,11 @@ class Deciding:
     def __init__(self, inputs, options):
         self.options = options
 
-    def step(self, inputs, outputs, numbers, new_count=None, applies=None):
+    def step(self, inputs, outputs, numbers, new_count=None, applies=None, addresses=None):
         type(self).steps += 1
+        before = numbers.step.clone()
+        if new_count is not None:  # of which the numbers have the one before
+            numbers = numbers._replace(step=before + 1)
         inputs = inputs._replace(grads=tensors.scaled(inputs.grads, numbers.grad_scale))
         news = dispatch.plain_step(AdamW.rule, inputs, numbers, self.options)
         for olds, own, outs in zip(
@@ -45,12 +48,16 @@ class Deciding:
         ):
             for old, new, out in zip(olds, own, outs, strict=True):
                 out.copy_(torch.where(applies, new, old))
+        if new_count is not None:
+            new_count.copy_(before + applies)
 
 
 @pytest.fixture
 def device(monkeypatch):
     """Let nothing be read, and a kernel decide, as on a device; count its steps."""
-    kernel = Kernel(lambda *_: None, launcher=Deciding, counts_on_device=True)
+    kernel = Kernel(
+        lambda *_: None, step_to=lambda *_: None, launcher=Deciding, counts_on_device=True
+    )
     monkeypatch.setattr(transforms, "on_host", lambda _: False)
     monkeypatch.setitem(AdamW.rule._loaded, "triton", kernel)
     monkeypatch.setattr(Deciding, "steps", 0)
@@ -226,3 +233,17 @@ def test_under_a_transform_nothing_is_tried(device):
         return params["a"]
 
     torch.func.grad(tried)(params)
+
+
+@pytest.mark.parametrize("wrapper", ["LossScale", "SkipNonfinite"])
+def test_a_step_like_the_one_before_is_recalled(wrapper, device, monkeypatch):
+    opt, params = WRAPPERS[wrapper](AdamW(lr=0.1, kernel="triton")), make_params()
+    state = opt.init(params)
+    params, state = opt.update(gradients(params), state, params)
+    monkeypatch.setattr(update_where, "_update_carefully", None)
+    for bad in (None, NAN, None):
+        grads = gradients(params, bad)
+        expected = opt.update(grads, state, params)
+        opt.update_(grads, state, params)
+        assert_same_bits((params, state), expected)
+    assert innermost(state).step.item() == 3

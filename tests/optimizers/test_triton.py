@@ -27,6 +27,8 @@ from funcopt._core import tensors, transforms
 from funcopt._engine import dispatch
 from funcopt._engine.rule import StepInputs
 from funcopt.optimizers._adam import triton as kernel
+from funcopt.optimizers._adam import triton_arguments, triton_launch
+from funcopt.optimizers._adam.triton_launch import Launch
 
 from .. import oracle
 from ..cases import assert_same_bits, tree_map
@@ -144,14 +146,14 @@ def check(leaves: StepInputs, numbers, options=PLAIN) -> None:
 @pytest.fixture
 def launches(monkeypatch) -> list[int]:
     """How many programs each launch had."""
-    real, grids = kernel._run, []
+    real, counts = Launch.go, []
 
-    def counting(compiled, source, grid, arguments, constants):
-        grids.append(grid[0])
-        real(compiled, source, grid, arguments, constants)
+    def counting(self, programs, *arguments):
+        counts.append(programs)
+        real(self, programs, *arguments)
 
-    monkeypatch.setattr(kernel, "_run", counting)
-    return grids
+    monkeypatch.setattr(Launch, "go", counting)
+    return counts
 
 
 @pytest.mark.by_day(6)
@@ -397,14 +399,14 @@ def test_numbers_may_differ_between_members(where, name, dtype, launches):
 @on_any_device
 @pytest.mark.parametrize("name", ["all of their own", "crossed"])
 def test_numbers_from_elsewhere_are_told_by_value(where, name, monkeypatch):
-    real, sent = kernel._value, kernel._sent
+    real, sent = triton_arguments._value, triton_arguments.sent
 
     def from_elsewhere(number, lead, device):
         # Whatever has to be sent, is sent to where the leaves are.
-        monkeypatch.setattr(kernel, "_sent", lambda words, _: sent(words, device))
+        monkeypatch.setattr(triton_arguments, "sent", lambda words, _: sent(words, device))
         return real(number, lead, torch.device("meta"))
 
-    monkeypatch.setattr(kernel, "_value", from_elsewhere)
+    monkeypatch.setattr(triton_arguments, "_value", from_elsewhere)
     check_per_member(where, name, torch.float64)
 
 
@@ -576,13 +578,14 @@ def test_a_step_that_applies_is_the_same_as_any_other(where, dtype):
 @pytest.fixture
 def sent(monkeypatch) -> list[int]:
     """How many words were sent to the device, for each time that any were."""
-    real, lengths = kernel._sent, []
+    real, lengths = kernel.sent, []
 
     def sending(words, device):
         lengths.append(len(words))
         return real(words, device)
 
-    monkeypatch.setattr(kernel, "_sent", sending)
+    for module in (kernel, triton_arguments):
+        monkeypatch.setattr(module, "sent", sending)
     monkeypatch.setattr(kernel, "_launchers", {})
     return lengths
 
@@ -623,32 +626,6 @@ def test_launchers_that_are_kept_are_few(where, monkeypatch):
     for size in range(1, kernel._MOST_LAUNCHERS + 3):
         check(make_leaves([(size,)], where), NUMBERS)
         assert len(kernel._launchers) <= kernel._MOST_LAUNCHERS
-
-
-@compiled
-def test_a_kernel_is_launched_as_it_was_compiled(monkeypatch):
-    """Its arguments come by position, and its grid is all of three numbers."""
-    launches = []
-
-    class Launched:
-        def __getitem__(self, grid):
-            launches.append([*grid])
-            return lambda *args, **named: launches[-1].extend([args, named]) or self
-
-    fake = types.SimpleNamespace(step_kernel=Launched(), is_compiled=lambda _: True)
-    own, arguments = {}, tuple(range(13))
-    fixed = {"DTYPE": "float32", "AMSGRAD": False, "MAXIMIZE": True, "CONDITIONAL": True}
-    for _ in range(2):
-        kernel._run(own, fake, (5, 1, 1), arguments, {**fixed, "BLOCK": 1024})
-    by_name, by_position = launches
-    assert by_name[:3] == by_position[:3] == [5, 1, 1]
-    names = source.step_kernel.arg_names
-    assert by_position[4] == {}
-    given = dict(zip(names, by_position[3], strict=True))
-    assert given == {**dict(zip(names, arguments, strict=False)), **fixed, "BLOCK": 1024}
-    assert given.items() <= {**by_name[4], **dict(zip(names, by_name[3], strict=False))}.items()
-    kernel._run(own, fake, (5, 1, 1), arguments, {**fixed, "CONDITIONAL": False, "BLOCK": 1024})
-    assert launches[-1][4]["CONDITIONAL"] is False  # which is another kernel
 
 
 @on_any_device
@@ -729,12 +706,12 @@ def test_it_compiles_and_moves_16_bytes_at_a_time(dtype, amsgrad, tmp_path, monk
     program = triton.compile(
         ASTSource(source.step_kernel, given | dict.fromkeys(fixed, "constexpr"), fixed),
         target=GPUTarget("cuda", 90, 32),
-        options={"num_warps": kernel._WARPS, "enable_fp_fusion": False},
+        options={"num_warps": triton_launch._WARPS, "enable_fp_fusion": False},
     )
     assert program.asm["cubin"]
     wide = re.findall(r"(ld|st)\.global\S*\.(?:v4\.b32|v2\.b64)", program.asm["ptx"])
     # A thread's elements of a block, in vectors of 16 bytes.
-    vectors = kernel._BLOCK * dtype.itemsize // (32 * kernel._WARPS * 16)
+    vectors = kernel._BLOCK * dtype.itemsize // (32 * triton_launch._WARPS * 16)
     assert wide.count("ld") == (5 if amsgrad else 4) * vectors
     assert wide.count("st") == (4 if amsgrad else 3) * vectors
     assert "fma.rn.f32" not in program.asm["ptx"]

@@ -16,9 +16,6 @@ from __future__ import annotations
 import functools
 import importlib
 import os
-import struct
-from array import array
-from collections.abc import Sequence
 from itertools import accumulate, chain
 from typing import Any, NamedTuple
 
@@ -26,9 +23,10 @@ import torch
 from torch import Tensor
 
 from ..._core import transforms
-from ..._core.types import Number
-from ..._engine.rule import Kernel, StepInputs, StepOutputs, is_read
+from ..._engine.rule import Kernel, StepInputs, StepOutputs
 from ..adamw import HYPERPARAMS
+from .triton_arguments import arguments_of, sent
+from .triton_launch import Launch
 
 _PATHS = {own.name: own.path for own in HYPERPARAMS}
 
@@ -38,7 +36,6 @@ _PATHS = {own.name: own.path for own in HYPERPARAMS}
 # registers than that gains; smaller ones would pay more often for what comes before a program's
 # first load.
 _BLOCK = 1024
-_WARPS = 4
 # That is to find its leaf and its corrections, at the price of about two blocks. A run of blocks
 # shares it, where that leaves programs enough to spread evenly over a GPU.
 _LONGEST_RUN = 8
@@ -48,10 +45,6 @@ _ENOUGH_PROGRAMS = 4096
 _OLDEST = 80
 # What Triton takes for a yes.
 _YES = ("1", "on", "true", "y", "yes")
-
-# A captured copy reads its source again at each replay, for as long as the graph lives, which
-# nobody tells us. What a graph has seen is therefore kept for good; it is a few kilobytes.
-_read_at_replay: list[Tensor] = []
 
 
 def _unsupported_reason(device: torch.device, numbers: Any) -> str | None:
@@ -139,12 +132,16 @@ class Launcher:
         self._sizes = sizes
         self._device = device
         self._index = -1 if device.type == "cpu" else device.index or 0
-        self._constants = {
+        fixed = {
             "DTYPE": getattr(self._source.tl, str(dtype).removeprefix("torch.")),
             "AMSGRAD": amsgrad,
             "MAXIMIZE": maximize,
         }
-        self._compiled: dict[bool, Any] = {}
+        # Without and with a condition.
+        self._launches = [
+            Launch(self._source, {**fixed, "CONDITIONAL": conditional, "BLOCK": _BLOCK})
+            for conditional in (False, True)
+        ]
         self._shapes: dict[int, _Shape] = {}
         self._tables: tuple[_Table, ...] = ()
         self._in_place: _Table | None = None  # the last one, by the list of the engine
@@ -174,7 +171,7 @@ class Launcher:
         applies: Tensor | None,
         addresses: list[int] | None,
     ) -> None:
-        own = _arguments(numbers, inputs.params[0], self._device)
+        own = arguments_of(numbers, inputs.params[0], self._device)
         shape = self._shapes.get(own.members) or self._shape(own.members)
         if shape.programs == 0:
             if new_count is not None:
@@ -182,20 +179,18 @@ class Launcher:
             return
         in_place = outputs.params is inputs.params
         starts = addresses or list(map(Tensor.data_ptr, chain(*inputs.columns)))
-        _run(
-            self._compiled,
-            self._source,
-            (shape.programs, 1, 1),
-            (
-                self._table(starts, None if in_place else outputs, shape, own.members),
-                len(self._sizes),
-                shape.run,
-                *own.words,
-                own.kinds,
-                0 if new_count is None else new_count.data_ptr(),
-                0 if applies is None else applies.data_ptr(),
-            ),
-            {**self._constants, "CONDITIONAL": applies is not None, "BLOCK": _BLOCK},
+        stream = self._source.stream_of(self._index)
+        table = self._table(starts, None if in_place else outputs, shape, own.members, stream)
+        self._launches[applies is not None].go(
+            shape.programs,
+            stream,
+            table,
+            len(self._sizes),
+            shape.run,
+            *own.words,
+            own.kinds,
+            0 if new_count is None else new_count.data_ptr(),
+            0 if applies is None else applies.data_ptr(),
         )
 
     def _shape(self, members: int) -> _Shape:
@@ -209,10 +204,14 @@ class Launcher:
         return shape
 
     def _table(
-        self, starts: list[int], outputs: StepOutputs | None, shape: _Shape, members: int
+        self,
+        starts: list[int],
+        outputs: StepOutputs | None,
+        shape: _Shape,
+        members: int,
+        stream: int,
     ) -> Tensor:
         """Return the table of leaves that start there; without outputs, of a step in place."""
-        stream = self._source.stream_of(self._index)
         last, capturing = self._in_place, transforms.capturing()
         if outputs is not None or capturing:
             last = None
@@ -225,10 +224,10 @@ class Launcher:
             news = outputs.starts or list(map(Tensor.data_ptr, chain(*outputs.columns)))
             addresses = starts + news
         if capturing:
-            return _sent([*shape.words, *addresses, 0], self._device)
+            return sent([*shape.words, *addresses, 0], self._device)
         found = self._found(addresses, stream, members)
         if found is None:
-            words = _sent([*shape.words, *addresses, 0], self._device)
+            words = sent([*shape.words, *addresses, 0], self._device)
             found = _Table(members, addresses, stream, words)
             # Replaced whole, so that threads need no lock.
             self._tables = (found, *self._tables[: self._MOST_TABLES - 1])
@@ -241,32 +240,6 @@ class Launcher:
             if table.addresses == addresses and table.stream == stream and table.members == members:
                 return table
         return None
-
-
-def _run(
-    compiled: dict[bool, Any],
-    source: Any,
-    grid: tuple[int, int, int],
-    arguments: tuple[Any, ...],
-    constants: dict[str, Any],
-) -> None:
-    """Launch the kernel, by what Triton compiled at the first launch of this kind if it can be had.
-
-    Triton's own way asks at each launch for the types of all arguments and for what was compiled
-    for them, which takes longer than a small step. Here they are always of the same types.
-    """
-    kernel = compiled.get(constants["CONDITIONAL"])
-    if kernel is not None:
-        kernel[grid](*arguments, *constants.values())
-        return
-    kernel = source.step_kernel[grid](
-        *arguments,
-        **constants,
-        num_warps=_WARPS,
-        enable_fp_fusion=False,  # rounded as the equations are written
-    )
-    if source.is_compiled(kernel):
-        compiled[constants["CONDITIONAL"]] = kernel
 
 
 @functools.cache
@@ -298,81 +271,6 @@ def _unfit_gpu(device: torch.device, triton: Any) -> str | None:
             f"it was made for CUDA architectures from {_OLDEST}, not {target.backend} {target.arch}"
         )
     return None
-
-
-class _Arguments(NamedTuple):
-    """The numbers of a step as the kernel takes them."""
-
-    members: int  # how many have numbers of their own; 1 if all share them
-    words: tuple[int, ...]
-    kinds: int
-    tensors: list[Tensor]  # of which some words are the addresses
-
-
-# What a number is, in the bits that the kernel is told of it.
-_IS_ADDRESS, _IS_FLOAT32, _IS_PER_MEMBER = 1, 2, 4
-# The dtypes that it reads.
-_AS_THEY_ARE = frozenset((torch.float64, torch.float32))
-
-
-def _arguments(numbers: Any, param: Tensor, device: torch.device) -> _Arguments:
-    if is_read(numbers):
-        return _Arguments(1, _bits(numbers), 0, [])
-    step, *others = numbers
-    is_count = isinstance(step, Tensor) and step.device == device and step.ndim == 0
-    if is_count and step.dtype is torch.float64 and is_read(others):  # as in most training
-        return _Arguments(1, (step.data_ptr(), *_bits(others)), _IS_ADDRESS, [step])
-    lead = param.shape[: max(n.ndim if isinstance(n, Tensor) else 0 for n in numbers)]
-    values = [_value(number, lead, device) for number in numbers]
-    words, kinds, members, tensors = [], 0, 1, []
-    for index, value in enumerate(values):
-        if isinstance(value, Tensor):
-            kind = _IS_ADDRESS | (_IS_FLOAT32 if value.dtype is torch.float32 else 0)
-            if value.numel() != 1:
-                kind, members = kind | _IS_PER_MEMBER, value.numel()
-            kinds |= kind << (4 * index)
-            words.append(value.data_ptr())
-            tensors.append(value)
-        else:
-            words += _bits((value,))
-    return _Arguments(max(1, members), tuple(words), kinds, tensors)
-
-
-def _bits(values: Sequence[float]) -> tuple[int, ...]:
-    """Return float64 numbers as integers of the same bits."""
-    count = len(values)
-    return struct.unpack(f"{count}q", struct.pack(f"{count}d", *values))
-
-
-def _value(number: Number, lead: torch.Size, device: torch.device) -> Tensor | float:
-    """Return a value, or a tensor on the device that has it, or one for each member."""
-    if not isinstance(number, Tensor):
-        return float(number)
-    if number.ndim == 0 and number.device == device and number.dtype in _AS_THEY_ARE:
-        return number
-    if number.numel() != 1:
-        number = number.expand(lead)
-    if number.device == device:
-        if number.dtype is not torch.float32:
-            number = number.to(torch.float64)
-        return number.reshape(-1).contiguous()
-    values: list[float] = number.to(torch.float64).reshape(-1).tolist()
-    if len(values) == 1:
-        return values[0]
-    return _sent(_bits(values), device).view(torch.float64)
-
-
-def _sent(words: Sequence[int], device: torch.device) -> Tensor:
-    """Return integers on the device, which are sent there without waiting for it."""
-    host = torch.frombuffer(array("q", words), dtype=torch.int64)
-    if device.type != "cuda":
-        return host
-    # Only from pinned memory does a copy not wait. Its allocator waits for the copy instead before
-    # it hands the memory out again.
-    host = host.pin_memory()
-    if transforms.capturing():
-        _read_at_replay.append(host)
-    return host.to(device, non_blocking=True)
 
 
 ADAMW_TRITON = Kernel(

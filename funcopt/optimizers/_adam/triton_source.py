@@ -45,6 +45,36 @@ def is_compiled(kernel: Any) -> bool:
     return triton is not None and isinstance(kernel, triton.compiler.CompiledKernel)
 
 
+def plain_launch_of(kernel: Any) -> tuple[int, int, int] | None:
+    """Return what a plain launch of a compiled kernel takes: handle, threads, and shared memory.
+
+    None if it wants more than that, or if this Triton keeps it elsewhere: all of it is private.
+    """
+    try:
+        kernel._init_handles()
+        known = kernel.metadata
+        more = (
+            *(known.num_ctas - 1, known.global_scratch_size, known.profile_scratch_size),
+            *(known.launch_cooperative_grid, known.launch_pdl),
+            getattr(known, "instrumentation_mode", None),
+        )
+        launches_are_watched()
+        plain = int(kernel.function), 32 * known.num_warps, int(known.shared)
+    except (AttributeError, TypeError):
+        return None
+    return None if any(more) else plain
+
+
+def launches_are_watched() -> bool:
+    """Whether somebody has asked Triton to be told of each launch."""
+    runtime = triton.knobs.runtime
+    return _has_calls(runtime.launch_enter_hook) or _has_calls(runtime.launch_exit_hook)
+
+
+def _has_calls(hook: Any) -> bool:
+    return hook is not None and getattr(hook, "calls", True) != []
+
+
 _INTEGERS = (
     *("leaves", "run", "step", "lr", "beta1", "beta2", "eps", "weight_decay", "grad_scale"),
     *("kinds", "new_count", "applies"),
