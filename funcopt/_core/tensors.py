@@ -190,7 +190,7 @@ def lerp_(starts: list[Tensor], ends: list[Tensor], weight: Number) -> None:
     if weights is None or any(map(Tensor.is_neg, starts)):  # which no list that is written may have
         for start, end in zip(starts, ends, strict=True):
             write(start, _lerp_pair(start, end, weight))
-    elif all(start.dtype is end.dtype for start, end in zip(starts, ends, strict=True)):
+    elif list(map(_dtype, starts)) == list(map(_dtype, ends)):
         torch._foreach_lerp_(starts, ends, weights)
     else:
         # One by one, so that only one end at a time is copied into another dtype.
@@ -232,7 +232,7 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype is dtype else tensor.to(dtype)
 
 
-_requires_grad = operator.attrgetter("requires_grad")
+_requires_grad, _dtype = map(operator.attrgetter, ("requires_grad", "dtype"))
 
 
 def use_foreach(tensors: Sequence[Tensor]) -> bool:

@@ -709,6 +709,9 @@ def test_it_compiles_and_moves_16_bytes_at_a_time(dtype, amsgrad, tmp_path, monk
         options={"num_warps": triton_launch._WARPS, "enable_fp_fusion": False},
     )
     assert program.asm["cubin"]
+    # What a launch by the driver goes by: each argument in its place, then two of Triton's own.
+    entry = program.asm["ptx"].partition(".entry")[2].partition(")")[0]
+    assert re.findall(r"\.param \.(\w+)", entry) == ["u64", "u32", "u32", *["u64"] * 12]
     wide = re.findall(r"(ld|st)\.global\S*\.(?:v4\.b32|v2\.b64)", program.asm["ptx"])
     # A thread's elements of a block, in vectors of 16 bytes.
     vectors = kernel._BLOCK * dtype.itemsize // (32 * triton_launch._WARPS * 16)
