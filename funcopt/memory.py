@@ -5,7 +5,7 @@ funcopt keeps their storages, and writes into one again once nobody else holds i
 anyone still holds, in whatever way (a view, a detached tensor, NumPy, DLPack, what autograd saved,
 another thread or process), is never written.
 
-No more is kept than the results of two steps for trees of one look; what is not asked for during
+No more is kept than the results of four steps for trees of one look; what is not asked for during
 some 32 updates of other trees is given back.
 """
 

@@ -33,8 +33,8 @@ from torch import Tensor
 from .._core import transforms
 from .._core.tensors import recording
 from .._core.types import Number
-from . import dispatch
-from .memory import layout_of
+from . import dispatch, memory
+from .memory import Layout, layout_of
 from .rule import Adjoint, StepInputs, StepOutputs, UpdateRule
 
 
@@ -127,14 +127,19 @@ def _step_stacked(
         if transformed or torch.is_grad_enabled():
             outputs = step_under_transforms(step.rule, inputs, numbers, step.options)
         else:
-            outputs = _step_eagerly(step, inputs, numbers)
+            outputs = _step_eagerly(step, inputs, numbers, memory.results)
     return tuple(chain(*outputs.columns))
 
 
-def _step_eagerly(step: _Step, inputs: StepInputs, numbers: Any) -> StepOutputs:
+def _step_eagerly(
+    step: _Step,
+    inputs: StepInputs,
+    numbers: Any,
+    make_results: Callable[[StepInputs, Layout], StepOutputs],
+) -> StepOutputs:
     layout = layout_of(inputs)
     plan = dispatch.plan(step.rule, inputs, numbers, step.options, layout, in_place=False)
-    return dispatch.run(inputs, plan, step.options, layout)
+    return dispatch.run(inputs, plan, step.options, layout, make_results)
 
 
 class _StepFunction(torch.autograd.Function):
@@ -147,7 +152,7 @@ class _StepFunction(torch.autograd.Function):
     @staticmethod
     def forward(step: _Step, *operands: Any) -> tuple[Tensor, ...]:
         numbers, inputs = step.split(operands)
-        return tuple(chain(*_step_eagerly(step, inputs, numbers).columns))
+        return tuple(chain(*_step_eagerly(step, inputs, numbers, memory.results_apart).columns))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

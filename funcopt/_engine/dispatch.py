@@ -7,7 +7,7 @@ out of place or in place.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple
@@ -61,14 +61,20 @@ Plan = list[tuple[Part, Any]]
 """Who moves what, with which numbers."""
 
 
-def run(inputs: StepInputs, plan: Plan, options: Any, layout: Layout) -> StepOutputs:
+def run(
+    inputs: StepInputs,
+    plan: Plan,
+    options: Any,
+    layout: Layout,
+    make_results: Callable[[StepInputs, Layout], StepOutputs] = memory.results,
+) -> StepOutputs:
     """Return the leaves after one step, in memory that nobody else holds."""
     if not layout.plain:
         copied = memory.clones(inputs)
         run_(copied, plan, options, layout)
         return copied.targets
     inputs = inputs if layout.ready else memory.borrow(inputs)
-    outputs = memory.results(inputs, layout)
+    outputs = make_results(inputs, layout)
     for part, numbers in plan:
         for batch in part.batches:
             own, results = inputs.take(batch.indices), outputs.take(batch.indices)

@@ -29,11 +29,25 @@ from .rule import StepInputs, StepOutputs
 
 def results(inputs: StepInputs, layout: Layout) -> StepOutputs:
     """Return tensors that the results of a step on just tensors may be written into."""
-    made = layout.plans.get("results")
+    return _results(inputs, layout, columns_share=True)
+
+
+def results_apart(inputs: StepInputs, layout: Layout) -> StepOutputs:
+    """Return them so that parameters and slots share no storage.
+
+    Of a step that is recorded, a derivative keeps some columns, and would keep the others, too.
+    """
+    return _results(inputs, layout, columns_share=False)
+
+
+def _results(inputs: StepInputs, layout: Layout, *, columns_share: bool) -> StepOutputs:
+    key = "results", columns_share
+    made = layout.plans.get(key)
     if made is None:
         from .results import Results  # noqa: PLC0415  # which nobody needs who writes in place
 
-        made = layout.plans["results"] = Results(inputs.params, inputs.slots)
+        made = Results(inputs.params, inputs.slots, columns_share=columns_share)
+        layout.plans[key] = made
     outputs: StepOutputs = made.make()
     return outputs
 

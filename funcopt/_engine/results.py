@@ -10,7 +10,7 @@ the step itself. So funcopt keeps the storages of large results, and writes into
 nobody else holds it. Whoever holds a result in any way (a view, a detached tensor, NumPy, DLPack,
 what autograd saved, another thread) is among those whom torch counts as users of its storage; a
 storage that other processes see, or that was resized, has moved. No more is kept than the results
-of two steps for trees of one look, and what was not asked for a while is given back.
+of four steps for trees of one look, and what was not asked for a while is given back.
 
 On CUDA there is one user that is not counted: work that was queued on another stream, whose tensor
 was marked by `record_stream` and then dropped. There, results are used again if one asks for it.
@@ -53,8 +53,9 @@ _SHARED_BY_COLUMNS = 1 << 19  # bytes of a column
 _WORTH_KEEPING = {"cpu": 1 << 16, "cuda": 0}  # bytes
 # No storage below this has memory pages of its own.
 _HAS_PAGES = 1 << 16  # bytes
-# One storage holds what is old in the next step; the other is what that writes into.
-_MOST_KEPT = 2
+# One storage holds what is old in the next step; the other is what that writes into. With two loops
+# on trees of one look, or a few, that take turns, each holds one.
+_MOST_KEPT = 4
 # So many lists of where results start are remembered: those of all storages in turn.
 _MOST_STARTS = 16
 # Storages that were not asked for during so many updates are given back.
@@ -172,8 +173,15 @@ class _Block:
 class Results:
     """Where steps on leaves that look alike write what comes of them."""
 
-    def __init__(self, params: Sequence[Tensor], slots: Sequence[Sequence[Tensor]]) -> None:
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        slots: Sequence[Sequence[Tensor]],
+        *,
+        columns_share: bool = True,
+    ) -> None:
         """Take note of what results there are: parameters first, all laid out like these."""
+        self._columns_share = columns_share
         likes = list(map(_Like.of, params))
         self._length = len(likes)
         self._columns = [
@@ -196,7 +204,7 @@ class Results:
     @cached_property
     def _plan(self) -> list[tuple[_Block, list[int]]]:
         """The blocks, and which results lie in each."""
-        return list(_plan_blocks(self._columns))
+        return list(_plan_blocks(self._columns, self._columns_share))
 
     @cached_property
     def _order(self) -> Callable[[Any], Any] | None:
@@ -272,11 +280,11 @@ class Results:
         _keepers.discard(self)
 
 
-def _plan_blocks(columns: Sequence[list[_Like]]) -> Iterator[tuple[_Block, list[int]]]:
+def _plan_blocks(columns: Sequence[list[_Like]], share: bool) -> Iterator[tuple[_Block, list[int]]]:
     """Group results by what they may share a storage with, and cut the groups."""
     alike: dict[object, list[tuple[int, _Like]]] = {}
     for place, column in enumerate(columns):
-        is_small = sum(like.nbytes for like in column) <= _SHARED_BY_COLUMNS
+        is_small = share and sum(like.nbytes for like in column) <= _SHARED_BY_COLUMNS
         for number, like in enumerate(column, place * len(column)):
             key: object = number
             can_be_padded = len(like.shape) == 1 and like.nbytes > 0

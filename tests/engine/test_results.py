@@ -288,6 +288,31 @@ def test_two_trees_that_take_turns_both_keep_their_memory():
     assert len(seen) == 4
 
 
+def test_two_loops_on_trees_of_one_look_that_take_turns_use_theirs_again():
+    loops, seen = [start(), start()], set()
+    for seed in range(40):
+        for index, (opt, params, state) in enumerate(loops):
+            moved = opt.update(grads_of(params, seed), state, params)
+            seen.add(addresses(moved[0]))
+            loops[index] = opt, *moved
+    assert len(seen) <= 4
+    kept = sum(leaf.nbytes for name, leaf in loops[0][1].items() if name != "p3")  # of shape ()
+    assert memory.kept_bytes() <= 4 * 3 * kept
+
+
+@pytest.mark.parametrize("lr", [0.1, torch.tensor(0.1)], ids=["plain", "recorded"])
+def test_columns_share_a_storage_unless_a_derivative_would_keep_all_for_one(lr):
+    params = {"a": torch.randn(5), "b": torch.randn(7)}
+    opt = AdamW(lr=lr.requires_grad_() if isinstance(lr, torch.Tensor) else lr)
+    new_params, state = opt.update(params, opt.init(params), params)
+    storages = {
+        tensor.untyped_storage().data_ptr()
+        for tree in (new_params, state.exp_avg, state.exp_avg_sq)
+        for tensor in tree.values()
+    }
+    assert len(storages) == (3 if isinstance(lr, torch.Tensor) else 1)
+
+
 @pytest.mark.parametrize(
     "shapes",
     [
