@@ -172,17 +172,23 @@ static void run_share(const Job *job, int64_t thread, int64_t threads)
     run(job, thread * portion, thread + 1 == threads ? job->total : (thread + 1) * portion);
 }
 
-static void run_in_team(void *job)
-{
-    run_share(job, team.number(), team.count());
-}
-
-#if THREADS
 typedef struct {
     const Job *job;
     int64_t thread, threads;
 } Share;
 
+/* All threads of the team come, and those that are not wanted go: a smaller team would end the
+ * others, which the next loop of torch would have to make anew. */
+static void run_in_team(void *given)
+{
+    const Share *share = given;
+    const int64_t there = team.count(), thread = team.number();
+    const int64_t threads = share->threads < there ? share->threads : there;
+    if (thread < threads)
+        run_share(share->job, thread, threads);
+}
+
+#if THREADS
 static void *run_made(void *given)
 {
     const Share *share = given;
@@ -223,8 +229,10 @@ static void run_on(const Job *job, int64_t threads)
     threads = threads < worth ? threads : worth;
     if (threads <= 1)
         run_share(job, 0, 1);
-    else if (team.run != NULL)
-        team.run(run_in_team, (void *)job, (unsigned)threads, 0);
+    else if (team.run != NULL) {
+        Share share = {job, 0, threads};
+        team.run(run_in_team, &share, 0, 0);
+    }
     else
         run_on_made(job, threads);
 }

@@ -1,10 +1,10 @@
 """How a launch goes out: by the driver itself, once Triton has compiled the kernel.
 
 Triton asks at each launch for the types of all arguments and for what was compiled for them, and
-even a compiled kernel takes ten microseconds from Python, as long as a small step. Here arguments
-are always of the same types, so the extension calls the driver. Where it is not built, where the
-kernel wants more than a plain launch, or where somebody wants to be told of launches, as a profiler
-may, Triton launches.
+even a compiled kernel takes some ten microseconds from Python, as long as a small step. Here
+arguments are always of the same types, so the extension calls the driver. Where it is not built,
+where the kernel wants more than a plain launch, or where somebody wants to be told of launches, as
+a profiler may, Triton launches.
 """
 
 from __future__ import annotations
@@ -35,12 +35,10 @@ class Launch:
         if self._plain is not None and not self._source.launches_are_watched():
             function, threads, shared = self._plain
             arguments = (table.data_ptr(), *others)
-            if (
-                _native.extension.launch(
-                    _driver(), function, programs, threads, shared, stream, arguments
-                )
-                == 0
-            ):
+            said = _native.extension.launch(
+                _driver(), function, programs, threads, shared, stream, arguments
+            )
+            if said == 0:
                 return
             # Whatever it is, such as a thread that never used the device, Triton mends it or says.
         grid, words = (programs, 1, 1), bits_of(others)
