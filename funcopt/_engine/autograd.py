@@ -23,9 +23,10 @@ Forward mode takes the equations instead.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,8 +39,9 @@ from .memory import Layout, layout_of
 from .rule import Adjoint, StepInputs, StepOutputs, UpdateRule
 
 
-class _Step(NamedTuple):
-    """What is fixed about a step."""
+@dataclass(frozen=True)
+class _Step:
+    """What is fixed about a step: one leaf to torch, which would look into a NamedTuple."""
 
     rule: UpdateRule
     options: Any

@@ -142,7 +142,7 @@ class _Block:
             base = self._allocate()
             if self.nbytes >= _HAS_PAGES:
                 base = with_large_pages(base)
-            return _split(base, self.rows) if self.rows else [base], base.data_ptr()
+            return _split(base, self.rows) if len(self.rows) > 1 else [base], base.data_ptr()
         kept = self.kept.setdefault(stream, [])
         for _ in range(len(kept)):
             try:
