@@ -11,15 +11,15 @@ Values lie at 0 or above, and lengths are counts of updates, or any numbers betw
 has ended its last value stays, however far the count goes. All is differentiable, in the numbers
 and in the step, and finite; at a boundary the derivative is that of what follows.
 
-Every number of an optimizer takes a schedule, such as `AdamW(lr=...)`, its `weight_decay`, and each
+Every number of an optimizer takes a schedule, such as `Adam(lr=...)`, its `weight_decay`, and each
 of its `betas`. A function of one's own serves as well.
 
-**What weight decay multiplies.** `AdamW` multiplies `weight_decay` by the learning rate of the
-step, as `torch.optim.AdamW` does: $\theta_t = \theta_{t-1} - \eta_t\lambda\,\theta_{t-1} - \ldots$
+**What weight decay is multiplied by.** Where it is decoupled, by the learning rate of the step, as
+in `torch.optim`: $\theta_t = \theta_{t-1} - \eta_t\lambda\,\theta_{t-1} - \ldots$
 Two other rules are in use, and both can be had:
 
 - The paper's: a decay $\lambda$ that is scheduled along with the learning rate, but does not depend
-  on its peak. Divide by the peak: `AdamW(lr=Cosine(peak, steps), weight_decay=decay / peak)`. That
+  on its peak. Divide by the peak: `Lion(lr=Cosine(peak, steps), weight_decay=decay / peak)`. That
   is right at every step, where the learning rate is 0 as well: there, the paper's decay is 0 too.
 - A decay that depends on the learning rate in no way: `Decoupled(decay, lr)` divides by the
   learning rate of the step. Where that is 0 nothing moves at all, and nothing decays.
@@ -27,7 +27,7 @@ Two other rules are in use, and both can be had:
 Example:
     >>> import torch, funcopt
     >>> from funcopt import schedules
-    >>> opt = funcopt.AdamW(lr=schedules.Cosine(peak=3e-4, steps=1000, warmup_steps=100))
+    >>> opt = funcopt.Adam(lr=schedules.Cosine(peak=3e-4, steps=1000, warmup_steps=100))
     >>> opt.lr(50), opt.lr(100), opt.lr(1000)
     (0.00015, 0.0003, 0.0)
     >>> opt.lr(torch.tensor([0.0, 100.0]))

@@ -100,7 +100,7 @@ class Join:
 class Decoupled:
     """A weight decay that does not depend on the learning rate it will be multiplied by.
 
-    `weight_decay / lr` at each step, so that `AdamW` takes `weight_decay` of each parameter, to the
+    `weight_decay / lr` at each step, so that `weight_decay` of each parameter is taken, to the
     rounding. Where the learning rate is 0 it is 0: there, nothing moves and nothing decays. Where
     it is so small that the quotient would be infinite (below 1e-308 of the weight decay), it is
     2**1023, and what is taken goes to 0 with the learning rate.
@@ -115,7 +115,7 @@ class Decoupled:
         >>> import funcopt
         >>> from funcopt.schedules import Cosine, Decoupled
         >>> lr = Cosine(peak=1e-2, steps=100, warmup_steps=10)
-        >>> opt = funcopt.AdamW(lr=lr, weight_decay=Decoupled(1e-3, lr))
+        >>> opt = funcopt.Lion(lr=lr, weight_decay=Decoupled(1e-3, lr))
         >>> opt.weight_decay(5), opt.weight_decay(10)
         (0.2, 0.1)
     """

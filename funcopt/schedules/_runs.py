@@ -123,9 +123,9 @@ class OneCycle:
     more step in each phase: for its one-cycle schedules, see `Piecewise`.
 
     That is the learning rate alone. Unless it is told `cycle_momentum=False`, `OneCycleLR` also
-    lets the momentum, which is the first beta of an AdamW, fall and rise the other way round. For
+    lets the momentum, which is the first beta of an Adam, fall and rise the other way round. For
     all of what it does, give `momentum()` of the same schedule as well:
-    `AdamW(lr=cycle, betas=(cycle.momentum(), 0.999))`.
+    `Adam(lr=cycle, betas=(cycle.momentum(), 0.999))`.
 
     Args:
         peak: At least 0.
@@ -144,7 +144,7 @@ class OneCycle:
         >>> cycle = OneCycle(peak=1.0, steps=10)
         >>> [round(cycle(step), 3) for step in (0, 1, 2, 9)]
         [0.04, 0.52, 1.0, 0.0]
-        >>> opt = funcopt.AdamW(lr=cycle, betas=(cycle.momentum(), 0.999))
+        >>> opt = funcopt.Adam(lr=cycle, betas=(cycle.momentum(), 0.999))
         >>> [round(opt.betas[0](step), 3) for step in (0, 1, 2, 9)]
         [0.95, 0.9, 0.85, 0.95]
     """
