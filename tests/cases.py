@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import optree
+import pytest
 import torch
 from torch import Tensor
 
@@ -126,6 +127,15 @@ def assert_same_bits(one: Any, other: Any) -> None:
     )
     for a, b in zip(leaves(one), leaves(other), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+def attempt(opt: Any, grads: Any, state: Any, params: Any) -> str:
+    """Return what update_ has to say against it, having seen that nothing was written."""
+    before = clone((state, params))
+    with pytest.raises((RuntimeError, TypeError, ValueError)) as refused:
+        opt.update_(grads, state, params)
+    assert_same_bits((state, params), before)
+    return str(refused.value)
 
 
 def assert_close(one: Any, other: Any, rtol: float = 1e-5, atol: float = 1e-7) -> None:

@@ -9,7 +9,17 @@ from torch.func import grad, jvp, vmap
 from funcopt import Accumulate, AdamW, Clip, interop
 from funcopt.testing import check_optimizer, laws
 
-from ..cases import assert_close, assert_same_bits, clone, leaves, random_like, run, tree_map, trees
+from ..cases import (
+    assert_close,
+    assert_same_bits,
+    attempt,
+    clone,
+    leaves,
+    random_like,
+    run,
+    tree_map,
+    trees,
+)
 
 # Without running means, exp_avg is the gradient that the inner optimizer was given, to the bit.
 SHOWING = AdamW(lr=0.1, betas=(0.0, 0.0))
@@ -332,15 +342,6 @@ def test_histories_are_recorded_as_the_inner_optimizer_is_told():
         assert (params.grad_fn is not None) == wanted, inner
         if wanted:
             assert torch.autograd.grad(params.sum(), start)[0].abs().min() > 0
-
-
-def attempt(opt, grads, state, params):
-    """Return what update_ has to say against it, having seen that nothing was written."""
-    before = clone((state, params))
-    with pytest.raises((RuntimeError, TypeError, ValueError)) as refused:
-        opt.update_(grads, state, params)
-    assert_same_bits((state, params), before)
-    return str(refused.value)
 
 
 @pytest.mark.parametrize("calls_before", [0, 1])

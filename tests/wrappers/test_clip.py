@@ -8,7 +8,16 @@ from torch.func import grad, vmap
 
 from funcopt import AdamW, Clip, interop
 
-from ..cases import assert_close, assert_same_bits, clone, leaves, random_like, tree_map, trees
+from ..cases import (
+    assert_close,
+    assert_same_bits,
+    attempt,
+    clone,
+    leaves,
+    random_like,
+    tree_map,
+    trees,
+)
 
 # Without running means, exp_avg is the gradient that the inner optimizer was given, to the bit.
 SHOWING = AdamW(lr=0.1, betas=(0.0, 0.0))
@@ -311,15 +320,6 @@ def test_a_max_norm_that_requires_a_gradient_gets_one():
     (slope,) = torch.autograd.grad(moved.sum(), max_norm)
     assert slope < 0
     assert not state.norm.requires_grad
-
-
-def attempt(opt, grads, state, params):
-    """Return what update_ has to say against it, having seen that nothing was written."""
-    before = clone((state, params))
-    with pytest.raises((RuntimeError, TypeError, ValueError)) as refused:
-        opt.update_(grads, state, params)
-    assert_same_bits((state, params), before)
-    return str(refused.value)
 
 
 def test_update_in_place_refuses_before_it_writes():

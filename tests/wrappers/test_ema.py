@@ -9,7 +9,17 @@ from torch.func import functional_call, grad, jvp, vmap
 from funcopt import Accumulate, AdamW, Clip, Ema, Frozen, Partition, averaged, interop
 from funcopt.schedules import Linear
 
-from ..cases import assert_close, assert_same_bits, clone, leaves, random_like, run, tree_map, trees
+from ..cases import (
+    assert_close,
+    assert_same_bits,
+    attempt,
+    clone,
+    leaves,
+    random_like,
+    run,
+    tree_map,
+    trees,
+)
 
 
 def trajectory(opt, params, gradients):
@@ -305,15 +315,6 @@ def test_parameters_that_require_a_gradient_grow_no_graph():
     stacked = torch.ones(2, 3, requires_grad=True)
     moved, state = vmap(lambda p: opt.update(p.detach(), opt.init(p), p))(stacked)
     assert not any(leaf.requires_grad for leaf in leaves((moved, state)))
-
-
-def attempt(opt, grads, state, params):
-    """Return what update_ has to say against it, having seen that nothing was written."""
-    before = clone((state, params))
-    with pytest.raises((RuntimeError, TypeError, ValueError)) as refused:
-        opt.update_(grads, state, params)
-    assert_same_bits((state, params), before)
-    return str(refused.value)
 
 
 def test_update_in_place_refuses_before_it_writes():

@@ -9,7 +9,17 @@ from torch.func import grad, jvp, vmap
 from funcopt import Accumulate, AdamW, Clip, Ema, Lookahead, interop
 from funcopt.schedules import Linear
 
-from ..cases import assert_close, assert_same_bits, clone, leaves, random_like, run, tree_map, trees
+from ..cases import (
+    assert_close,
+    assert_same_bits,
+    attempt,
+    clone,
+    leaves,
+    random_like,
+    run,
+    tree_map,
+    trees,
+)
 
 
 @pytest.mark.parametrize("in_place", [False, True])
@@ -241,15 +251,6 @@ def test_the_start_has_a_history_where_an_update_is_to_be_recorded(wanted):
     assert (params.grad_fn is not None) == wanted
     if wanted:
         assert_close(torch.autograd.grad(params.sum(), start)[0], 1 - 0.25e-5 * torch.ones(3))
-
-
-def attempt(opt, grads, state, params):
-    """Return what update_ has to say against it, having seen that nothing was written."""
-    before = clone((state, params))
-    with pytest.raises((RuntimeError, TypeError, ValueError)) as refused:
-        opt.update_(grads, state, params)
-    assert_same_bits((state, params), before)
-    return str(refused.value)
 
 
 @pytest.mark.parametrize("updates_before", [0, 1])

@@ -13,6 +13,7 @@ from ..cases import (
     TORCH_FLAGS,
     assert_close,
     assert_same_bits,
+    attempt,
     clone,
     leaves,
     random_like,
@@ -315,15 +316,6 @@ def test_numbers_that_require_a_gradient_give_the_scale_none():
     state = opt.update(torch.ones(1), state, torch.ones(1))[1]
     assert state.scale == 32.0
     assert not state.scale.requires_grad
-
-
-def attempt(opt, grads, state, params):
-    """Return what update_ has to say against it, having seen that nothing was written."""
-    before = clone((state, params))
-    with pytest.raises((RuntimeError, TypeError, ValueError)) as refused:
-        opt.update_(grads, state, params)
-    assert_same_bits((state, params), before)
-    return str(refused.value)
 
 
 def test_update_in_place_refuses_before_it_writes():

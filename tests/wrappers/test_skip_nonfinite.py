@@ -9,7 +9,7 @@ from torch.func import grad, jvp, vmap
 from funcopt import Accumulate, AdamW, Clip, LossScale, Partition, SkipNonfinite, interop
 from funcopt.testing import check_optimizer, laws
 
-from ..cases import assert_same_bits, clone, leaves, random_like, run, tree_map, trees
+from ..cases import assert_same_bits, attempt, clone, leaves, random_like, run, tree_map, trees
 
 INF, NAN = math.inf, math.nan
 # Which of a row of calls are bad, and how.
@@ -228,15 +228,6 @@ def test_stacked_parameters_that_require_a_gradient_grow_no_graph_under_vmap():
 
     params, state = vmap(step)(state, params)
     assert not any(leaf.requires_grad for leaf in leaves((params, state)))
-
-
-def attempt(opt, grads, state, params):
-    """Return what update_ has to say against it, having seen that nothing was written."""
-    before = clone((state, params))
-    with pytest.raises((RuntimeError, TypeError, ValueError)) as refused:
-        opt.update_(grads, state, params)
-    assert_same_bits((state, params), before)
-    return str(refused.value)
 
 
 def test_update_in_place_refuses_before_it_writes():
