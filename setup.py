@@ -15,7 +15,10 @@ else:
 NATIVE = Extension(
     "funcopt._native",
     sources=["funcopt/_native.c"],
-    depends=[f"funcopt/_native_{part}.h" for part in ("job", "launch", "run", "steps")],
+    depends=[
+        f"funcopt/_native_{part}.h"
+        for part in ("job", "launch", "numbers", "round", "run", "steps")
+    ],
     extra_compile_args=FLAGS,
     extra_link_args=FLAGS if sys.platform != "win32" else [],
     libraries=LIBRARIES,

@@ -14,72 +14,18 @@
 #include <Python.h>
 
 #include "_native_job.h"
+#include "_native_round.h"
 #include "_native_run.h"
-
-/* The coefficients of one member. They are found in double, as torch does, and rounded once. */
-
-static double rounded(const Job *job, double value)
-{
-    return job->dtype == FLOAT64 ? value : (double)(float)value;
-}
-
-static void set_grad_factor(const Job *job, double scale, double *own)
-{
-    const double sign = job->maximize ? -1.0 : 1.0;
-    const int is_16_bit = job->item == 2;
-    own[GRAD_FACTOR] = is_16_bit ? sign : sign * rounded(job, scale);
-    own[ROUNDED_FACTOR] = is_16_bit ? rounded(job, scale) : 1.0;
-}
-
-static void set_adam(const Job *job, const double *numbers, double *own)
-{
-    const double step = numbers[0], lr = numbers[1], beta1 = numbers[2], beta2 = numbers[3];
-    const double weight_decay = numbers[5];
-    const double weight = rounded(job, 1 - beta1);
-    own[LERP_FROM_AVERAGE] = weight < 0.5;
-    own[LERP_WEIGHT] = weight < 0.5 ? weight : rounded(job, weight - 1);
-    own[BETA2] = rounded(job, beta2);
-    own[GAIN2] = rounded(job, 1 - beta2);
-    own[EPS] = rounded(job, numbers[4]);
-    own[DECAY] = rounded(job, weight_decay);
-    own[COUPLED] = job->rule == ADAM && weight_decay != 0;
-    own[REMAINDER] = job->rule == ADAM ? 1.0 : rounded(job, 1 - lr * weight_decay);
-    own[DESCENT] = rounded(job, -(lr / (1 - pow(beta1, step))));
-    own[CORRECTION2_ROOT] = rounded(job, sqrt(1 - pow(beta2, step)));
-    set_grad_factor(job, numbers[6], own);
-}
-
-static void set_sgd(const Job *job, const double *numbers, double *own)
-{
-    const double dampening = numbers[0] == 1 ? 0.0 : numbers[3];
-    own[DESCENT] = rounded(job, -numbers[1]);
-    own[MOMENTUM] = rounded(job, numbers[2]);
-    own[GAIN] = rounded(job, 1 - dampening);
-    own[DECAY] = rounded(job, numbers[4]);
-    own[COUPLED] = numbers[4] != 0;
-    set_grad_factor(job, numbers[5], own);
-}
-
-static void set_lion(const Job *job, const double *numbers, double *own)
-{
-    own[DESCENT] = rounded(job, -numbers[1]);
-    own[BETA1] = rounded(job, numbers[2]);
-    own[BETA2] = rounded(job, numbers[3]);
-    own[GAIN1] = rounded(job, 1 - numbers[2]);
-    own[GAIN2] = rounded(job, 1 - numbers[3]);
-    own[DECAY] = rounded(job, numbers[4]);
-    own[COUPLED] = 0;
-    set_grad_factor(job, numbers[5], own);
-}
+#include "_native_numbers.h"
 
 static const struct {
     int fewest_olds, most_olds, numbers;
     void (*set)(const Job *, const double *, double *);
 } rules[] = {
-    [ADAM] = {4, 5, 7, set_adam},
-    [ADAMW] = {4, 5, 7, set_adam},
-    [SGD] = {2, 3, 6, set_sgd},
-    [LION] = {3, 3, 6, set_lion},
+    [ADAM] = {4, 5, 8, set_adam},
+    [ADAMW] = {4, 5, 8, set_adam},
+    [SGD] = {2, 3, 7, set_sgd},
+    [LION] = {3, 3, 7, set_lion},
 };
 enum { RULES = sizeof(rules) / sizeof(rules[0]) };
 
@@ -124,8 +70,26 @@ static int take_sizes(PyObject *given, Job *job, int64_t *sizes)
     return 0;
 }
 
+/* Take which leaf of the whole tree each is; where nothing is said, they are all. */
+static int take_ids(PyObject *given, Job *job, int64_t *ids)
+{
+    const int are_all = given == Py_None;
+    if (!are_all && (!PyList_Check(given) || PyList_Size(given) != job->leaves)) {
+        PyErr_Format(PyExc_TypeError, "ids: must be None, or a list of %lld.",
+                     (long long)job->leaves);
+        return -1;
+    }
+    for (int64_t leaf = 0; leaf < job->leaves; leaf++) {
+        ids[leaf] = leaf;
+        if (!are_all && take_number(PyList_GetItem(given, leaf), "id", 0, INT32_MAX, &ids[leaf]) < 0)
+            return -1;
+    }
+    job->ids = ids;
+    return 0;
+}
+
 /* Take the address of a column of a leaf, which must be able to hold what is said of it. */
-static int take_address(PyObject *given, const Job *job, int64_t size, char **address)
+static int take_address(PyObject *given, int64_t item, int64_t size, char **address)
 {
     const unsigned long long number = PyLong_AsUnsignedLongLong(given);
     if (number == (unsigned long long)-1 && PyErr_Occurred())
@@ -133,11 +97,11 @@ static int take_address(PyObject *given, const Job *job, int64_t size, char **ad
     *address = (char *)(uintptr_t)number;
     if (size == 0)
         return 0;
-    if (number == 0 || number % job->item != 0 || number > UINTPTR_MAX ||
-        (unsigned long long)(size * job->item) > UINTPTR_MAX - number) {
+    if (number == 0 || number % item != 0 || number > UINTPTR_MAX ||
+        (unsigned long long)(size * item) > UINTPTR_MAX - number) {
         PyErr_Format(PyExc_ValueError,
                      "address=%llu: must be that of %lld elements, at a multiple of %lld.", number,
-                     (long long)size, (long long)job->item);
+                     (long long)size, (long long)item);
         return -1;
     }
     return 0;
@@ -154,8 +118,9 @@ static int take_addresses(PyObject *given, Job *job, char **addresses)
         return -1;
     }
     for (int64_t i = 0; i < count; i++) {
-        const int64_t size = job->sizes[i % job->leaves];
-        if (take_address(PyList_GetItem(given, i), job, size, &addresses[i]) < 0)
+        const int64_t size = job->sizes[i % job->leaves], column = i / job->leaves;
+        const int old = (int)(i < olds ? column : old_of((int)(column - job->old_columns)));
+        if (take_address(PyList_GetItem(given, i), job->items[old], size, &addresses[i]) < 0)
             return -1;
     }
     for (int64_t i = count; i < olds + news; i++) {
@@ -188,7 +153,14 @@ static int take_values(PyObject *given, int64_t members, int64_t stride, double 
     return 0;
 }
 
-static int take_numbers(PyObject *given, Job *job, double *numbers, double *coefficients)
+/* A key or a count, which are whole and far below 2**64, or mean nothing. */
+static uint64_t whole_number(double value)
+{
+    return value >= 0 && value < 0x1p53 ? (uint64_t)value : 0;
+}
+
+static int take_numbers(PyObject *given, Job *job, double *numbers, double *coefficients,
+                        uint64_t *keys)
 {
     const int64_t wanted = rules[job->rule].numbers;
     if (PyTuple_Size(given) != wanted) {
@@ -199,32 +171,53 @@ static int take_numbers(PyObject *given, Job *job, double *numbers, double *coef
     for (int64_t i = 0; i < wanted; i++)
         if (take_values(PyTuple_GetItem(given, i), job->members, wanted, &numbers[i]) < 0)
             return -1;
-    for (int64_t member = 0; member < job->members; member++)
-        rules[job->rule].set(job, numbers + member * wanted, coefficients + member * COEFFICIENTS);
+    for (int64_t member = 0; member < job->members; member++) {
+        const double *own = numbers + member * wanted;
+        rules[job->rule].set(job, own, coefficients + member * COEFFICIENTS);
+        keys[2 * member] = whole_number(own[wanted - 2]);
+        keys[2 * member + 1] = whole_number(own[0]);
+    }
     job->coefficients = coefficients;
+    job->keys = keys;
     return 0;
 }
 
 /* Take what is said of all leaves together. */
 static int take_kind(PyObject *const *given, Job *job, int64_t *threads)
 {
-    int64_t rule, dtype, columns, maximize, nesterov;
+    int64_t rule, dtype, slot_dtype, rounding, columns, maximize, nesterov;
     if (take_number(given[0], "rule", 0, RULES - 1, &rule) < 0 ||
         take_number(given[1], "dtype", 0, DTYPES - 1, &dtype) < 0 ||
-        take_number(given[2], "columns", rules[rule].fewest_olds, rules[rule].most_olds,
-                    &columns) < 0 ||
-        take_number(given[3], "maximize", 0, 1, &maximize) < 0 ||
-        take_number(given[4], "nesterov", 0, 1, &nesterov) < 0 ||
-        take_number(given[5], "members", 1, MOST_MEMBERS, &job->members) < 0 ||
-        take_number(given[6], "threads", 1, INT64_MAX, threads) < 0)
+        take_number(given[2], "slot_dtype", 0, DTYPES - 1, &slot_dtype) < 0 ||
+        take_number(given[3], "rounding", NEAREST, COMPENSATED, &rounding) < 0)
         return -1;
+    const int is_compensated = rounding == COMPENSATED;
+    if (take_number(given[4], "columns", rules[rule].fewest_olds + is_compensated,
+                    rules[rule].most_olds + is_compensated, &columns) < 0 ||
+        take_number(given[5], "maximize", 0, 1, &maximize) < 0 ||
+        take_number(given[6], "nesterov", 0, 1, &nesterov) < 0 ||
+        take_number(given[7], "members", 1, MOST_MEMBERS, &job->members) < 0 ||
+        take_number(given[8], "threads", 1, INT64_MAX, threads) < 0)
+        return -1;
+    if ((dtype == FLOAT64) != (slot_dtype == FLOAT64) || (is_compensated && items[dtype] != 2)) {
+        PyErr_SetString(PyExc_ValueError, "dtypes: float64 must be both, and parameters with a "
+                                          "compensation must have 16 bits.");
+        return -1;
+    }
     job->rule = (int)rule;
-    job->dtype = (int)dtype;
+    job->rounding = (int)rounding;
     job->old_columns = (int)columns;
     job->new_columns = (int)columns - 1;
+    job->slots = (int)columns - 2 - is_compensated;
     job->maximize = (int)maximize;
     job->nesterov = (int)nesterov;
-    job->item = items[dtype];
+    job->is_wide = 1;
+    for (int column = 0; column < job->old_columns; column++) {
+        const int is_slot = column >= 2 && column < 2 + job->slots;
+        job->dtypes[column] = (int)(is_slot ? slot_dtype : dtype);
+        job->items[column] = items[job->dtypes[column]];
+        job->is_wide &= job->items[column] != 2;
+    }
     return 0;
 }
 
@@ -233,20 +226,23 @@ static PyObject *run_job(PyObject *const *given, Job *job, int64_t threads)
     const size_t columns = (size_t)(job->old_columns + job->new_columns);
     const size_t leaves = (size_t)job->leaves, members = (size_t)job->members;
     const size_t numbers = members * (size_t)rules[job->rule].numbers;
-    const size_t bytes = leaves * (columns * sizeof(char *) + sizeof(int64_t)) +
-                         (members * COEFFICIENTS + numbers) * sizeof(double);
+    const size_t bytes = leaves * (columns * sizeof(char *) + 2 * sizeof(int64_t)) +
+                         (members * (COEFFICIENTS + 2) + numbers) * sizeof(double);
     char *memory = PyMem_Malloc(bytes);
     if (memory == NULL)
         return PyErr_NoMemory();
     double *coefficients = (double *)memory;
     double *values = coefficients + members * COEFFICIENTS;
-    int64_t *sizes = (int64_t *)(values + numbers);
-    char **addresses = (char **)(sizes + leaves);
+    uint64_t *keys = (uint64_t *)(values + numbers);
+    int64_t *sizes = (int64_t *)(keys + 2 * members);
+    int64_t *ids = sizes + leaves;
+    char **addresses = (char **)(ids + leaves);
 
     PyObject *result = NULL;
-    if (take_sizes(given[7], job, sizes) == 0 && take_addresses(given[8], job, addresses) == 0 &&
-        take_numbers(given[9], job, values, coefficients) == 0) {
-        job->streams = job->total * job->item * job->new_columns > BEYOND_CACHE;
+    if (take_sizes(given[9], job, sizes) == 0 && take_ids(given[10], job, ids) == 0 &&
+        take_addresses(given[11], job, addresses) == 0 &&
+        take_numbers(given[12], job, values, coefficients, keys) == 0) {
+        job->streams = job->total * job->items[0] * job->new_columns > BEYOND_CACHE;
         Py_BEGIN_ALLOW_THREADS
         run_on(job, threads);
         Py_END_ALLOW_THREADS
@@ -258,15 +254,17 @@ static PyObject *run_job(PyObject *const *given, Job *job, int64_t threads)
 }
 
 PyDoc_STRVAR(step_doc,
-             "step(rule, dtype, columns, maximize, nesterov, members, threads, sizes, addresses, "
-             "numbers)\n--\n\n"
+             "step(rule, dtype, slot_dtype, rounding, columns, maximize, nesterov, members, "
+             "threads, sizes, ids, addresses, numbers)\n--\n\n"
              "Move leaves by one step.\n\n"
-             "`columns` of tensors are read: parameters, gradients and slots. `sizes` has the\n"
+             "`columns` of tensors are read: parameters, gradients and slots, and with a rounding\n"
+             "of 2 what was lost of the parameters when they were rounded. `sizes` has the\n"
              "elements of each leaf, all of its `members` together, which lie one after another.\n"
+             "`ids` says which leaf of the tree each is, for the random bits of a rounding of 1.\n"
              "`addresses` has for each column one address a leaf: of what is read, and after these\n"
              "of what is written, unless that is the same. `numbers` are the count of updates, the\n"
-             "hyperparameters of the rule and the scale of the gradients: each a float, or a list\n"
-             "of one for each member. Nothing is read or written if any of it cannot be.\n\n"
+             "hyperparameters of the rule, the key of random bits and the scale of the gradients:\n"
+             "each a float, or a list of one for each member. Nothing is read or written if any of it cannot be.\n\n"
              "Memory must not overlap but where it is the same, and must hold so many elements.");
 
 static PyObject *step(PyObject *module, PyObject *const *given, Py_ssize_t count)
@@ -274,17 +272,17 @@ static PyObject *step(PyObject *module, PyObject *const *given, Py_ssize_t count
     (void)module;
     Job job = {0};
     int64_t threads;
-    if (count != 10) {
-        PyErr_Format(PyExc_TypeError, "step takes 10 arguments, not %zd.", count);
+    if (count != 13) {
+        PyErr_Format(PyExc_TypeError, "step takes 13 arguments, not %zd.", count);
         return NULL;
     }
-    if (!PyList_Check(given[7]) || !PyList_Check(given[8]) || !PyTuple_Check(given[9])) {
+    if (!PyList_Check(given[9]) || !PyList_Check(given[11]) || !PyTuple_Check(given[12])) {
         PyErr_SetString(PyExc_TypeError, "sizes and addresses: must be lists, numbers a tuple.");
         return NULL;
     }
     if (take_kind(given, &job, &threads) < 0)
         return NULL;
-    job.leaves = PyList_Size(given[7]);
+    job.leaves = PyList_Size(given[9]);
     return run_job(given, &job, threads);
 }
 

@@ -23,9 +23,10 @@
 
 enum { ADAM, ADAMW, SGD, LION };
 enum { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
-enum { MOST_OLDS = 5, MOST_NEWS = 4 };
+enum { NEAREST, STOCHASTIC, COMPENSATED };
+enum { MOST_OLDS = 6, MOST_NEWS = 5 };
 static const int64_t MOST_MEMBERS = (int64_t)1 << 40;
-/* So many elements of every column fit into a core's first cache. */
+/* So many elements of every column fit into a core's first cache. Random bits come for so many. */
 enum { BLOCK = 512 };
 /* Threads meet at multiples of so many elements of a leaf: whole cache lines, in every dtype. */
 enum { CUT = 64, CACHE_LINE = 64 };
@@ -58,15 +59,26 @@ enum {
 };
 
 typedef struct {
-    int rule, dtype, nesterov, maximize;
+    int rule, nesterov, maximize, rounding;
     int old_columns, new_columns;
-    int64_t item; /* bytes of an element */
+    int slots; /* those of the rule; the compensation of a parameter comes after them */
+    int dtypes[MOST_OLDS]; /* of the columns before the step */
+    int64_t items[MOST_OLDS]; /* bytes of an element of each */
+    int is_wide; /* whether every column is in the dtype that is computed in */
     int64_t leaves, members, total; /* total: elements of all leaves */
     int streams; /* whether results are written past the cache */
     const int64_t *sizes; /* elements of each leaf, all members together */
+    const int64_t *ids; /* which leaf of the whole tree each is */
     char *const *addresses; /* column by column: those before the step, then those after it */
     const double *coefficients; /* for each member */
+    const uint64_t *keys; /* for each member, and behind it the count of updates: of random bits */
 } Job;
+
+/* Return which column before the step a column after it takes the place of. */
+INLINE int old_of(int new_column)
+{
+    return new_column == 0 ? 0 : new_column + 1;
+}
 
 INLINE char *old_at(const Job *job, int column, int64_t leaf)
 {
@@ -85,7 +97,7 @@ INLINE int is_streamed(const Job *job, int64_t leaf, int64_t begin, int64_t coun
     uintptr_t together = 0;
     for (int column = 0; column < job->new_columns; column++)
         together |= (uintptr_t)new_at(job, column, leaf);
-    together |= (uintptr_t)(begin * job->item);
+    together |= (uintptr_t)(begin * job->items[0]);
     return job->streams && count >= LONG && together % CACHE_LINE == 0 &&
            old_at(job, 0, leaf) != new_at(job, 0, leaf);
 }
@@ -146,26 +158,26 @@ INLINE uint16_t to_float16(float value)
 
 /* Elements on their way to where they are computed, and back. */
 
-INLINE void take_float(const Job *job, const char *source, float *values, int64_t count)
+INLINE void take_float(int dtype, const char *source, float *values, int64_t count)
 {
     const uint16_t *halves = (const uint16_t *)source;
-    if (job->dtype == BFLOAT16)
+    if (dtype == BFLOAT16)
         for (int64_t i = 0; i < count; i++)
             values[i] = from_bfloat16(halves[i]);
-    else if (job->dtype == FLOAT16)
+    else if (dtype == FLOAT16)
         for (int64_t i = 0; i < count; i++)
             values[i] = from_float16(halves[i]);
     else
         memcpy(values, source, (size_t)count * sizeof(float));
 }
 
-INLINE void give_float(const Job *job, const float *values, char *target, int64_t count)
+INLINE void give_float(int dtype, const float *values, char *target, int64_t count)
 {
     uint16_t *halves = (uint16_t *)target;
-    if (job->dtype == BFLOAT16)
+    if (dtype == BFLOAT16)
         for (int64_t i = 0; i < count; i++)
             halves[i] = to_bfloat16(values[i]);
-    else if (job->dtype == FLOAT16)
+    else if (dtype == FLOAT16)
         for (int64_t i = 0; i < count; i++)
             halves[i] = to_float16(values[i]);
     else
@@ -173,9 +185,9 @@ INLINE void give_float(const Job *job, const float *values, char *target, int64_
 }
 
 /* A 16-bit gradient times a number is a 16-bit gradient. */
-INLINE void scale_rounded_float(const Job *job, float factor, float *values, int64_t count)
+INLINE void scale_rounded_float(int dtype, float factor, float *values, int64_t count)
 {
-    if (job->dtype == BFLOAT16)
+    if (dtype == BFLOAT16)
         for (int64_t i = 0; i < count; i++)
             values[i] = from_bfloat16(to_bfloat16(values[i] * factor));
     else
@@ -183,19 +195,19 @@ INLINE void scale_rounded_float(const Job *job, float factor, float *values, int
             values[i] = from_float16(to_float16(values[i] * factor));
 }
 
-INLINE void take_double(const Job *job, const char *source, double *values, int64_t count)
+INLINE void take_double(int dtype, const char *source, double *values, int64_t count)
 {
-    (void)job;
+    (void)dtype;
     memcpy(values, source, (size_t)count * sizeof(double));
 }
 
-INLINE void give_double(const Job *job, const double *values, char *target, int64_t count)
+INLINE void give_double(int dtype, const double *values, char *target, int64_t count)
 {
-    (void)job;
+    (void)dtype;
     memcpy(target, values, (size_t)count * sizeof(double));
 }
 
-INLINE void scale_rounded_double(const Job *job, double factor, double *values, int64_t count)
+INLINE void scale_rounded_double(int dtype, double factor, double *values, int64_t count)
 {
-    (void)job, (void)factor, (void)values, (void)count; /* no leaf in double has 16 bits */
+    (void)dtype, (void)factor, (void)values, (void)count; /* no leaf in double has 16 bits */
 }

@@ -88,7 +88,7 @@
 #endif
 /* The sets of instructions, best first. */
 
-typedef void (*Range)(const Job *, int64_t, int64_t, int64_t, const double *);
+typedef void (*Range)(const Job *, int64_t, int64_t, int64_t, int64_t);
 
 #if X86_TARGETS
 static int has_avx512(void)
@@ -130,7 +130,7 @@ static int chosen = INSTRUCTION_SETS - 1;
 /* Move the elements from `first` to `last`, of all leaves one after another. */
 static void run(const Job *job, int64_t first, int64_t last)
 {
-    const Range range = job->dtype == FLOAT64 ? instruction_sets[chosen].double_range
+    const Range range = job->dtypes[0] == FLOAT64 ? instruction_sets[chosen].double_range
                                               : instruction_sets[chosen].float_range;
     int64_t start = 0; /* of the leaf */
     for (int64_t leaf = 0; leaf < job->leaves && start < last; leaf++) {
@@ -142,7 +142,7 @@ static void run(const Job *job, int64_t first, int64_t last)
         while (begin < end) {
             const int64_t member = begin / own, next = (member + 1) * own;
             const int64_t stop = next < end ? next : end;
-            range(job, leaf, begin, stop, job->coefficients + member * COEFFICIENTS);
+            range(job, leaf, begin, stop, member);
             begin = stop;
         }
     }

@@ -152,7 +152,7 @@ INLINE void NAME(lion)(const double *own, const REAL *const *olds, REAL *const *
 INLINE void NAME(vectors)(const Job *job, const double *own, const REAL *const *olds,
                           REAL *const *news, int64_t count, int streamed)
 {
-    const int coupled = own[COUPLED] != 0.0, buffered = job->old_columns == 3;
+    const int coupled = own[COUPLED] != 0.0, buffered = job->slots == 1;
     if (job->rule == LION)
         NAME(lion)(own, olds, news, count, streamed);
     else if (job->rule == SGD) {
@@ -169,9 +169,9 @@ INLINE void NAME(vectors)(const Job *job, const double *own, const REAL *const *
         else
             NAME(sgd)(own, olds, news, count, streamed, 1, 1, 1);
     }
-    else if (job->old_columns == 5 && !coupled)
+    else if (job->slots == 3 && !coupled)
         NAME(adam)(own, olds, news, count, streamed, 0, 1);
-    else if (job->old_columns == 5)
+    else if (job->slots == 3)
         NAME(adam)(own, olds, news, count, streamed, 1, 1);
     else if (!coupled)
         NAME(adam)(own, olds, news, count, streamed, 0, 0);
@@ -179,38 +179,71 @@ INLINE void NAME(vectors)(const Job *job, const double *own, const REAL *const *
         NAME(adam)(own, olds, news, count, streamed, 1, 0);
 }
 
+/* Write a block of a column as its dtype wants it. */
+INLINE void NAME(give_rounded)(const Job *job, int column, int64_t leaf, int64_t member,
+                               int64_t place, const REAL *values, char *target, int64_t count)
+{
+    const int dtype = job->dtypes[old_of(column)];
+    uint16_t random[BLOCK];
+    if (job->rounding != STOCHASTIC || job->items[old_of(column)] != 2) {
+        JOIN(give, REAL)(dtype, values, target, count);
+        return;
+    }
+    fill_random(random, job->keys + 2 * member, job->ids[leaf], column, place / BLOCK);
+    JOIN(give_by, REAL)(dtype, values, random, target, count);
+}
+
 /* Move elements by way of blocks that stay in the cache: 16-bit ones, which are computed in float,
- * and those behind the last whole vector. */
-static void NAME(staged)(const Job *job, int64_t leaf, int64_t begin, int64_t end,
-                         const double *own)
+ * and those behind the last whole vector. Columns that are computed in as they are need no copy. */
+static void NAME(staged)(const Job *job, int64_t leaf, int64_t begin, int64_t end, int64_t member)
 {
     REAL loaded[MOST_OLDS][BLOCK], computed[MOST_NEWS][BLOCK];
     const REAL *olds[MOST_OLDS];
     REAL *news[MOST_NEWS];
-    for (int column = 0; column < job->old_columns; column++)
-        olds[column] = loaded[column];
-    for (int column = 0; column < job->new_columns; column++)
-        news[column] = computed[column];
-    for (int64_t at = begin; at < end; at += BLOCK) {
-        const int64_t count = end - at < BLOCK ? end - at : BLOCK;
+    const double *own = job->coefficients + member * COEFFICIENTS;
+    const int64_t first = member * (job->sizes[leaf] / job->members);
+    const int lost = job->rounding == COMPENSATED ? job->new_columns - 1 : 0;
+    for (int64_t at = begin, count; at < end; at += count) {
+        /* A block ends where random bits for another begin. */
+        count = BLOCK - (at - first) % BLOCK;
+        count = end - at < count ? end - at : count;
         const int64_t whole = (count + WIDTH - 1) / WIDTH * WIDTH;
         for (int column = 0; column < job->old_columns; column++) {
-            JOIN(take, REAL)(job, old_at(job, column, leaf) + at * job->item, loaded[column], count);
+            char *source = old_at(job, column, leaf) + at * job->items[column];
+            if (job->items[column] == sizeof(REAL) && whole == count && !(lost && column == 0)) {
+                olds[column] = (const REAL *)source;
+                continue;
+            }
+            olds[column] = loaded[column];
+            JOIN(take, REAL)(job->dtypes[column], source, loaded[column], count);
             for (int64_t i = count; i < whole; i++)
                 loaded[column][i] = 0;
         }
+        if (lost)
+            JOIN(compensate, REAL)(loaded[0], olds[lost + 1], count);
         if (own[ROUNDED_FACTOR] != 1.0)
-            JOIN(scale_rounded, REAL)(job, (REAL)own[ROUNDED_FACTOR], loaded[1], count);
+            JOIN(scale_rounded, REAL)(job->dtypes[1], (REAL)own[ROUNDED_FACTOR], loaded[1], count);
+        for (int column = 0; column < job->new_columns; column++) {
+            const int is_wide = job->items[old_of(column)] == sizeof(REAL) && whole == count;
+            char *target = new_at(job, column, leaf) + at * job->items[old_of(column)];
+            news[column] = is_wide ? (REAL *)target : computed[column];
+        }
         NAME(vectors)(job, own, olds, news, whole, 0);
+        if (lost)
+            JOIN(find_lost, REAL)(job->dtypes[0], news[0], news[lost], count);
         for (int column = 0; column < job->new_columns; column++)
-            JOIN(give, REAL)(job, computed[column], new_at(job, column, leaf) + at * job->item, count);
+            if (news[column] == computed[column])
+                NAME(give_rounded)(job, column, leaf, member, at - first, computed[column],
+                                   new_at(job, column, leaf) + at * job->items[old_of(column)],
+                                   count);
     }
 }
 
 /* Move the elements of one leaf from `begin` to `end`, which are of one member. */
-static void NAME(range)(const Job *job, int64_t leaf, int64_t begin, int64_t end, const double *own)
+static void NAME(range)(const Job *job, int64_t leaf, int64_t begin, int64_t end, int64_t member)
 {
-    const int64_t count = job->item == sizeof(REAL) ? (end - begin) / WIDTH * WIDTH : 0;
+    const int64_t count = job->is_wide ? (end - begin) / WIDTH * WIDTH : 0;
+    const double *own = job->coefficients + member * COEFFICIENTS;
     const REAL *olds[MOST_OLDS];
     REAL *news[MOST_NEWS];
     if (count > 0) {
@@ -224,7 +257,7 @@ static void NAME(range)(const Job *job, int64_t leaf, int64_t begin, int64_t end
             NAME(vectors)(job, own, olds, news, count, 0);
     }
     if (begin + count < end)
-        NAME(staged)(job, leaf, begin + count, end, own);
+        NAME(staged)(job, leaf, begin + count, end, member);
 }
 
 #undef LOAD

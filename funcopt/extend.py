@@ -151,29 +151,27 @@ vmap refuses and which a checkpoint does not hold.
 
 from ._core.pytree import tree_map
 from ._core.tensors import fit
-from ._core.types import Traits, check_is_optimizer, traits_of
-from ._engine.checks import check_state
-from ._engine.dispatch import safe_sqrt
-from ._engine.hyperparameters import normalize_fields, numbers_of
-from ._engine.prepare import first_count, next_count
-from ._engine.registration import check_fields, register_optimizer
-from ._engine.rule import (
+from ._core.types import (
     ABOVE_ZERO,
     AT_LEAST_ZERO,
     BELOW_ONE,
     COUNT,
     FRACTION,
     SHARE,
-    Adjoint,
     Hyperparam,
-    Kernel,
     Range,
-    Slot,
-    StepInputs,
-    StepOutputs,
-    UpdateRule,
+    Traits,
+    check_is_optimizer,
+    traits_of,
 )
-from ._engine.update import init, update, update_
+from ._engine.checks import check_state
+from ._engine.counts import first_count, next_count
+from ._engine.dispatch import safe_sqrt
+from ._engine.hyperparameters import normalize_fields, numbers_of
+from ._engine.prepare import init
+from ._engine.registration import check_fields, register_optimizer
+from ._engine.rule import Adjoint, Kernel, Slot, StepInputs, StepOutputs, UpdateRule
+from ._engine.update import update, update_
 from .wrappers._shared import (
     check_wrapper_inplace,
     device_of_tensors,

@@ -1,4 +1,4 @@
-"""What an optimizer is, what a tree and a schedule are, and what an optimizer says of itself.
+"""What an optimizer is, a tree, a schedule, a number, and what an optimizer says of itself.
 
 Nobody recognizes an optimizer by its class or by the names of its fields. Whoever cuts, packs,
 stacks or shards leaves, or wants to know what a wrapper does with gradients, asks for its traits.
@@ -7,9 +7,10 @@ stacks or shards leaves, or wants to know what a wrapper does with gradients, as
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -261,3 +262,65 @@ def traits_of(opt: object) -> Traits:
 
 
 _NAMES = tuple(field.name for field in fields(Traits))
+
+
+class Range(NamedTuple):
+    """What values a hyperparameter may have."""
+
+    words: str  # as a message says it: "must be ..."
+    holds: Callable[[float], bool]  # False for a NaN, which is in no range
+    whole: bool = False  # it counts something
+
+
+AT_LEAST_ZERO = Range("must be finite and at least 0", lambda value: 0.0 <= value < math.inf)
+ABOVE_ZERO = Range("must be finite and above 0", lambda value: 0.0 < value < math.inf)
+BELOW_ONE = Range("must be at least 0 and below 1", lambda value: 0.0 <= value < 1.0)
+FRACTION = Range("must be at least 0 and at most 1", lambda value: 0.0 <= value <= 1.0)
+SHARE = Range("must be above 0 and at most 1", lambda value: 0.0 < value <= 1.0)
+COUNT = Range(
+    "must be a whole number of at least 1",
+    lambda value: 1.0 <= value < math.inf and value == int(value),
+    whole=True,
+)
+
+
+class Hyperparam(NamedTuple):
+    """A number of an optimizer.
+
+    Attributes:
+        name: As the equations call it, such as `"momentum"`.
+        range: What it may be.
+        field: The field of the optimizer that holds it, if that has another name. `"betas[0]"` is
+            the first of a pair.
+    """
+
+    name: str
+    range: Range
+    field: str = ""
+
+    @property
+    def path(self) -> str:
+        """As users and messages call it."""
+        return self.field or self.name
+
+    @property
+    def place(self) -> tuple[str, int | None]:
+        """The field that holds it, and which one of several in there it is."""
+        field, _, index = self.path.partition("[")
+        return field, int(index[:-1]) if index else None
+
+    def of(self, opt: Any) -> Any:
+        """Return what an optimizer was given for it."""
+        if not self.field:
+            return getattr(opt, self.name)
+        field, index = self.place
+        value = getattr(opt, field)
+        return value if index is None else value[index]
+
+    def put(self, opt: Any, value: Any) -> None:
+        """Replace what a frozen optimizer was given for it."""
+        field, index = self.place
+        if index is not None:
+            own = getattr(opt, field)
+            value = (*own[:index], value, *own[index + 1 :])
+        object.__setattr__(opt, field, value)

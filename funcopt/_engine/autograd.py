@@ -46,11 +46,12 @@ class _Step:
     rule: UpdateRule
     options: Any
     leaves: int
+    ids: tuple[int, ...] | None  # of the leaves, as in `StepInputs`
 
     @property
     def number_count(self) -> int:
         """How many numbers there are; `grad_scale` is 1 here, and none of them."""
-        return 1 + len(self.rule.hyperparams)
+        return 2 + len(self.rule.hyperparams)
 
     @property
     def derivative(self) -> Adjoint:
@@ -60,7 +61,11 @@ class _Step:
     def split(self, operands: Sequence[Any]) -> tuple[Any, StepInputs]:
         """Return the numbers and the tensors among flat operands."""
         numbers = self.rule.numbers(*operands[: self.number_count])
-        return numbers, StepInputs.of(self.columns(operands[self.number_count :]))
+        return numbers, self.inputs(operands[self.number_count :])
+
+    def inputs(self, flat: Sequence[Tensor]) -> StepInputs:
+        """Return the inputs of a step from their columns, one after another."""
+        return StepInputs.of(self.columns(flat), None if self.ids is None else list(self.ids))
 
     def columns(self, flat: Sequence[Any]) -> list[list[Any]]:
         """Cut a flat sequence into columns."""
@@ -92,7 +97,8 @@ def step_under_transforms(
     """Return the leaves after one step with the same numbers, under whatever is watching."""
     if not inputs.params:  # flat, lists without leaves would be lost
         return inputs.targets
-    step = _Step(rule, options, len(inputs.params))
+    ids = None if inputs.ids is None else tuple(inputs.ids)
+    step = _Step(rule, options, len(inputs.params), ids)
     operands = (*numbers[: step.number_count], *chain(*inputs.columns))
     if not transforms.in_vmaps_alone():
         return StepOutputs.of(step.columns(_apply(step, *operands)))
@@ -114,7 +120,11 @@ def _step_stacked(
     others = (*chain(*given.slots), *numbers)
     with recording(given.params, given.grads, others, step.options.differentiable):
         moved = map(_with_dim_of_vmap, numbers, dims[: step.number_count])
-        numbers = _with_dims_of_inner_vmaps(numbers._make((*moved, numbers.grad_scale)))
+        own = numbers._make((*moved, numbers.grad_scale))
+        if step.options.rounding == "stochastic":
+            # Of each member, elements are counted by themselves, so each has a key.
+            own = own._replace(key=_key_of_each(numbers.key, dims[step.number_count - 1], size))
+        numbers = _with_dims_of_inner_vmaps(own)
         stacked = [
             _leaf_to_front(leaf, dim, size)
             for leaf, dim in zip(
@@ -125,7 +135,7 @@ def _step_stacked(
         if _member_dims(numbers) and not transformed:
             # A kernel may take the step of each member by itself, which needs contiguous memory.
             stacked = [leaf.contiguous() for leaf in stacked]
-        inputs = StepInputs.of(step.columns(stacked))
+        inputs = step.inputs(stacked)
         if transformed or torch.is_grad_enabled():
             outputs = step_under_transforms(step.rule, inputs, numbers, step.options)
         else:
@@ -236,6 +246,13 @@ def _with_dim_of_vmap(number: Number, dim: int | None) -> Number:
         return number if dim == 0 else number.movedim(dim, 0)
     # A number with dimensions of inner vmaps needs a place for this one; a 0-dim number has none.
     return number.unsqueeze(0) if number.ndim > 0 else number
+
+
+def _key_of_each(key: Number, dim: int | None, size: int) -> Tensor:
+    """Return the key of each member of a vmap, which may be the same for all."""
+    if not isinstance(key, Tensor):
+        return torch.full((size,), key, dtype=torch.float64, device="cpu")
+    return key.expand(size, *key.shape) if dim is None else key.movedim(dim, 0)
 
 
 def _member_dims(numbers: Any) -> int:

@@ -71,6 +71,10 @@ def check_dense(
             )
 
 
+def _same(dtype: torch.dtype) -> torch.dtype:
+    return dtype
+
+
 def check_leaves(leaves: Sequence[Any], path: Callable[[int], str]) -> None:
     """Refuse whatever cannot be a parameter: no tensor, not dense, or of a dtype that cannot move.
 
@@ -99,9 +103,13 @@ def _refuse_leaf(leaf: Any, path: str) -> None:
 
 
 def check_alike(
-    leaves: Sequence[Any], params: Sequence[Tensor], path: Callable[[int], str], what: str
+    leaves: Sequence[Any],
+    params: Sequence[Tensor],
+    path: Callable[[int], str],
+    what: str,
+    dtype_of: Callable[[torch.dtype], torch.dtype] = _same,
 ) -> None:
-    """Refuse gradients or moments that are not like their parameters."""
+    """Refuse gradients or moments that are not like their parameters, but for a dtype of theirs."""
     if (shards := sharding()) is not None:
         shards.check_placed(leaves, params, path, what)
     for index, (leaf, param) in enumerate(zip(leaves, params, strict=True)):
@@ -110,13 +118,13 @@ def check_alike(
             and leaf.layout is torch.strided
             and not leaf.is_nested
             and leaf.shape == param.shape
-            and leaf.dtype == param.dtype
+            and leaf.dtype == dtype_of(param.dtype)
             and leaf.device == param.device
         ):
-            _refuse_unlike(leaf, param, path(index), what)
+            _refuse_unlike(leaf, param, path(index), what, dtype_of(param.dtype))
 
 
-def _refuse_unlike(leaf: Any, param: Tensor, path: str, what: str) -> None:
+def _refuse_unlike(leaf: Any, param: Tensor, path: str, what: str, dtype: torch.dtype) -> None:
     if not isinstance(leaf, Tensor):
         raise TypeError(f"{path} is {kind_of(leaf)}: {what} must be a tensor.")
     if not is_dense(leaf):
@@ -124,9 +132,15 @@ def _refuse_unlike(leaf: Any, param: Tensor, path: str, what: str) -> None:
             f"{path} has {shown_layout(leaf)}: {what} must be dense. Make it so with "
             f".to_dense(), or build an embedding with sparse=False."
         )
+    if leaf.dtype != dtype and (what == "a moment" or leaf.dtype == param.dtype):
+        raise ValueError(
+            f"{path}: dtype {shown(leaf.dtype)}, and beside a parameter of {shown(param.dtype)} "
+            f"this optimizer keeps {shown(dtype)}. Give it another moments=, such as "
+            f"moments={leaf.dtype}, make the state with its init(), or convert this one with .to()."
+        )
     for name in ("shape", "dtype", "device"):
         own, wanted = getattr(leaf, name), getattr(param, name)
-        if own != wanted:
+        if own != wanted and (name != "dtype" or leaf.dtype != dtype):
             remedy = _REMEDIES[name]
             if what == "a moment" and name == "shape":
                 remedy += of_members()

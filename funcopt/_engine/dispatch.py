@@ -7,7 +7,7 @@ out of place or in place.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .._core import transforms
-from .._core.tensors import compute_dtype, double, fit, on_one_thread, write
+from .._core.tensors import compute_dtype, double, fit, on_one_thread, scaled, write
 from .._core.types import Number
 from . import memory
 from .memory import Batch, Layout, layout_of
@@ -33,7 +33,12 @@ def _kernel(rule: UpdateRule, name: str) -> Kernel:
 
 def _plain(rule: UpdateRule) -> Kernel:
     """Return the equations as a kernel: operators serve whatever device or number torch does."""
-    return Kernel(partial(plain_step_, rule), takes_members=True)
+    return Kernel(
+        partial(plain_step_, rule),
+        takes_members=True,
+        serves_dtypes=lambda _param, _slots: True,
+        rounds_stochastically=True,
+    )
 
 
 def unserved(rule: UpdateRule, name: str, device: torch.device) -> str | None:
@@ -82,7 +87,7 @@ def run(
                 part.kernel.step_to(own, results, numbers, options)
                 continue
             memory.copy_into(results, own)
-            copied = StepInputs(results.params, own.grads, results.slots)
+            copied = StepInputs(results.params, own.grads, results.slots, own.ids)
             _step_batch_(copied, batch, part, numbers, options)
     return outputs
 
@@ -115,6 +120,9 @@ def _step_(inputs: StepInputs, part: Part, numbers: Any, options: Any) -> None:
             part.kernel.step_(member, own, options)
     elif part.kernel.scales_gradients or _is_one(numbers.grad_scale):
         part.kernel.step_(inputs, numbers, options)
+    elif options.rounding == "stochastic":  # for which an element must know its place in the leaf
+        grads = scaled(inputs.grads, numbers.grad_scale)
+        part.kernel.step_(inputs._replace(grads=grads), numbers, options)
     else:
         for piece in memory.scaled_pieces(inputs, numbers.grad_scale):
             part.kernel.step_(piece, numbers, options)
@@ -171,7 +179,8 @@ def _parts(
     parts = []
     found = layout.batches_in_place if in_place else layout.batches
     for group, several in zip(layout.groups, found, strict=True):
-        kernel = _choose(rule, inputs.params[group[0]].device, numbers, options, layout)
+        first = [column[group[0]] for column in inputs.targets.columns]
+        kernel = _choose(rule, first, numbers, options, layout)
         # Some kernels serve large and small leaves alike, and some rules see whole leaves alone.
         at_once = kernel.step_to is not None or not rule.traits.elementwise
         batches = [Batch(group)] if at_once else several
@@ -222,29 +231,45 @@ def _value(number: Number) -> Number:
     return number.detach()
 
 
+_SIXTEEN_BITS = frozenset((torch.bfloat16, torch.float16))
+
+
 def _choose(
     rule: UpdateRule,
-    device: torch.device,
+    leaf: list[Tensor],
     numbers: Any,
     options: Any,
     layout: Layout,
 ) -> Kernel:
+    """Return who moves leaves like this one: a parameter and its slots."""
     tensors = [number for number in numbers if isinstance(number, Tensor)]
     if not layout.plain or (tensors and not transforms.all_plain(tensors)):
         return _plain(rule)  # a subclass knows operators only
-    device = transforms.stand_in(device)
+    device = transforms.stand_in(leaf[0].device)
+    dtype, *slots = dtypes = [tensor.dtype for tensor in leaf]
+    by_chance = options.rounding == "stochastic" and any(d in _SIXTEEN_BITS for d in dtypes)
+    if by_chance and not layout.ready:
+        return _plain(rule)  # kernels go by the place in memory, and bits by the place in the leaf
     if options.kernel != "auto":
         kernel = _kernel(rule, options.kernel)
         reason = kernel.unsupported_reason(device, numbers)
+        if reason is None and not kernel.serves_dtypes(dtype, slots):
+            reason = f"it does not serve parameters of {dtype} beside moments of {slots[0]}"
+        if reason is None and by_chance and not kernel.rounds_stochastically:
+            reason = "it rounds to the nearest number, and rounding='stochastic' was asked for"
         if reason is not None:
             raise ValueError(
                 f"kernel={options.kernel!r} cannot serve leaves on {device}: {reason}. "
                 f"kernel='auto' takes the fastest one that can."
             )
         return kernel
-    kernels = map(rule.kernel, rule.kernels)
-    serving = (k for k in kernels if k.unsupported_reason(device, numbers) is None)
-    return next(serving, _plain(rule))
+    for name in rule.kernels:
+        kernel = rule.kernel(name)
+        served = kernel.serves_dtypes(dtype, slots)
+        served = served and (kernel.rounds_stochastically or not by_chance)
+        if served and kernel.unsupported_reason(device, numbers) is None:
+            return kernel
+    return _plain(rule)
 
 
 def _of_members(
@@ -276,7 +301,8 @@ def _split(inputs: StepInputs, values: list[Any]) -> Iterator[tuple[StepInputs, 
         return
     members = [[tensor.unbind(0) for tensor in column] for column in inputs.columns]
     for i in range(inputs.params[0].shape[0]):
-        own = StepInputs.of([[slices[i] for slices in column] for column in members])
+        columns = [[slices[i] for slices in column] for column in members]
+        own = StepInputs.of(columns, inputs.ids)
         # A dimension may have been left at size 1 because all share one.
         nth = [value[i % len(value)] if isinstance(value, list) else value for value in values]
         yield from _split(own, nth)
@@ -301,9 +327,9 @@ def plain_step(
     """Return the leaves after one step, with the same numbers or each with its own."""
     rows: list[list[Tensor]] = []
     for (param, grad, *slots), own in _each(rule, inputs, numbers, options):
-        dtype = inputs.params[len(rows)].dtype
+        index = len(rows)
         row = rule.equations(param, grad, tuple(slots), own, options)
-        rows.append([new if new.dtype is dtype else new.to(dtype) for new in row])
+        rows.append(_stored(row, inputs, index, _of_leaf(numbers, index), options))
     columns = list(map(list, zip(*rows, strict=True)))
     return StepOutputs.of(columns or [[] for _ in inputs.targets.columns])
 
@@ -321,9 +347,34 @@ def plain_step_(rule: UpdateRule, inputs: StepInputs, numbers: Any, options: Any
         else:
             news = list(rule.equations(param, grad, tuple(slots), own, options))
         olds = [column[index] for column in inputs.targets.columns]
+        news = _stored(news, inputs, index, numbers, options)
         for old, new in zip(olds, news, strict=True):
             if new is not old:
                 write(old, new)
+
+
+def _of_leaf(numbers: Any | list[Any], index: int) -> Any:
+    return numbers[index] if isinstance(numbers, list) else numbers
+
+
+def _stored(
+    news: Sequence[Tensor], inputs: StepInputs, index: int, numbers: Any, options: Any
+) -> list[Tensor]:
+    """Return what came of a leaf in the dtypes in which it is stored."""
+    dtypes = [column[index].dtype for column in inputs.targets.columns]
+    if options.rounding != "stochastic":
+        return [new.to(dtype) for new, dtype in zip(news, dtypes, strict=True)]
+    from .rounding import random_bits, round_stochastically  # noqa: PLC0415  # for this alone
+
+    leaf = index if inputs.ids is None else inputs.ids[index]
+    stored = []
+    for column, (new, dtype) in enumerate(zip(news, dtypes, strict=True)):
+        if new.dtype is dtype or compute_dtype(dtype) is dtype:
+            stored.append(new.to(dtype))
+            continue
+        own = numbers.key, numbers.step, leaf, column
+        stored.append(round_stochastically(new, random_bits(*own, new.shape, new.device), dtype))
+    return stored
 
 
 def _each(

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from .._core import transforms
-from .._core.types import Number, Schedule, Tree, is_dense, kind_of, shown_layout
-from .rule import Hyperparam, Range, UpdateRule
+from .._core.types import Hyperparam, Number, Range, Schedule, Tree, is_dense, kind_of, shown_layout
+from .rule import UpdateRule
 
 
 def check_number(own: Hyperparam, value: float, source: str = "") -> float:
@@ -38,6 +38,31 @@ def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
     """
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name}={value!r}: must be one of {', '.join(choices)}.")
+
+
+_MOMENTS = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def check_moments(moments: object) -> None:
+    """Refuse what is no dtype that moments can be kept in, nor says which one that is."""
+    if moments in ("auto", None) or moments in _MOMENTS:
+        return
+    kinds = ", ".join(map(str, _MOMENTS))
+    raise ValueError(
+        f"moments={moments!r}: must be 'auto' (float32 beside 16-bit parameters, else the "
+        f"parameter's dtype), None (the parameter's dtype), or one of {kinds}."
+    )
+
+
+ROUNDINGS = ("nearest", "stochastic")
+SEED = Hyperparam(
+    "seed",
+    Range(
+        "must be a whole number of at least 0 and below 2**53",
+        lambda value: 0.0 <= value < 2.0**53 and value == int(value),
+        whole=True,
+    ),
+)
 
 
 def check_flag(name: str, value: object) -> None:
@@ -255,18 +280,22 @@ def numbers_of(opt: Any, step: Tree) -> dict[str, Number]:
 
 
 def numbers_at(
-    rule: UpdateRule, opt: Any, olds: Sequence[Tensor], news: Sequence[Number]
+    rule: UpdateRule,
+    opt: Any,
+    olds: Sequence[Tensor],
+    news: Sequence[Number],
+    key: Number = 0.0,
 ) -> list[Any]:
     """Return the numbers of an update for each count of updates.
 
     Schedules go by the counts before the update. Leaves that share one after it share the numbers.
-    That the counts are counts is for `check_counts`.
+    That the counts are counts is for `check_counts`. `key` is that of random bits.
     """
     given = rule.setup_of(opt).numbers
     if given is not None:
         if len(news) == 1 or not _FLOAT.issuperset(map(type, news)):
-            return [rule.numbers(detached(new), *given) for new in news]
-        shared = {new: rule.numbers(new, *given) for new in dict.fromkeys(news)}
+            return [rule.numbers(detached(new), *given, key) for new in news]
+        shared = {new: rule.numbers(new, *given, key) for new in dict.fromkeys(news)}
         return [shared[new] for new in news]
     pairs = list(zip(rule.hyperparams, rule.hyperparams_of(opt), strict=True))
     for own, number in pairs:
@@ -279,6 +308,7 @@ def numbers_at(
                 n if isinstance(n, (float, Tensor)) else _from_schedule(own, n, old)
                 for own, n in pairs
             ),
+            key,
         )
         for old, new in zip(olds, news, strict=True)
     ]

@@ -21,10 +21,13 @@ def fused(
 ) -> Kernel:
     """Return a kernel that is one operator of torch, which is made for 16-bit leaves, too.
 
+    Where moments are in another dtype than parameters, both come to it in the dtype to compute in.
+
     Where torch lacks the operator that is needed, the kernel serves nothing. `paths` has what
     messages call those numbers that have another name in the rule.
     """
-    return Kernel(step_, partial(_unsupported_reason, (needed,), paths))
+    reason = partial(_unsupported_reason, (needed,), paths)
+    return Kernel(partial(_alike, step_), reason, serves_dtypes=lambda _param, _slots: True)
 
 
 def foreach(
@@ -32,12 +35,13 @@ def foreach(
     needed: Sequence[str],
     paths: Mapping[str, str] = MappingProxyType({}),
 ) -> Kernel:
-    """Return a kernel that is made of `_foreach_` operators; 16-bit leaves come to it in float32.
+    """Return a kernel of `_foreach_` operators; leaves come to it in the dtype to compute in.
 
     The operators are named without `_foreach_`. The rest is as for `fused`.
     """
     names = tuple(f"_foreach_{name}" for name in ("copy_", *needed))
-    return Kernel(partial(_widened, step_), partial(_unsupported_reason, names, paths))
+    reason = partial(_unsupported_reason, names, paths)
+    return Kernel(partial(_widened, step_), reason, serves_dtypes=lambda _param, _slots: True)
 
 
 def fused_lr(lr: Number, device: torch.device) -> Number:
@@ -50,15 +54,27 @@ def fused_lr(lr: Number, device: torch.device) -> Number:
     return lr.to(device, torch.float32) if isinstance(lr, Tensor) else lr
 
 
-def _widened(step_: Callable[..., None], inputs: StepInputs, numbers: Any, options: Any) -> None:
-    dtype = inputs.params[0].dtype
-    if compute_dtype(dtype) is dtype:
+def _alike(step_: Callable[..., None], inputs: StepInputs, numbers: Any, options: Any) -> None:
+    """Make a step by a kernel that wants all of a leaf in one dtype; where it is not, by copies."""
+    if len({column[0].dtype for column in inputs.columns}) > 1:
+        _widened(step_, inputs, numbers, options)
+    else:
         step_(inputs, numbers, options)
-        return
-    wide = StepInputs.of([[tensor.float() for tensor in column] for column in inputs.columns])
+
+
+def _widened(step_: Callable[..., None], inputs: StepInputs, numbers: Any, options: Any) -> None:
+    dtype = compute_dtype(inputs.params[0].dtype)
+    wide = StepInputs.of(
+        [
+            column if column[0].dtype is dtype else [tensor.to(dtype) for tensor in column]
+            for column in inputs.columns
+        ],
+        inputs.ids,
+    )
     step_(wide, numbers, options)
     for column, computed in zip(inputs.targets.columns, wide.targets.columns, strict=True):
-        torch._foreach_copy_(column, computed)
+        if computed is not column:
+            torch._foreach_copy_(column, computed)
 
 
 def _unsupported_reason(

@@ -75,6 +75,7 @@ def clones(inputs: StepInputs) -> StepInputs:
         [param.clone() for param in inputs.params],
         inputs.grads,
         tuple([tensor.clone() for tensor in column] for column in inputs.slots),
+        inputs.ids,
     )
 
 
@@ -114,7 +115,7 @@ def borrow(inputs: StepInputs) -> StepInputs:
     """Return the leaves themselves, or same_layout copies of those that a kernel could not take."""
     params = [param if _is_dense(param) else param.clone() for param in inputs.params]
     others = (_map(_in_layout_of, column, params) for column in inputs.columns[1:])
-    return StepInputs.of([params, *others])
+    return StepInputs.of([params, *others], inputs.ids)
 
 
 def give_back(borrowed: StepInputs, inputs: StepInputs) -> None:
@@ -157,7 +158,7 @@ def _map(
 def _in_layout_of(tensor: Tensor, param: Tensor) -> Tensor:
     if tensor.stride() == param.stride() and not tensor.is_neg():
         return tensor
-    return torch.empty_like(param).copy_(tensor)
+    return torch.empty_like(param, dtype=tensor.dtype).copy_(tensor)
 
 
 def _is_dense(param: Tensor) -> bool:
@@ -205,7 +206,8 @@ class Batch(NamedTuple):
 class Layout(NamedTuple):
     """What is the same for all leaves that look like these."""
 
-    groups: list[list[int]]  # the leaves of each device and dtype
+    groups: list[list[int]]  # the leaves of each device and dtypes
+    dtypes: set[tuple[torch.dtype, ...]]  # of a parameter and its slots: those that there are
     batches: list[list[Batch]]  # for each of these, how to move copies of its leaves
     batches_in_place: list[list[Batch]]  # and how to move the leaves themselves
     devices: list[torch.device]  # where leaves are
@@ -295,9 +297,10 @@ def _survey(inputs: StepInputs) -> Layout:
     tensors = [*params, *chain(*others)]
     plain = transforms.all_plain(tensors)
     ready = all(map(_is_ready, tensors))
-    by_kind: dict[object, list[int]] = {}
+    by_kind: dict[tuple[torch.device, tuple[torch.dtype, ...]], list[int]] = {}
     for index, param in enumerate(params):
-        by_kind.setdefault((param.device, param.dtype), []).append(index)
+        kept = tuple([column[index].dtype for column in inputs.slots])
+        by_kind.setdefault((param.device, (param.dtype, *kept)), []).append(index)
     groups = list(by_kind.values())
     real = not any(map(Tensor.is_complex, params))
     others_require_grad = any(map(_any_requires_grad, others))
@@ -305,6 +308,7 @@ def _survey(inputs: StepInputs) -> Layout:
     writable = plain and ready and not inferred and not others_require_grad
     return Layout(
         groups=groups,
+        dtypes={dtypes for _, dtypes in by_kind},
         batches=[_batches(group, params) for group in groups],
         batches_in_place=[_batches_in_place(group, params) for group in groups],
         devices=list({param.device for param in params}),

@@ -11,12 +11,20 @@ import torch
 from torch import Tensor
 
 from .._core import pytree, transforms
-from .._core.tensors import scaled, write
+from .._core.tensors import scaled
 from .._core.types import Number, Tree
 from .checks import check_alike, check_distinct, check_leaves, check_state, sharding
-from .hyperparameters import check_count
+from .counts import (
+    Counts,
+    check_key,
+    device_for_count,
+    first_count,
+    first_key,
+    gather_counts,
+    key_of,
+)
 from .memory import Layout, known, known_flat, layout_of
-from .rule import Slot, StepInputs, StepOutputs, UpdateRule
+from .rule import Setup, Slot, StepInputs, StepOutputs, UpdateRule, slot_dtype
 
 T = TypeVar("T")
 
@@ -32,6 +40,27 @@ def flatten_params(params: Tree) -> tuple[list[Tensor], pytree.Structure]:
     check_leaves(leaves, partial(pytree.path, structure, "params"))
     check_untied(leaves, structure)
     return leaves, structure
+
+
+def init(opt: Any, params: Tree) -> Any:
+    """Return the state before the first update: a count of 0, and zeros."""
+    rule: UpdateRule = opt.rule
+    setup = rule.setup_of(opt)
+    leaves, structure = flatten_params(params)
+    slots = [_zeros(slot, setup.options.moments, leaves, structure) for slot in setup.slots]
+    place = device_for_count(leaves)
+    step: Tree = first_count(place)
+    if setup.options.step_per_leaf:
+        step = pytree.unflatten(structure, [first_count(place) for _ in leaves])
+    return rule.state_of(setup, [step, *slots], first_key(opt, place))
+
+
+def _zeros(
+    slot: Slot, moments: torch.dtype | str | None, params: list[Tensor], own: pytree.Structure
+) -> Tree:
+    """Return a slot of parameters before the first update."""
+    made = [torch.zeros_like(p, dtype=slot_dtype(slot, moments, p.dtype)) for p in params]
+    return pytree.unflatten(own, made)
 
 
 def check_untied(leaves: list[Tensor], structure: pytree.Structure) -> None:
@@ -55,6 +84,7 @@ class Prepared(NamedTuple):
     inputs: StepInputs  # those leaves, for a kernel
     all_active: bool  # every leaf has a gradient
     layout: Layout | None  # what is known of them; None while operators are traced
+    key: Number  # of random bits; 0 if there are none
     watched: bool  # by a tracer or another mode, or by what follows derivatives or members
 
     def historic(self) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
@@ -117,28 +147,31 @@ def prepare(opt: Any, rule: UpdateRule, grads: Tree, state: Any, params: Tree) -
         raise pytree.NotKnownError
     check_state(state, rule.state)
     setup = rule.setup_of(opt)
-    slots, per_leaf = list(compress(rule.slots, setup.kept)), setup.options.step_per_leaf
+    check_key(setup, state)
+    per_leaf = setup.options.step_per_leaf
     trees = trees_of(opt, rule, setup.kept, grads, state, params)
     tracing = transforms.tracing()
-    prepared = None if tracing else _prepare_known(slots, trees, state.step, per_leaf)
+    prepared = None if tracing else _prepare_known(setup, trees, state, per_leaf)
     if prepared is not None:
         return prepared
     leaves, structure = pytree.flatten(params)
     if len(leaves) == 1:  # as a module is, which is refused here, before its gradients are blamed
         check_leaves(leaves, partial(pytree.path, structure, "params"))
-    roots = _roots(slots)
+    roots = _roots(setup.slots)
     own = pytree.Paired(leaves, structure, None)
     gradients, *kept = pytree.pair_all(trees[1:], ("grads", *roots), params, leaves, structure)
     counts = gather_counts(state.step, structure if per_leaf else None)
     active = [index for index, grad in enumerate(gradients.leaves) if grad is not None]
-    inputs = StepInputs.of([_take(paired.leaves, active) for paired in (own, gradients, *kept)])
     all_active = len(active) == len(leaves)
+    columns = [_take(paired.leaves, active) for paired in (own, gradients, *kept)]
+    inputs = StepInputs.of(columns, None if all_active else active)
     layout = known(inputs) if all_active and not tracing and _agree(inputs) else None
-    if layout is None:
-        _check(own, gradients, kept, roots, active)
+    if layout is None or not setup.keeps(layout.dtypes):
+        _check(own, gradients, kept, setup, active)
         layout = None if tracing else layout_of(inputs)
     watched = _is_watched(inputs, counts)
-    return Prepared(own, kept, roots, counts, active, inputs, all_active, layout, watched)
+    key = key_of(state, watched=watched)
+    return Prepared(own, kept, roots, counts, active, inputs, all_active, layout, key, watched)
 
 
 def _roots(slots: Sequence[Slot]) -> list[str]:
@@ -191,19 +224,20 @@ def recall(trees: list[Tree]) -> Recalled | None:
     return None if layout is None else Recalled(inputs, structure, layout, flat)
 
 
-def _prepare_known(
-    slots: Sequence[Slot], trees: list[Tree], step: Tree, per_leaf: bool
-) -> Prepared | None:
+def _prepare_known(setup: Setup, trees: list[Tree], state: Any, per_leaf: bool) -> Prepared | None:
     recalled = recall(trees)
     if recalled is None:
         return None
     inputs, structure, layout, _ = recalled
+    if not setup.keeps(layout.dtypes):
+        return None
     params, *kept = [pytree.Paired(c, structure, None) for c in inputs.targets.columns]
-    counts = gather_counts(step, structure if per_leaf else None)
+    counts = gather_counts(state.step, structure if per_leaf else None)
     active = list(range(len(inputs.params)))
     watched = _is_watched(inputs, counts)
-    roots = _roots(slots)
-    return Prepared(params, kept, roots, counts, active, inputs, True, layout, watched)
+    roots = _roots(setup.slots)
+    key = key_of(state, watched=watched)
+    return Prepared(params, kept, roots, counts, active, inputs, True, layout, key, watched)
 
 
 def _is_watched(inputs: StepInputs, counts: Counts) -> bool:
@@ -225,8 +259,8 @@ def _take(values: list[T], indices: list[int]) -> list[T]:
 def _check(
     params: pytree.Paired,
     grads: pytree.Paired,
-    slots: list[pytree.Paired],
-    roots: list[str],
+    kept: list[pytree.Paired],
+    setup: Setup,
     active: list[int],
 ) -> None:
     """Check leaf by leaf, to name the one that is wrong."""
@@ -238,131 +272,10 @@ def _check(
         lambda position: pytree.path(structure, "grads", active[position]),
         "a gradient",
     )
-    for root, paired in zip(roots, slots, strict=True):
-        path = partial(pytree.path, structure, root)
-        check_alike(paired.leaves, params.leaves, path, "a moment")
-
-
-class Counts(NamedTuple):
-    """The counts of a state."""
-
-    paired: pytree.Paired
-    per_leaf: bool
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        """The counts: one, or those of the leaves in the order of the parameters."""
-        return self.paired.leaves
-
-    def around(self, moving: list[int], after: list[Number]) -> tuple[list[Tensor], list[Number]]:
-        """Return the counts that an update goes by, before it and after it.
-
-        A leaf without a gradient has no part in it: where each leaf has a count of its own, that of
-        such a leaf counts nothing yet, perhaps, and no number is asked for it.
-        """
-        if not self.per_leaf:
-            return self.tensors, after
-        return [self.tensors[index] for index in moving], [after[index] for index in moving]
-
-    def of_leaves(self, values: list[T]) -> T | list[T]:
-        """Return of one value for each of those counts one for all leaves, or one for each leaf."""
-        return values[0] if not self.per_leaf or len(set(map(id, values))) == 1 else values
-
-    def after(self, moving: list[int], watched: bool) -> list[Number]:
-        """Return the counts after an update of these leaves; those of other leaves stand still.
-
-        A count whose value is at hand is returned as a float: all that is done with it then takes
-        a fraction of the time. Where somebody watches the operators, no value is read.
-        """
-        counts: list[Number] = list(self.tensors) if watched else list(map(value_of, self.tensors))
-        advancing = set(moving) if self.per_leaf else {0}
-        return [count + 1 if index in advancing else count for index, count in enumerate(counts)]
-
-    def rebuild(self, counts: list[Number]) -> Tree:
-        """Return the tree of counts with these values, in fresh memory."""
-        tensors = [fresh(new, old) for old, new in zip(self.tensors, counts, strict=True)]
-        return self.paired.rebuild(tensors)
-
-    def write(self, counts: list[Number]) -> None:
-        """Write these values into the counts."""
-        for old, new in zip(self.tensors, counts, strict=True):
-            if isinstance(new, Tensor):
-                write(old, new)
-            else:
-                old.fill_(new)
-
-
-def device_for_count(leaves: Sequence[Tensor]) -> torch.device:
-    """Return the device for a count: the GPU if all leaves are on one, else the CPU.
-
-    There, a captured CUDA graph counts on at each replay.
-    """
-    devices = {leaf.device for leaf in leaves}
-    on_gpu = len(devices) == 1 and next(iter(devices)).type == "cuda"
-    return devices.pop() if on_gpu else torch.device("cpu")
-
-
-def first_count(place: torch.device) -> Tensor:
-    """Return a new count of 0. In float64 it counts on where float32 stops, at 2**24."""
-    return torch.zeros((), dtype=torch.float64, device=place)
-
-
-def next_count(step: Tree, moves: bool | Tensor = True) -> Tree:
-    """Return a wrapper's count, one more if it moves; `()`, where it has none, stays `()`."""
-    if not isinstance(step, Tensor):
-        return step
-    made = moves.to(step.device) if isinstance(moves, Tensor) else int(moves)
-    return step.detach() + made
-
-
-def value_of(count: Tensor) -> Number:
-    """Return the value of a count, if it can be read at no price; else the count itself."""
-    readable = (
-        type(count) is Tensor
-        and count.dtype is torch.float64
-        and transforms.on_host(count)
-        and not count.requires_grad
-    )
-    return float(count.item()) if readable else count
-
-
-def is_plain_count(count: Any) -> bool:
-    """Whether a count is one tensor as `init` makes it, about which nothing has to be asked."""
-    return (
-        type(count) is Tensor
-        and count.ndim == 0
-        and count.dtype is torch.float64
-        and not count.requires_grad
-        and not count.is_inference()
-    )
-
-
-def fresh(new: Number, old: Tensor) -> Tensor:
-    """Return a new count of this value, like the old one."""
-    if not isinstance(new, Tensor):
-        return torch.scalar_tensor(new, dtype=old.dtype, device=old.device)
-    return new.clone() if new is old else new
-
-
-def gather_counts(step: Tree, structure: pytree.Structure | None) -> Counts:
-    """Return the counts, checked: one, or a tree of them with the structure of the parameters.
-
-    Raises:
-        TypeError: If a count is not a tensor of a dtype that can count.
-        ValueError: If it is not of shape (), or the tree does not match the parameters.
-    """
-    if structure is None:
-        paired = pytree.Paired(*pytree.flatten(step), None)
-        if len(paired.leaves) != 1 or paired.leaves[0] is not step:
-            raise ValueError(
-                f"state.step is a {type(step).__name__}: with step_per_leaf=False it is one "
-                f"tensor. Make the state with init() of this optimizer."
-            )
-    else:
-        paired = pytree.pair(step, "state.step", structure)
-    for index, count in enumerate(paired.leaves):
-        check_count(count, partial(pytree.path, paired.structure, "state.step", index))
-    return Counts(paired, structure is not None)
+    for slot, paired in zip(setup.slots, kept, strict=True):
+        path = partial(pytree.path, structure, f"state.{slot.name}")
+        dtype_of = partial(slot_dtype, slot, setup.options.moments)
+        check_alike(paired.leaves, params.leaves, path, "a moment", dtype_of)
 
 
 def multiplied(grads: Tree, grad_scale: Tensor) -> Tree:

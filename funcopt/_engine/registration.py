@@ -13,7 +13,14 @@ from torch import Tensor
 from .._core import pytree, transforms
 from .._core.types import Optimizer, Tree, optimizers_in, own_traits, remember_traits
 from .checks import sharding
-from .hyperparameters import check_choice, check_flag, normalize_fields
+from .hyperparameters import (
+    ROUNDINGS,
+    SEED,
+    check_choice,
+    check_flag,
+    check_moments,
+    normalize_fields,
+)
 from .rule import UpdateRule
 
 OptimizerT = TypeVar("OptimizerT")
@@ -99,6 +106,11 @@ def check_fields(opt: Any) -> None:
         check_flag("differentiable", opt.differentiable)
     if "kernel" in defaults:
         check_choice("kernel", opt.kernel, rule.kernel_names)
+    if "moments" in defaults:
+        check_moments(opt.moments)
+    if "rounding" in defaults:
+        check_choice("rounding", opt.rounding, ROUNDINGS)
+        normalize_fields(opt, (SEED,))
     object.__setattr__(opt, "_setup", rule.set_up(opt))
 
 

@@ -7,84 +7,23 @@ the class of the optimizer holds as its attribute `rule`.
 from __future__ import annotations
 
 import importlib
-import math
 import weakref
 from collections import namedtuple
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import compress
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from .._core import transforms
-from .._core.types import Traits
+from .._core.tensors import compute_dtype
+from .._core.types import Hyperparam, Traits
 
 Equations: TypeAlias = Callable[[Tensor, Tensor, tuple[Tensor, ...], Any, Any], Sequence[Tensor]]
 """`equations(param, grad, slots, numbers, options)` gives the new parameter and the new slots."""
-
-
-class Range(NamedTuple):
-    """What values a hyperparameter may have."""
-
-    words: str  # as a message says it: "must be ..."
-    holds: Callable[[float], bool]  # False for a NaN, which is in no range
-    whole: bool = False  # it counts something
-
-
-AT_LEAST_ZERO = Range("must be finite and at least 0", lambda value: 0.0 <= value < math.inf)
-ABOVE_ZERO = Range("must be finite and above 0", lambda value: 0.0 < value < math.inf)
-BELOW_ONE = Range("must be at least 0 and below 1", lambda value: 0.0 <= value < 1.0)
-FRACTION = Range("must be at least 0 and at most 1", lambda value: 0.0 <= value <= 1.0)
-SHARE = Range("must be above 0 and at most 1", lambda value: 0.0 < value <= 1.0)
-COUNT = Range(
-    "must be a whole number of at least 1",
-    lambda value: 1.0 <= value < math.inf and value == int(value),
-    whole=True,
-)
-
-
-class Hyperparam(NamedTuple):
-    """A number of an optimizer.
-
-    Attributes:
-        name: As the equations call it, such as `"momentum"`.
-        range: What it may be.
-        field: The field of the optimizer that holds it, if that has another name. `"betas[0]"` is
-            the first of a pair.
-    """
-
-    name: str
-    range: Range
-    field: str = ""
-
-    @property
-    def path(self) -> str:
-        """As users and messages call it."""
-        return self.field or self.name
-
-    @property
-    def place(self) -> tuple[str, int | None]:
-        """The field that holds it, and which one of several in there it is."""
-        field, _, index = self.path.partition("[")
-        return field, int(index[:-1]) if index else None
-
-    def of(self, opt: Any) -> Any:
-        """Return what an optimizer was given for it."""
-        if not self.field:
-            return getattr(opt, self.name)
-        field, index = self.place
-        value = getattr(opt, field)
-        return value if index is None else value[index]
-
-    def put(self, opt: Any, value: Any) -> None:
-        """Replace what a frozen optimizer was given for it."""
-        field, index = self.place
-        if index is not None:
-            own = getattr(opt, field)
-            value = (*own[:index], value, *own[index + 1 :])
-        object.__setattr__(opt, field, value)
 
 
 class StepInputs(NamedTuple):
@@ -93,6 +32,7 @@ class StepInputs(NamedTuple):
     params: list[Tensor]
     grads: list[Tensor]
     slots: tuple[list[Tensor], ...]  # those trees of the state that are kept, in the rule's order
+    ids: list[int] | None = None  # which leaf of the tree each is; None if they are all, in order
 
     @property
     def columns(self) -> tuple[list[Tensor], ...]:
@@ -105,16 +45,17 @@ class StepInputs(NamedTuple):
         return StepOutputs(self.params, self.slots)
 
     @classmethod
-    def of(cls, columns: Iterable[list[Tensor]]) -> StepInputs:
+    def of(cls, columns: Iterable[list[Tensor]], ids: list[int] | None = None) -> StepInputs:
         """Return these lists: the parameters, the gradients, and the slots."""
         params, grads, *slots = columns
-        return cls(params, grads, tuple(slots))
+        return cls(params, grads, tuple(slots), ids)
 
     def take(self, indices: list[int]) -> StepInputs:
         """Return the leaves at these indices, which are in order."""
         if len(indices) == len(self.params):
             return self
-        return StepInputs.of([[column[i] for i in indices] for column in self.columns])
+        ids = indices if self.ids is None else [self.ids[i] for i in indices]
+        return StepInputs.of([[column[i] for i in indices] for column in self.columns], ids)
 
 
 class StepOutputs(NamedTuple):
@@ -152,10 +93,12 @@ class Slot(NamedTuple):
         name: The field of the state.
         option: The field of the optimizer that must be neither False nor 0 for the slot to be
             kept; always kept if it is empty. Where it is not kept, the state holds `()`.
+        is_moment: Whether its dtype is what `moments` says; else it is the parameter's.
     """
 
     name: str
     option: str = ""
+    is_moment: bool = True
 
     def is_kept(self, opt: Any) -> bool:
         """Whether an optimizer keeps this slot."""
@@ -165,16 +108,41 @@ class Slot(NamedTuple):
         return not (isinstance(value, _NUMBERS) and value == 0)
 
 
+def slot_dtype(slot: Slot, moments: torch.dtype | str | None, param: torch.dtype) -> torch.dtype:
+    """Return the dtype of a slot beside a parameter of a dtype.
+
+    Raises:
+        ValueError: If there is no complex dtype for the moments of a complex parameter.
+    """
+    if not slot.is_moment or moments is None:
+        return param
+    if not isinstance(moments, torch.dtype):
+        return compute_dtype(param)
+    if not param.is_complex:
+        return moments
+    if moments is not torch.float32:
+        raise ValueError(
+            f"moments={moments} beside a parameter of {param}: there is no complex dtype of that "
+            f"precision. Give moments='auto', or another one to the complex leaves, by a Partition."
+        )
+    return torch.complex64
+
+
 def _serves_all(_device: torch.device, _numbers: Any) -> str | None:
     """Refuse nothing."""
     return None
 
 
+def _serves_alike(param: torch.dtype, slots: Sequence[torch.dtype]) -> bool:
+    """Serve slots in the dtype of the parameter alone."""
+    return all(slot is param for slot in slots)
+
+
 class Kernel(NamedTuple):
     """A way to make the step of many leaves at once.
 
-    The leaves that a kernel is given are of one dtype and device, real, dense, and the tensors of a
-    leaf are laid out alike. Nobody differentiates or maps over what it does.
+    The leaves that a kernel is given are of the same dtypes, on one device, real, dense, and the
+    tensors of a leaf are laid out alike. Nobody differentiates or maps over what it does.
 
     Attributes:
         step_: `step_(inputs, numbers, options)` writes the new parameters and slots over the old.
@@ -193,6 +161,9 @@ class Kernel(NamedTuple):
             shape () on the device, `numbers.step` is one as well, the count before the step, and
             the one after it is written there, perhaps over it. Where the bool tensor `applies` is
             False, outputs and count are what they were before the step, to the bit.
+        serves_dtypes: `serves_dtypes(param, slots)` says whether it takes these dtypes of a
+            parameter and its slots; by default, only those where all are one.
+        rounds_stochastically: Whether it rounds to 16 bits as `rounding="stochastic"` wants it.
     """
 
     step_: Callable[[StepInputs, Any, Any], None]
@@ -202,6 +173,8 @@ class Kernel(NamedTuple):
     takes_members: bool = False
     launcher: Callable[[StepInputs, Any], Any] | None = None
     counts_on_device: bool = False
+    serves_dtypes: Callable[[torch.dtype, Sequence[torch.dtype]], bool] = _serves_alike
+    rounds_stochastically: bool = False
 
 
 class Adjoint(NamedTuple):
@@ -228,21 +201,37 @@ class Setup(NamedTuple):
     """What is fixed about an optimizer.
 
     Attributes:
-        options: A NamedTuple of what the rule names in `options`, and of `kernel`, `differentiable`
-            and `step_per_leaf`, which an optimizer may leave out.
+        options: A NamedTuple of what the rule names in `options`, and of `kernel`, `moments`,
+            `rounding`, `differentiable` and `step_per_leaf`, which an optimizer may leave out.
         kept: For each slot of the rule, whether it is kept.
+        slots: Those that are.
         numbers: The hyperparameters, if all are Python numbers: then they are the same at every
             update, and were checked.
     """
 
     options: Any
     kept: tuple[bool, ...]
+    slots: tuple[Slot, ...]
     numbers: tuple[float, ...] | None
+
+    def keeps(self, dtypes: Iterable[tuple[torch.dtype, ...]]) -> bool:
+        """Whether slots beside parameters are as the optimizer keeps them: of all these dtypes."""
+        moments = self.options.moments
+        return all(
+            dtype is slot_dtype(slot, moments, param)
+            for param, *kept in dtypes
+            for slot, dtype in zip(self.slots, kept, strict=True)
+        )
 
 
 # What any optimizer may have as a field, and what holds where it has none.
-_COMMON = {"kernel": "auto", "differentiable": None, "step_per_leaf": False}
-
+_COMMON = {
+    "kernel": "auto",
+    "moments": None,
+    "rounding": "nearest",
+    "differentiable": None,
+    "step_per_leaf": False,
+}
 
 _CAREFUL = Traits()
 
@@ -299,22 +288,24 @@ class UpdateRule:
         """Check that the state is made of these slots, and make the NamedTuples of the rule.
 
         `numbers` is the one of the numbers of a step: the count of updates with this one (from 1),
-        the hyperparameters, and `grad_scale`, by which gradients are multiplied first. A tensor
+        the hyperparameters, the key of random bits (0 if there are none), and `grad_scale`, by
+        which gradients are multiplied first. A tensor
         among them is 0-dim, or has the leading dimensions of every leaf (each of the same size or
         of size 1): so numbers that differ between the members of a vmap arrive here. `paths` is
         what users and messages call them.
         """
         fields = getattr(self.state, "_fields", None)
         wanted = ("step", *(slot.name for slot in self.slots))
-        if fields != wanted:
+        if fields not in (wanted, (*wanted, "key")):
             raise TypeError(
                 f"state={self.state!r}: must be a NamedTuple with the fields {', '.join(wanted)}, "
-                f"which are the count of updates and the slots of the rule."
+                f"which are the count of updates and the slots of the rule, and perhaps key=(), "
+                f"of random bits."
             )
         paths = {"step": "step", **{own.name: own.path for own in self.hyperparams}}
-        paths["grad_scale"] = "grad_scale"
+        paths |= {"key": "state.key", "grad_scale": "grad_scale"}
         made: dict[str, Any] = {
-            "numbers": namedtuple("Numbers", paths, defaults=[1.0]),
+            "numbers": namedtuple("Numbers", paths, defaults=[0.0, 1.0]),
             "paths": paths,
             "_options": namedtuple("_Options", [*self.options, *_COMMON]),
         }
@@ -333,6 +324,13 @@ class UpdateRule:
                 object.__setattr__(opt, "_setup", setup)
         return setup
 
+    def state_of(self, setup: Setup, kept: Iterable[Any], key: Any) -> Any:
+        """Return the state of a count, of the slots that are kept, and of a key; () is none."""
+        step, *slots = kept
+        own = iter(slots)
+        state = self.state(step, *[next(own) if is_kept else () for is_kept in setup.kept])
+        return state if type(key) is tuple else state._replace(key=key)
+
     def set_up(self, opt: Any) -> Setup:
         """Find out what is fixed about an optimizer."""
         own = [getattr(opt, name) for name in self.options]
@@ -341,7 +339,8 @@ class UpdateRule:
         options = self._options(*own, *(getattr(opt, *common) for common in _COMMON.items()))
         given = tuple(self.hyperparams_of(opt))
         numbers = given if is_read(given) else None
-        return Setup(options, tuple(slot.is_kept(opt) for slot in self.slots), numbers)
+        kept = tuple(slot.is_kept(opt) for slot in self.slots)
+        return Setup(options, kept, tuple(compress(self.slots, kept)), numbers)
 
     def hyperparams_of(self, opt: Any) -> list[Any]:
         """Return the hyperparameters of an optimizer as they were given, in order."""

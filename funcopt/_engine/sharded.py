@@ -16,7 +16,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from functools import cache
-from itertools import chain
+from itertools import chain, compress
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +27,7 @@ from .._dtensor import methods
 from .._dtensor.shards import dtensor, held_by, specs_of, wholes_of_parts, work_on
 from .memory import guard, layout_of
 from .prepare import trees_of
-from .rule import StepInputs
+from .rule import StepInputs, UpdateRule
 from .update import update as update_parts
 from .update import update_ as update_parts_
 
@@ -200,11 +200,10 @@ def _columns(opt: Any, grads: Tree, state: Tree, params: Tree) -> _Columns | Non
 
 def _kept(opt: Any, state: Any) -> list[Tree]:
     """Return the trees of the slots that an optimizer keeps."""
-    return [tree for tree, kept in zip(state[1:], opt.rule.setup_of(opt).kept, strict=True) if kept]
+    return list(compress(state[1:], opt.rule.setup_of(opt).kept))
 
 
 def _state(opt: Any, state: Any, trees: Sequence[Tree]) -> Any:
     """Return a state with other trees in the slots that an optimizer keeps."""
-    own = iter(trees)
-    kept = opt.rule.setup_of(opt).kept
-    return opt.rule.state(state[0], *[next(own) if is_kept else () for is_kept in kept])
+    rule: UpdateRule = opt.rule
+    return rule.state_of(rule.setup_of(opt), [state[0], *trees], getattr(state, "key", ()))

@@ -30,40 +30,27 @@ from .._core.tensors import recording, view_as_complex_like, view_as_real
 from .._core.types import Number, Tree
 from . import dispatch, memory
 from .checks import all_differ, check_inplace
+from .counts import (
+    fresh,
+    is_plain_count,
+    is_plain_key,
+    key_of,
+    next_key,
+    value_of,
+)
 from .hyperparameters import check_counts, detached, numbers_at, with_grad_scale
 from .memory import Layout, layout_of, write_all
 from .prepare import (
     Prepared,
     check_untied,
-    device_for_count,
-    first_count,
-    flatten_params,
-    fresh,
-    is_plain_count,
     keep_requiring,
     multiplied,
     outside_unless_plain,
     prepare,
     recall,
     trees_of,
-    value_of,
 )
 from .rule import Setup, StepInputs, StepOutputs, UpdateRule, is_read
-
-
-def init(opt: Any, params: Tree) -> Any:
-    """Return the state before the first update: a count of 0, and zeros."""
-    rule: UpdateRule = opt.rule
-    leaves, structure = flatten_params(params)
-
-    def zeros() -> Tree:
-        return pytree.unflatten(structure, [torch.zeros_like(leaf) for leaf in leaves])
-
-    place = device_for_count(leaves)
-    step: Tree = first_count(place)
-    if getattr(opt, "step_per_leaf", False):
-        step = pytree.unflatten(structure, [first_count(place) for _ in leaves])
-    return rule.state(step, *(zeros() if kept else () for kept in rule.setup_of(opt).kept))
 
 
 def update(opt: Any, grads: Tree, state: Any, params: Tree) -> tuple[Any, Any]:
@@ -93,7 +80,7 @@ def update_scaled(
                 routine.step_(rule, own, setup.options)
                 return params, state
             new_params, *kept = routine.step(rule, own, setup.options)
-            return new_params, _state(rule, setup, kept)
+            return new_params, rule.state_of(setup, kept, next_key(state))
     prepared = _prepare(opt, rule, setup, grads, state, params)
     if not in_place:  # in place, `check_inplace` refuses it as what would be written twice
         check_untied(prepared.params.leaves, prepared.params.structure)
@@ -110,11 +97,16 @@ def update_scaled(
     if in_place:
         _write(rule, setup, prepared, counts, numbers)
         return params, state
-    return _build(rule, setup, prepared, counts, numbers)
+    return _build(rule, setup, prepared, counts, numbers, next_key(state))
 
 
 def _build(
-    rule: UpdateRule, setup: Setup, prepared: Prepared, counts: list[Number], numbers: list[Any]
+    rule: UpdateRule,
+    setup: Setup,
+    prepared: Prepared,
+    counts: list[Number],
+    numbers: list[Any],
+    key: Tree,
 ) -> tuple[Any, Any]:
     """Return the trees after a step."""
     gradients, slots = prepared.historic()
@@ -123,7 +115,8 @@ def _build(
         own_numbers = prepared.counts.of_leaves(numbers)
         outputs = _route_step(rule, prepared.inputs, own_numbers, setup.options, prepared.layout)
         new_params, *new_slots = prepared.rebuild(outputs)
-    return new_params, _state(rule, setup, [prepared.counts.rebuild(counts), *new_slots])
+    kept = [prepared.counts.rebuild(counts), *new_slots]
+    return new_params, rule.state_of(setup, kept, key)
 
 
 def _write(
@@ -171,16 +164,7 @@ def _numbers(opt: Any, rule: UpdateRule, prepared: Prepared, counts: list[Number
     """Return the numbers for each count of those leaves that have a gradient."""
     olds, news = prepared.counts.around(prepared.active, counts)
     check_counts(news)
-    return numbers_at(rule, opt, olds, news)
-
-
-def _state(rule: UpdateRule, setup: Setup, kept: list[Tree]) -> Any:
-    """Return the state of a count and of the slots that are kept."""
-    if all(setup.kept):
-        return rule.state(*kept)
-    step, *slots = kept
-    own = iter(slots)
-    return rule.state(step, *[next(own) if is_kept else () for is_kept in setup.kept])
+    return numbers_at(rule, opt, olds, news, prepared.key)
 
 
 def _is_followed(prepared: Prepared, options: Any, numbers: list[Any]) -> bool:
@@ -252,7 +236,8 @@ def _route_step_(
 
 
 def _as_real(inputs: StepInputs) -> StepInputs:
-    return StepInputs.of(list(map(view_as_real, column)) for column in inputs.columns)
+    columns = [list(map(view_as_real, column)) for column in inputs.columns]
+    return StepInputs.of(columns, inputs.ids)
 
 
 class _Routine(NamedTuple):
@@ -265,13 +250,14 @@ class _Routine(NamedTuple):
     addresses: list[int]  # where these start
     step_count: Tensor  # how many updates were made
     new_count: float | None  # and after this one; None if that is on a device, and not read
+    key: Number  # of random bits
 
     def numbers(self, rule: UpdateRule, opt: Any) -> list[Any]:
         """Return the numbers of the step; by a count on a device they are those before it."""
         if self.new_count is None:
-            return numbers_at(rule, opt, [self.step_count], [self.step_count])
+            return numbers_at(rule, opt, [self.step_count], [self.step_count], self.key)
         check_counts([self.new_count])
-        return numbers_at(rule, opt, [self.step_count], [self.new_count])
+        return numbers_at(rule, opt, [self.step_count], [self.new_count], self.key)
 
     def decides(
         self, applies: Tensor, rule: UpdateRule, numbers: Any, options: Any, *, in_place: bool
@@ -362,12 +348,19 @@ def _find_routine(
     if not isinstance(state, rule.state) or options.step_per_leaf or options.differentiable:
         return None
     trees, count = trees_of(opt, rule, setup.kept, grads, state, params), state.step
-    if transforms.transformed() or transforms.observed() or not is_plain_count(count):
+    if (
+        transforms.transformed()
+        or transforms.observed()
+        or not is_plain_count(count)
+        or (options.rounding == "stochastic" and not is_plain_key(state))
+    ):
         return None
     recalled = recall(trees)
     if recalled is None or not recalled.flat or not recalled.layout.fast_path_ok:
         return None
     inputs, structure, layout, flat = recalled
+    if not setup.keeps(layout.dtypes):
+        return None
     addresses = list(map(Tensor.data_ptr, flat))
     if in_place:
         has_history = layout.params_require_grad and not all(p.is_leaf for p in inputs.params)
@@ -386,7 +379,8 @@ def _find_routine(
         return None
     value = value_of(count)
     new_count = None if isinstance(value, Tensor) else value + 1
-    return _Routine(inputs, structure, layout, flat, addresses, count, new_count)
+    key = key_of(state)
+    return _Routine(inputs, structure, layout, flat, addresses, count, new_count, key)
 
 
 def _remembered_apart(addresses: list[int], count: int, layout: Layout) -> list[int]:

@@ -17,11 +17,12 @@ from torch import Tensor
 from .._core import transforms
 from .._core.types import Tree, own_traits
 from .checks import are_apart, check_inplace
+from .counts import is_plain_count, next_key
 from .hyperparameters import with_grad_scale
 from .memory import note_written, results
-from .prepare import Prepared, is_plain_count, prepare
+from .prepare import Prepared, prepare
 from .rule import UpdateRule
-from .update import _find_routine, _have_history, _numbers, _state
+from .update import _find_routine, _have_history, _numbers
 
 
 def update_where(
@@ -72,7 +73,7 @@ def update_where(
                 routine.step_(rule, own, setup.options, applies)
                 return params, state
             new_params, *kept = routine.step(rule, own, setup.options, applies)
-            return new_params, _state(rule, setup, kept)
+            return new_params, rule.state_of(setup, kept, next_key(state))
     return _update_carefully(applies, opt, grads, grad_scale, state, params, in_place=in_place)
 
 
@@ -111,7 +112,7 @@ def _update_carefully(
             count.add_(made)
             return params, state
         new_params, *slots = prepared.rebuild(outputs)
-        return new_params, _state(rule, setup, [count + made, *slots])
+        return new_params, rule.state_of(setup, [count + made, *slots], next_key(state))
 
 
 def _is_plainly_fine(prepared: Prepared) -> bool:

@@ -16,6 +16,7 @@ import ctypes
 import importlib
 import os
 import sys
+from collections.abc import Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -65,6 +66,7 @@ if extension is not None:
 # As they are numbered in the extension.
 ADAM_RULE, ADAMW_RULE, SGD_RULE, LION_RULE = range(4)
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_ROUNDINGS = {"nearest": 0, "stochastic": 1, "compensated": 2}
 
 # Those names that users know by another one are the same in every optimizer.
 _PATHS = {own.name: own.path for own in HYPERPARAMS}
@@ -76,8 +78,16 @@ class _Launcher:
     def __init__(self, rule: int, inputs: StepInputs, options: Any) -> None:
         """Note what all steps have in common."""
         param = inputs.params[0]
-        self._fixed = rule, _DTYPES[param.dtype], len(inputs.columns), options.maximize
-        self._nesterov = getattr(options, "nesterov", False)
+        slot_dtype = inputs.slots[0][0].dtype if inputs.slots else param.dtype
+        self._fixed = (
+            rule,
+            _DTYPES[param.dtype],
+            _DTYPES[slot_dtype],
+            _ROUNDINGS[options.rounding],
+            len(inputs.columns),
+            options.maximize,
+            getattr(options, "nesterov", False),
+        )
         self._sizes = list(map(Tensor.numel, inputs.params))
         self._has_values = not param.is_meta
 
@@ -102,10 +112,10 @@ class _Launcher:
             )
         extension.step(
             *self._fixed,
-            self._nesterov,
             members,
             torch.get_num_threads(),
             self._sizes,
+            inputs.ids,
             starts,
             values,
         )
@@ -149,6 +159,11 @@ def _unsupported_reason(device: torch.device, numbers: Any) -> str | None:
     return None
 
 
+def _serves_dtypes(param: torch.dtype, slots: Sequence[torch.dtype]) -> bool:
+    doubles = [dtype is torch.float64 for dtype in (param, *slots)]
+    return all(doubles) or not any(doubles)
+
+
 def instruction_sets() -> list[tuple[str, bool]]:
     """Return those that this processor has, best first: names, and whether a step is fast."""
     sets: list[tuple[str, bool]] = extension.instructions()
@@ -168,6 +183,8 @@ def _kernel(rule: int) -> Kernel:
         scales_gradients=True,
         takes_members=True,
         launcher=partial(_Launcher, rule),
+        serves_dtypes=_serves_dtypes,
+        rounds_stochastically=True,
     )
 
 

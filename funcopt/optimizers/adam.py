@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor
 
 from .._core.types import ELEMENTWISE_BY_RULE, Number, ParamsT, Schedule, Tree
+from .._engine.prepare import init
 from .._engine.registration import check_fields, register_optimizer
 from .._engine.rule import UpdateRule
-from .._engine.update import init, update, update_
+from .._engine.update import update, update_
 from ._terms import add_decay
 from .adamw import HYPERPARAMS, SLOTS, Coefficients, coefficients, descend, descend_
 
@@ -23,12 +25,14 @@ class AdamState(NamedTuple):
         exp_avg: The running mean of the gradients.
         exp_avg_sq: The running mean of their squares.
         max_exp_avg_sq: The largest `exp_avg_sq` so far; `()` unless amsgrad.
+        key: A key of random bits, as in `AdamWState`.
     """
 
     step: Tree
     exp_avg: Tree
     exp_avg_sq: Tree
     max_exp_avg_sq: Tree
+    key: Tree = ()
 
 
 def _equations(
@@ -131,6 +135,9 @@ class Adam:
     step_per_leaf: bool = False
     kernel: str = "auto"
     differentiable: bool | None = None
+    moments: torch.dtype | str | None = "auto"
+    rounding: str = "nearest"
+    seed: Number = 0
 
     def __post_init__(self) -> None:
         """Check and normalize every hyperparameter."""

@@ -8,11 +8,21 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from .._core.types import ELEMENTWISE_BY_RULE, Number, ParamsT, Schedule, Tree
+from .._core.types import (
+    AT_LEAST_ZERO,
+    BELOW_ONE,
+    ELEMENTWISE_BY_RULE,
+    Hyperparam,
+    Number,
+    ParamsT,
+    Schedule,
+    Tree,
+)
 from .._engine.dispatch import safe_sqrt
+from .._engine.prepare import init
 from .._engine.registration import check_fields, register_optimizer
-from .._engine.rule import AT_LEAST_ZERO, BELOW_ONE, Hyperparam, Slot, UpdateRule
-from .._engine.update import init, update, update_
+from .._engine.rule import Slot, UpdateRule
+from .._engine.update import update, update_
 
 
 class AdamWState(NamedTuple):
@@ -25,12 +35,15 @@ class AdamWState(NamedTuple):
         exp_avg: The running mean of the gradients.
         exp_avg_sq: The running mean of their squares.
         max_exp_avg_sq: The largest `exp_avg_sq` so far; `()` unless amsgrad.
+        key: A key of random bits: a float64 tensor of shape (); `()` unless
+            `rounding="stochastic"`.
     """
 
     step: Tree
     exp_avg: Tree
     exp_avg_sq: Tree
     max_exp_avg_sq: Tree
+    key: Tree = ()
 
 
 class Coefficients(NamedTuple):
@@ -48,7 +61,7 @@ class Coefficients(NamedTuple):
 
 def coefficients(numbers: Any, _options: Any) -> Coefficients:
     """Return what the numbers of a step come to, in float64."""
-    step, lr, beta1, beta2, eps, weight_decay, _ = numbers
+    step, lr, beta1, beta2, eps, weight_decay, *_ = numbers
     return Coefficients(
         beta2,
         1 - beta1,
@@ -223,6 +236,9 @@ class AdamW:
     step_per_leaf: bool = False
     kernel: str = "auto"
     differentiable: bool | None = None
+    moments: torch.dtype | str | None = "auto"
+    rounding: str = "nearest"
+    seed: Number = 0
 
     def __post_init__(self) -> None:
         """Check and normalize every hyperparameter."""

@@ -9,11 +9,21 @@ import torch
 from torch import Tensor
 
 from .._core.tensors import double, fit
-from .._core.types import ELEMENTWISE_BY_RULE, Number, ParamsT, Schedule, Tree
+from .._core.types import (
+    AT_LEAST_ZERO,
+    BELOW_ONE,
+    ELEMENTWISE_BY_RULE,
+    Hyperparam,
+    Number,
+    ParamsT,
+    Schedule,
+    Tree,
+)
 from .._engine import kernels
+from .._engine.prepare import init
 from .._engine.registration import check_fields, register_optimizer
-from .._engine.rule import AT_LEAST_ZERO, BELOW_ONE, Hyperparam, Slot, StepInputs, UpdateRule
-from .._engine.update import init, update, update_
+from .._engine.rule import Slot, StepInputs, UpdateRule
+from .._engine.update import update, update_
 
 
 class LionState(NamedTuple):
@@ -22,10 +32,12 @@ class LionState(NamedTuple):
     Attributes:
         step: How many updates were made, as in `AdamWState`.
         exp_avg: The running mean of the gradients.
+        key: A key of random bits, as in `AdamWState`.
     """
 
     step: Tree
     exp_avg: Tree
+    key: Tree = ()
 
 
 class Coefficients(NamedTuple):
@@ -41,7 +53,7 @@ class Coefficients(NamedTuple):
 
 def coefficients(numbers: Any, _options: Any) -> Coefficients:
     """Return what the numbers of a step come to, in float64."""
-    _, lr, beta1, beta2, weight_decay, _ = numbers
+    _, lr, beta1, beta2, weight_decay, *_ = numbers
     return Coefficients(beta1, beta2, 1 - beta1, 1 - beta2, weight_decay, -lr)
 
 
@@ -57,7 +69,7 @@ def _equations(
 
 
 def _foreach_(inputs: StepInputs, numbers: Any, options: Any) -> None:
-    params, grads, (exp_avgs,) = inputs
+    params, grads, (exp_avgs,), _ = inputs
     own = coefficients(numbers._make(map(double, numbers)), options)
     if options.maximize:
         grads = list(torch._foreach_neg(grads))
@@ -151,6 +163,9 @@ class Lion:
     step_per_leaf: bool = False
     kernel: str = "auto"
     differentiable: bool | None = None
+    moments: torch.dtype | str | None = "auto"
+    rounding: str = "nearest"
+    seed: Number = 0
 
     def __post_init__(self) -> None:
         """Check and normalize every hyperparameter."""

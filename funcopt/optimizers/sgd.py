@@ -10,11 +10,21 @@ import torch
 from torch import Tensor
 
 from .._core.tensors import compute_dtype, double, fit
-from .._core.types import ELEMENTWISE_BY_RULE, Number, ParamsT, Schedule, Tree
+from .._core.types import (
+    AT_LEAST_ZERO,
+    ELEMENTWISE_BY_RULE,
+    Hyperparam,
+    Number,
+    ParamsT,
+    Range,
+    Schedule,
+    Tree,
+)
 from .._engine import kernels
+from .._engine.prepare import init
 from .._engine.registration import check_fields, register_optimizer
-from .._engine.rule import AT_LEAST_ZERO, Hyperparam, Range, Slot, StepInputs, UpdateRule
-from .._engine.update import init, update, update_
+from .._engine.rule import Slot, StepInputs, UpdateRule
+from .._engine.update import update, update_
 from ._terms import add_decay, add_scaled
 
 
@@ -24,10 +34,12 @@ class SGDState(NamedTuple):
     Attributes:
         step: How many updates were made, as in `AdamWState`.
         momentum_buffer: The running sum of the gradients; `()` if momentum is the number 0.
+        key: A key of random bits, as in `AdamWState`.
     """
 
     step: Tree
     momentum_buffer: Tree
+    key: Tree = ()
 
 
 class Coefficients(NamedTuple):
@@ -41,7 +53,7 @@ class Coefficients(NamedTuple):
 
 def coefficients(numbers: Any, _options: Any) -> Coefficients:
     """Return what the numbers of a step come to, in float64."""
-    step, lr, momentum, dampening, weight_decay, _ = numbers
+    step, lr, momentum, dampening, weight_decay, *_ = numbers
     gain: Number = 1.0
     if isinstance(dampening, Tensor) or dampening != 0:
         later = (step != 1).double() if isinstance(step, Tensor) else float(step != 1)
@@ -61,7 +73,7 @@ def _equations(
 
 
 def _foreach_(inputs: StepInputs, numbers: Any, options: Any) -> None:
-    params, grads, slots = inputs
+    params, grads, slots, _ = inputs
     own = coefficients(numbers._make(map(double, numbers)), options)
     if options.maximize:
         grads = list(torch._foreach_neg(grads))
@@ -220,6 +232,9 @@ class SGD:
     step_per_leaf: bool = False
     kernel: str = "auto"
     differentiable: bool | None = None
+    moments: torch.dtype | str | None = "auto"
+    rounding: str = "nearest"
+    seed: Number = 0
 
     def __post_init__(self) -> None:
         """Check and normalize every hyperparameter."""

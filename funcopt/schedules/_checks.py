@@ -10,9 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .._core.types import Number
+from .._core.types import ABOVE_ZERO, AT_LEAST_ZERO, BELOW_ONE, SHARE, Hyperparam, Number, Range
 from .._engine.hyperparameters import check_flag, elements_at_hand, normalize
-from .._engine.rule import ABOVE_ZERO, AT_LEAST_ZERO, BELOW_ONE, SHARE, Hyperparam, Range
 
 _NAMES: dict[Range, tuple[str, ...]] = {
     AT_LEAST_ZERO: ("value", "values", "start", "peak", "end", "warmup_steps", "decay_steps"),

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from .._core.tensors import choose
-from .._core.types import Number, Schedule
+from .._core.types import AT_LEAST_ZERO, Hyperparam, Number, Schedule
 from .._engine.hyperparameters import check_choice, normalize
 from .._engine.registration import register_dataclass
-from .._engine.rule import AT_LEAST_ZERO, Hyperparam
 from ._checks import check_pieces, check_step
 from ._phases import SHAPES, as_given, by_step, known, phases, wide
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from .._core import transforms
 from .._core.tensors import choose
 from .._core.types import Number
-from .._engine.prepare import value_of
+from .._engine.counts import value_of
 from ._checks import check_step
 
 ScheduleT = TypeVar("ScheduleT")

@@ -31,9 +31,10 @@ from .._engine.checks import (
     check_writable,
     sharding,
 )
+from .._engine.counts import device_for_count, first_count, next_count
 from .._engine.hyperparameters import has_schedule
 from .._engine.memory import layout_of
-from .._engine.prepare import check_untied, device_for_count, first_count, next_count, recall
+from .._engine.prepare import check_untied, recall
 from .._engine.registration import at_rest
 from .._engine.rule import StepInputs
 

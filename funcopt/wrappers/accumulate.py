@@ -11,7 +11,9 @@ from torch import Tensor
 from .._core import pytree, tensors, transforms
 from .._core.tensors import compute_dtype, write
 from .._core.types import (
+    COUNT,
     ELEMENTWISE,
+    Hyperparam,
     Number,
     Optimizer,
     ParamsT,
@@ -22,10 +24,9 @@ from .._core.types import (
     kind_of,
 )
 from .._engine.checks import check_state, is_like
+from .._engine.counts import next_count
 from .._engine.hyperparameters import normalize_fields, numbers_of
-from .._engine.prepare import next_count
 from .._engine.registration import register_optimizer
-from .._engine.rule import COUNT, Hyperparam
 from ._shadow_params import ShadowParams
 from ._shared import (
     Gradients,

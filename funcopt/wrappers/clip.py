@@ -11,13 +11,23 @@ from torch import Tensor
 
 from .._core import tensors, transforms
 from .._core.tensors import choose
-from .._core.types import Number, Optimizer, ParamsT, Schedule, Traits, Tree, check_is_optimizer
+from .._core.types import (
+    AT_LEAST_ZERO,
+    Hyperparam,
+    Number,
+    Optimizer,
+    ParamsT,
+    Range,
+    Schedule,
+    Traits,
+    Tree,
+    check_is_optimizer,
+)
 from .._dtensor.reductions import over_shards
 from .._engine.checks import check_state
+from .._engine.counts import next_count
 from .._engine.hyperparameters import check_choice, normalize, normalize_fields, numbers_of
-from .._engine.prepare import next_count
 from .._engine.registration import register_optimizer
-from .._engine.rule import AT_LEAST_ZERO, Hyperparam, Range
 from ._finite import device_for_state, zeros_unless
 from ._shared import (
     Gradients,

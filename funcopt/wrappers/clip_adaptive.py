@@ -11,13 +11,22 @@ from torch import Tensor
 
 from .._core import pytree, transforms
 from .._core.tensors import compute_dtype, differentiable_norm, fit, vector_norm
-from .._core.types import Number, Optimizer, ParamsT, Schedule, Traits, Tree, check_is_optimizer
+from .._core.types import (
+    AT_LEAST_ZERO,
+    Hyperparam,
+    Number,
+    Optimizer,
+    ParamsT,
+    Schedule,
+    Traits,
+    Tree,
+    check_is_optimizer,
+)
 from .._dtensor.shards import whole_of
 from .._engine.checks import check_state
+from .._engine.counts import next_count
 from .._engine.hyperparameters import normalize_fields, numbers_of
-from .._engine.prepare import next_count
 from .._engine.registration import register_optimizer
-from .._engine.rule import AT_LEAST_ZERO, Hyperparam
 from ._shared import (
     Gradients,
     check_wrapper_inplace,

@@ -10,12 +10,21 @@ from torch import Tensor
 
 from .._core import transforms
 from .._core.tensors import is_mapped, view_as_complex_like, view_as_real
-from .._core.types import Number, Optimizer, ParamsT, Schedule, Traits, Tree, check_is_optimizer
+from .._core.types import (
+    AT_LEAST_ZERO,
+    Hyperparam,
+    Number,
+    Optimizer,
+    ParamsT,
+    Schedule,
+    Traits,
+    Tree,
+    check_is_optimizer,
+)
 from .._engine.checks import check_state
+from .._engine.counts import next_count
 from .._engine.hyperparameters import normalize_fields, numbers_of
-from .._engine.prepare import next_count
 from .._engine.registration import register_optimizer
-from .._engine.rule import AT_LEAST_ZERO, Hyperparam
 from ._shared import (
     Gradients,
     check_wrapper_inplace,

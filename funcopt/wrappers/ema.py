@@ -11,7 +11,9 @@ from torch import Tensor
 from .._core import pytree
 from .._core.tensors import compute_dtype, write
 from .._core.types import (
+    BELOW_ONE,
     ELEMENTWISE,
+    Hyperparam,
     Number,
     Optimizer,
     ParamsT,
@@ -21,10 +23,9 @@ from .._core.types import (
     check_is_optimizer,
 )
 from .._engine.checks import check_state
+from .._engine.counts import device_for_count, first_count, fresh
 from .._engine.hyperparameters import check_flag, normalize_fields, numbers_of
-from .._engine.prepare import device_for_count, first_count, fresh
 from .._engine.registration import register_optimizer
-from .._engine.rule import BELOW_ONE, Hyperparam
 from ._shadow_params import ShadowParams, copy_params
 from ._shared import check_scalar, gather_gradients, known_value, records
 

@@ -12,7 +12,10 @@ from torch import Tensor
 from .._core import pytree
 from .._core.tensors import write
 from .._core.types import (
+    COUNT,
     ELEMENTWISE,
+    FRACTION,
+    Hyperparam,
     Number,
     Optimizer,
     ParamsT,
@@ -22,10 +25,10 @@ from .._core.types import (
     check_is_optimizer,
 )
 from .._engine.checks import check_state
+from .._engine.counts import next_count
 from .._engine.hyperparameters import check_flag, normalize_fields, numbers_of
-from .._engine.prepare import keep_requiring, next_count
+from .._engine.prepare import keep_requiring
 from .._engine.registration import register_optimizer
-from .._engine.rule import COUNT, FRACTION, Hyperparam
 from ._shadow_params import ShadowParams, copy_params
 from ._shared import (
     check_scalar,

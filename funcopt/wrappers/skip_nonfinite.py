@@ -10,12 +10,21 @@ import torch
 from torch import Tensor
 
 from .._core import transforms
-from .._core.types import Number, Optimizer, ParamsT, Schedule, Traits, Tree, check_is_optimizer
+from .._core.types import (
+    Hyperparam,
+    Number,
+    Optimizer,
+    ParamsT,
+    Range,
+    Schedule,
+    Traits,
+    Tree,
+    check_is_optimizer,
+)
 from .._engine.checks import check_state
+from .._engine.counts import next_count
 from .._engine.hyperparameters import check_count, detached, normalize_fields, numbers_of
-from .._engine.prepare import next_count
 from .._engine.registration import register_optimizer
-from .._engine.rule import Hyperparam, Range
 from ._finite import all_finite_everywhere, decide, device_for_state, zeros_unless
 from ._shared import (
     Gradients,

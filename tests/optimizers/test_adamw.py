@@ -127,7 +127,7 @@ PLATEAUS = {
 @pytest.mark.parametrize("beta2", PLATEAUS)
 def test_in_bfloat16_the_second_moment_stops_below_its_limit(beta2, kernel):
     ones = torch.ones(32, dtype=torch.bfloat16)
-    opt, params = AdamW(betas=(0.9, beta2), kernel=kernel), ones.clone()
+    opt, params = AdamW(betas=(0.9, beta2), kernel=kernel, moments=None), ones.clone()
     theirs = torch.nn.Parameter(ones.clone())
     reference = torch.optim.AdamW([theirs], betas=(0.9, beta2), **TORCH_FLAGS[kernel])
     theirs.grad = ones
@@ -145,7 +145,7 @@ def test_in_bfloat16_the_second_moment_stops_below_its_limit(beta2, kernel):
 
 def test_in_bfloat16_the_second_moment_of_normal_gradients_only_rises():
     generator = torch.Generator().manual_seed(1)
-    opt, params = AdamW(), torch.zeros(4096, dtype=torch.bfloat16)
+    opt, params = AdamW(moments=None), torch.zeros(4096, dtype=torch.bfloat16)
     state, before = opt.init(params), torch.zeros(())
     for _ in range(4000):
         grads = torch.randn(4096, generator=generator).bfloat16()

@@ -73,7 +73,7 @@ def test_every_element_moves_by_the_learning_rate():
 def test_16_bit_leaves_are_computed_in_float32(dtype, kernel):
     for size in (1, 16, 33):
         param, mean = torch.randn(size).to(dtype), torch.zeros(size, dtype=dtype)
-        opt = Lion(lr=0.1, weight_decay=0.1, kernel=kernel)
+        opt = Lion(lr=0.1, weight_decay=0.1, kernel=kernel, moments=None)
         state = opt.init(param)
         for _ in range(3):
             gradient = torch.randn(size).to(dtype)

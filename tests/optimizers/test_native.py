@@ -53,7 +53,7 @@ def inputs_for(opt, sizes, dtype=torch.float32, members=()):
 
 
 def numbers_of(opt, step=5.0, grad_scale=1.0):
-    return opt.rule.numbers(step, *opt.rule.hyperparams_of(opt), grad_scale)
+    return opt.rule.numbers(step, *opt.rule.hyperparams_of(opt), grad_scale=grad_scale)
 
 
 def moved(opt, inputs, numbers=None):
@@ -390,14 +390,17 @@ def call(**changed):
     given = {
         "rule": 2,
         "dtype": 0,
+        "slot_dtype": 0,
+        "rounding": 0,
         "columns": 2,
         "maximize": False,
         "nesterov": False,
         "members": 1,
         "threads": 1,
         "sizes": [4, 8],
+        "ids": None,
         "addresses": [tensor.data_ptr() for tensor in tensors],
-        "numbers": (1.0, 0.5, 0.0, 0.0, 0.0, 1.0),
+        "numbers": (1.0, 0.5, 0.0, 0.0, 0.0, 0.0, 1.0),
     }
     for name, change in changed.items():
         given[name] = change(given[name]) if callable(change) else change
@@ -411,6 +414,12 @@ def call(**changed):
 REFUSED = [
     (ValueError, "rule=4: must be at least 0 and at most 3", {"rule": 4}),
     (ValueError, "dtype=-1: must be at least 0 and at most 3", {"dtype": -1}),
+    (ValueError, "slot_dtype=4: must be at least 0 and at most 3", {"slot_dtype": 4}),
+    (ValueError, "float64 must be both", {"slot_dtype": 1}),
+    (ValueError, "rounding=3: must be at least 0 and at most 2", {"rounding": 3}),
+    (ValueError, "with a compensation must have 16 bits", {"rounding": 2, "columns": 3}),
+    (TypeError, "ids: must be None, or a list of 2", {"ids": [0]}),
+    (ValueError, "id=-1: must be at least 0", {"ids": [0, -1]}),
     (ValueError, "columns=4: must be at least 2 and at most 3", {"columns": 4}),
     (ValueError, "members=0: must be at least 1", {"members": 0}),
     (ValueError, "threads=0: must be at least 1", {"threads": 0}),
@@ -426,11 +435,11 @@ REFUSED = [
     (OverflowError, "", {"addresses": lambda a: [*a[:3], -8]}),
     (TypeError, "", {"addresses": lambda a: [*a[:3], "8"]}),
     (TypeError, "sizes and addresses: must be lists", {"sizes": (4, 8)}),
-    (TypeError, "numbers a tuple", {"numbers": [1.0] * 6}),
-    (ValueError, "numbers: must be 6, not 5", {"numbers": lambda n: n[:5]}),
-    (TypeError, "must be floats, or lists of 1", {"numbers": lambda n: (*n[:5], "1")}),
-    (TypeError, "must be floats, or lists of 1", {"numbers": lambda n: (*n[:5], [1.0, 1.0])}),
-    (TypeError, "", {"numbers": lambda n: (*n[:5], ["1"])}),
+    (TypeError, "numbers a tuple", {"numbers": [1.0] * 7}),
+    (ValueError, "numbers: must be 7, not 6", {"numbers": lambda n: n[:6]}),
+    (TypeError, "must be floats, or lists of 1", {"numbers": lambda n: (*n[:6], "1")}),
+    (TypeError, "must be floats, or lists of 1", {"numbers": lambda n: (*n[:6], [1.0, 1.0])}),
+    (TypeError, "", {"numbers": lambda n: (*n[:6], ["1"])}),
 ]
 
 
@@ -442,7 +451,7 @@ def test_what_cannot_be_right_is_refused_before_anything_is_written(error, messa
 
 
 def test_the_extension_wants_all_arguments_and_an_instruction_set_that_is_there():
-    with pytest.raises(TypeError, match="step takes 10 arguments, not 1"):
+    with pytest.raises(TypeError, match="step takes 13 arguments, not 1"):
         _native.extension.step(1)
     with pytest.raises(TypeError, match="take_threads takes 3 addresses or none, not 1"):
         _native.extension.take_threads(1)

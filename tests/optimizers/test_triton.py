@@ -27,7 +27,7 @@ from funcopt._core import tensors, transforms
 from funcopt._engine import dispatch
 from funcopt._engine.rule import StepInputs
 from funcopt.optimizers._adam import triton as kernel
-from funcopt.optimizers._adam import triton_arguments, triton_launch
+from funcopt.optimizers._adam import triton_arguments, triton_launch, triton_numbers
 from funcopt.optimizers._adam.triton_launch import Launch
 
 from .. import oracle
@@ -198,7 +198,7 @@ def test_bias_corrections_have_all_digits(where):
     def differences(betas, steps, results):
         i = source.tl.program_id(0)
         beta, step = source.tl.load(betas + i), source.tl.load(steps + i)
-        source.tl.store(results + i, source._one_minus_power(beta, step))
+        source.tl.store(results + i, triton_numbers.one_minus_power(beta, step))
 
     cases = list(
         itertools.product(
@@ -263,7 +263,7 @@ def fused_on_cuda_(leaves: StepInputs, numbers, _options) -> None:
 
     That is `adam_math` of `fused_adam_utils.cuh`, in which the hyperparameters are doubles.
     """
-    (param,), (grad,), ((exp_avg,), (exp_avg_sq,)) = leaves
+    (param,), (grad,), ((exp_avg,), (exp_avg_sq,)), _ = leaves
 
     def kept(value):
         return value.float().double()
@@ -688,16 +688,29 @@ def test_it_refuses_without_triton_and_away_from_cuda(monkeypatch):
     assert unfit(torch.device("cpu")) == "it serves cuda, not cpu"
 
 
+COMPILED = [
+    *((dtype, dtype, False) for dtype in DTYPES),
+    (torch.bfloat16, torch.float32, False),
+    (torch.float32, torch.bfloat16, False),
+    (torch.bfloat16, torch.float32, True),
+    (torch.float16, torch.float16, True),
+]
+
+
 @pytest.mark.by_day(1)
 @compiled
 @pytest.mark.parametrize("amsgrad", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_it_compiles_and_moves_16_bytes_at_a_time(dtype, amsgrad, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("dtype", "slot_dtype", "stochastic"), COMPILED)
+def test_it_compiles_and_moves_16_bytes_at_a_time(
+    dtype, slot_dtype, stochastic, amsgrad, tmp_path, monkeypatch
+):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     fixed = {
         "DTYPE": getattr(source.tl, str(dtype).removeprefix("torch.")),
+        "SLOT_DTYPE": getattr(source.tl, str(slot_dtype).removeprefix("torch.")),
         "AMSGRAD": amsgrad,
         "MAXIMIZE": False,
+        "STOCHASTIC": stochastic,
         "CONDITIONAL": False,
         "BLOCK": kernel._BLOCK,
     }
@@ -711,12 +724,13 @@ def test_it_compiles_and_moves_16_bytes_at_a_time(dtype, amsgrad, tmp_path, monk
     assert program.asm["cubin"]
     # What a launch by the driver goes by: each argument in its place, then two of Triton's own.
     entry = program.asm["ptx"].partition(".entry")[2].partition(")")[0]
-    assert re.findall(r"\.param \.(\w+)", entry) == ["u64", "u32", "u32", *["u64"] * 12]
+    assert re.findall(r"\.param \.(\w+)", entry) == ["u64", "u32", "u32", *["u64"] * 13]
     wide = re.findall(r"(ld|st)\.global\S*\.(?:v4\.b32|v2\.b64)", program.asm["ptx"])
     # A thread's elements of a block, in vectors of 16 bytes.
     vectors = kernel._BLOCK * dtype.itemsize // (32 * triton_launch._WARPS * 16)
-    assert wide.count("ld") == (5 if amsgrad else 4) * vectors
-    assert wide.count("st") == (4 if amsgrad else 3) * vectors
+    slot_vectors = kernel._BLOCK * slot_dtype.itemsize // (32 * triton_launch._WARPS * 16)
+    assert wide.count("ld") == 2 * vectors + (3 if amsgrad else 2) * slot_vectors
+    assert wide.count("st") == vectors + (3 if amsgrad else 2) * slot_vectors
     assert "fma.rn.f32" not in program.asm["ptx"]
 
 

@@ -57,7 +57,8 @@ def _keep(inputs: StepInputs, outputs: StepOutputs, needs: Any) -> _Kept:
     exp_avgs, exp_avg_sqs, *maxima = inputs.slots
     largest = maxima[0] if maxima else []
     params = inputs.params if needs.lr or needs.weight_decay else []
-    rounded = any(compute_dtype(grad.dtype) is not grad.dtype for grad in inputs.grads)
+    moments = zip(inputs.grads, exp_avgs, strict=True)
+    rounded = any(compute_dtype(grad.dtype) is not kept.dtype for grad, kept in moments)
     if rounded or needs.beta1 or needs.beta2:
         return _Kept(inputs.grads, exp_avgs, exp_avg_sqs, largest, params, [], [])
     return _Kept(inputs.grads, [], [], largest, params, *outputs.slots[:2])
@@ -80,8 +81,9 @@ def _pull_back(
         after = [_widen(column, index, dtype) for column in cotangents]
         pulled = _through_step(leaf, after, own)
         before = _before(leaf, pulled, numbers, own, options)
-        for column, cotangent in zip(of_leaves, before, strict=True):
-            column.append(_cast(cotangent, grad.dtype))
+        kept_in = (saved.exp_avgs or saved.new_exp_avgs)[index].dtype
+        for place, (column, cotangent) in enumerate(zip(of_leaves, before, strict=True)):
+            column.append(_cast(cotangent, grad.dtype if place < 2 else kept_in))
         for name, part in _of_numbers(leaf, pulled, numbers, own, needs):
             total = _sum_to(part, getattr(numbers, name))
             of_numbers[name] = of_numbers[name] + total if name in of_numbers else total
@@ -198,7 +200,7 @@ def _of_numbers(
     leaf: _Leaf, pulled: _Pulled, numbers: Any, own: Coefficients, needs: Any
 ) -> Iterator[tuple[str, Tensor]]:
     """The wanted cotangents of the numbers, as far as they come of one leaf, before summing."""
-    step, lr, beta1, beta2, _, weight_decay, _ = map(double, numbers)
+    step, lr, beta1, beta2, _, weight_decay, *_ = map(double, numbers)
     if needs.beta1 and pulled.exp_avg is not None:
         yield "beta1", pulled.exp_avg * (leaf.exp_avg - leaf.grad)
     if needs.beta2 and pulled.exp_avg_sq is not None:

@@ -49,7 +49,7 @@ def _fused_(operator: str, inputs: StepInputs, numbers: Any, options: Any) -> No
 
 
 def _foreach_(decoupled: bool, inputs: StepInputs, numbers: Any, options: Any) -> None:
-    params, grads, (exp_avgs, exp_avg_sqs, *maxima) = inputs
+    params, grads, (exp_avgs, exp_avg_sqs, *maxima), _ = inputs
     own = coefficients(numbers._make(map(double, numbers)), options)
     if options.maximize:
         grads = list(torch._foreach_neg(grads))

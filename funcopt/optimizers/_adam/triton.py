@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+from collections.abc import Sequence
 from itertools import accumulate, chain
 from typing import Any, NamedTuple
 
@@ -77,7 +78,15 @@ def launcher(inputs: StepInputs, options: Any) -> Launcher:
     """Return what launches steps of leaves of these sizes."""
     param = inputs.params[0]
     sizes = tuple(map(Tensor.numel, inputs.params))
-    key = sizes, param.dtype, param.device, options.amsgrad, options.maximize
+    slot_dtype, by_chance = inputs.slots[0][0].dtype, options.rounding == "stochastic"
+    key = (
+        sizes,
+        (param.dtype, slot_dtype),
+        param.device,
+        options.amsgrad,
+        options.maximize,
+        by_chance,
+    )
     found = _launchers.get(key)
     if found is None:
         if len(_launchers) >= _MOST_LAUNCHERS:
@@ -122,21 +131,20 @@ class Launcher:
     def __init__(
         self,
         sizes: tuple[int, ...],
-        dtype: torch.dtype,
+        dtypes: tuple[torch.dtype, torch.dtype],
         device: torch.device,
         amsgrad: bool,
         maximize: bool,
+        by_chance: bool,
     ) -> None:
         """Note what all launches have in common."""
         self._source = _source()
         self._sizes = sizes
         self._device = device
         self._index = -1 if device.type == "cpu" else device.index or 0
-        fixed = {
-            "DTYPE": getattr(self._source.tl, str(dtype).removeprefix("torch.")),
-            "AMSGRAD": amsgrad,
-            "MAXIMIZE": maximize,
-        }
+        own, slot = [getattr(self._source.tl, str(d).removeprefix("torch.")) for d in dtypes]
+        fixed = {"DTYPE": own, "SLOT_DTYPE": slot, "AMSGRAD": amsgrad, "MAXIMIZE": maximize}
+        fixed["STOCHASTIC"] = self._by_chance = by_chance
         # Without and with a condition.
         self._launches = [
             Launch(self._source, {**fixed, "CONDITIONAL": conditional, "BLOCK": _BLOCK})
@@ -180,7 +188,8 @@ class Launcher:
         in_place = outputs.params is inputs.params
         starts = addresses or list(map(Tensor.data_ptr, chain(*inputs.columns)))
         stream = self._source.stream_of(self._index)
-        table = self._table(starts, None if in_place else outputs, shape, own.members, stream)
+        ids = inputs.ids or list(range(len(self._sizes))) if self._by_chance else []
+        table = self._table(starts, None if in_place else outputs, ids, shape, own.members, stream)
         self._launches[applies is not None].go(
             shape.programs,
             stream,
@@ -207,6 +216,7 @@ class Launcher:
         self,
         starts: list[int],
         outputs: StepOutputs | None,
+        ids: list[int],
         shape: _Shape,
         members: int,
         stream: int,
@@ -219,15 +229,15 @@ class Launcher:
             return last.words
         count = len(self._sizes)
         if outputs is None:
-            addresses = [*starts, *starts[:count], *starts[2 * count :]]
+            addresses = [*starts, *starts[:count], *starts[2 * count :], 0, *ids]
         else:
             news = outputs.starts or list(map(Tensor.data_ptr, chain(*outputs.columns)))
-            addresses = starts + news
+            addresses = [*starts, *news, 0, *ids]
         if capturing:
-            return sent([*shape.words, *addresses, 0], self._device)
+            return sent([*shape.words, *addresses], self._device)
         found = self._found(addresses, stream, members)
         if found is None:
-            words = sent([*shape.words, *addresses, 0], self._device)
+            words = sent([*shape.words, *addresses], self._device)
             found = _Table(members, addresses, stream, words)
             # Replaced whole, so that threads need no lock.
             self._tables = (found, *self._tables[: self._MOST_TABLES - 1])
@@ -273,6 +283,12 @@ def _unfit_gpu(device: torch.device, triton: Any) -> str | None:
     return None
 
 
+def serves_dtypes(param: torch.dtype, slots: Sequence[torch.dtype]) -> bool:
+    """Whether the kernel serves these: float64 is all, or none."""
+    doubles = [dtype is torch.float64 for dtype in (param, *slots)]
+    return all(doubles) or not any(doubles)
+
+
 ADAMW_TRITON = Kernel(
     _step_,
     _unsupported_reason,
@@ -281,4 +297,6 @@ ADAMW_TRITON = Kernel(
     step_to=_step_to,
     launcher=launcher,
     counts_on_device=True,
+    serves_dtypes=serves_dtypes,
+    rounds_stochastically=True,
 )

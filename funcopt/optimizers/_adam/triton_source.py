@@ -6,7 +6,8 @@ from a table of 64-bit words, built by `triton.py`:
 - for each leaf: its first program; the programs of a member; the elements of a member;
 - for each leaf: the addresses of param, grad, exp_avg, exp_avg_sq (and max_exp_avg_sq) before the
   step, and of the same without grad after it;
-- how many programs of this launch are done: 0 before it and after it.
+- how many programs of this launch are done: 0 before it and after it;
+- for each leaf, if it is rounded by chance: which leaf of the whole tree it is.
 
 The numbers are arguments, 64 bits each: the bits of a float64, or the address of a tensor. What a
 number is, is said by four bits of `kinds`, the lowest ones for the first: 1 for an address, 2 for
@@ -28,10 +29,8 @@ try:
 except ImportError:  # pragma: no cover
     triton = None
 
-
-def _jit(function: Any) -> Any:
-    # Without Triton this file can be imported, and nothing in it run.
-    return function if triton is None else triton.jit(function)
+from .triton_numbers import jit, number, numbers_of
+from .triton_round import rounded
 
 
 def stream_of(index: int) -> int:
@@ -76,7 +75,7 @@ def _has_calls(hook: Any) -> bool:
 
 
 _INTEGERS = (
-    *("leaves", "run", "step", "lr", "beta1", "beta2", "eps", "weight_decay", "grad_scale"),
+    *("leaves", "run", "step", "lr", "beta1", "beta2", "eps", "weight_decay", "key", "grad_scale"),
     *("kinds", "new_count", "applies"),
 )
 
@@ -101,13 +100,16 @@ def step_kernel(
     beta2: tl.int64,
     eps: tl.int64,
     weight_decay: tl.int64,
+    key: tl.int64,
     grad_scale: tl.int64,
     kinds: tl.int64,
     new_count: tl.int64,
     applies: tl.int64,
     DTYPE: tl.constexpr,
+    SLOT_DTYPE: tl.constexpr,
     AMSGRAD: tl.constexpr,
     MAXIMIZE: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
     CONDITIONAL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -119,36 +121,34 @@ def step_kernel(
     """
     TENSORS: tl.constexpr = 9 if AMSGRAD else 7
     leaf = _leaf_of(tl.program_id(0), table, leaves)
-    place = (tl.program_id(0) - tl.load(table + leaf)).to(tl.int32)
-    programs = tl.load(table + leaves + leaf).to(tl.int32)
-    elements = tl.load(table + 2 * leaves + leaf)
-    member = (place // programs).to(tl.int64)
-    begin = (place % programs).to(tl.int64) * run * BLOCK
-    size = tl.minimum(elements - begin, run * BLOCK).to(tl.int32)
-
+    member, first, begin, size = _share_of(leaf, table, leaves, run, BLOCK)
+    start = first * (DTYPE.primitive_bitwidth // 8)
+    slot_start = first * (SLOT_DTYPE.primitive_bitwidth // 8)
     addresses = table + 3 * leaves + leaf
-    start = (member * elements + begin) * (DTYPE.primitive_bitwidth // 8)
-    olds = _before(addresses, leaves, start, AMSGRAD)
-    news = _after(addresses + (TENSORS // 2 + 1) * leaves, leaves, start, AMSGRAD)
-    spread = olds[0] | olds[1] | olds[2] | olds[3] | olds[4]
-    aligned = ((spread | news[0] | news[1] | news[2] | news[3]) & 15) == 0
-    words = (step, lr, beta1, beta2, eps, weight_decay, grad_scale)
-    count = _number(step, kinds, 0, member)
+    olds = _before(addresses, leaves, start, slot_start, AMSGRAD)
+    news = _after(addresses + (TENSORS // 2 + 1) * leaves, leaves, start, slot_start, AMSGRAD)
+    aligned = _are_aligned(olds, news)
+    words = (step, lr, beta1, beta2, eps, weight_decay, key, grad_scale)
+    count = number(step, kinds, 0, member)
     updates = tl.where(new_count != 0, count + 1.0, count)
-    numbers = _numbers(words, kinds, updates, member, DTYPE)
+    numbers = numbers_of(words, kinds, updates, member, DTYPE)
+    done = table + (3 + TENSORS) * leaves
+    leaf_id = tl.load(done + 1 + leaf) if STOCHASTIC else 0
+    chance = (number(key, kinds, 6, member).to(tl.int64), leaf_id, updates.to(tl.int64), begin)
     made = True
     if CONDITIONAL:
         made = tl.load(applies.to(tl.pointer_type(tl.int8))) != 0
     if made:
-        _move_all(olds, news, numbers, size, aligned, DTYPE, AMSGRAD, MAXIMIZE, BLOCK)
+        given = (olds, news, numbers, chance, size, aligned)
+        _move_all(given, DTYPE, SLOT_DTYPE, AMSGRAD, MAXIMIZE, STOCHASTIC, BLOCK)
     elif news[0] != olds[0]:
-        _copy_all(olds, news, size, DTYPE, AMSGRAD, BLOCK)
+        _copy_all(olds, news, size, DTYPE, SLOT_DTYPE, AMSGRAD, BLOCK)
     if new_count != 0:
         reached = tl.where(made, updates, count)
-        _write_count(table + (3 + TENSORS) * leaves, new_count, reached)
+        _write_count(done, new_count, reached)
 
 
-@_jit
+@jit
 def _leaf_of(program, table, leaves):
     """Return the last leaf whose first program is not after this one."""
     low = 0
@@ -161,32 +161,54 @@ def _leaf_of(program, table, leaves):
     return low
 
 
-@_jit
-def _before(addresses, leaves, start, AMSGRAD: tl.constexpr):
+@jit
+def _share_of(leaf, table, leaves, run, BLOCK: tl.constexpr):
+    """Return what this program moves: of which member, where that begins, and how much it is.
+
+    It begins at an element of the leaf, and at one of the member.
+    """
+    place = (tl.program_id(0) - tl.load(table + leaf)).to(tl.int32)
+    programs = tl.load(table + leaves + leaf).to(tl.int32)
+    elements = tl.load(table + 2 * leaves + leaf)
+    member = (place // programs).to(tl.int64)
+    begin = (place % programs).to(tl.int64) * run * BLOCK
+    size = tl.minimum(elements - begin, run * BLOCK).to(tl.int32)
+    return member, member * elements + begin, begin, size
+
+
+@jit
+def _before(addresses, leaves, start, slot_start, AMSGRAD: tl.constexpr):
     """Return where what a program reads begins."""
     param = tl.load(addresses) + start
     grad = tl.load(addresses + leaves) + start
-    exp_avg = tl.load(addresses + 2 * leaves) + start
-    exp_avg_sq = tl.load(addresses + 3 * leaves) + start
+    exp_avg = tl.load(addresses + 2 * leaves) + slot_start
+    exp_avg_sq = tl.load(addresses + 3 * leaves) + slot_start
     largest = exp_avg_sq
     if AMSGRAD:
-        largest = tl.load(addresses + 4 * leaves) + start
+        largest = tl.load(addresses + 4 * leaves) + slot_start
     return param, grad, exp_avg, exp_avg_sq, largest
 
 
-@_jit
-def _after(addresses, leaves, start, AMSGRAD: tl.constexpr):
+@jit
+def _are_aligned(olds, news):
+    """Whether all begin at multiples of 16 bytes."""
+    spread = olds[0] | olds[1] | olds[2] | olds[3] | olds[4]
+    return ((spread | news[0] | news[1] | news[2] | news[3]) & 15) == 0
+
+
+@jit
+def _after(addresses, leaves, start, slot_start, AMSGRAD: tl.constexpr):
     """Return where what it writes begins."""
     param = tl.load(addresses) + start
-    exp_avg = tl.load(addresses + leaves) + start
-    exp_avg_sq = tl.load(addresses + 2 * leaves) + start
+    exp_avg = tl.load(addresses + leaves) + slot_start
+    exp_avg_sq = tl.load(addresses + 2 * leaves) + slot_start
     largest = exp_avg_sq
     if AMSGRAD:
-        largest = tl.load(addresses + 3 * leaves) + start
+        largest = tl.load(addresses + 3 * leaves) + slot_start
     return param, exp_avg, exp_avg_sq, largest
 
 
-@_jit
+@jit
 def _write_count(done, new_count, count):
     """Let the program that is the last to finish write the count, in whatever order they run.
 
@@ -201,96 +223,68 @@ def _write_count(done, new_count, count):
         tl.store(new_count.to(tl.pointer_type(tl.float64)), count)
 
 
-@_jit
-def _numbers(words, kinds, step, member, DTYPE: tl.constexpr):
-    """Return what the numbers of a member come to, found in float64 and rounded once."""
-    COMPUTE: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
-    lr = _number(words[1], kinds, 1, member)
-    beta1 = _number(words[2], kinds, 2, member)
-    beta2 = _number(words[3], kinds, 3, member)
-    eps = _number(words[4], kinds, 4, member)
-    weight_decay = _number(words[5], kinds, 5, member)
-    grad_scale = _number(words[6], kinds, 6, member)
-    # A decay of less than half of a parameter is subtracted; where less is left, that is a factor.
-    decay = lr * weight_decay
-    kept = tl.where(decay < 0.5, 1.0, 1.0 - decay)
-    decay = tl.where(decay < 0.5, decay, 0.0)
-    step_size = lr / _one_minus_power(beta1, step)
-    correction2_root = tl.sqrt(_one_minus_power(beta2, step))
-    return (
-        kept.to(COMPUTE),
-        decay.to(COMPUTE),
-        (1.0 - beta1).to(COMPUTE),
-        beta2.to(COMPUTE),
-        (1.0 - beta2).to(COMPUTE),
-        step_size.to(COMPUTE),
-        correction2_root.to(COMPUTE),
-        eps.to(COMPUTE),
-        grad_scale.to(COMPUTE),
-    )
-
-
-@_jit
-def _number(word, kinds, INDEX: tl.constexpr, member):
-    """Return a number of a member in float64, whichever kind it is of."""
-    kind = kinds >> (4 * INDEX)
-    place = word.to(tl.int64)
-    value = place.to(tl.float64, bitcast=True)
-    if (kind & 1) != 0:
-        offset = tl.where((kind & 4) != 0, member, 0)
-        if (kind & 2) != 0:
-            value = tl.load(place.to(tl.pointer_type(tl.float32)) + offset).to(tl.float64)
-        else:
-            value = tl.load(place.to(tl.pointer_type(tl.float64)) + offset)
-    return value
-
-
-@_jit
-def _one_minus_power(beta, step):
-    """Return 1 - beta**step to the last digits, also where the power is nearly 1.
-
-    There the subtraction leaves few digits. Its error is the power's rounding, and the logarithm of
-    the rounded power knows it: (1 - u) * (log of the power) / (log of u) has it divided out.
-    """
-    power = tl.where(beta > 0.0, tl.exp2(step * tl.log2(tl.where(beta > 0.0, beta, 0.5))), 0.0)
-    difference = 1.0 - power
-    if (power > 0.5) & (power < 1.0):
-        difference *= step * tl.log2(beta) / tl.log2(power)
-    return difference
-
-
-@_jit
+@jit
 def _move_all(
-    olds,
-    news,
-    numbers,
-    size,
-    aligned,
+    given,
     DTYPE: tl.constexpr,
+    SLOT_DTYPE: tl.constexpr,
     AMSGRAD: tl.constexpr,
     MAXIMIZE: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    olds, news, numbers, chance, size, aligned = given
     offset = 0
     while offset < size:
         # Whole blocks in aligned memory are moved 16 bytes at a time, which a mask would forbid.
         if aligned & (size - offset >= BLOCK):
-            _move(olds, news, numbers, offset, size, DTYPE, AMSGRAD, MAXIMIZE, BLOCK, True)
+            _move(
+                olds,
+                news,
+                numbers,
+                chance,
+                offset,
+                size,
+                DTYPE,
+                SLOT_DTYPE,
+                AMSGRAD,
+                MAXIMIZE,
+                STOCHASTIC,
+                BLOCK,
+                True,
+            )
         else:
-            _move(olds, news, numbers, offset, size, DTYPE, AMSGRAD, MAXIMIZE, BLOCK, False)
+            _move(
+                olds,
+                news,
+                numbers,
+                chance,
+                offset,
+                size,
+                DTYPE,
+                SLOT_DTYPE,
+                AMSGRAD,
+                MAXIMIZE,
+                STOCHASTIC,
+                BLOCK,
+                False,
+            )
         offset += BLOCK
 
 
-@_jit
+@jit
 def _move(
     olds,
     news,
     numbers,
+    chance,
     offset,
     size,
     DTYPE: tl.constexpr,
+    SLOT_DTYPE: tl.constexpr,
     AMSGRAD: tl.constexpr,
     MAXIMIZE: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
     BLOCK: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
@@ -301,8 +295,9 @@ def _move(
     mask = None if WHOLE else lanes < size - offset
     param = tl.load(_pointers(olds[0], offset, lanes, DTYPE, WHOLE), mask=mask).to(COMPUTE)
     grad = tl.load(_pointers(olds[1], offset, lanes, DTYPE, WHOLE), mask=mask).to(COMPUTE)
-    exp_avg = tl.load(_pointers(olds[2], offset, lanes, DTYPE, WHOLE), mask=mask).to(COMPUTE)
-    exp_avg_sq = tl.load(_pointers(olds[3], offset, lanes, DTYPE, WHOLE), mask=mask).to(COMPUTE)
+    exp_avg = tl.load(_pointers(olds[2], offset, lanes, SLOT_DTYPE, WHOLE), mask=mask).to(COMPUTE)
+    squares = _pointers(olds[3], offset, lanes, SLOT_DTYPE, WHOLE)
+    exp_avg_sq = tl.load(squares, mask=mask).to(COMPUTE)
 
     grad = (grad * grad_scale).to(DTYPE).to(COMPUTE)
     if MAXIMIZE:
@@ -313,9 +308,12 @@ def _move(
     exp_avg_sq = exp_avg_sq * beta2 + (grad * gain2) * grad
     largest = exp_avg_sq
     if AMSGRAD:
-        largest = tl.load(_pointers(olds[4], offset, lanes, DTYPE, WHOLE), mask=mask).to(COMPUTE)
+        maxima = _pointers(olds[4], offset, lanes, SLOT_DTYPE, WHOLE)
+        largest = tl.load(maxima, mask=mask).to(COMPUTE)
         largest = tl.maximum(largest, exp_avg_sq, propagate_nan=tl.PropagateNan.ALL)
-        tl.store(_pointers(news[3], offset, lanes, DTYPE, WHOLE), largest.to(DTYPE), mask=mask)
+        new_maxima = _pointers(news[3], offset, lanes, SLOT_DTYPE, WHOLE)
+        new_largest = rounded(largest, chance, offset + lanes, 3, SLOT_DTYPE, STOCHASTIC)
+        tl.store(new_maxima, new_largest, mask=mask)
     denominator = _quotient(_root(largest, DTYPE), correction2_root, DTYPE) + eps
     # A factor just below 1 has hardly a digit of the decay, and is off the same way at each step.
     # So decay and step are added up, and taken from the parameter with a single rounding.
@@ -323,25 +321,37 @@ def _move(
     decrease += _quotient(exp_avg * step_size, denominator, DTYPE)
     param = param * kept - decrease
 
-    tl.store(_pointers(news[0], offset, lanes, DTYPE, WHOLE), param.to(DTYPE), mask=mask)
-    tl.store(_pointers(news[1], offset, lanes, DTYPE, WHOLE), exp_avg.to(DTYPE), mask=mask)
-    tl.store(_pointers(news[2], offset, lanes, DTYPE, WHOLE), exp_avg_sq.to(DTYPE), mask=mask)
+    places = offset + lanes
+    param = rounded(param, chance, places, 0, DTYPE, STOCHASTIC)
+    exp_avg = rounded(exp_avg, chance, places, 1, SLOT_DTYPE, STOCHASTIC)
+    exp_avg_sq = rounded(exp_avg_sq, chance, places, 2, SLOT_DTYPE, STOCHASTIC)
+    tl.store(_pointers(news[0], offset, lanes, DTYPE, WHOLE), param, mask=mask)
+    tl.store(_pointers(news[1], offset, lanes, SLOT_DTYPE, WHOLE), exp_avg, mask=mask)
+    tl.store(_pointers(news[2], offset, lanes, SLOT_DTYPE, WHOLE), exp_avg_sq, mask=mask)
 
 
-@_jit
-def _copy_all(olds, news, size, DTYPE: tl.constexpr, AMSGRAD: tl.constexpr, BLOCK: tl.constexpr):
+@jit
+def _copy_all(
+    olds,
+    news,
+    size,
+    DTYPE: tl.constexpr,
+    SLOT_DTYPE: tl.constexpr,
+    AMSGRAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Copy all blocks, to the bit."""
     offset = 0
     while offset < size:
         _copy(olds[0], news[0], offset, size, DTYPE, BLOCK)
-        _copy(olds[2], news[1], offset, size, DTYPE, BLOCK)
-        _copy(olds[3], news[2], offset, size, DTYPE, BLOCK)
+        _copy(olds[2], news[1], offset, size, SLOT_DTYPE, BLOCK)
+        _copy(olds[3], news[2], offset, size, SLOT_DTYPE, BLOCK)
         if AMSGRAD:
-            _copy(olds[4], news[3], offset, size, DTYPE, BLOCK)
+            _copy(olds[4], news[3], offset, size, SLOT_DTYPE, BLOCK)
         offset += BLOCK
 
 
-@_jit
+@jit
 def _copy(old, new, offset, size, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
     lanes = tl.arange(0, BLOCK)
     mask = lanes < size - offset
@@ -349,7 +359,7 @@ def _copy(old, new, offset, size, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(_pointers(new, offset, lanes, DTYPE, False), values, mask=mask)
 
 
-@_jit
+@jit
 def _pointers(address, offset, lanes, DTYPE: tl.constexpr, WHOLE: tl.constexpr):
     first = (address + offset * (DTYPE.primitive_bitwidth // 8)).to(tl.pointer_type(DTYPE))
     if WHOLE:
@@ -357,13 +367,13 @@ def _pointers(address, offset, lanes, DTYPE: tl.constexpr, WHOLE: tl.constexpr):
     return first + lanes
 
 
-@_jit
+@jit
 def _root(squares, DTYPE: tl.constexpr):
     """The square root. In float32, plain `sqrt` would take what is below 1e-38 for zero."""
     return tl.sqrt(squares) if DTYPE == tl.float64 else tl.sqrt_rn(squares)
 
 
-@_jit
+@jit
 def _quotient(numerator, denominator, DTYPE: tl.constexpr):
     """The quotient: correctly rounded, but for leaves whose own rounding is far coarser."""
     return tl.div_rn(numerator, denominator) if DTYPE == tl.float32 else numerator / denominator

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..._core import pytree
-from ..._core.types import Tree, traits_of
+from ..._core.types import Tree, own_traits, traits_of
 from ...interop._counterparts import counterpart_of
 from .._compare import EXACT, ROUNDING, NotApplicable, compare, compare_moved
 from .._subject import cast, fields, kernels, leaves_of, replace, rounded, run, tree_map
@@ -92,15 +93,24 @@ def _matches(
     coupled = coarse and not traits_of(opt).leafwise
     if fields(opt, "debias") and any(leaf.itemsize == 2 for leaf in leaves_of(params)):
         raise NotApplicable("its average is wider than the rounded parameters that are averaged")
+    # Moments in float32 are those of gradients that a wrapper has rounded to 16 bits.
+    halves = sorted((p.dtype for p in leaves_of(params) if p.itemsize == 2), key=str)
     for step in run(opt, params, gradient_sequence):
         exact = oracle(opt, *(cast(tree, torch.float64) for tree in step.given))
         trees = step.moved, rounded(exact, step.moved)
-        if coupled:
+        if halves and not own_traits(opt).by_rule:
+            trees = tree_map(partial(_in_16_bits, halves[0]), trees)
+        elif coupled:
             trees = tree_map(_narrowed, trees)
         compare_moved(law, step.number, *trees, ROUNDING, (step.params, step.state))
 
 
 _DOUBLE = torch.float64, torch.complex128
+
+
+def _in_16_bits(dtype: torch.dtype, tensor: Tensor) -> Tensor:
+    """A tensor in 16 bits, if it is real and in float32."""
+    return tensor.to(dtype) if tensor.dtype is torch.float32 else tensor
 
 
 def _narrowed(tensor: Tensor) -> Tensor:

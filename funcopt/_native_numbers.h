@@ -1,0 +1,55 @@
+/* The coefficients of one member. They are found in double, as torch does, and rounded once. */
+
+static double rounded(const Job *job, double value)
+{
+    return job->dtypes[0] == FLOAT64 ? value : (double)(float)value;
+}
+
+static void set_grad_factor(const Job *job, double scale, double *own)
+{
+    const double sign = job->maximize ? -1.0 : 1.0;
+    const int is_16_bit = job->items[1] == 2; /* a gradient */
+    own[GRAD_FACTOR] = is_16_bit ? sign : sign * rounded(job, scale);
+    own[ROUNDED_FACTOR] = is_16_bit ? rounded(job, scale) : 1.0;
+}
+
+static void set_adam(const Job *job, const double *numbers, double *own)
+{
+    const double step = numbers[0], lr = numbers[1], beta1 = numbers[2], beta2 = numbers[3];
+    const double weight_decay = numbers[5];
+    const double weight = rounded(job, 1 - beta1);
+    own[LERP_FROM_AVERAGE] = weight < 0.5;
+    own[LERP_WEIGHT] = weight < 0.5 ? weight : rounded(job, weight - 1);
+    own[BETA2] = rounded(job, beta2);
+    own[GAIN2] = rounded(job, 1 - beta2);
+    own[EPS] = rounded(job, numbers[4]);
+    own[DECAY] = rounded(job, weight_decay);
+    own[COUPLED] = job->rule == ADAM && weight_decay != 0;
+    own[REMAINDER] = job->rule == ADAM ? 1.0 : rounded(job, 1 - lr * weight_decay);
+    own[DESCENT] = rounded(job, -(lr / (1 - pow(beta1, step))));
+    own[CORRECTION2_ROOT] = rounded(job, sqrt(1 - pow(beta2, step)));
+    set_grad_factor(job, numbers[7], own);
+}
+
+static void set_sgd(const Job *job, const double *numbers, double *own)
+{
+    const double dampening = numbers[0] == 1 ? 0.0 : numbers[3];
+    own[DESCENT] = rounded(job, -numbers[1]);
+    own[MOMENTUM] = rounded(job, numbers[2]);
+    own[GAIN] = rounded(job, 1 - dampening);
+    own[DECAY] = rounded(job, numbers[4]);
+    own[COUPLED] = numbers[4] != 0;
+    set_grad_factor(job, numbers[6], own);
+}
+
+static void set_lion(const Job *job, const double *numbers, double *own)
+{
+    own[DESCENT] = rounded(job, -numbers[1]);
+    own[BETA1] = rounded(job, numbers[2]);
+    own[BETA2] = rounded(job, numbers[3]);
+    own[GAIN1] = rounded(job, 1 - numbers[2]);
+    own[GAIN2] = rounded(job, 1 - numbers[3]);
+    own[DECAY] = rounded(job, numbers[4]);
+    own[COUPLED] = 0;
+    set_grad_factor(job, numbers[6], own);
+}
