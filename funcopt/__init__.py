@@ -16,11 +16,13 @@ from .wrappers.averaged import averaged
 from .wrappers.clip import Clip, ClipState
 from .wrappers.clip_adaptive import ClipAdaptive, ClipAdaptiveState
 from .wrappers.clip_value import ClipValue, ClipValueState
+from .wrappers.compensated import Compensated, CompensatedState
 from .wrappers.ema import Ema, EmaState
 from .wrappers.find_replace import find, replace
 from .wrappers.labels import decay_label
 from .wrappers.lookahead import Lookahead, LookaheadState
 from .wrappers.loss_scale import LossScale, LossScaleState
+from .wrappers.master_weights import MasterWeights, MasterWeightsState
 from .wrappers.partition import Partition, PartitionState
 from .wrappers.skip_nonfinite import SkipNonfinite, SkipNonfiniteState
 
@@ -38,6 +40,8 @@ __all__ = [
     "ClipState",
     "ClipValue",
     "ClipValueState",
+    "Compensated",
+    "CompensatedState",
     "Ema",
     "EmaState",
     "Frozen",
@@ -47,6 +51,8 @@ __all__ = [
     "LookaheadState",
     "LossScale",
     "LossScaleState",
+    "MasterWeights",
+    "MasterWeightsState",
     "Number",
     "Optimizer",
     "ParamsT",

@@ -197,6 +197,10 @@ class Parts:
         """
         return self._by_id[id(tensor)].place
 
+    def add(self, tensor: Tensor, like: Tensor) -> None:
+        """Let a tensor represent what one of the parts does."""
+        self._by_id[id(tensor)] = self._by_id[id(like)]._replace(tensor=tensor)
+
     def knows(self, tensor: Any) -> bool:
         """Whether this is one of the parts."""
         return id(tensor) in self._by_id
@@ -226,6 +230,16 @@ def whole_of(leaf: Any) -> Any:
     parts = current_parts()
     whole = None if parts is None else parts.whole_of(leaf)
     return leaf if whole is None else whole
+
+
+def stand_for(tensor: Tensor, leaf: Tensor) -> None:
+    """Let a tensor that an optimizer hands on in place of a leaf represent what the leaf does.
+
+    It is known until the update is done, also to an optimizer that asks for a number of all leaves.
+    """
+    parts = current_parts()
+    if parts is not None and parts.knows(leaf):
+        parts.add(tensor, leaf)
 
 
 def wholes_in(tree: Tree) -> Tree:

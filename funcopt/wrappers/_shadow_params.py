@@ -1,6 +1,7 @@
 """A tree in a state that goes beside the parameters: pairing it with them, and moving it.
 
-`Ema` keeps its average so, `Lookahead` its slow parameters. `Accumulate` pairs its sums likewise.
+`Ema` keeps its average so, `Lookahead` its slow parameters, `MasterWeights` its copies.
+`Accumulate` pairs its sums likewise, and `Compensated` what rounding lost.
 """
 
 from __future__ import annotations
@@ -30,6 +31,11 @@ from ._shared import (
 
 DtypeOf: TypeAlias = Callable[[torch.dtype], torch.dtype]
 """Gives the dtype of a leaf of the tree, from that of its parameter."""
+
+
+def own_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of a leaf that has the dtype of its parameter."""
+    return dtype
 
 
 def copy_params(opt: Optimizer[Any], params: Tree, dtype_of: DtypeOf) -> tuple[Tree, list[Tensor]]:

@@ -29,7 +29,7 @@ from .._engine.counts import next_count
 from .._engine.hyperparameters import check_flag, normalize_fields, numbers_of
 from .._engine.prepare import keep_requiring
 from .._engine.registration import register_optimizer
-from ._shadow_params import ShadowParams, copy_params
+from ._shadow_params import ShadowParams, copy_params, own_dtype
 from ._shared import (
     check_scalar,
     device_of_counts,
@@ -138,7 +138,7 @@ class Lookahead:
 
     def init(self, params: Tree) -> LookaheadState:
         """Return the state before the first update, when slow and fast parameters are the same."""
-        slow_params, _ = copy_params(self, params, _same)
+        slow_params, _ = copy_params(self, params, own_dtype)
         count = torch.zeros((), dtype=torch.float64, device=device_of_counts(self.every))
         step = first_count_if_scheduled(self, torch.device("cpu"))
         return LookaheadState(count, slow_params, self.inner.init(params), step)
@@ -189,7 +189,7 @@ class Lookahead:
         check_scalar("state.steps_since_sync", state.steps_since_sync)
         numbers = numbers_of(self, state.step)
         gradients = gather_gradients(self, grads, params)
-        slow = ShadowParams.gather(gradients, "state.slow_params", state.slow_params, _same)
+        slow = ShadowParams.gather(gradients, "state.slow_params", state.slow_params, own_dtype)
         return slow, numbers
 
     def _restarted(self, syncs: bool | Tensor, inner: Tree, params: Tree) -> Tree:
@@ -221,11 +221,6 @@ def _known(number: Number) -> Number:
     """Return a number, as a Python number if it can be read."""
     value = known_value(number)
     return number if value is None else value
-
-
-def _same(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of a slow parameter: that of the fast one, over which it is written."""
-    return dtype
 
 
 def _write_all(olds: Sequence[Tensor], news: Sequence[Tensor]) -> None:
