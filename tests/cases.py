@@ -46,6 +46,8 @@ WRAPPED: dict[str, funcopt.Optimizer[Any]] = {
     "LossScale": funcopt.LossScale(_INNER, 4.0),
     "Ema": funcopt.Ema(_INNER, 0.9),
     "Lookahead": funcopt.Lookahead(_INNER, 2, 0.5),
+    "MasterWeights": funcopt.MasterWeights(_INNER),
+    "Compensated": funcopt.Compensated(_INNER),
     "Partition": funcopt.Partition(
         {"a": _INNER, "b": funcopt.Frozen(), "c": funcopt.Clip(_INNER, 1.0)},
         {"w": "a", "v": "b", "u": "c"},

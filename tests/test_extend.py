@@ -13,7 +13,9 @@ from funcopt import (
     AdamW,
     Clip,
     ClipValue,
+    Compensated,
     Ema,
+    MasterWeights,
     Number,
     Optimizer,
     Partition,
@@ -178,6 +180,8 @@ WRAPPED = {
     "Ema": lambda opt: Ema(opt, 0.9),
     "Partition": lambda opt: Partition({"all": opt}, lambda name, leaf: "all"),
     "Accumulate": lambda opt: Accumulate(opt, 1),
+    "MasterWeights": MasterWeights,
+    "Compensated": Compensated,
     "Zero1": lambda opt: Zero1(opt, None),
     "LocalUpdates": lambda opt: LocalUpdates(opt, 10, None),
 }

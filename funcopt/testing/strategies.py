@@ -24,8 +24,10 @@ from ..optimizers.adamw import AdamW
 from ..optimizers.lion import Lion
 from ..optimizers.sgd import SGD
 from ..wrappers.clip_value import ClipValue
+from ..wrappers.compensated import Compensated
 from ..wrappers.ema import Ema
 from ..wrappers.lookahead import Lookahead
+from ..wrappers.master_weights import MasterWeights
 from ..wrappers.skip_nonfinite import SkipNonfinite
 from ._tensors import LAYOUTS, VALUES, build, like
 from ._trees import NODES, assemble
@@ -359,6 +361,8 @@ _WRAPPERS = (
     partial(Ema, decay=0.75),
     partial(Ema, decay=0.5, debias=False),
     partial(Lookahead, every=2),
+    MasterWeights,
+    Compensated,
     SkipNonfinite,
 )
 

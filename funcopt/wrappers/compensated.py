@@ -193,4 +193,4 @@ def _lost(wide: Tensor, param: Tensor) -> Tensor:
     size = lost.to(torch.float32)
     step = (size.abs() * (kind.eps / 2)).clamp(min=kind.smallest_normal * kind.eps)
     lost = torch.where(rounded_up, (size - step * size.sign()).to(param.dtype), lost)
-    return lost.masked_fill(~param.isfinite(), 0)
+    return torch.where(param.isfinite(), lost, 0.0)  # in the layout of the parameter

@@ -19,11 +19,13 @@ from funcopt import (
     Clip,
     ClipAdaptive,
     ClipValue,
+    Compensated,
     Ema,
     Frozen,
     Lion,
     Lookahead,
     LossScale,
+    MasterWeights,
     Partition,
     SkipNonfinite,
     decay_label,
@@ -59,6 +61,8 @@ VALUES = {
     "LossScale": lambda: LossScale(inner(), rates(2.0, 4.0)),
     "Ema": lambda: Ema(inner(), rates()),
     "Lookahead": lambda: Lookahead(inner(), 2, rates()),
+    "MasterWeights": lambda: MasterWeights(inner()),
+    "Compensated": lambda: Compensated(inner()),
     "Partition by tree": lambda: Partition({"a": inner(), "b": Frozen()}, {"w": "a", "v": "b"}),
     "Partition by function": lambda: Partition(
         {"decay": inner(), "no_decay": AdamW()}, decay_label

@@ -11,9 +11,11 @@ from funcopt import (
     AdamW,
     AdamWState,
     Clip,
+    Compensated,
     Ema,
     Frozen,
     Lookahead,
+    MasterWeights,
     Partition,
     SkipNonfinite,
 )
@@ -133,6 +135,8 @@ STATEFUL = {
     "Accumulate": Accumulate(AdamW(), 2),
     "Ema": Ema(AdamW()),
     "Lookahead": Lookahead(AdamW(), 2),
+    "MasterWeights": MasterWeights(AdamW()),
+    "Compensated": Compensated(AdamW()),
 }
 
 

@@ -14,10 +14,12 @@ from funcopt import (
     Adam,
     AdamW,
     Clip,
+    Compensated,
     Ema,
     Lion,
     Lookahead,
     LossScale,
+    MasterWeights,
     SkipNonfinite,
 )
 from funcopt._core import pytree
@@ -57,6 +59,8 @@ MORE = {
     "SkipNonfinite": lambda: SkipNonfinite(AdamW(lr=0.1)),
     "LossScale": lambda: LossScale(AdamW(lr=0.1), 4.0, growth_interval=2),
     "Lookahead": lambda: Lookahead(AdamW(lr=0.1), 2),
+    "MasterWeights": lambda: MasterWeights(AdamW(lr=0.1)),
+    "Compensated": lambda: Compensated(AdamW(lr=0.1)),
     "several": lambda: Ema(Accumulate(SkipNonfinite(Clip(Lion(lr=0.1), 0.5)), 2), 0.9),
 }
 METHODS = ["update", "update_"]

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ..._core import pytree
-from ..._core.types import Tree, own_traits, traits_of
+from ..._core.types import Tree, optimizers_in, own_traits, traits_of
 from ...interop._counterparts import counterpart_of
+from ...wrappers.compensated import Compensated
 from .._compare import EXACT, ROUNDING, NotApplicable, compare, compare_moved
 from .._subject import cast, fields, kernels, leaves_of, replace, rounded, run, tree_map
 from ..oracles import Oracle, own_update, registered
@@ -93,6 +94,8 @@ def _matches(
     coupled = coarse and not traits_of(opt).leafwise
     if fields(opt, "debias") and any(leaf.itemsize == 2 for leaf in leaves_of(params)):
         raise NotApplicable("its average is wider than the rounded parameters that are averaged")
+    if _is_compensated(opt) and any(leaf.itemsize == 2 for leaf in leaves_of(params)):
+        raise NotApplicable("in float64 it has no compensation, and moves the parameters alone")
     # Moments in float32 are those of gradients that a wrapper has rounded to 16 bits.
     halves = sorted((p.dtype for p in leaves_of(params) if p.itemsize == 2), key=str)
     for step in run(opt, params, gradient_sequence):
@@ -103,6 +106,10 @@ def _matches(
         elif coupled:
             trees = tree_map(_narrowed, trees)
         compare_moved(law, step.number, *trees, ROUNDING, (step.params, step.state))
+
+
+def _is_compensated(opt: Any) -> bool:
+    return any(isinstance(part, Compensated) for part in optimizers_in(opt))
 
 
 _DOUBLE = torch.float64, torch.complex128
