@@ -15,9 +15,11 @@ from funcopt import (
     Clip,
     ClipAdaptive,
     ClipValue,
+    Compensated,
     Ema,
     Frozen,
     Lookahead,
+    MasterWeights,
     Partition,
     SkipNonfinite,
 )
@@ -102,6 +104,8 @@ INNERS = {
     "amsgrad": AdamW(lr=funcopt.schedules.Linear(1e-2, 1e-3, steps=STEPS), amsgrad=True),
     "Ema": Ema(ClipValue(AdamW(lr=1e-2), max_value=0.5), decay=0.9),
     "Lookahead": Lookahead(AdamW(lr=1e-2), every=3),
+    "MasterWeights": MasterWeights(AdamW(lr=1e-2)),
+    "Compensated": Compensated(AdamW(lr=1e-2)),
     "schedules, by bucket": Ema(
         Lookahead(ClipValue(AdamW(lr=1e-2), FALLING), every=FALLING_COUNT, alpha=FALLING),
         decay=FALLING,

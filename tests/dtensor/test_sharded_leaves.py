@@ -21,15 +21,18 @@ from torch.distributed.tensor.parallel import (
 from torch.utils._pytree import tree_flatten, tree_map
 
 from funcopt import (
+    SGD,
     Accumulate,
     AdamW,
     Clip,
     ClipAdaptive,
     ClipValue,
+    Compensated,
     Ema,
     Frozen,
     Lookahead,
     LossScale,
+    MasterWeights,
     Partition,
     SkipNonfinite,
     averaged,
@@ -65,6 +68,8 @@ OPTIMIZERS = {
         },
         decay_label,
     ),
+    "MasterWeights of Clip of Partition": lambda: MasterWeights(Clip(partition(), 0.3)),
+    "Compensated of Clip of Partition": lambda: Compensated(Clip(partition(), 0.3)),
     "Ema of Lookahead of ClipValue": lambda: Ema(
         Lookahead(ClipValue(AdamW(lr=0.02), 0.05), every=3, reset_state=True), decay=0.9
     ),
@@ -279,7 +284,12 @@ def locals_of(tree):
 def keep_lying_and_touch_nothing(rank, lie):
     lying, full = lie(), full_tree()
     params = place(full, lying)
-    for opt in (AdamW(lr=0.1, amsgrad=True), Ema(Accumulate(AdamW(lr=0.1), every=2), decay=0.5)):
+    for opt in (
+        AdamW(lr=0.1, amsgrad=True),
+        Ema(Accumulate(AdamW(lr=0.1), every=2), decay=0.5),
+        MasterWeights(Ema(AdamW(lr=0.1), decay=0.5)),
+        Compensated(Ema(AdamW(lr=0.1), decay=0.5)),
+    ):
         state, own = opt.init(params), locals_of(params)
         own_state = opt.init(own)
         given, kept = params, None
@@ -313,6 +323,28 @@ def keep_lying_and_touch_nothing(rank, lie):
 @pytest.mark.parametrize(("world_size", "lie"), [(1, on_a_line), (3, on_a_line), (4, on_a_square)])
 def test_placements_and_strides_are_kept_and_the_bits_are_those_of_local_updates(world_size, lie):
     run_ranks(world_size, keep_lying_and_touch_nothing, lie)
+
+
+def clip_what_stands_for_16_bits(rank):
+    mesh = init_device_mesh("cpu", (2,))
+    full = {name: leaf.bfloat16() for name, leaf in full_tree().items() if not leaf.is_complex()}
+    lying = {name: (mesh, [Shard(0)]) for name in full if not name.startswith("plain")}
+    for wrap in (MasterWeights, Compensated):
+        for method in ("update", "update_"):
+            opt = wrap(Clip(SGD(lr=0.1, momentum=0.9), 0.5))
+            params, expected = place(full, lying), {n: leaf.clone() for n, leaf in full.items()}
+            state, expected_state = opt.init(params), opt.init(expected)
+            for step in range(3):
+                grads = gradients_of(full, step)
+                params, state = getattr(opt, method)(place(grads, lying), state, params)
+                expected, expected_state = opt.update(grads, expected_state, expected)
+                assert_near(state.inner.norm, expected_state.inner.norm)
+            for name, leaf in whole(params).items():
+                assert torch.allclose(leaf, expected[name], rtol=2e-2), name
+
+
+def test_a_norm_of_what_stands_for_16_bit_leaves_is_over_all_processes():
+    run_ranks(2, clip_what_stands_for_16_bits)
 
 
 def lay_moments_out_as_parameters(rank):
