@@ -13,7 +13,19 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from funcopt import Accumulate, AdamW, Clip, ClipValue, Ema, Frozen, Lookahead, Partition, interop
+from funcopt import (
+    Accumulate,
+    AdamW,
+    Clip,
+    ClipValue,
+    Compensated,
+    Ema,
+    Frozen,
+    Lookahead,
+    MasterWeights,
+    Partition,
+    interop,
+)
 from funcopt._core.types import Traits
 from funcopt.distributed import LocalUpdates, update_in_backward
 from funcopt.schedules import Linear
@@ -79,6 +91,8 @@ OPTIMIZERS = {
     "ClipValue": ClipValue(AdamW(lr=0.1), 0.01),
     "Ema": Ema(AdamW(lr=0.1), 0.5),
     "Lookahead": Lookahead(AdamW(lr=0.1), 2),
+    "MasterWeights": MasterWeights(AdamW(lr=0.1)),
+    "Compensated": Compensated(AdamW(lr=0.1)),
     "Accumulate": Accumulate(AdamW(lr=0.1), 2),
     "Partition": Partition(
         {"a": AdamW(lr=0.1), "b": ClipValue(AdamW(), 1e-3), "c": Frozen()},
