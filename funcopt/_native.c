@@ -218,6 +218,11 @@ static int take_kind(PyObject *const *given, Job *job, int64_t *threads)
         job->items[column] = items[job->dtypes[column]];
         job->is_wide &= job->items[column] != 2;
     }
+    const int lost = is_compensated && dtype == BFLOAT16 ? LOST : 0;
+    const int short_slots = slot_dtype == BFLOAT16 ? SHORT_SLOTS : 0;
+    const int is_served = rule <= ADAMW && (lost || (rounding == NEAREST && dtype == FLOAT32)) &&
+                          (short_slots || slot_dtype == FLOAT32);
+    job->shorts = is_served ? lost | short_slots : 0;
     return 0;
 }
 

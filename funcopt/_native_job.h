@@ -24,6 +24,8 @@
 enum { ADAM, ADAMW, SGD, LION };
 enum { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
 enum { NEAREST, STOCHASTIC, COMPENSATED };
+/* Slots in bfloat16, or parameters, gradients and what was lost, or all. */
+enum { SHORT_SLOTS = 1, LOST = 2 };
 enum { MOST_OLDS = 6, MOST_NEWS = 5 };
 static const int64_t MOST_MEMBERS = (int64_t)1 << 40;
 /* So many elements of every column fit into a core's first cache. Random bits come for so many. */
@@ -65,6 +67,7 @@ typedef struct {
     int dtypes[MOST_OLDS]; /* of the columns before the step */
     int64_t items[MOST_OLDS]; /* bytes of an element of each */
     int is_wide; /* whether every column is in the dtype that is computed in */
+    int shorts; /* which columns are in bfloat16, of steps that have a loop for it */
     int64_t leaves, members, total; /* total: elements of all leaves */
     int streams; /* whether results are written past the cache */
     const int64_t *sizes; /* elements of each leaf, all members together */

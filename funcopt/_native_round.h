@@ -12,43 +12,44 @@
 
 enum { CALLS = BLOCK / 8 };
 
-/* Fill the random bits of a block, which is the `block`th of BLOCK elements of a leaf. */
+/* Fill the random bits of a block, which is the `block`th of BLOCK elements of a leaf. Words of 32
+ * bits are kept in 64, in which their products have room. */
 INLINE void fill_random(uint16_t *bits, const uint64_t *key_and_step, int64_t leaf, int column,
                         int64_t block)
 {
-    const uint64_t key = key_and_step[0], step = key_and_step[1];
+    const uint64_t word = 0xFFFFFFFF, key = key_and_step[0], step = key_and_step[1];
     const uint64_t first_call = (uint64_t)block * CALLS;
-    uint32_t one[CALLS], two[CALLS], three[CALLS], four[CALLS];
+    uint64_t one[CALLS], two[CALLS], three[CALLS], four[CALLS];
     for (int i = 0; i < CALLS; i++) {
         const uint64_t call = first_call + (uint64_t)i;
-        one[i] = (uint32_t)call;
-        two[i] = (uint32_t)column | (uint32_t)leaf << 3;
-        three[i] = (uint32_t)step;
-        four[i] = (uint32_t)(call >> 32 & 0xFFFF) | (uint32_t)(step >> 32) << 16;
-    }
-    uint32_t low = (uint32_t)key, high = (uint32_t)(key >> 32);
-    for (int round = 0; round < 10; round++) {
-        for (int i = 0; i < CALLS; i++) {
-            const uint64_t left = (uint64_t)one[i] * 0xD2511F53u;
-            const uint64_t right = (uint64_t)three[i] * 0xCD9E8D57u;
-            one[i] = (uint32_t)(right >> 32) ^ two[i] ^ low;
-            three[i] = (uint32_t)(left >> 32) ^ four[i] ^ high;
-            two[i] = (uint32_t)right;
-            four[i] = (uint32_t)left;
-        }
-        low += 0x9E3779B9u;
-        high += 0xBB67AE85u;
+        one[i] = call & word;
+        two[i] = ((uint64_t)column | (uint64_t)leaf << 3) & word;
+        three[i] = step & word;
+        four[i] = (call >> 32 & 0xFFFF) | (step >> 32 << 16 & word);
     }
     for (int i = 0; i < CALLS; i++) {
-        bits[i] = (uint16_t)one[i];
-        bits[CALLS + i] = (uint16_t)two[i];
-        bits[2 * CALLS + i] = (uint16_t)three[i];
-        bits[3 * CALLS + i] = (uint16_t)four[i];
-        bits[4 * CALLS + i] = (uint16_t)(one[i] >> 16);
-        bits[5 * CALLS + i] = (uint16_t)(two[i] >> 16);
-        bits[6 * CALLS + i] = (uint16_t)(three[i] >> 16);
-        bits[7 * CALLS + i] = (uint16_t)(four[i] >> 16);
+        uint64_t a = one[i], b = two[i], c = three[i], d = four[i];
+        uint64_t low = key & word, high = key >> 32;
+        for (int round = 0; round < 10; round++) {
+            const uint64_t left = a * 0xD2511F53u, right = c * 0xCD9E8D57u;
+            a = (right >> 32) ^ b ^ low;
+            c = (left >> 32) ^ d ^ high;
+            b = right & word;
+            d = left & word;
+            low = (low + 0x9E3779B9u) & word;
+            high = (high + 0xBB67AE85u) & word;
+        }
+        one[i] = a;
+        two[i] = b;
+        three[i] = c;
+        four[i] = d;
     }
+    const uint64_t *words[] = {one, two, three, four};
+    for (int j = 0; j < 4; j++)
+        for (int i = 0; i < CALLS; i++) {
+            bits[j * CALLS + i] = (uint16_t)words[j][i];
+            bits[(4 + j) * CALLS + i] = (uint16_t)(words[j][i] >> 16);
+        }
 }
 
 /* What is finite stays finite: past the largest number there is no neighbour to round to. */
@@ -107,18 +108,40 @@ INLINE void compensate_double(double *params, const double *lost, int64_t count)
     (void)params, (void)lost, (void)count;
 }
 
-/* Find what is lost when parameters are rounded to the nearest: of what is not finite, nothing. */
-INLINE void find_lost_float(int dtype, const float *params, float *lost, int64_t count)
+/* The bits of a float that is rounded to the nearest bfloat16. */
+INLINE uint32_t in_bfloat16(float value)
 {
-    for (int64_t i = 0; i < count; i++) {
-        const float kept = dtype == BFLOAT16 ? from_bfloat16(to_bfloat16(params[i]))
-                                             : from_float16(to_float16(params[i]));
-        const int is_finite = (bits_of(kept) & 0x7FFFFFFF) < 0x7F800000;
-        lost[i] = is_finite ? params[i] - kept : 0.0f;
-    }
+    return (uint32_t)to_bfloat16(value) << 16;
 }
 
-INLINE void find_lost_double(int dtype, const double *params, double *lost, int64_t count)
+/* Find what is lost when parameters are rounded to the nearest: of what is not finite, nothing.
+ * Half a unit of a parameter becomes the next smaller number, which is one bit less, or the sum of
+ * both would round to a neighbour. */
+INLINE void find_lost_float(int dtype, const float *params, uint16_t *lost, int64_t count)
+{
+    uint32_t found[BLOCK];
+    if (dtype == BFLOAT16)
+        for (int64_t i = 0; i < count; i++) {
+            const uint32_t kept = in_bfloat16(params[i]);
+            const uint32_t rest = in_bfloat16(params[i] - from_bits(kept));
+            const uint32_t sum = in_bfloat16(from_bits(kept) + from_bits(rest));
+            const uint32_t finite = (kept & 0x7FFFFFFF) < 0x7F800000 ? 0xFFFFFFFF : 0;
+            found[i] = ((rest >> 16) - (sum != kept)) & finite;
+        }
+    else
+        for (int64_t i = 0; i < count; i++) {
+            const uint32_t kept = bits_of(from_float16(to_float16(params[i])));
+            const uint32_t rest = to_float16(params[i] - from_bits(kept));
+            const float sum = from_bits(kept) + from_float16((uint16_t)rest);
+            const uint32_t again = bits_of(from_float16(to_float16(sum)));
+            const uint32_t finite = (kept & 0x7FFFFFFF) < 0x7F800000 ? 0xFFFFFFFF : 0;
+            found[i] = (rest - (again != kept)) & finite;
+        }
+    for (int64_t i = 0; i < count; i++)
+        lost[i] = (uint16_t)found[i];
+}
+
+INLINE void find_lost_double(int dtype, const double *params, uint16_t *lost, int64_t count)
 {
     (void)dtype, (void)params, (void)lost, (void)count;
 }

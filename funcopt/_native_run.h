@@ -25,12 +25,14 @@
 #define sqrt_double sqrt
 
 #define REAL float
+#define FLOATS 1
 #define INTEGER int32_t
 #define WIDTH 1
 #define OP(name) name##_float
 #define NAME(name) float_baseline_##name
 #include "_native_steps.h"
 #define REAL double
+#define FLOATS 0
 #define INTEGER int64_t
 #define WIDTH 1
 #define OP(name) name##_double
@@ -45,12 +47,14 @@
 #pragma GCC target("avx2,fma")
 #endif
 #define REAL float
+#define FLOATS 1
 #define INTEGER int32_t
 #define WIDTH 8
 #define OP(name) _mm256_##name##_ps
 #define NAME(name) float_avx2_##name
 #include "_native_steps.h"
 #define REAL double
+#define FLOATS 0
 #define INTEGER int64_t
 #define WIDTH 4
 #define OP(name) _mm256_##name##_pd
@@ -69,12 +73,14 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")
 #endif
 #define REAL float
+#define FLOATS 1
 #define INTEGER int32_t
 #define WIDTH 16
 #define OP(name) _mm512_##name##_ps
 #define NAME(name) float_avx512_##name
 #include "_native_steps.h"
 #define REAL double
+#define FLOATS 0
 #define INTEGER int64_t
 #define WIDTH 8
 #define OP(name) _mm512_##name##_pd

@@ -39,6 +39,11 @@ typedef INTEGER NAME(Mask) __attribute__((vector_size(WIDTH * sizeof(REAL))));
 #define VECTORIZE
 #endif
 #define VECTOR NAME(Vector)
+#define HAS_SHORTS (WIDTH >= 8 && FLOATS)
+#if HAS_SHORTS
+typedef uint32_t NAME(Bits) __attribute__((vector_size(WIDTH * sizeof(uint32_t))));
+typedef uint16_t NAME(Shorts) __attribute__((vector_size(WIDTH * sizeof(uint16_t))));
+#endif
 
 /* Return the larger of two, or NaN if either is, as torch.maximum. */
 INLINE VECTOR NAME(larger)(VECTOR one, VECTOR other)
@@ -63,6 +68,52 @@ INLINE VECTOR NAME(sign)(VECTOR vector)
 #endif
 }
 
+/* How a column is on its way to the registers and back: as it is, or in bfloat16. */
+
+#if HAS_SHORTS
+INLINE VECTOR NAME(widened)(const uint16_t *source)
+{
+    NAME(Shorts) shorts;
+    memcpy(&shorts, source, sizeof(shorts));
+    return (VECTOR)(__builtin_convertvector(shorts, NAME(Bits)) << 16);
+}
+
+/* Return the bits of the nearest bfloat16, as `to_bfloat16` does. */
+INLINE NAME(Bits) NAME(nearest)(VECTOR vector)
+{
+    const NAME(Bits) bits = (NAME(Bits))vector;
+    const NAME(Bits) rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+    const NAME(Bits) is_nan = (NAME(Bits))((bits & 0x7FFFFFFF) > 0x7F800000);
+    return (is_nan & 0x7FC0) | (~is_nan & rounded);
+}
+
+INLINE void NAME(put_short)(uint16_t *target, NAME(Bits) bits)
+{
+    const NAME(Shorts) shorts = __builtin_convertvector(bits, NAME(Shorts));
+    memcpy(target, &shorts, sizeof(shorts));
+}
+
+/* Return the bits of what is lost of a parameter, as `find_lost` does. */
+INLINE NAME(Bits) NAME(lost_of)(VECTOR param, NAME(Bits) kept)
+{
+    const VECTOR own = (VECTOR)(kept << 16);
+    const NAME(Bits) rest = NAME(nearest)(param - own);
+    const NAME(Bits) again = NAME(nearest)(own + (VECTOR)(rest << 16));
+    const NAME(Bits) is_finite = (NAME(Bits))((kept & 0x7FFF) < 0x7F80);
+    return (rest + (NAME(Bits))(again != kept)) & is_finite; /* what is true is -1 */
+}
+#endif
+
+INLINE VECTOR NAME(take_at)(const REAL *source, int64_t i, int is_short)
+{
+#if HAS_SHORTS
+    if (is_short)
+        return NAME(widened)((const uint16_t *)source + i);
+#endif
+    (void)is_short;
+    return LOAD(source + i);
+}
+
 /* Write a vector, past the cache if `streamed`. */
 INLINE void NAME(put)(REAL *target, VECTOR vector, int streamed)
 {
@@ -72,8 +123,22 @@ INLINE void NAME(put)(REAL *target, VECTOR vector, int streamed)
         STORE(target, vector);
 }
 
+INLINE void NAME(give_at)(REAL *target, int64_t i, VECTOR vector, int streamed, int is_short)
+{
+#if HAS_SHORTS
+    if (is_short) {
+        NAME(put_short)((uint16_t *)target + i, NAME(nearest)(vector));
+        return;
+    }
+#endif
+    (void)is_short;
+    NAME(put)(target + i, vector, streamed);
+}
+
+/* With `lost`, the column of what was lost of the parameters, they are in 16 bits. */
 INLINE void NAME(adam)(const double *own, const REAL *const *olds, REAL *const *news,
-                       int64_t count, int streamed, int coupled, int amsgrad)
+                       int64_t count, int streamed, int coupled, int amsgrad, int short_slots,
+                       int lost)
 {
     const VECTOR factor = SPREAD(own[GRAD_FACTOR]), decay = SPREAD(own[DECAY]);
     const VECTOR remainder = SPREAD(own[REMAINDER]), weight = SPREAD(own[LERP_WEIGHT]);
@@ -83,25 +148,53 @@ INLINE void NAME(adam)(const double *own, const REAL *const *olds, REAL *const *
 
     VECTORIZE
     for (int64_t i = 0; i < count; i += WIDTH) {
-        const VECTOR param = LOAD(olds[0] + i), average = LOAD(olds[2] + i);
-        VECTOR grad = LOAD(olds[1] + i) * factor;
+        VECTOR param = NAME(take_at)(olds[0], i, lost);
+        const VECTOR average = NAME(take_at)(olds[2], i, short_slots);
+        VECTOR grad = NAME(take_at)(olds[1], i, lost) * factor;
+        if (lost)
+            param = param + NAME(take_at)(olds[lost + 1], i, 1);
         if (coupled)
             grad = MULTIPLY_ADD(param, decay, grad);
         /* As torch.lerp, which starts from the end that is nearer. */
         const VECTOR start = from_average ? average : grad;
         const VECTOR new_average = MULTIPLY_ADD(weight, grad - average, start);
-        const VECTOR scaled = LOAD(olds[3] + i) * beta2;
+        const VECTOR scaled = NAME(take_at)(olds[3], i, short_slots) * beta2;
         const VECTOR square = MULTIPLY_ADD(gain2 * grad, grad, scaled);
         VECTOR largest = square;
         if (amsgrad) {
-            largest = NAME(larger)(LOAD(olds[4] + i), square);
-            NAME(put)(news[3] + i, largest, streamed);
+            largest = NAME(larger)(NAME(take_at)(olds[4], i, short_slots), square);
+            NAME(give_at)(news[3], i, largest, streamed, short_slots);
         }
         const VECTOR denominator = SQUARE_ROOT(largest) / root + eps;
-        NAME(put)(news[1] + i, new_average, streamed);
-        NAME(put)(news[2] + i, square, streamed);
-        NAME(put)(news[0] + i, param * remainder + descent * new_average / denominator, streamed);
+        NAME(give_at)(news[1], i, new_average, streamed, short_slots);
+        NAME(give_at)(news[2], i, square, streamed, short_slots);
+        const VECTOR moved = param * remainder + descent * new_average / denominator;
+#if HAS_SHORTS
+        if (lost) {
+            const NAME(Bits) kept = NAME(nearest)(moved);
+            NAME(put_short)((uint16_t *)news[0] + i, kept);
+            NAME(put_short)((uint16_t *)news[lost] + i, NAME(lost_of)(moved, kept));
+            continue;
+        }
+#endif
+        NAME(put)(news[0] + i, moved, streamed);
     }
+}
+
+/* Choose the loop of Adam once for a range. */
+INLINE void NAME(adams)(const Job *job, const double *own, const REAL *const *olds,
+                        REAL *const *news, int64_t count, int streamed, int short_slots,
+                        int is_lost)
+{
+    const int coupled = own[COUPLED] != 0.0, amsgrad = job->slots == 3;
+    if (amsgrad && !coupled)
+        NAME(adam)(own, olds, news, count, streamed, 0, 1, short_slots, is_lost ? 4 : 0);
+    else if (amsgrad)
+        NAME(adam)(own, olds, news, count, streamed, 1, 1, short_slots, is_lost ? 4 : 0);
+    else if (!coupled)
+        NAME(adam)(own, olds, news, count, streamed, 0, 0, short_slots, is_lost ? 3 : 0);
+    else
+        NAME(adam)(own, olds, news, count, streamed, 1, 0, short_slots, is_lost ? 3 : 0);
 }
 
 INLINE void NAME(sgd)(const double *own, const REAL *const *olds, REAL *const *news, int64_t count,
@@ -169,14 +262,8 @@ INLINE void NAME(vectors)(const Job *job, const double *own, const REAL *const *
         else
             NAME(sgd)(own, olds, news, count, streamed, 1, 1, 1);
     }
-    else if (job->slots == 3 && !coupled)
-        NAME(adam)(own, olds, news, count, streamed, 0, 1);
-    else if (job->slots == 3)
-        NAME(adam)(own, olds, news, count, streamed, 1, 1);
-    else if (!coupled)
-        NAME(adam)(own, olds, news, count, streamed, 0, 0);
     else
-        NAME(adam)(own, olds, news, count, streamed, 1, 0);
+        NAME(adams)(job, own, olds, news, count, streamed, 0, 0);
 }
 
 /* Write a block of a column as its dtype wants it. */
@@ -229,9 +316,11 @@ static void NAME(staged)(const Job *job, int64_t leaf, int64_t begin, int64_t en
             news[column] = is_wide ? (REAL *)target : computed[column];
         }
         NAME(vectors)(job, own, olds, news, whole, 0);
-        if (lost)
-            JOIN(find_lost, REAL)(job->dtypes[0], news[0], news[lost], count);
-        for (int column = 0; column < job->new_columns; column++)
+        if (lost) {
+            char *target = new_at(job, lost, leaf) + at * job->items[0];
+            JOIN(find_lost, REAL)(job->dtypes[0], news[0], (uint16_t *)target, count);
+        }
+        for (int column = 0; column < job->new_columns - (lost > 0); column++)
             if (news[column] == computed[column])
                 NAME(give_rounded)(job, column, leaf, member, at - first, computed[column],
                                    new_at(job, column, leaf) + at * job->items[old_of(column)],
@@ -242,16 +331,24 @@ static void NAME(staged)(const Job *job, int64_t leaf, int64_t begin, int64_t en
 /* Move the elements of one leaf from `begin` to `end`, which are of one member. */
 static void NAME(range)(const Job *job, int64_t leaf, int64_t begin, int64_t end, int64_t member)
 {
-    const int64_t count = job->is_wide ? (end - begin) / WIDTH * WIDTH : 0;
     const double *own = job->coefficients + member * COEFFICIENTS;
+    const int shorts = HAS_SHORTS && own[ROUNDED_FACTOR] == 1.0 ? job->shorts : 0;
+    const int64_t count = job->is_wide || shorts ? (end - begin) / WIDTH * WIDTH : 0;
     const REAL *olds[MOST_OLDS];
     REAL *news[MOST_NEWS];
     if (count > 0) {
         for (int column = 0; column < job->old_columns; column++)
-            olds[column] = (const REAL *)old_at(job, column, leaf) + begin;
+            olds[column] = (const REAL *)(old_at(job, column, leaf) + begin * job->items[column]);
         for (int column = 0; column < job->new_columns; column++)
-            news[column] = (REAL *)new_at(job, column, leaf) + begin;
-        if (is_streamed(job, leaf, begin, count))
+            news[column] =
+                (REAL *)(new_at(job, column, leaf) + begin * job->items[old_of(column)]);
+        if (shorts == SHORT_SLOTS)
+            NAME(adams)(job, own, olds, news, count, 0, 1, 0);
+        else if (shorts == LOST)
+            NAME(adams)(job, own, olds, news, count, 0, 0, 1);
+        else if (shorts)
+            NAME(adams)(job, own, olds, news, count, 0, 1, 1);
+        else if (is_streamed(job, leaf, begin, count))
             NAME(vectors)(job, own, olds, news, count, 1);
         else
             NAME(vectors)(job, own, olds, news, count, 0);
@@ -272,4 +369,6 @@ static void NAME(range)(const Job *job, int64_t leaf, int64_t begin, int64_t end
 #undef INTEGER
 #undef WIDTH
 #undef OP
+#undef FLOATS
+#undef HAS_SHORTS
 #undef NAME

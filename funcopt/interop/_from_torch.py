@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from .._core import pytree, transforms
+from .._core.tensors import compute_dtype
 from .._core.types import Tree, is_dense, shown, shown_layout
 from .._engine.prepare import check_untied, flatten_params
+from .._engine.rule import Slot, slot_dtype
 from ..optimizers.frozen import Frozen
 from ..wrappers.labels import name_leaves
 from ..wrappers.partition import Partition, PartitionState
@@ -50,8 +52,9 @@ def from_torch(
     itself; else by name, if the source was built from `named_parameters()`, where the name of a
     leaf in a nested tree is its keys joined by dots; else by order, if `params` is flat, where the
     order is that in which a dict was filled, as `dict(model.named_parameters())` is. (torch itself
-    always goes by order, whatever the names.) Each moment must have its parameter's shape and
-    dtype, and is moved to its device.
+    always goes by order, whatever the names.) Each moment must have its parameter's shape, and
+    is moved to its device; the optimizer's `moments` is such that all stay in the dtypes in which
+    they come, which torch has made those of the parameters.
 
     **The order of several groups is that of one group after the other, which need not be the
     model's**: if they have no names, give `params` in their order, or load the state dict into an
@@ -167,7 +170,11 @@ def _take_over(
             f"step_per_leaf=False: the source made {min(counts):g} updates of one parameter and "
             f"{max(counts):g} of another. Leave step_per_leaf out, or say True."
         )
+    moments = _moments(kind, options, leaves, entries)
+    for index, (leaf, entry) in enumerate(zip(leaves, entries, strict=True)):
+        _check_dtypes(kind, options, moments, entry, leaf, partial(path, index))
     opt = kind.ours(
+        moments=moments,
         **{name: _own(name, options[name]) for name in kind.fields},
         step_per_leaf=uneven if step_per_leaf is None else step_per_leaf,
         kernel=_kernel(options, leaves),
@@ -178,8 +185,8 @@ def _take_over(
         step.fill_(count)
     with torch.no_grad():
         for slot in kind.kept_slots(options):
-            moments = pytree.flatten(getattr(state, slot.name))[0]
-            for moment, entry in zip(moments, entries, strict=True):
+            tensors = pytree.flatten(getattr(state, slot.name))[0]
+            for moment, entry in zip(tensors, entries, strict=True):
                 if entry:
                     moment.copy_(entry[slot.name])
     return opt, state
@@ -228,14 +235,64 @@ def _check_entry(
                 f"{name} for {path()}: {shown_layout(moment)}, the parameter is dense. Make "
                 f"it dense, with .to_dense() say."
             )
-        for what in ("shape", "dtype"):
-            has, needed = getattr(moment, what), getattr(leaf, what)
-            if has != needed:
-                raise ValueError(
-                    f"{name} for {path()}: {what} {shown(has)}, the parameter has "
-                    f"{shown(needed)}. Is it that of another parameter, or another model?"
-                )
+        if moment.shape != leaf.shape:
+            raise ValueError(
+                f"{name} for {path()}: shape {shown(moment.shape)}, the parameter has "
+                f"{shown(leaf.shape)}. Is it that of another parameter, or another model?"
+            )
         _check_has_value(f"{name} for {path()}", moment)
+
+
+_MOMENTS = ("auto", None, torch.float32, torch.bfloat16, torch.float16)
+
+
+def _moments(
+    kind: Counterpart,
+    options: Mapping[str, Any],
+    leaves: Sequence[Tensor],
+    entries: Sequence[Mapping[str, Any]],
+) -> torch.dtype | str | None:
+    """Return what keeps moments in the dtypes in which they come; as torch does, if none come."""
+    slots = kind.kept_slots(options)
+    beside = [(leaf, entry) for leaf, entry in zip(leaves, entries, strict=True) if entry]
+    if not beside or not slots:
+        narrow = any(compute_dtype(leaf.dtype) is not leaf.dtype for leaf in leaves)
+        return None if narrow else "auto"
+    for moments in _MOMENTS:
+        if all(
+            entry[slot.name].dtype is _dtype_beside(slot, moments, leaf)
+            for leaf, entry in beside
+            for slot in slots
+        ):
+            return moments
+    return None
+
+
+def _dtype_beside(
+    slot: Slot, moments: torch.dtype | str | None, leaf: Tensor
+) -> torch.dtype | None:
+    try:
+        return slot_dtype(slot, moments, leaf.dtype)
+    except ValueError:  # which no complex leaf has
+        return None
+
+
+def _check_dtypes(
+    kind: Counterpart,
+    options: Mapping[str, Any],
+    moments: torch.dtype | str | None,
+    entry: Mapping[str, Any],
+    leaf: Tensor,
+    path: Callable[[], str],
+) -> None:
+    """Refuse moments that do not have one dtype beside parameters of one."""
+    for slot in kind.kept_slots(options) if entry else []:
+        has, needed = entry[slot.name].dtype, slot_dtype(slot, moments, leaf.dtype)
+        if has != needed:
+            raise ValueError(
+                f"{slot.name} for {path()}: dtype {shown(has)}, the parameter has "
+                f"{shown(needed)}. Is it that of another parameter, or another model?"
+            )
 
 
 def _count(kind: Counterpart, entry: Mapping[str, Any], path: Callable[[], str]) -> float:

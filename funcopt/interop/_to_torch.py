@@ -50,7 +50,9 @@ def to_torch(opt: Any, state: Any, params: Tree) -> dict[str, Any]:
     for `dict(model.named_parameters())`; and if there are several param groups, in that order
     within each. Their names stand in the dict, from which the groups can be built as in the example
     below. Tensors among the hyperparameters are handed over as numbers. A parameter that was never
-    updated has no entry, as in torch.
+    updated has no entry, as in torch. Moments are handed over in their dtypes: beside 16-bit
+    parameters, torch rounds those in float32 to 16 bits when it loads them, and its second moment
+    stalls there as with `moments=None`.
 
     Args:
         opt: The optimizer.
@@ -60,8 +62,9 @@ def to_torch(opt: Any, state: Any, params: Tree) -> dict[str, Any]:
     Raises:
         TypeError: If `opt` or `state` is not that of an AdamW, Adam or SGD, or of a Partition of
             them. Of a wrapper hand over what is in it: `to_torch(opt.inner, state.inner, params)`.
-        ValueError: If a Partition has an SGD beside one of the others; if a hyperparameter is a
-            schedule or stacked, if state and parameters do not match, if two leaves have one name,
+        ValueError: If a Partition has an SGD beside one of the others; if an optimizer rounds
+            stochastically; if a hyperparameter is a schedule or stacked, if state and parameters
+            do not match, if two leaves have one name,
             if all are frozen, or if torch's kernel of the name that was asked for cannot go on:
             fused where it refuses or is wrong, as above, foreach if `differentiable` is True.
 
@@ -149,6 +152,12 @@ def _hand_over(
             f"AdamW, Adam or SGD, or a Partition of AdamWs, Adams or SGDs, and its state. For a "
             f"wrapper around one, hand over opt.inner and state.inner. The order is to_torch(opt, "
             f"state, params)."
+        )
+    if opt.rounding != "nearest":
+        raise ValueError(
+            f"rounding={opt.rounding!r}: torch.optim rounds to the nearest number alone. Hand over "
+            f"the optimizer with rounding='nearest', and its state without the key: "
+            f"state._replace(key=())."
         )
     leaves, structure = flatten_params(params)
     none = pytree.unflatten(structure, [None] * len(leaves))

@@ -59,6 +59,7 @@ def _optimizer(
     if foreach and fused:
         raise ValueError("foreach=True and fused=True: one kernel makes a step. Give one of them.")
     return AdamW(
+        moments=None,  # as in torch
         lr=defaults["lr"],
         betas=(defaults["beta1"], defaults["beta2"]),
         eps=defaults["eps"],
@@ -93,7 +94,7 @@ def _step_(
     # matters here: as in torch.optim, a step is no part of what is differentiated.
     grads = {i: grad.detach() for i, grad in enumerate(gradients) if grad is not None}
     leaves = {i: params[i].detach() for i in grads}
-    names = AdamWState._fields if opt.amsgrad else AdamWState._fields[:-1]
+    names = ("step", *(slot.name for slot in AdamW.rule.kept_slots(opt)))
     started = [
         {} if states[i] or i not in grads else _zeros(leaves[i], names, i)
         for i in range(len(params))

@@ -13,11 +13,12 @@ from .._core.tensors import compute_dtype, write
 from .._core.types import ELEMENTWISE, Optimizer, ParamsT, Traits, Tree, check_is_optimizer
 from .._dtensor.shards import stand_for
 from .._engine.checks import check_state
+from .._engine.compensated import as_one, remember, update_compensated
 from .._engine.prepare import keep_requiring
 from .._engine.registration import register_optimizer
 from ._in_float32 import check_params_inplace, is_narrow, widened
 from ._shadow_params import ShadowParams, own_dtype
-from ._shared import gather_gradients, gather_params, records
+from ._shared import gather_gradients, gather_params, may_recall, records
 
 
 class CompensatedState(NamedTuple):
@@ -113,6 +114,9 @@ class Compensated:
         self, grads: Tree, state: CompensatedState, params: ParamsT
     ) -> tuple[ParamsT, CompensatedState]:
         """Return the new parameters and the new state, in fresh memory."""
+        made = self._at_once(grads, state, params, in_place=False)
+        if made is not None:
+            return made
         lost = self._gather(grads, state, params)
         gradients = lost.gradients
         recorded = records(self, gradients, state)
@@ -131,6 +135,7 @@ class Compensated:
             for index in set(range(len(leaves))).difference(narrow):
                 new_lost[index] = lost.leaves[index].clone()
         keep_requiring(leaves, gradients.params)
+        self._remember(grads, state, params)
         return pytree.unflatten(structure, leaves), CompensatedState(
             inner, lost.paired.rebuild(new_lost)
         )
@@ -139,6 +144,8 @@ class Compensated:
         self, grads: Tree, state: CompensatedState, params: ParamsT
     ) -> tuple[ParamsT, CompensatedState]:
         """Do the same in place, but for sums and gradients in float32, which are copies."""
+        if self._at_once(grads, state, params, in_place=True) is not None:
+            return params, state
         lost = self._gather(grads, state, params)
         gradients = lost.gradients
         lost.check_wrapper_inplace({}, {})
@@ -152,7 +159,30 @@ class Compensated:
                     (param, lost.leaves[index]), _split(sums[index], param), strict=True
                 ):
                     write(old, new)
+        self._remember(grads, state, params)
         return params, state
+
+    def _at_once(
+        self, grads: Tree, state: CompensatedState, params: ParamsT, *, in_place: bool
+    ) -> tuple[ParamsT, CompensatedState] | None:
+        """Return what one pass over memory makes, where a kernel knows of the compensation."""
+        opt = self._as_one() if may_recall() and type(state) is CompensatedState else None
+        if opt is None:
+            return None
+        made = update_compensated(
+            opt, grads, state.inner, state.compensation, params, in_place=in_place
+        )
+        return None if made is None else (made[0], CompensatedState(*made[1:]))
+
+    def _remember(self, grads: Tree, state: CompensatedState, params: Tree) -> None:
+        if may_recall() and self._as_one() is not None:
+            remember(grads, state.inner, state.compensation, params)
+
+    def _as_one(self) -> Any:
+        """Return this and the inner optimizer as one, if they can be; it is found once."""
+        if "_setup" not in vars(self):
+            object.__setattr__(self, "_setup", as_one(self.inner))
+        return vars(self)["_setup"]
 
     def _gather(self, grads: Tree, state: CompensatedState, params: Tree) -> ShadowParams:
         check_state(state, CompensatedState)

@@ -22,7 +22,7 @@ from ..cases import (
 )
 
 # Without running means, exp_avg is the gradient that the inner optimizer was given, to the bit.
-SHOWING = AdamW(lr=0.1, betas=(0.0, 0.0))
+SHOWING = AdamW(lr=0.1, betas=(0.0, 0.0), moments=None)
 
 
 class Counting(AdamW):

@@ -11,7 +11,7 @@ from funcopt import AdamW, ClipValue, ClipValueState, interop
 from ..cases import assert_close, assert_same_bits, clone, leaves, random_like, tree_map, trees
 
 # Without running means, exp_avg is the gradient that the inner optimizer was given, to the bit.
-SHOWING = AdamW(lr=0.1, betas=(0.0, 0.0))
+SHOWING = AdamW(lr=0.1, betas=(0.0, 0.0), moments=None)
 
 
 def clipped(opt, grads, params):

@@ -24,7 +24,7 @@ from ..cases import (
 
 INF, NAN = math.inf, math.nan
 # Without running means, exp_avg is the gradient that the inner optimizer was given, to the bit.
-SHOWING = AdamW(lr=0.1, betas=(0.0, 0.0))
+SHOWING = AdamW(lr=0.1, betas=(0.0, 0.0), moments=None)
 # Which of a row of calls are bad, and how.
 BAD = [None] * 4 + [INF, None, NAN, NAN] + [None] * 7 + [-INF] + [None] * 9
 
