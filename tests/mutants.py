@@ -221,9 +221,9 @@ def pairs_trees_by_position(patch: Patch) -> None:
 
 @caught_by(laws.bad_trees_raise)
 def broadcasts_gradients(patch: Patch) -> None:
-    def change(original: Any, leaf: Any, param: Tensor, path: str, what: str) -> None:
+    def change(original: Any, leaf: Any, param: Tensor, *rest: Any) -> None:
         if leaf.shape == param.shape:
-            original(leaf, param, path, what)
+            original(leaf, param, *rest)
 
     wrap(patch, checks, "_refuse_unlike", change)
     patch.setattr(memory, "_is_ready", lambda tensor: False)

@@ -238,6 +238,10 @@ def own_traits(opt: object) -> Traits:
         traits = given if isinstance(given, Traits) else Traits()
         if "traits" not in said and "rule" not in said:
             traits = Traits(**{name: getattr(traits, name) for name in _WARNINGS})
+    if getattr(opt, "rounding", "nearest") == "stochastic":
+        # Its random bits go by the place of an element in its leaf, and of the leaf in the tree.
+        known = {name: getattr(traits, name) for name in ("leafwise", "linear", "by_rule")}
+        return Traits(**known, tells_leaves_apart=True)
     if getattr(opt, "step_per_leaf", False):
         return dataclasses.replace(traits, tells_leaves_apart=True)
     return traits

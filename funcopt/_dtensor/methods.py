@@ -23,7 +23,9 @@ def check_shardable(opt: Any) -> None:
                 f"parts of leaves: by its traits it has to see whole ones. If each element moves "
                 f"by itself, say `traits = Traits(elementwise=True)` in its class; if it reduces "
                 f"over processes what it computes of whole leaves, `shardable=True`. Else give it "
-                f"whole tensors, as of .full_tensor()."
+                f"whole tensors, as of .full_tensor(). (With rounding='stochastic' it has to: the "
+                f"random bits go by the place of an element in the whole leaf. Compensated serves "
+                f"DTensors.)"
             )
 
 

@@ -152,6 +152,8 @@ def plan(
         kinds: tuple[Any, ...] = ()
         if not is_read(numbers):
             own = numbers._make([n if type(n) is float else _value(n) for n in numbers])
+            if _is_stacked(numbers.key):  # also if all agree: each member counts its own elements
+                own = own._replace(key=numbers.key.detach())
             # Who serves does not depend on values, but for the one that gradients are scaled by.
             kinds = tuple([float if type(n) is float else _kind(n) for n in own])
         key = rule, options, in_place, _is_one(own.grad_scale), kinds

@@ -92,8 +92,8 @@ def round_stochastically(values: Tensor, random: Tensor, dtype: torch.dtype) -> 
     if not transforms.followed((values,)):
         return by_chance
     nearest = values.to(dtype)
-    difference = by_chance - nearest.detach()
-    return nearest + torch.where(torch.isfinite(difference), difference, 0.0)
+    zero = nearest.detach() - nearest  # with the derivative; subtracted, it keeps the sign of zero
+    return torch.where(torch.isfinite(zero), by_chance - zero, by_chance)
 
 
 def _bfloat16(size: Tensor, random: Tensor) -> Tensor:

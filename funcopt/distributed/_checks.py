@@ -59,6 +59,12 @@ def check_packable(inner: Optimizer[Any]) -> None:
                 f"inner={inner!r} has step_per_leaf=True, where the inner optimizer sees no leaves "
                 f"but buckets of many, which all have a gradient. Leave it out."
             )
+        if getattr(opt, "rounding", "nearest") == "stochastic":
+            raise ValueError(
+                f"inner={inner!r} has rounding='stochastic': its random bits go by the place of an "
+                f"element in its leaf, where the inner optimizer sees parts of leaves in buckets. "
+                f"Take Compensated({name}(...)) or MasterWeights({name}(...)) instead."
+            )
         if traits.tells_leaves_apart:
             raise ValueError(
                 f"inner={inner!r} has a {name}, which tells leaves apart (its trait "

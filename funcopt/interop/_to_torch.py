@@ -229,7 +229,8 @@ def _given(name: str, given: Any) -> Any:
 
 def _copy_like(leaf: Tensor, moment: Tensor) -> Tensor:
     """A copy of a moment in the strides of its parameter, which torch's fused kernel counts on."""
-    return torch.empty_like(leaf, requires_grad=False).copy_(moment.detach())
+    made = torch.empty_like(leaf, dtype=moment.dtype, requires_grad=False)
+    return made.copy_(moment.detach())
 
 
 def _step(count: float) -> Tensor:

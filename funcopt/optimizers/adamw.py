@@ -210,6 +210,19 @@ class AdamW:
         differentiable: Whether plain autograd records an update. None: if a state tensor or a
             hyperparameter requires a gradient, or if a gradient depends on anything that does,
             other than these parameters. Under a transform of `torch.func` always.
+        moments: The dtype of the moments: `"auto"` is float32 beside 16-bit parameters, else the
+            parameter's; None is the parameter's, as in torch; or `torch.float32`, `torch.bfloat16`
+            or `torch.float16`. In bfloat16 the second moment stalls: `v * 0.999` rounds back to v,
+            so that it never falls, and rises to a quarter of its limit or to several times it.
+        rounding: How what is kept in 16 bits is rounded, parameters as well as moments: `"nearest"`
+            rounds a step below half a unit in the last place away; `"stochastic"` rounds up or down
+            with the probability that makes the mean right. Which of them is a function of the key
+            in the state, of the count, and of the place of an element in its leaf and of that in
+            the tree, to the bit the same on each kernel and device. What is finite stays finite,
+            and derivatives pass as through `"nearest"`. It looks at whole leaves, so that DTensors
+            and `Zero1` are refused; `Compensated` serves these.
+        seed: The key in a new state: a whole number of at least 0 and below 2**53, or a tensor,
+            which may differ between the members of a vmap.
 
     Raises:
         TypeError: If a hyperparameter is of the wrong type.

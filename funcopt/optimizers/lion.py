@@ -139,6 +139,9 @@ class Lion:
         kernel: `"auto"` takes the fastest that is right for the tensors; `"native"` (CPU alone),
             `"foreach"` and `"plain"` name one. Tracers and forward mode always see plain operators.
         differentiable: Whether plain autograd records an update, as for `AdamW`.
+        moments: The dtype of the running mean, as for `AdamW`.
+        rounding: How what is kept in 16 bits is rounded, as for `AdamW`.
+        seed: The key of a new state where `rounding` is `"stochastic"`, as for `AdamW`.
 
     Raises:
         TypeError: If a hyperparameter is of the wrong type.

@@ -25,15 +25,21 @@ import torch
 from funcopt import AdamW, Clip, LossScale, SkipNonfinite
 from funcopt._core import tensors, transforms
 from funcopt._engine import dispatch
-from funcopt._engine.rule import StepInputs
+from funcopt._engine.rounding import random_bits, round_stochastically
+from funcopt._engine.rule import StepInputs, StepOutputs
 from funcopt.optimizers._adam import triton as kernel
-from funcopt.optimizers._adam import triton_arguments, triton_launch, triton_numbers
+from funcopt.optimizers._adam import (
+    triton_arguments,
+    triton_launch,
+    triton_numbers,
+    triton_round,
+)
 from funcopt.optimizers._adam.triton_launch import Launch
 
 from .. import oracle
 from ..cases import assert_same_bits, tree_map
 from ..cases import leaves as leaves_of
-from .common import fresh_step
+from .common import fresh_step, same_memory
 
 triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
@@ -166,6 +172,74 @@ def test_it_computes_what_the_plain_kernel_does(where, dtype, amsgrad, maximize)
     for step in (1, 2, 1000, 2**25):
         leaves = make_leaves([(5, 3), (1030,)], where, dtype, amsgrad)
         check(leaves, NUMBERS._replace(step=step), options)
+
+
+ROUNDED = [
+    (torch.bfloat16, torch.float32),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float16, torch.float16),
+    (torch.float32, torch.bfloat16),
+]
+
+
+@on_any_device
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize(("dtype", "slot_dtype"), ROUNDED)
+def test_moments_in_another_dtype_and_rounding_by_chance_are_those_of_the_plain_kernel(
+    where, dtype, slot_dtype, rounding
+):
+    options = RULE.set_up(AdamW(rounding=rounding, moments=slot_dtype)).options
+    leaves = make_leaves([(5, 3), (1030,), (2100,)], where, dtype)
+    slots = tuple([slot.to(slot_dtype) for slot in column] for column in leaves.slots)
+    leaves = leaves._replace(slots=slots, ids=[0, 3, 4])
+    numbers = NUMBERS._replace(key=2.0**40 + 5)
+    outputs = StepOutputs.of(
+        [torch.empty_like(old) for old in column] for column in leaves.targets.columns
+    )
+    TRITON.step_to(leaves, outputs, numbers, options)
+    expected = dispatch.plain_step(RULE, leaves, numbers, options)
+    for one, other in zip(flat(outputs), flat(expected), strict=True):
+        assert one.dtype is other.dtype
+        if one.dtype is torch.float32:
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+            continue
+        torch.testing.assert_close(one, other, rtol=torch.finfo(one.dtype).eps * 2, atol=1e-6)
+        # Triton's interpreter cuts off what it casts to bfloat16, where a GPU rounds.
+        if rounding == "stochastic" or where != "cpu":
+            # A digit beyond those of the dtype may be another one, and some numbers for it.
+            assert (one != other).sum() <= one.numel() // 500
+
+
+@on_any_device
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_value_is_rounded_by_chance_to_the_bits_of_the_plain_operators(where, dtype):
+    @triton.jit
+    def round_all(values, results, words, DTYPE: source.tl.constexpr):  # noqa: N803
+        lanes = source.tl.arange(0, 1024)
+        wide = source.tl.load(values + lanes)
+        chance = (
+            source.tl.load(words),
+            source.tl.load(words + 1),
+            source.tl.load(words + 2),
+            source.tl.load(words + 3),
+        )
+        found = triton_round.rounded(wide, chance, lanes, 2, DTYPE, True)
+        source.tl.store(results + lanes, found)
+
+    key, leaf, step = 2**40 + 5, 7, 2**33 + 1
+    exponents = torch.randint(-30, 17, (2048,))
+    values = (torch.randn(2048) * 2.0**exponents).to(where)
+    values[:4] = torch.tensor([math.inf, -math.inf, math.nan, 1e38])
+    random = random_bits(float(key), float(step), leaf, 2, values.shape, values.device)
+    expected = round_stochastically(values, random, dtype)
+    for begin in (0, 1024):
+        results = torch.empty(1024, dtype=dtype, device=where)
+        own = values[begin : begin + 1024].contiguous()
+        own_dtype = getattr(source.tl, str(dtype).removeprefix("torch."))
+        words = torch.tensor([key, leaf, step, begin], dtype=torch.int64, device=where)
+        round_all[(1,)](own, results, words, own_dtype)
+        one, other = (t.cpu().nan_to_num(7.0) for t in (results, expected[begin:][:1024]))
+        assert same_memory(one, other)
 
 
 ODD_NUMBERS = {

@@ -25,7 +25,6 @@ with suppress(ImportError):
 @jit
 def rounded(values, chance, places, COLUMN: tl.constexpr, DTYPE: tl.constexpr, BY: tl.constexpr):
     """Return values as they are stored, from `places` on behind where the program begins."""
-    result = values.to(DTYPE)
     if BY and DTYPE.primitive_bitwidth == 16:
         key, leaf, step, begin = chance
         wide = values.to(tl.float32)
@@ -36,9 +35,11 @@ def rounded(values, chance, places, COLUMN: tl.constexpr, DTYPE: tl.constexpr, B
             size = _bfloat16(rest, random)
         else:
             size = _float16(rest, random)
-        # The sign is the highest bit, of a negative integer.
-        signed = tl.where(bits < 0, -size, size)
+        # The sign is the highest bit, which zero keeps, too: the other 31 are those of `rest`.
+        signed = (size.to(tl.int32, bitcast=True) | (bits ^ rest)).to(tl.float32, bitcast=True)
         result = tl.where(rest < 0x7F800000, signed, wide).to(DTYPE)
+    else:
+        result = values.to(DTYPE)
     return result
 
 

@@ -101,10 +101,10 @@ def _matches(
     for step in run(opt, params, gradient_sequence):
         exact = oracle(opt, *(cast(tree, torch.float64) for tree in step.given))
         trees = step.moved, rounded(exact, step.moved)
+        if coupled:
+            trees = tree_map(_narrowed, trees)
         if halves and not own_traits(opt).by_rule:
             trees = tree_map(partial(_in_16_bits, halves[0]), trees)
-        elif coupled:
-            trees = tree_map(_narrowed, trees)
         compare_moved(law, step.number, *trees, ROUNDING, (step.params, step.state))
 
 
