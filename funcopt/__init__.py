@@ -3,7 +3,7 @@
 import importlib
 from types import ModuleType
 
-from . import extend, memory, schedules
+from . import extend, members, memory, schedules
 from ._config import show_config
 from ._core.types import Number, Optimizer, ParamsT, Schedule, Tree
 from .optimizers.adam import Adam, AdamState
@@ -68,6 +68,7 @@ __all__ = [
     "decay_label",
     "extend",
     "find",
+    "members",
     "memory",
     "replace",
     "schedules",

@@ -24,6 +24,7 @@ ROOMS = [
     "schedules",
     "wrappers",
     "extend",
+    "members",
     "memory",
     "_config",
     "",
@@ -64,6 +65,7 @@ FLOORS = [
     "_engine.kernels",
     "_engine.sharded",
     "_engine.registration",
+    "_engine.merge",
     "_engine.update_where",
     "optimizers",
     "optimizers._adam",
@@ -111,6 +113,7 @@ FLOORS = [
     "wrappers.master_weights",
     "wrappers.skip_nonfinite",
     "extend",
+    "members",
     "memory",
     "_config",
     "",
@@ -329,7 +332,8 @@ def test_one_place_knows_collectives_and_no_place_imports_them():
 def test_every_public_name_is_documented_with_an_example():
     for method in ("init", "update", "update_"):
         assert ">>>" in getattr(funcopt.AdamW, method).__doc__, method
-    for package in (funcopt, interop, distributed, funcopt.memory, funcopt.schedules):
+    packages = (funcopt, interop, distributed, funcopt.members, funcopt.memory, funcopt.schedules)
+    for package in packages:
         for name in package.__all__:
             shown = getattr(package, name)
             ours = getattr(shown, "__module__", "").startswith("funcopt")

@@ -167,7 +167,10 @@ def _mirror(leaves: list[Any]) -> bool:
 
 def flatten_above(tree: Tree, is_leaf: Callable[[Any], bool]) -> tuple[list[Any], Structure]:
     """Return the subtrees for which `is_leaf` holds, with the other leaves, and what holds them."""
-    return optree.tree_flatten(tree, is_leaf, none_is_leaf=True, namespace=_NAMESPACE)
+    flat = optree.tree_flatten(tree, is_leaf, none_is_leaf=True, namespace=_NAMESPACE)
+    if transforms.compiling() or not _mirror([leaf for leaf in flat[0] if not is_leaf(leaf)]):
+        return flat
+    return flatten_above(tree, is_leaf)
 
 
 def list_structure(length: int) -> Structure:

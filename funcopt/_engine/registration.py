@@ -251,6 +251,7 @@ def register_dataclass(cls: type[DataclassT], advice: str = "") -> type[Dataclas
         ]
 
     pytree.register_node(cls, flatten, unflatten, names)
+    _registered.add(cls)
     dataclass.__eq__, dataclass.__hash__ = _comparing(fields)
     if transforms.OLD_DYNAMO:
         from .._core.old_dynamo import let_it_hash  # noqa: PLC0415
@@ -258,6 +259,15 @@ def register_dataclass(cls: type[DataclassT], advice: str = "") -> type[Dataclas
         let_it_hash(cls)
     dataclass.__init__ = _explaining(dataclass.__init__, cls.__name__, fields, advice)
     return cls
+
+
+# By the very type, as whoever flattens them goes by.
+_registered: set[type] = set()
+
+
+def is_registered(value: object) -> bool:
+    """Whether something is an optimizer or schedule, of which tensors alone are leaves."""
+    return type(value) in _registered
 
 
 def _comparing(

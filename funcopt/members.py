@@ -1,0 +1,327 @@
+"""Members of an ensemble: stacked, taken apart, copied over one another.
+
+A stacked tree holds several members, and dimension 0 of each of its tensors says which. That is
+what `torch.func.vmap` maps over by default. Parameters, states, optimizers, schedules and buffers
+are all trees here, and so is a tuple of them: `take((opt, state, params), best)`.
+
+Nothing that is returned shares memory with what was given, so that `update_` on one of the two
+leaves the other alone. Derivatives flow through: detach parameters of a module before they are
+stacked, or the result depends on them.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from ._core import pytree, transforms
+from ._core.types import Tree, kind_of
+from ._engine.merge import Merger
+
+__all__ = ["select", "size", "stack", "take", "unstack"]
+
+TreeT = TypeVar("TreeT")
+
+# Under autocast, torch would have some dtypes only.
+_stacked: Callable[[Any], Tensor] = transforms.outside_autocast(torch.stack)
+
+
+def stack(trees: Sequence[TreeT]) -> TreeT:
+    """Stack trees of one structure into one tree, whose tensors have the members in front.
+
+    Numbers of optimizers and schedules that differ become float64 tensors of shape `(members,)`, on
+    the CPU or beside the tensor that another member has there. Those that are the same in all stay
+    numbers, with which an update is faster. All else must be the same in all members.
+
+    Args:
+        trees: The members, at least one. A tensor of shape `(...)` must have the same shape, dtype
+            and device in each.
+
+    Returns:
+        A tree of the same structure, with tensors of shape `(members, ...)` in fresh memory.
+
+    Raises:
+        TypeError: If `trees` is no list or tuple.
+        ValueError: If there are none, or two of them differ in something that cannot be stacked:
+            their structure, the look of a tensor, a class, a function, a flag, a kernel.
+
+    Example:
+        >>> import torch, funcopt
+        >>> from torch.func import vmap
+        >>> from funcopt import members
+        >>> opts = members.stack([funcopt.SGD(lr=lr, momentum=0.9) for lr in (0.1, 0.2)])
+        >>> opts.lr, opts.momentum
+        (tensor([0.1000, 0.2000], dtype=torch.float64), 0.9)
+        >>> params = members.stack([{"w": torch.zeros(3)}, {"w": torch.ones(3)}])
+        >>> grads = {"w": torch.ones(2, 3)}
+        >>> state = vmap(funcopt.SGD(momentum=0.9).init)(params)
+        >>> params, state = vmap(lambda opt, *given: opt.update(*given))(opts, grads, state, params)
+        >>> params["w"]
+        tensor([[-0.1000, -0.1000, -0.1000],
+                [ 0.8000,  0.8000,  0.8000]])
+    """
+    if not isinstance(trees, (list, tuple)):
+        raise TypeError(f"trees is {kind_of(trees)}: must be a list of trees, one for each member.")
+    if not trees:
+        raise ValueError("trees is empty: must have one member at least.")
+    roots = [f"trees[{index}]" for index in range(len(trees))]
+    merger = Merger(roots, _stacked, (), "Make them alike, or stack only those that are.")
+    merged: TreeT = merger.merge(trees, lambda: "")
+    return merged
+
+
+def unstack(tree: TreeT) -> list[TreeT]:
+    """Return the members of a stacked tree, one by one: what `stack` takes.
+
+    They are copies, so that `update_` on one changes neither the others nor the stack. A number
+    that became a tensor when it was stacked is a tensor of shape `()` now, of the same value.
+
+    Args:
+        tree: The stacked tree, with tensors of shape `(members, ...)`.
+
+    Returns:
+        A list of trees, with tensors of shape `(...)`.
+
+    Raises:
+        ValueError: As `size`. An optimizer in which no tensor is does not say how many members
+            there are: unstack it together with what does, as `unstack((opt, params))`.
+
+    Example:
+        >>> import torch
+        >>> from funcopt import members
+        >>> members.unstack({"w": torch.tensor([[1.0, 2.0], [3.0, 4.0]])})
+        [{'w': tensor([1., 2.])}, {'w': tensor([3., 4.])}]
+    """
+    count = size(tree)
+    leaves, structure = pytree.flatten(tree)
+    columns = [
+        [part.clone() for part in leaf.unbind(0)] if isinstance(leaf, Tensor) else [leaf] * count
+        for leaf in leaves
+    ]
+    return [pytree.unflatten(structure, [own[i] for own in columns]) for i in range(count)]
+
+
+def take(tree: TreeT, indices: int | Iterable[int] | Tensor) -> TreeT:
+    """Return the members at these indices, in this order, copied.
+
+    An index may come several times, so that the best are copied over the worst; it may be negative,
+    and count from the end. A tree without tensors, as an optimizer of numbers that are the same in
+    all members, is its own member and is returned as it is.
+
+    Args:
+        tree: The stacked tree, with tensors of shape `(members, ...)`.
+        indices: Which members: a list or a tensor of integers, of shape `(taken,)`, gives a stack
+            of so many. A single one, an integer or a tensor of shape `()` such as
+            `losses.argmin()`, gives that member itself, without the dimension. A bool tensor or
+            list of shape `(members,)` takes those where it is True.
+
+    Returns:
+        A tree of the same structure, with tensors of shape `(taken, ...)` or `(...)`.
+
+    Raises:
+        IndexError: If an index is out of range. Those in a tensor on a GPU are not read, so as not
+            to wait for it: torch itself stops at one.
+        TypeError: If `indices` are no integers or bools.
+        ValueError: If `indices` have another shape, or as `size`.
+
+    Example:
+        >>> import torch
+        >>> from funcopt import members
+        >>> params = {"w": torch.tensor([10.0, 20.0, 30.0])}
+        >>> losses = torch.tensor([0.3, 0.1, 0.2])
+        >>> members.take(params, losses.argsort()[[0, 0, 1]])  # the best twice, the worst not
+        {'w': tensor([20., 20., 30.])}
+        >>> members.take(params, losses.argmin())
+        {'w': tensor(20.)}
+        >>> members.take(params, losses < 0.25)
+        {'w': tensor([20., 30.])}
+    """
+    count = _count(tree, "tree")
+    if count is None:
+        return tree
+    positions = _positions(indices, count)
+    rows_on = _copies_of(positions.reshape(-1))
+
+    def taken(leaf: Tensor) -> Tensor:
+        # Not leaf[positions], which under vmap would read an index of shape ().
+        part = leaf.index_select(0, rows_on(leaf.device))
+        return part if positions.ndim else part.squeeze(0)
+
+    return _mapped(taken, tree)
+
+
+def select(mask: Tensor, new: TreeT, old: TreeT) -> TreeT:
+    """Return each member from `new` where the mask is True, else from `old`, to the bit.
+
+    What is not taken leaves no trace, be it NaN. A number of an optimizer that is not the same in
+    both becomes a tensor, as where `stack` does it.
+
+    Args:
+        mask: A bool tensor of shape `(members,)`.
+        new: A stacked tree, with tensors of shape `(members, ...)`.
+        old: Another of the same structure, whose tensors are alike in shape, dtype and device.
+
+    Returns:
+        A tree of that structure, in fresh memory.
+
+    Raises:
+        TypeError: If the mask is no bool tensor.
+        ValueError: If it has another shape, or the trees do not match, or as `size`.
+
+    Example:
+        >>> import torch
+        >>> from funcopt import members
+        >>> new, old = {"w": torch.tensor([[1.0], [torch.nan]])}, {"w": torch.zeros(2, 1)}
+        >>> members.select(new["w"].isfinite().all(1), new, old)  # who diverged stays behind
+        {'w': tensor([[1.],
+                [0.]])}
+    """
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        raise TypeError(f"mask is {kind_of(mask)}: must be a bool tensor of shape (members,).")
+    if mask.ndim != 1:
+        raise ValueError(
+            f"mask has shape {tuple(mask.shape)}: must have shape (members,), one bool for each."
+        )
+    for root, tree in (("new", new), ("old", old)):
+        count = _count(tree, root)
+        if count not in (None, len(mask)):
+            raise ValueError(
+                f"mask has {len(mask)} members and {root} has {count}: both must have as many. "
+                f"Give one bool for each member."
+            )
+    mask_on = _copies_of(mask)
+
+    def chosen(pair: Sequence[Tensor]) -> Tensor:
+        one, other = pair
+        return torch.where(mask_on(one.device).reshape(-1, *(1,) * (one.ndim - 1)), one, other)
+
+    remedy = "Give two trees of the same members, such as those before and after an update."
+    merger = Merger(("new", "old"), chosen, (len(mask),), remedy)
+    merged: TreeT = merger.merge((new, old), lambda: "")
+    return merged
+
+
+def size(tree: Tree) -> int:
+    """Return how many members a stacked tree has.
+
+    Args:
+        tree: The tree, with tensors of shape `(members, ...)`.
+
+    Raises:
+        ValueError: If a tensor has no dimension of members, or not as many as another, or there is
+            no tensor.
+
+    Example:
+        >>> import torch
+        >>> from funcopt import members
+        >>> members.size({"w": torch.zeros(4, 3), "b": torch.zeros(4)})
+        4
+    """
+    count = _count(tree, "tree")
+    if count is None:
+        raise ValueError(
+            "tree has no tensors, so it does not say how many members it has. Give it together "
+            "with a tree that does, as in (opt, params)."
+        )
+    return count
+
+
+def _count(tree: Tree, root: str) -> int | None:
+    """Return how many members a tree has, which all its tensors must have; None without tensors."""
+    leaves, structure = pytree.flatten(tree)
+    first = None
+    for index, leaf in enumerate(leaves):
+        if not isinstance(leaf, Tensor):
+            continue
+        if leaf.ndim == 0:
+            raise ValueError(
+                f"{pytree.path(structure, root, index)} has shape (): dimension 0 of every tensor "
+                f"must be the member. Stack members with stack(), and make their state by "
+                f"vmap(opt.init)."
+            )
+        if first is None:
+            first = index
+        elif len(leaf) != len(leaves[first]):
+            here, there = (pytree.path(structure, root, at) for at in (index, first))
+            raise ValueError(
+                f"{here} has {len(leaf)} members, of shape {tuple(leaf.shape)}, and {there} has "
+                f"{len(leaves[first])}: dimension 0 of every tensor must be the member. Stack what "
+                f"all share as often as there are members, or leave it out."
+            )
+    return None if first is None else len(leaves[first])
+
+
+def _mapped(function: Callable[[Tensor], Tensor], tree: TreeT) -> TreeT:
+    leaves, structure = pytree.flatten(tree)
+    news = [function(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    mapped: TreeT = pytree.unflatten(structure, news)
+    return mapped
+
+
+def _copies_of(tensor: Tensor) -> Callable[[torch.device], Tensor]:
+    """Return what gives a tensor on a device, to which it is copied once."""
+    moved: dict[torch.device, Tensor] = {}
+
+    def on(device: torch.device) -> Tensor:
+        if device not in moved:
+            moved[device] = tensor.to(device)
+        return moved[device]
+
+    return on
+
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8)
+
+
+def _positions(indices: Any, count: int) -> Tensor:
+    """Return which members are meant, from 0: an int64 tensor of shape `()` or `(taken,)`."""
+    given = indices if isinstance(indices, Tensor) else _from_python(indices)
+    if given.dtype == torch.bool:
+        if given.shape != (count,):
+            raise ValueError(
+                f"indices is a mask of shape {tuple(given.shape)} for {count} members: must have "
+                f"shape ({count},), one bool for each."
+            )
+        return given.nonzero().squeeze(1)
+    if given.dtype not in _INTEGERS:
+        raise TypeError(f"indices is {kind_of(given)}: must be of int64, or of bool for a mask.")
+    if given.ndim > 1:
+        raise ValueError(
+            f"indices has shape {tuple(given.shape)}: must have shape (taken,), or () for one "
+            f"member. Flatten it."
+        )
+    for index in transforms.values_at_hand(given) or ():
+        if not -count <= index < count:
+            raise IndexError(
+                f"indices has {index:.0f}, and there are {count} members: must be from {-count} to "
+                f"{count - 1}."
+            )
+    given = given.long()
+    return torch.where(given < 0, given + count, given)
+
+
+def _from_python(indices: Any) -> Tensor:
+    """Return as a tensor what was given as an integer, or as a list of integers or bools."""
+    cpu = torch.device("cpu")
+    try:
+        if isinstance(indices, (bool, str)):
+            raise TypeError
+        if hasattr(indices, "__index__") and not hasattr(indices, "__len__"):
+            return torch.tensor(operator.index(indices), dtype=torch.int64, device=cpu)
+        # Of numpy, and of tensors in a list, a bool would pass for an integer, or for none.
+        given = [own.item() if getattr(own, "ndim", None) == 0 else own for own in indices]
+        flags = [isinstance(index, bool) for index in given]
+        if any(flags):
+            if not all(flags):
+                raise TypeError
+            return torch.tensor(given, dtype=torch.bool, device=cpu)
+        return torch.tensor(list(map(operator.index, given)), dtype=torch.int64, device=cpu)
+    except TypeError:
+        raise TypeError(
+            f"indices={indices!r}: must be an integer, a list or tensor of integers, or a mask of "
+            f"bools, one for each member."
+        ) from None
