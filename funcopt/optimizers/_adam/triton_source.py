@@ -122,8 +122,7 @@ def step_kernel(
     TENSORS: tl.constexpr = 9 if AMSGRAD else 7
     leaf = _leaf_of(tl.program_id(0), table, leaves)
     member, first, begin, size = _share_of(leaf, table, leaves, run, BLOCK)
-    start = first * (DTYPE.primitive_bitwidth // 8)
-    slot_start = first * (SLOT_DTYPE.primitive_bitwidth // 8)
+    start, slot_start = first * _bytes_of(DTYPE), first * _bytes_of(SLOT_DTYPE)
     addresses = table + 3 * leaves + leaf
     olds = _before(addresses, leaves, start, slot_start, AMSGRAD)
     news = _after(addresses + (TENSORS // 2 + 1) * leaves, leaves, start, slot_start, AMSGRAD)
@@ -159,6 +158,11 @@ def _leaf_of(program, table, leaves):
         low = tl.where(beyond, low, middle)
         high = tl.where(beyond, middle, high)
     return low
+
+
+@jit
+def _bytes_of(DTYPE: tl.constexpr):
+    return DTYPE.primitive_bitwidth // 8
 
 
 @jit
