@@ -315,9 +315,7 @@ def _move(
         maxima = _pointers(olds[4], offset, lanes, SLOT_DTYPE, WHOLE)
         largest = tl.load(maxima, mask=mask).to(COMPUTE)
         largest = tl.maximum(largest, exp_avg_sq, propagate_nan=tl.PropagateNan.ALL)
-        new_maxima = _pointers(news[3], offset, lanes, SLOT_DTYPE, WHOLE)
-        new_largest = rounded(largest, chance, offset + lanes, 3, SLOT_DTYPE, STOCHASTIC)
-        tl.store(new_maxima, new_largest, mask=mask)
+        _store(news[3], largest, chance, offset, lanes, mask, 3, SLOT_DTYPE, STOCHASTIC, WHOLE)
     denominator = _quotient(_root(largest, DTYPE), correction2_root, DTYPE) + eps
     # A factor just below 1 has hardly a digit of the decay, and is off the same way at each step.
     # So decay and step are added up, and taken from the parameter with a single rounding.
@@ -325,13 +323,27 @@ def _move(
     decrease += _quotient(exp_avg * step_size, denominator, DTYPE)
     param = param * kept - decrease
 
-    places = offset + lanes
-    param = rounded(param, chance, places, 0, DTYPE, STOCHASTIC)
-    exp_avg = rounded(exp_avg, chance, places, 1, SLOT_DTYPE, STOCHASTIC)
-    exp_avg_sq = rounded(exp_avg_sq, chance, places, 2, SLOT_DTYPE, STOCHASTIC)
-    tl.store(_pointers(news[0], offset, lanes, DTYPE, WHOLE), param, mask=mask)
-    tl.store(_pointers(news[1], offset, lanes, SLOT_DTYPE, WHOLE), exp_avg, mask=mask)
-    tl.store(_pointers(news[2], offset, lanes, SLOT_DTYPE, WHOLE), exp_avg_sq, mask=mask)
+    _store(news[0], param, chance, offset, lanes, mask, 0, DTYPE, STOCHASTIC, WHOLE)
+    _store(news[1], exp_avg, chance, offset, lanes, mask, 1, SLOT_DTYPE, STOCHASTIC, WHOLE)
+    _store(news[2], exp_avg_sq, chance, offset, lanes, mask, 2, SLOT_DTYPE, STOCHASTIC, WHOLE)
+
+
+@jit
+def _store(
+    address,
+    values,
+    chance,
+    offset,
+    lanes,
+    mask,
+    COLUMN: tl.constexpr,
+    DTYPE: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """Write values as they are kept."""
+    kept = rounded(values, chance, offset + lanes, COLUMN, DTYPE, STOCHASTIC)
+    tl.store(_pointers(address, offset, lanes, DTYPE, WHOLE), kept, mask=mask)
 
 
 @jit
