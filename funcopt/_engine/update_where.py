@@ -139,6 +139,8 @@ def _parts(
     kernel = _kernel(rule, options, applies.device, numbers)
     if kernel is None or layout is None or any(d != applies.device for d in layout.devices):
         return None
+    if not all(kernel.serves_dtypes(param, slots) for param, *slots in layout.dtypes):
+        return None
     key = "where", kernel, options
     parts = layout.plans.get(key)
     if parts is None:
