@@ -264,7 +264,7 @@ class AdamW:
             >>> import torch, funcopt
             >>> funcopt.AdamW().init([torch.ones(2)])  # doctest: +NORMALIZE_WHITESPACE
             AdamWState(step=tensor(0., dtype=torch.float64), exp_avg=[tensor([0., 0.])],
-                       exp_avg_sq=[tensor([0., 0.])], max_exp_avg_sq=())
+                       exp_avg_sq=[tensor([0., 0.])], max_exp_avg_sq=(), key=())
         """
         state: AdamWState = init(self, params)
         return state

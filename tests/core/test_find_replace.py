@@ -410,8 +410,8 @@ def test_what_is_not_there_is_an_error_that_lists_what_is(params):
         find(state, "lr")
     assert words(error) == (
         "no 'lr' in this AccumulateState. There are mini_step, acc_grads, given, inner, norm, "
-        "step, exp_avg, exp_avg_sq, max_exp_avg_sq. A state holds no hyperparameters: for those, "
-        "give its optimizer, find(state, 'lr', opt)."
+        "step, exp_avg, exp_avg_sq, max_exp_avg_sq, key. A state holds no hyperparameters: for "
+        "those, give its optimizer, find(state, 'lr', opt)."
     )
     with pytest.raises(KeyError) as error:
         replace(state, "lr", 0.1)

@@ -56,7 +56,11 @@ class Deciding:
 def device(monkeypatch):
     """Let nothing be read, and a kernel decide, as on a device; count its steps."""
     kernel = Kernel(
-        lambda *_: None, step_to=lambda *_: None, launcher=Deciding, counts_on_device=True
+        lambda *_: None,
+        step_to=lambda *_: None,
+        launcher=Deciding,
+        counts_on_device=True,
+        serves_dtypes=lambda *_: True,
     )
     monkeypatch.setattr(transforms, "on_host", lambda _: False)
     monkeypatch.setitem(AdamW.rule._loaded, "triton", kernel)
