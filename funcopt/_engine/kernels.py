@@ -16,6 +16,17 @@ from .._core.types import Number
 from .rule import Kernel, StepInputs
 
 
+def serves_any_dtypes(_param: torch.dtype, _slots: Sequence[torch.dtype]) -> bool:
+    """Serve slots in any dtype."""
+    return True
+
+
+def serves_float64_alone(param: torch.dtype, slots: Sequence[torch.dtype]) -> bool:
+    """Serve float64 where all is in it, and any other dtypes side by side."""
+    doubles = [dtype is torch.float64 for dtype in (param, *slots)]
+    return all(doubles) or not any(doubles)
+
+
 def fused(
     step_: Callable[..., None], needed: str, paths: Mapping[str, str] = MappingProxyType({})
 ) -> Kernel:
@@ -27,7 +38,7 @@ def fused(
     messages call those numbers that have another name in the rule.
     """
     reason = partial(_unsupported_reason, (needed,), paths)
-    return Kernel(partial(_alike, step_), reason, serves_dtypes=lambda _param, _slots: True)
+    return Kernel(partial(_alike, step_), reason, serves_dtypes=serves_any_dtypes)
 
 
 def foreach(
@@ -41,7 +52,7 @@ def foreach(
     """
     names = tuple(f"_foreach_{name}" for name in ("copy_", *needed))
     reason = partial(_unsupported_reason, names, paths)
-    return Kernel(partial(_widened, step_), reason, serves_dtypes=lambda _param, _slots: True)
+    return Kernel(partial(_widened, step_), reason, serves_dtypes=serves_any_dtypes)
 
 
 def fused_lr(lr: Number, device: torch.device) -> Number:

@@ -16,7 +16,6 @@ import ctypes
 import importlib
 import os
 import sys
-from collections.abc import Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -26,6 +25,7 @@ import torch
 from torch import Tensor
 
 from .._core import transforms
+from .._engine.kernels import serves_float64_alone
 from .._engine.rule import Kernel, StepInputs, StepOutputs, is_read
 from .adamw import HYPERPARAMS
 
@@ -159,11 +159,6 @@ def _unsupported_reason(device: torch.device, numbers: Any) -> str | None:
     return None
 
 
-def _serves_dtypes(param: torch.dtype, slots: Sequence[torch.dtype]) -> bool:
-    doubles = [dtype is torch.float64 for dtype in (param, *slots)]
-    return all(doubles) or not any(doubles)
-
-
 def instruction_sets() -> list[tuple[str, bool]]:
     """Return those that this processor has, best first: names, and whether a step is fast."""
     sets: list[tuple[str, bool]] = extension.instructions()
@@ -183,7 +178,7 @@ def _kernel(rule: int) -> Kernel:
         scales_gradients=True,
         takes_members=True,
         launcher=partial(_Launcher, rule),
-        serves_dtypes=_serves_dtypes,
+        serves_dtypes=serves_float64_alone,
         rounds_stochastically=True,
     )
 

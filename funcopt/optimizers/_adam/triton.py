@@ -16,7 +16,6 @@ from __future__ import annotations
 import functools
 import importlib
 import os
-from collections.abc import Sequence
 from itertools import accumulate, chain
 from typing import Any, NamedTuple
 
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ..._core import transforms
+from ..._engine.kernels import serves_float64_alone
 from ..._engine.rule import Kernel, StepInputs, StepOutputs
 from ..adamw import HYPERPARAMS
 from .triton_arguments import arguments_of, sent
@@ -283,12 +283,6 @@ def _unfit_gpu(device: torch.device, triton: Any) -> str | None:
     return None
 
 
-def serves_dtypes(param: torch.dtype, slots: Sequence[torch.dtype]) -> bool:
-    """Whether the kernel serves these: float64 is all, or none."""
-    doubles = [dtype is torch.float64 for dtype in (param, *slots)]
-    return all(doubles) or not any(doubles)
-
-
 ADAMW_TRITON = Kernel(
     _step_,
     _unsupported_reason,
@@ -297,6 +291,6 @@ ADAMW_TRITON = Kernel(
     step_to=_step_to,
     launcher=launcher,
     counts_on_device=True,
-    serves_dtypes=serves_dtypes,
+    serves_dtypes=serves_float64_alone,
     rounds_stochastically=True,
 )
