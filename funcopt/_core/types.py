@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypedDict, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -29,6 +29,34 @@ Schedule: TypeAlias = Callable[[Tensor], Number]
 
 ParamsT = TypeVar("ParamsT")
 StateT = TypeVar("StateT")
+
+
+class Extras(TypedDict, total=False):
+    """What `update` and `update_` of every optimizer here may be told besides the three trees.
+
+    The outermost optimizer takes them, and none within it needs to hand them on: so they reach
+    every depth, through wrappers of any kind.
+
+    Attributes:
+        active: Whether the update is made at all: a bool, or a bool tensor of shape (), which under
+            vmap may be one for each member. Where it is False, parameters, state and counts are
+            what they were before, to the bit, whatever the gradients are. So a member that has
+            stopped, or an adapter that is not due, stands still. Default: True.
+        value: A score of the parameters that are given, such as a validation loss: a number, or a
+            floating-point tensor of shape (), which under vmap may be one for each member. `Best`
+            and `Plateau` go by it, and nobody else looks at it. No derivative flows through it.
+            Default: None, which tells them nothing this time.
+
+    Example:
+        >>> import torch, funcopt
+        >>> opt = funcopt.SGD(lr=0.1)
+        >>> params = {"w": torch.ones(2)}
+        >>> opt.update({"w": torch.ones(2)}, opt.init(params), params, active=False)[0]
+        {'w': tensor([1., 1.])}
+    """
+
+    active: bool | Tensor | None
+    value: Number | None
 
 
 @runtime_checkable
@@ -266,6 +294,34 @@ def traits_of(opt: object) -> Traits:
 
 
 _NAMES = tuple(field.name for field in fields(Traits))
+
+
+Rule: TypeAlias = Callable[[Any, Sequence[Any], Any], Collection[int]]
+"""Of an optimizer, leaves and their structure: which leaves it leaves at rest, by their indices."""
+
+# By the very type: what another wrapper hands on to the optimizer within it is not known.
+_resting: dict[type, Rule] = {}
+
+
+def leaves_at_rest(kind: type, rule: Rule) -> None:
+    """Let a rule say of optimizers of a type which leaves they leave at rest, by their indices."""
+    _resting[kind] = rule
+
+
+def at_rest(opt: Optimizer[Any], leaves: Sequence[Any], structure: Any) -> Collection[int]:
+    """Return which of its leaves an optimizer leaves at rest, by their indices."""
+    rule = _resting.get(type(opt))
+    return () if rule is None else rule(opt, leaves, structure)
+
+
+def may_rest(opt: Optimizer[Any]) -> bool:
+    """Whether an optimizer may leave a leaf at rest, found without any."""
+    if type(opt) not in _resting:
+        return False
+    inner: Any = getattr(opt, "inner", None)
+    if inner is None:
+        return True
+    return any(map(may_rest, inner.values())) if isinstance(inner, Mapping) else may_rest(inner)
 
 
 class Range(NamedTuple):

@@ -224,6 +224,17 @@ def recall(trees: list[Tree]) -> Recalled | None:
     return None if layout is None else Recalled(inputs, structure, layout, flat)
 
 
+def are_shards() -> bool:
+    """Whether the leaves are the local parts of sharded ones."""
+    shards = sharding()
+    return shards is not None and shards.current_parts() is not None
+
+
+def may_recall() -> bool:
+    """Whether leaves may be known by their looks: nobody follows what is done with them."""
+    return not transforms.transformed() and not transforms.observed()
+
+
 def _prepare_known(setup: Setup, trees: list[Tree], state: Any, per_leaf: bool) -> Prepared | None:
     recalled = recall(trees)
     if recalled is None:

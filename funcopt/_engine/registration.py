@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from .._core import pytree, transforms
-from .._core.types import Optimizer, Tree, optimizers_in, own_traits, remember_traits
+from .._core.types import Tree, at_rest, leaves_at_rest, optimizers_in, own_traits, remember_traits
 from .checks import sharding
 from .hyperparameters import (
     ROUNDINGS,
@@ -135,17 +135,19 @@ def wrap_methods(cls: Any) -> None:
     """
     served: dict[str, Callable[[Any], Any]] = {
         "init": lambda method: transforms.restoring(transforms.outside_autocast(method)),
-        "update": _serving,
-        "update_": _serving,
+        "update": functools.partial(_serving, in_place=False),
+        "update_": functools.partial(_serving, in_place=True),
     }
     for name, serve in served.items():
         if name in vars(cls):
             setattr(cls, name, serve(vars(cls)[name]))
 
 
-def _serving(method: Callable[..., Any]) -> Callable[..., Any]:
+def _serving(method: Callable[..., Any], *, in_place: bool) -> Callable[..., Any]:
     @functools.wraps(method)
-    def serve(self: Any, grads: Tree, state: Tree, params: Tree) -> Any:
+    def serve(self: Any, grads: Tree, state: Tree, params: Tree, **extras: Any) -> Any:
+        if extras:
+            return _with_extras(serve, in_place, self, grads, state, params, extras)
         shards = sharding()
         sharded = shards is not None and shards.has_sharded(params)
         own = functools.partial(_on_local_parts, method) if sharded else method
@@ -165,6 +167,12 @@ def _serving(method: Callable[..., Any]) -> Callable[..., Any]:
             raise
 
     return serve
+
+
+def _with_extras(*args: Any) -> Any:
+    from .extras import update_with_extras  # noqa: PLC0415  # which most updates do without
+
+    return update_with_extras(*args)
 
 
 def _on_local_parts(method: Callable[..., Any], *args: Any) -> Any:
@@ -337,32 +345,3 @@ def _explaining(
             raise TypeError(f"{name}() {found}. It takes {takes}. {advice}".rstrip()) from None
 
     return explained
-
-
-Rule: TypeAlias = Callable[[Any, Sequence[Any], pytree.Structure], Collection[int]]
-
-# By the very type: what another wrapper hands on to the optimizer within it is not known.
-_rules: dict[type, Rule] = {}
-
-
-def leaves_at_rest(kind: type, rule: Rule) -> None:
-    """Let a rule say of optimizers of a type which leaves they leave at rest, by their indices."""
-    _rules[kind] = rule
-
-
-def at_rest(
-    opt: Optimizer[Any], leaves: Sequence[Any], structure: pytree.Structure
-) -> Collection[int]:
-    """Return which of its leaves an optimizer leaves at rest, by their indices."""
-    rule = _rules.get(type(opt))
-    return () if rule is None else rule(opt, leaves, structure)
-
-
-def may_rest(opt: Optimizer[Any]) -> bool:
-    """Whether an optimizer may leave a leaf at rest, found without any."""
-    if type(opt) not in _rules:
-        return False
-    inner: Any = getattr(opt, "inner", None)
-    if inner is None:
-        return True
-    return any(map(may_rest, inner.values())) if isinstance(inner, Mapping) else may_rest(inner)

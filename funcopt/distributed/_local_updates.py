@@ -5,7 +5,7 @@ from __future__ import annotations
 import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from .._core.types import (
     AT_LEAST_ZERO,
     BELOW_ONE,
     COUNT,
+    Extras,
     Hyperparam,
     Optimizer,
     ParamsT,
@@ -171,7 +172,7 @@ class LocalUpdates:
         return LocalUpdatesState(count, anchor, buffer, self.inner.init(params))
 
     def update(
-        self, grads: Tree, state: LocalUpdatesState, params: ParamsT
+        self, grads: Tree, state: LocalUpdatesState, params: ParamsT, **extras: Unpack[Extras]
     ) -> tuple[ParamsT, LocalUpdatesState]:
         """Return this process's new parameters, the same on all after a sync, and the new state.
 
@@ -194,7 +195,7 @@ class LocalUpdates:
         return new_params, LocalUpdatesState(count, *sync.trees, inner)
 
     def update_(
-        self, grads: Tree, state: LocalUpdatesState, params: ParamsT
+        self, grads: Tree, state: LocalUpdatesState, params: ParamsT, **extras: Unpack[Extras]
     ) -> tuple[ParamsT, LocalUpdatesState]:
         """Do the same as `update` in place."""
         if transforms.compiling():

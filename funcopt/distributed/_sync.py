@@ -13,9 +13,9 @@ from torch.distributed.tensor import DTensor
 from .._core import pytree
 from .._core.tensors import compute_dtype
 from .._core.types import Tree
+from .._engine.update_if import copies
 from ..wrappers._shadow_params import ShadowParams
 from ..wrappers._shared import Gradients, check_wrapper_inplace
-from ..wrappers._update_if import copies
 from ._average import means
 from ._buckets import by_path
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .._core import pytree, transforms
 from .._core.tensors import write
-from .._core.types import Optimizer, ParamsT, Traits, Tree, check_is_optimizer, traits_of
+from .._core.types import Extras, Optimizer, ParamsT, Traits, Tree, check_is_optimizer, traits_of
 from .._dtensor.shards import wholes_in, work_on
 from .._engine.checks import check_state
 from .._engine.hyperparameters import check_choice
@@ -136,7 +136,9 @@ class Zero1:
         with torch.no_grad():
             return Zero1State(sharding.distributed(self.inner.init(sharding.parts(leaves))))
 
-    def update(self, grads: Tree, state: Zero1State, params: ParamsT) -> tuple[ParamsT, Zero1State]:
+    def update(
+        self, grads: Tree, state: Zero1State, params: ParamsT, **extras: Unpack[Extras]
+    ) -> tuple[ParamsT, Zero1State]:
         """Return the new parameters, the same on every process, and the new state.
 
         Raises:
@@ -153,7 +155,7 @@ class Zero1:
         return pytree.unflatten(step.structure, news), Zero1State(inner)
 
     def update_(
-        self, grads: Tree, state: Zero1State, params: ParamsT
+        self, grads: Tree, state: Zero1State, params: ParamsT, **extras: Unpack[Extras]
     ) -> tuple[ParamsT, Zero1State]:
         """Do the same as `update` in place."""
         if transforms.compiling():

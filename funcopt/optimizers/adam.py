@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
 
-from .._core.types import ELEMENTWISE_BY_RULE, Number, ParamsT, Schedule, Tree
+from .._core.types import ELEMENTWISE_BY_RULE, Extras, Number, ParamsT, Schedule, Tree
 from .._engine.prepare import init
 from .._engine.registration import check_fields, register_optimizer
 from .._engine.rule import UpdateRule
@@ -151,10 +151,14 @@ class Adam:
         state: AdamState = init(self, params)
         return state
 
-    def update(self, grads: Tree, state: AdamState, params: ParamsT) -> tuple[ParamsT, AdamState]:
+    def update(
+        self, grads: Tree, state: AdamState, params: ParamsT, **extras: Unpack[Extras]
+    ) -> tuple[ParamsT, AdamState]:
         """Return the new parameters and the new state, in fresh memory."""
         return update(self, grads, state, params)
 
-    def update_(self, grads: Tree, state: AdamState, params: ParamsT) -> tuple[ParamsT, AdamState]:
+    def update_(
+        self, grads: Tree, state: AdamState, params: ParamsT, **extras: Unpack[Extras]
+    ) -> tuple[ParamsT, AdamState]:
         """Do the same as `update`, written into `params` and `state`, which are returned."""
         return update_(self, grads, state, params)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from .._core.types import (
     AT_LEAST_ZERO,
     BELOW_ONE,
     ELEMENTWISE_BY_RULE,
+    Extras,
     Hyperparam,
     Number,
     ParamsT,
@@ -269,7 +270,9 @@ class AdamW:
         state: AdamWState = init(self, params)
         return state
 
-    def update(self, grads: Tree, state: AdamWState, params: ParamsT) -> tuple[ParamsT, AdamWState]:
+    def update(
+        self, grads: Tree, state: AdamWState, params: ParamsT, **extras: Unpack[Extras]
+    ) -> tuple[ParamsT, AdamWState]:
         """Return the new parameters and the new state, in fresh memory.
 
         Example:
@@ -284,7 +287,7 @@ class AdamW:
         return update(self, grads, state, params)
 
     def update_(
-        self, grads: Tree, state: AdamWState, params: ParamsT
+        self, grads: Tree, state: AdamWState, params: ParamsT, **extras: Unpack[Extras]
     ) -> tuple[ParamsT, AdamWState]:
         """Do the same as `update`, written into `params` and `state`, which are returned.
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Unpack
 
-from .._core.types import ParamsT, Traits, Tree
+from .._core.types import Extras, ParamsT, Traits, Tree
 from .._engine.registration import register_optimizer
 
 
@@ -50,6 +50,7 @@ class Frozen:
         grads: Tree,  # noqa: ARG002
         state: tuple[()],
         params: ParamsT,
+        **extras: Unpack[Extras],
     ) -> tuple[ParamsT, tuple[()]]:
         """Return the parameters and the state as they are: the tree that was given.
 
@@ -60,6 +61,8 @@ class Frozen:
         """
         return params, state
 
-    def update_(self, grads: Tree, state: tuple[()], params: ParamsT) -> tuple[ParamsT, tuple[()]]:
+    def update_(
+        self, grads: Tree, state: tuple[()], params: ParamsT, **extras: Unpack[Extras]
+    ) -> tuple[ParamsT, tuple[()]]:
         """Do the same. Nothing is written, so that this is right under any transform as well."""
         return self.update(grads, state, params)

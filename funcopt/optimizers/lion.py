@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from .._core.types import (
     AT_LEAST_ZERO,
     BELOW_ONE,
     ELEMENTWISE_BY_RULE,
+    Extras,
     Hyperparam,
     Number,
     ParamsT,
@@ -179,10 +180,14 @@ class Lion:
         state: LionState = init(self, params)
         return state
 
-    def update(self, grads: Tree, state: LionState, params: ParamsT) -> tuple[ParamsT, LionState]:
+    def update(
+        self, grads: Tree, state: LionState, params: ParamsT, **extras: Unpack[Extras]
+    ) -> tuple[ParamsT, LionState]:
         """Return the new parameters and the new state, in fresh memory."""
         return update(self, grads, state, params)
 
-    def update_(self, grads: Tree, state: LionState, params: ParamsT) -> tuple[ParamsT, LionState]:
+    def update_(
+        self, grads: Tree, state: LionState, params: ParamsT, **extras: Unpack[Extras]
+    ) -> tuple[ParamsT, LionState]:
         """Do the same as `update`, written into `params` and `state`, which are returned."""
         return update_(self, grads, state, params)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from .._core.tensors import compute_dtype, double, fit
 from .._core.types import (
     AT_LEAST_ZERO,
     ELEMENTWISE_BY_RULE,
+    Extras,
     Hyperparam,
     Number,
     ParamsT,
@@ -253,11 +254,15 @@ class SGD:
         state: SGDState = init(self, params)
         return state
 
-    def update(self, grads: Tree, state: SGDState, params: ParamsT) -> tuple[ParamsT, SGDState]:
+    def update(
+        self, grads: Tree, state: SGDState, params: ParamsT, **extras: Unpack[Extras]
+    ) -> tuple[ParamsT, SGDState]:
         """Return the new parameters and the new state, in fresh memory."""
         return update(self, grads, state, params)
 
-    def update_(self, grads: Tree, state: SGDState, params: ParamsT) -> tuple[ParamsT, SGDState]:
+    def update_(
+        self, grads: Tree, state: SGDState, params: ParamsT, **extras: Unpack[Extras]
+    ) -> tuple[ParamsT, SGDState]:
         """Do the same as `update`, written into `params` and `state`, which are returned."""
         return update_(self, grads, state, params)
 

@@ -19,13 +19,12 @@ from .._core.types import Number, Optimizer, Tree, kind_of
 from .._dtensor.shards import check_placed
 from .._engine.checks import check_apart, is_like, of_members
 from .._engine.memory import known, layout_of
+from .._engine.prepare import are_shards, may_recall
 from .._engine.rule import StepInputs
 from ._shared import (
     Gradients,
-    are_shards,
     check_wrapper_inplace,
     gather_params,
-    may_recall,
     records,
 )
 

@@ -9,7 +9,6 @@ it.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,8 +17,8 @@ import torch
 from torch import Tensor
 
 from .._core import pytree, transforms
-from .._core.tensors import recording, write
-from .._core.types import Number, Optimizer, Schedule, Tree, is_dense, kind_of, traits_of
+from .._core.tensors import write
+from .._core.types import Number, Optimizer, Schedule, Tree, at_rest, is_dense, kind_of, traits_of
 from .._engine.checks import (
     are_apart,
     check_alike,
@@ -29,13 +28,12 @@ from .._engine.checks import (
     check_not_among,
     check_unwatched,
     check_writable,
-    sharding,
 )
 from .._engine.counts import device_for_count, first_count, next_count
 from .._engine.hyperparameters import has_schedule
 from .._engine.memory import layout_of
-from .._engine.prepare import check_untied, recall
-from .._engine.registration import at_rest
+from .._engine.prepare import check_untied, may_recall, recall
+from .._engine.recorded import is_recorded
 from .._engine.rule import StepInputs
 
 
@@ -125,17 +123,6 @@ def _recalled(opt: Optimizer[Any], grads: Tree, params: Tree) -> Gradients | Non
         return None
     inputs, structure, *_ = recalled
     return Gradients(inputs.params, structure, pytree.Paired(inputs.grads, structure, None))
-
-
-def are_shards() -> bool:
-    """Whether the leaves are the local parts of sharded ones."""
-    shards = sharding()
-    return shards is not None and shards.current_parts() is not None
-
-
-def may_recall() -> bool:
-    """Whether leaves may be known by their looks: nobody follows what is done with them."""
-    return not transforms.transformed() and not transforms.observed()
 
 
 def _check_moving(
@@ -332,50 +319,10 @@ def records(
     state: Tree,
     numbers: Mapping[str, object] | None = None,
 ) -> bool:
-    """Whether plain autograd is to record what a wrapper does to its tensors.
+    """Whether plain autograd is to record what a wrapper does to its tensors, as `is_recorded`.
 
-    The rule is that of `recording`. Under vmap, the tensors beneath it are asked: parameters that
-    merely require a gradient would otherwise leave a history in whatever is chosen from them. The
-    numbers are what its hyperparameters are at this update, where schedules may give them.
+    The numbers are what its hyperparameters are at this update, where schedules may give them.
     """
     values = [*pytree.flatten(state)[0], *(numbers or {}).values()]
     others = [value for value in values if isinstance(value, Tensor)]
-    flags: set[object] = set()
-    for name, value in _fields(opt):
-        if isinstance(value, Tensor):
-            others.append(value)
-        elif name == "differentiable":
-            flags.add(value)
-    differentiable = True if True in flags else (False if flags == {False} else None)
-    return _records(gradients.params, gradients.tensors, others, differentiable)
-
-
-def _records(
-    params: list[Tensor], grads: list[Tensor], others: list[Tensor], differentiable: bool | None
-) -> bool:
-    if not transforms.tracing() and transforms.in_vmaps_alone():
-
-        def beneath(members: transforms.Members) -> bool:
-            one, two, three = (
-                [members.unwrap(t)[0] for t in column] for column in (params, grads, others)
-            )
-            return _records(one, two, three, differentiable)
-
-        return transforms.beneath_vmap(beneath)
-    with recording(params, grads, others, differentiable):
-        return torch.is_grad_enabled()
-
-
-def _fields(opt: object) -> Iterator[tuple[str, object]]:
-    """Yield the fields of an optimizer and of those within it, by name."""
-    if not dataclasses.is_dataclass(opt):
-        return
-    for field in dataclasses.fields(opt):
-        value = getattr(opt, field.name)
-        parts = value.values() if isinstance(value, Mapping) else value
-        is_one = isinstance(parts, (str, Tensor)) or not isinstance(parts, Iterable)
-        for part in [parts] if is_one else parts:
-            if dataclasses.is_dataclass(part):
-                yield from _fields(part)
-            else:
-                yield field.name, part
+    return is_recorded(opt, gradients.params, gradients.tensors, others)

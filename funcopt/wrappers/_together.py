@@ -13,8 +13,8 @@ from .._core.tensors import write
 from .._core.types import Optimizer, Tree, own_traits
 from .._dtensor.shards import whole_of
 from .._engine.checks import check_apart, check_unwatched, check_writable
+from .._engine.scaled import update_scaled
 from .._engine.update import check_update_
-from ._scaled import update_scaled
 
 
 class Update(NamedTuple):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from .._core.tensors import compute_dtype, write
 from .._core.types import (
     COUNT,
     ELEMENTWISE,
+    Extras,
     Hyperparam,
     Number,
     Optimizer,
@@ -27,6 +28,7 @@ from .._engine.checks import check_state, is_like
 from .._engine.counts import next_count
 from .._engine.hyperparameters import normalize_fields, numbers_of
 from .._engine.registration import register_optimizer
+from .._engine.update_if import update_if, update_if_
 from ._shadow_params import ShadowParams
 from ._shared import (
     Gradients,
@@ -43,7 +45,6 @@ from ._shared import (
     write_fields_and_count,
     zero_if,
 )
-from ._update_if import update_if, update_if_
 
 
 class AccumulateState(NamedTuple):
@@ -143,7 +144,7 @@ class Accumulate:
         )
 
     def update(
-        self, grads: Tree, state: AccumulateState, params: ParamsT
+        self, grads: Tree, state: AccumulateState, params: ParamsT, **extras: Unpack[Extras]
     ) -> tuple[ParamsT, AccumulateState]:
         """Return the new parameters and the new state, in fresh memory.
 
@@ -166,7 +167,7 @@ class Accumulate:
         return new_params, AccumulateState(mini_step, acc_grads, given, inner, step)
 
     def update_(
-        self, grads: Tree, state: AccumulateState, params: ParamsT
+        self, grads: Tree, state: AccumulateState, params: ParamsT, **extras: Unpack[Extras]
     ) -> tuple[ParamsT, AccumulateState]:
         """Do the same in place. A call that completes the sum allocates the mean, others none."""
         call, numbers = _gather(self, grads, state, params)

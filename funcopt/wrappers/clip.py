@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from .._core import tensors, transforms
 from .._core.tensors import choose
 from .._core.types import (
     AT_LEAST_ZERO,
+    Extras,
     Hyperparam,
     Number,
     Optimizer,
@@ -28,6 +29,7 @@ from .._engine.checks import check_state
 from .._engine.counts import next_count
 from .._engine.hyperparameters import check_choice, normalize, normalize_fields, numbers_of
 from .._engine.registration import register_optimizer
+from .._engine.update_if import hands_on_condition, update_by_kernel, update_if, update_if_
 from ._finite import device_for_state, zeros_unless
 from ._shared import (
     Gradients,
@@ -43,7 +45,6 @@ from ._shared import (
     records,
     write_fields_and_count,
 )
-from ._update_if import hands_on_condition, update_by_kernel, update_if, update_if_
 
 _NONFINITE = ("propagate", "skip")
 # What torch adds to a norm before it divides by it.
@@ -148,7 +149,9 @@ class Clip:
         norm = _zero_norm(gather_params(self, params).moving)
         return ClipState(norm, self.inner.init(params), first_count_if_scheduled(self, norm.device))
 
-    def update(self, grads: Tree, state: ClipState, params: ParamsT) -> tuple[ParamsT, ClipState]:
+    def update(
+        self, grads: Tree, state: ClipState, params: ParamsT, **extras: Unpack[Extras]
+    ) -> tuple[ParamsT, ClipState]:
         """Return the new parameters and state. A gradient of None adds nothing to the norm."""
         gradients, numbers = self._gather(grads, state, params)
         norm = _norm(gradients, self.norm_type, state.norm)
@@ -164,7 +167,9 @@ class Clip:
         )
         return new_params, ClipState(found, inner, next_count(state.step, should_update))
 
-    def update_(self, grads: Tree, state: ClipState, params: ParamsT) -> tuple[ParamsT, ClipState]:
+    def update_(
+        self, grads: Tree, state: ClipState, params: ParamsT, **extras: Unpack[Extras]
+    ) -> tuple[ParamsT, ClipState]:
         """Do the same as `update` in place."""
         gradients, numbers = self._gather(grads, state, params)
         check_wrapper_inplace(numbers, own_tensors(state, "norm"), gradients)

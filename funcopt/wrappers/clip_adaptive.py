@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from .._core import pytree, transforms
 from .._core.tensors import compute_dtype, differentiable_norm, fit, vector_norm
 from .._core.types import (
     AT_LEAST_ZERO,
+    Extras,
     Hyperparam,
     Number,
     Optimizer,
@@ -126,7 +127,7 @@ class ClipAdaptive:
         return ClipAdaptiveState(inner, first_count_if_scheduled(self, device_of_tensors(params)))
 
     def update(
-        self, grads: Tree, state: ClipAdaptiveState, params: ParamsT
+        self, grads: Tree, state: ClipAdaptiveState, params: ParamsT, **extras: Unpack[Extras]
     ) -> tuple[ParamsT, ClipAdaptiveState]:
         """Return the new parameters and the new state, in fresh memory."""
         gradients, numbers = self._gather(grads, state, params)
@@ -136,7 +137,7 @@ class ClipAdaptive:
         return new_params, ClipAdaptiveState(inner, next_count(state.step))
 
     def update_(
-        self, grads: Tree, state: ClipAdaptiveState, params: ParamsT
+        self, grads: Tree, state: ClipAdaptiveState, params: ParamsT, **extras: Unpack[Extras]
     ) -> tuple[ParamsT, ClipAdaptiveState]:
         """Do the same in place, but for the clipped gradients, which are copies."""
         gradients, numbers = self._gather(grads, state, params)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from .._core import transforms
 from .._core.tensors import is_mapped, view_as_complex_like, view_as_real
 from .._core.types import (
     AT_LEAST_ZERO,
+    Extras,
     Hyperparam,
     Number,
     Optimizer,
@@ -95,7 +96,7 @@ class ClipValue:
         return ClipValueState(inner, first_count_if_scheduled(self, device_of_tensors(params)))
 
     def update(
-        self, grads: Tree, state: ClipValueState, params: ParamsT
+        self, grads: Tree, state: ClipValueState, params: ParamsT, **extras: Unpack[Extras]
     ) -> tuple[ParamsT, ClipValueState]:
         """Return the new parameters and the new state, in fresh memory."""
         gradients, numbers = self._gather(grads, state, params)
@@ -104,7 +105,7 @@ class ClipValue:
         return new_params, ClipValueState(inner, next_count(state.step))
 
     def update_(
-        self, grads: Tree, state: ClipValueState, params: ParamsT
+        self, grads: Tree, state: ClipValueState, params: ParamsT, **extras: Unpack[Extras]
     ) -> tuple[ParamsT, ClipValueState]:
         """Do the same in place, but for the clipped gradients, which are copies."""
         gradients, numbers = self._gather(grads, state, params)

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
 
 from .._core import pytree
 from .._core.tensors import compute_dtype, write
-from .._core.types import ELEMENTWISE, Optimizer, ParamsT, Traits, Tree, check_is_optimizer
+from .._core.types import ELEMENTWISE, Extras, Optimizer, ParamsT, Traits, Tree, check_is_optimizer
 from .._dtensor.shards import stand_for
 from .._engine.checks import check_state
 from .._engine.compensated import as_one, remember, update_compensated
-from .._engine.prepare import keep_requiring
+from .._engine.prepare import keep_requiring, may_recall
 from .._engine.registration import register_optimizer
 from ._in_float32 import check_params_inplace, is_narrow, widened
 from ._shadow_params import ShadowParams, own_dtype
-from ._shared import gather_gradients, gather_params, may_recall, records
+from ._shared import gather_gradients, gather_params, records
 
 
 class CompensatedState(NamedTuple):
@@ -111,7 +111,7 @@ class Compensated:
         return CompensatedState(inner, pytree.unflatten(structure, zeros))
 
     def update(
-        self, grads: Tree, state: CompensatedState, params: ParamsT
+        self, grads: Tree, state: CompensatedState, params: ParamsT, **extras: Unpack[Extras]
     ) -> tuple[ParamsT, CompensatedState]:
         """Return the new parameters and the new state, in fresh memory."""
         made = self._at_once(grads, state, params, in_place=False)
@@ -141,7 +141,7 @@ class Compensated:
         )
 
     def update_(
-        self, grads: Tree, state: CompensatedState, params: ParamsT
+        self, grads: Tree, state: CompensatedState, params: ParamsT, **extras: Unpack[Extras]
     ) -> tuple[ParamsT, CompensatedState]:
         """Do the same in place, but for sums and gradients in float32, which are copies."""
         if self._at_once(grads, state, params, in_place=True) is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from .._core.tensors import compute_dtype, write
 from .._core.types import (
     BELOW_ONE,
     ELEMENTWISE,
+    Extras,
     Hyperparam,
     Number,
     Optimizer,
@@ -125,7 +126,9 @@ class Ema:
         weight = torch.zeros_like(count) if self.debias else torch.ones_like(count)
         return EmaState(count, weight, average, self.inner.init(params))
 
-    def update(self, grads: Tree, state: EmaState, params: ParamsT) -> tuple[ParamsT, EmaState]:
+    def update(
+        self, grads: Tree, state: EmaState, params: ParamsT, **extras: Unpack[Extras]
+    ) -> tuple[ParamsT, EmaState]:
         """Return the new parameters and the new state, which says whether it is debiased."""
         average, numbers = self._gather(grads, state, params)
         recorded = records(self, average.gradients, state, numbers)
@@ -136,7 +139,9 @@ class Ema:
         count, weight = state.n_averaged.detach() + 1, fresh(weight, state.weight)
         return new_params, EmaState(count, weight, average.paired.rebuild(moved), inner)
 
-    def update_(self, grads: Tree, state: EmaState, params: ParamsT) -> tuple[ParamsT, EmaState]:
+    def update_(
+        self, grads: Tree, state: EmaState, params: ParamsT, **extras: Unpack[Extras]
+    ) -> tuple[ParamsT, EmaState]:
         """Do the same as `update` in place."""
         average, numbers = self._gather(grads, state, params)
         own = {"state.weight": state.weight, "state.n_averaged": state.n_averaged}

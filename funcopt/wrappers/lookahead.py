@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from .._core.types import (
     COUNT,
     ELEMENTWISE,
     FRACTION,
+    Extras,
     Hyperparam,
     Number,
     Optimizer,
@@ -29,6 +30,7 @@ from .._engine.counts import next_count
 from .._engine.hyperparameters import check_flag, normalize_fields, numbers_of
 from .._engine.prepare import keep_requiring
 from .._engine.registration import register_optimizer
+from .._engine.update_if import choose_each, copies
 from ._shadow_params import ShadowParams, copy_params, own_dtype
 from ._shared import (
     check_scalar,
@@ -42,7 +44,6 @@ from ._shared import (
     write_fields_and_count,
     zero_if,
 )
-from ._update_if import choose_each, copies
 
 
 class LookaheadState(NamedTuple):
@@ -144,7 +145,7 @@ class Lookahead:
         return LookaheadState(count, slow_params, self.inner.init(params), step)
 
     def update(
-        self, grads: Tree, state: LookaheadState, params: ParamsT
+        self, grads: Tree, state: LookaheadState, params: ParamsT, **extras: Unpack[Extras]
     ) -> tuple[ParamsT, LookaheadState]:
         """Return the new fast parameters and the new state. Gradients are at the fast ones."""
         slow, numbers = self._gather(grads, state, params)
@@ -168,7 +169,7 @@ class Lookahead:
         return new_params, LookaheadState(count, new_slow_params, inner, next_count(state.step))
 
     def update_(
-        self, grads: Tree, state: LookaheadState, params: ParamsT
+        self, grads: Tree, state: LookaheadState, params: ParamsT, **extras: Unpack[Extras]
     ) -> tuple[ParamsT, LookaheadState]:
         """Do the same as `update` in place."""
         slow, numbers = self._gather(grads, state, params)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from .._core import transforms
 from .._core.types import (
     COUNT,
+    Extras,
     Hyperparam,
     Number,
     Optimizer,
@@ -33,6 +34,7 @@ from .._engine.hyperparameters import (
     numbers_of,
 )
 from .._engine.registration import register_optimizer
+from .._engine.update_if import update_if, update_if_
 from ._finite import all_finite_everywhere, decide, device_for_state, zeros_unless
 from ._shared import (
     Gradients,
@@ -45,7 +47,6 @@ from ._shared import (
     records,
     write_fields_and_count,
 )
-from ._update_if import update_if, update_if_
 
 
 class LossScaleState(NamedTuple):
@@ -189,7 +190,7 @@ class LossScale:
         )
 
     def update(
-        self, grads: Tree, state: LossScaleState, params: ParamsT
+        self, grads: Tree, state: LossScaleState, params: ParamsT, **extras: Unpack[Extras]
     ) -> tuple[ParamsT, LossScaleState]:
         """Return the new parameters and the new state, in fresh memory.
 
@@ -212,7 +213,7 @@ class LossScale:
         )
 
     def update_(
-        self, grads: Tree, state: LossScaleState, params: ParamsT
+        self, grads: Tree, state: LossScaleState, params: ParamsT, **extras: Unpack[Extras]
     ) -> tuple[ParamsT, LossScaleState]:
         """Do the same as `update` in place."""
         gradients, numbers = self._gather(grads, state, params)

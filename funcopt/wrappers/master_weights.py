@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Unpack
 
 import torch
 
 from .._core import pytree
 from .._core.tensors import compute_dtype, write
-from .._core.types import ELEMENTWISE, Optimizer, ParamsT, Traits, Tree, check_is_optimizer
+from .._core.types import ELEMENTWISE, Extras, Optimizer, ParamsT, Traits, Tree, check_is_optimizer
 from .._engine.checks import check_state
 from .._engine.prepare import keep_requiring
 from .._engine.registration import register_optimizer
@@ -102,7 +102,7 @@ class MasterWeights:
         return MasterWeightsState(self.inner.init(master), master)
 
     def update(
-        self, grads: Tree, state: MasterWeightsState, params: ParamsT
+        self, grads: Tree, state: MasterWeightsState, params: ParamsT, **extras: Unpack[Extras]
     ) -> tuple[ParamsT, MasterWeightsState]:
         """Return the new parameters and the new state. Gradients are at the parameters given."""
         master = self._gather(grads, state, params)
@@ -127,7 +127,7 @@ class MasterWeights:
         )
 
     def update_(
-        self, grads: Tree, state: MasterWeightsState, params: ParamsT
+        self, grads: Tree, state: MasterWeightsState, params: ParamsT, **extras: Unpack[Extras]
     ) -> tuple[ParamsT, MasterWeightsState]:
         """Do the same in place, but for the gradients in float32, which are copies."""
         master = self._gather(grads, state, params)

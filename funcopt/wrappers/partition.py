@@ -5,17 +5,27 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Unpack
 
 from torch import Tensor
 
 from .._core import pytree
-from .._core.types import Optimizer, ParamsT, Traits, Tree, check_is_optimizer
+from .._core.types import (
+    Extras,
+    Optimizer,
+    ParamsT,
+    Traits,
+    Tree,
+    at_rest,
+    check_is_optimizer,
+    leaves_at_rest,
+    may_rest,
+)
 from .._dtensor.shards import whole_of
 from .._engine.checks import check_dense, check_state
 from .._engine.prepare import check_untied
-from .._engine.registration import at_rest, leaves_at_rest, may_rest, register_optimizer
-from ._scaled import hands_on
+from .._engine.registration import register_optimizer
+from .._engine.scaled import hands_on
 from ._together import Update, update_together_
 from .labels import Labels, check_labels, label_leaves, name_leaves, patterns_in
 
@@ -114,7 +124,7 @@ class Partition:
         return PartitionState({label: opt.init(own[label]) for label, opt in self.inner.items()})
 
     def update(
-        self, grads: Tree, state: PartitionState, params: ParamsT
+        self, grads: Tree, state: PartitionState, params: ParamsT, **extras: Unpack[Extras]
     ) -> tuple[ParamsT, PartitionState]:
         """Return the new parameters and the new state, in fresh memory but for frozen leaves.
 
@@ -124,7 +134,7 @@ class Partition:
         return self._update_scaled(grads, None, state, params, in_place=False)
 
     def update_(
-        self, grads: Tree, state: PartitionState, params: ParamsT
+        self, grads: Tree, state: PartitionState, params: ParamsT, **extras: Unpack[Extras]
     ) -> tuple[ParamsT, PartitionState]:
         """Do the same as `update` in place. Every group is checked before any is written.
 

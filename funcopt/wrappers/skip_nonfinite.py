@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
 
 from .._core import transforms
 from .._core.types import (
+    Extras,
     Hyperparam,
     Number,
     Optimizer,
@@ -25,6 +26,7 @@ from .._engine.checks import check_state
 from .._engine.counts import next_count
 from .._engine.hyperparameters import check_count, detached, normalize_fields, numbers_of
 from .._engine.registration import register_optimizer
+from .._engine.update_if import update_if, update_if_
 from ._finite import all_finite_everywhere, decide, device_for_state, zeros_unless
 from ._shared import (
     Gradients,
@@ -38,7 +40,6 @@ from ._shared import (
     records,
     write_fields_and_count,
 )
-from ._update_if import update_if, update_if_
 
 
 class SkipNonfiniteState(NamedTuple):
@@ -138,7 +139,7 @@ class SkipNonfinite:
         )
 
     def update(
-        self, grads: Tree, state: SkipNonfiniteState, params: ParamsT
+        self, grads: Tree, state: SkipNonfiniteState, params: ParamsT, **extras: Unpack[Extras]
     ) -> tuple[ParamsT, SkipNonfiniteState]:
         """Return the new parameters and the new state, in fresh memory.
 
@@ -156,7 +157,7 @@ class SkipNonfinite:
         return new_params, SkipNonfiniteState(*counts, inner, next_count(state.step, should_update))
 
     def update_(
-        self, grads: Tree, state: SkipNonfiniteState, params: ParamsT
+        self, grads: Tree, state: SkipNonfiniteState, params: ParamsT, **extras: Unpack[Extras]
     ) -> tuple[ParamsT, SkipNonfiniteState]:
         """Do the same as `update` in place."""
         gradients, numbers = self._gather(grads, state, params)

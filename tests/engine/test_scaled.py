@@ -5,9 +5,9 @@ import torch
 
 from funcopt import SGD, Adam, AdamW, Clip, Frozen, Lion, Partition
 from funcopt._core.types import own_traits
+from funcopt._engine import scaled
 from funcopt._engine import update as engine
-from funcopt.wrappers import _scaled
-from funcopt.wrappers._scaled import update_scaled
+from funcopt._engine.scaled import update_scaled
 
 from ..cases import KERNELS, assert_same_bits, clone, leaves, random_like, tree_map, trees
 
@@ -72,7 +72,7 @@ def test_16_bit_gradients_are_multiplied_in_float32_and_rounded(kernel, dtype):
 def test_no_scaled_copy_of_all_gradients_is_made(name, monkeypatch):
     opt, params = OPTIMIZERS[name], dict_of()
     grads, state = random_like(params), opt.init(params)
-    for module in (_scaled, engine):
+    for module in (scaled, engine):
         monkeypatch.setattr(module, "multiplied", None)
     update_scaled(opt, grads, HALF, state, params)
     update_scaled(opt, grads, HALF, state, params, in_place=True)
@@ -87,7 +87,7 @@ def test_neither_for_a_nested_tree_nor_where_gradients_are_missing(per_leaf, mon
     state = opt.init(params)
     _, state = opt.update(products, state, params)
     expected = opt.update(products, state, params)
-    for module in (_scaled, engine):
+    for module in (scaled, engine):
         monkeypatch.setattr(module, "multiplied", None)
     assert_same_bits(update_scaled(opt, grads, HALF, state, params), expected)
     assert_same_bits(update_scaled(opt, grads, HALF, state, params, in_place=True), expected)
@@ -162,6 +162,6 @@ def test_a_subclass_keeps_its_own_update():
 
 
 def test_those_who_hand_on_are_known_by_their_very_type():
-    assert set(_scaled._handing_on) == {Partition}
+    assert set(scaled._handing_on) == {Partition}
     for kind in (AdamW, Adam, Lion, SGD):
         assert own_traits(kind()).by_rule

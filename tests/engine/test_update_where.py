@@ -8,9 +8,8 @@ import torch
 
 from funcopt import Accumulate, AdamW, Clip, ClipValue, Ema, LossScale, SkipNonfinite
 from funcopt._core import tensors, transforms
-from funcopt._engine import dispatch, update_where
+from funcopt._engine import dispatch, update_if, update_where
 from funcopt._engine.rule import Kernel
-from funcopt.wrappers import _update_if
 
 from ..cases import assert_close, assert_same_bits, clone, leaves, tree_map
 
@@ -71,7 +70,7 @@ def device(monkeypatch):
 @pytest.fixture
 def one_pass(monkeypatch, device):
     """Let whatever chooses afterwards fail."""
-    monkeypatch.setattr(_update_if, "choose_each", None)
+    monkeypatch.setattr(update_if, "choose_each", None)
     return device
 
 

@@ -14,13 +14,11 @@ from torch import Tensor
 
 from .._core import pytree, transforms
 from .._core.tensors import choose, copies_of, write
-from .._core.types import Optimizer, Tree
-from .._engine.checks import check_dense
-from .._engine.prepare import keep_requiring, multiplied
-from .._engine.registration import at_rest
-from .._engine.update_where import update_where
-from ._scaled import update_scaled
-from ._shared import are_shards, may_recall
+from .._core.types import Optimizer, Tree, at_rest
+from .checks import check_dense
+from .prepare import are_shards, keep_requiring, may_recall, multiplied
+from .scaled import update_scaled
+from .update_where import update_where
 
 # By the very type: a subclass may have an update of its own.
 _handing_on: dict[type, Callable[..., tuple[Tree, Tree] | None]] = {}

@@ -13,8 +13,8 @@ from typing import Any, TypeAlias
 from torch import Tensor
 
 from .._core.types import Optimizer, Tree, own_traits
-from .._engine.prepare import multiplied
-from .._engine.update import update_scaled as update_scaled_by_rule
+from .prepare import multiplied
+from .update import update_scaled as update_scaled_by_rule
 
 Trees: TypeAlias = tuple[Tree, Tree]
 

@@ -1,0 +1,142 @@
+"""What an update may be told besides gradients, state and parameters: `active` and `value`.
+
+Both are taken care of around the outermost optimizer, so that no wrapper has to hand them on. An
+update that is not active is not made, or is made and not chosen. A value is put into the states of
+those optimizers that go by one, for the time of the update: so it gets to them through every
+wrapper that hands their state on, which each must do anyway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from .._core import pytree, transforms
+from .._core.types import Tree, is_dense, kind_of, optimizers_in
+from .recorded import is_recorded
+from .update_if import update_if, update_if_
+
+Update: TypeAlias = Callable[..., tuple[Tree, Tree]]
+
+
+def update_with_extras(
+    update: Update, in_place: bool, opt: Any, grads: Tree, state: Tree, params: Tree, extras: Any
+) -> tuple[Tree, Tree]:
+    """Return what an update makes of parameters and state, if it is active, and told a value.
+
+    Raises:
+        TypeError: If an argument has another name, or is of the wrong type.
+        ValueError: If it is a tensor of another shape.
+    """
+    unknown = extras.keys() - {"active", "value"}
+    if unknown:
+        raise TypeError(
+            f"{update.__name__}() was given {pytree.some(sorted(unknown))}: besides grads, state "
+            f"and params it takes active= and value=."
+        )
+    active, value = extras.get("active"), extras.get("value")
+    own = _with_members.get(type(opt))
+    if own is not None:
+        return own(opt, grads, state, params, active, value, in_place=in_place)
+    told = None if value is None else _told(opt, state, value)
+    if told is not None:
+        new_params, new_state = update(opt, grads, told, params, active=active)
+        return (params, state) if in_place else (new_params, _put(new_state, ()))
+    condition = True if active is None else _condition(active)
+    if condition is True:
+        return update(opt, grads, state, params)
+    if in_place:
+        update_if_(condition, opt, grads, state, params)
+        return params, state
+    return _update_if(condition, opt, grads, state, params)
+
+
+# By the very type.
+_with_members: dict[type, Update] = {}
+
+
+def takes_extras_of_members(kind: type, update: Update) -> None:
+    """Let optimizers of a type take `active` and `value` of shape (members,) themselves.
+
+    It is called as `update(opt, grads, state, params, active, value, in_place=...)`.
+    """
+    _with_members[kind] = update
+
+
+def _condition(active: bool | Tensor) -> bool | Tensor:
+    """Return whether an update is active, read if that is free."""
+    if isinstance(active, bool):
+        return active
+    if not isinstance(active, Tensor) or active.dtype is not torch.bool or not is_dense(active):
+        raise TypeError(f"active is {kind_of(active)}: must be a bool, or a bool tensor.")
+    if active.ndim != 0:
+        raise ValueError(
+            f"active has shape {tuple(active.shape)}: must have shape (), one bool for the update. "
+            f"One for each member goes to Members(opt), or is mapped over by torch.func.vmap."
+        )
+    at_hand = transforms.readable() and transforms.on_host(active)
+    return bool(active) if at_hand and transforms.all_plain([active]) else active
+
+
+def _update_if(
+    condition: bool | Tensor, opt: Any, grads: Tree, state: Tree, params: Tree
+) -> tuple[Tree, Tree]:
+    trees = (params, grads, state)
+    flat, structures = zip(*map(pytree.flatten, trees), strict=True)
+    columns = [[leaf for leaf in leaves if isinstance(leaf, Tensor)] for leaves in flat]
+    recorded = is_recorded(opt, *columns)
+    if isinstance(condition, Tensor) and (recorded or transforms.transformed()):
+        # Where it is not chosen, the derivative of the update is multiplied by 0. With a gradient
+        # that is infinite or NaN in it, that would be NaN.
+        zeroed = [
+            torch.where(condition.to(leaf.device), leaf, 0) if isinstance(leaf, Tensor) else leaf
+            for leaf in flat[1]
+        ]
+        grads = pytree.unflatten(structures[1], zeroed)
+    return update_if(condition, opt, grads, state, params, recorded)
+
+
+# By the very type of the optimizer: the type of its state.
+_going_by_value: dict[type, type] = {}
+
+
+def goes_by_value(kind: type, state: type) -> None:
+    """Let optimizers of a type be told the value of an update, in the field `value` of their state.
+
+    There they find a tensor of shape (), which they return as it is, or `()` if there is no value.
+    """
+    _going_by_value[kind] = state
+
+
+def _told(opt: Any, state: Tree, value: Any) -> Tree | None:
+    """Return a state with a value for all that go by one; None if nobody does."""
+    if isinstance(value, Tensor):
+        if not value.is_floating_point() or not is_dense(value):
+            raise TypeError(
+                f"value is {kind_of(value)}: must be a floating-point number or tensor."
+            )
+        if value.ndim != 0:
+            raise ValueError(
+                f"value has shape {tuple(value.shape)}: must have shape (), one score. One for "
+                f"each member goes to Members(opt), or is mapped over by torch.func.vmap."
+            )
+        own = value.detach()
+    elif not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"value is {kind_of(value)}: must be a number, or a tensor of shape ().")
+    else:
+        own = torch.full((), value, dtype=torch.float64, device="cpu")
+    return _put(state, own) if any(type(p) in _going_by_value for p in optimizers_in(opt)) else None
+
+
+def _put(state: Tree, value: Any) -> Tree:
+    """Return a state with another value in each that goes by one, at any depth."""
+    kinds = _going_by_value.values()
+    nodes, structure = pytree.flatten_above(state, lambda node: type(node) in kinds)
+    news = [
+        node._replace(value=value, inner=_put(node.inner, value)) if type(node) in kinds else node
+        for node in nodes
+    ]
+    return pytree.unflatten(structure, news)
