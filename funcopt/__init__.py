@@ -23,6 +23,7 @@ from .wrappers.labels import decay_label
 from .wrappers.lookahead import Lookahead, LookaheadState
 from .wrappers.loss_scale import LossScale, LossScaleState
 from .wrappers.master_weights import MasterWeights, MasterWeightsState
+from .wrappers.members import Members
 from .wrappers.partition import Partition, PartitionState
 from .wrappers.skip_nonfinite import SkipNonfinite, SkipNonfiniteState
 
@@ -53,6 +54,7 @@ __all__ = [
     "LossScaleState",
     "MasterWeights",
     "MasterWeightsState",
+    "Members",
     "Number",
     "Optimizer",
     "ParamsT",

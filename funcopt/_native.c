@@ -20,12 +20,12 @@
 
 static const struct {
     int fewest_olds, most_olds, numbers;
-    void (*set)(const Job *, const double *, double *);
+    void (*set)(const Job *, const double *, double *, Corrections *);
 } rules[] = {
-    [ADAM] = {4, 5, 8, set_adam},
-    [ADAMW] = {4, 5, 8, set_adam},
-    [SGD] = {2, 3, 7, set_sgd},
-    [LION] = {3, 3, 7, set_lion},
+    [ADAM] = {4, 5, 9, set_adam},
+    [ADAMW] = {4, 5, 9, set_adam},
+    [SGD] = {2, 3, 8, set_sgd},
+    [LION] = {3, 3, 8, set_lion},
 };
 enum { RULES = sizeof(rules) / sizeof(rules[0]) };
 
@@ -139,17 +139,11 @@ static int take_values(PyObject *given, int64_t members, int64_t stride, double 
             values[member * stride] = PyFloat_AsDouble(given);
         return 0;
     }
-    if (!PyList_Check(given) || PyList_Size(given) != members) {
-        PyErr_Format(PyExc_TypeError, "numbers: must be floats, or lists of %lld, not %R.",
-                     (long long)members, given);
+    char *address;
+    if (take_address(given, sizeof(double), members, &address) < 0)
         return -1;
-    }
-    for (int64_t member = 0; member < members; member++) {
-        const double value = PyFloat_AsDouble(PyList_GetItem(given, member));
-        if (value == -1.0 && PyErr_Occurred())
-            return -1;
-        values[member * stride] = value;
-    }
+    for (int64_t member = 0; member < members; member++)
+        values[member * stride] = ((const double *)address)[member];
     return 0;
 }
 
@@ -171,10 +165,12 @@ static int take_numbers(PyObject *given, Job *job, double *numbers, double *coef
     for (int64_t i = 0; i < wanted; i++)
         if (take_values(PyTuple_GetItem(given, i), job->members, wanted, &numbers[i]) < 0)
             return -1;
+    Corrections last = {0}; /* of a count of 0, which no update has */
     for (int64_t member = 0; member < job->members; member++) {
         const double *own = numbers + member * wanted;
-        rules[job->rule].set(job, own, coefficients + member * COEFFICIENTS);
-        keys[2 * member] = whole_number(own[wanted - 2]);
+        rules[job->rule].set(job, own, coefficients + member * COEFFICIENTS, &last);
+        coefficients[member * COEFFICIENTS + ACTIVE] = own[wanted - 2];
+        keys[2 * member] = whole_number(own[wanted - 3]);
         keys[2 * member + 1] = whole_number(own[0]);
     }
     job->coefficients = coefficients;
@@ -268,8 +264,9 @@ PyDoc_STRVAR(step_doc,
              "`ids` says which leaf of the tree each is, for the random bits of a rounding of 1.\n"
              "`addresses` has for each column one address a leaf: of what is read, and after these\n"
              "of what is written, unless that is the same. `numbers` are the count of updates, the\n"
-             "hyperparameters of the rule, the key of random bits and the scale of the gradients:\n"
-             "each a float, or a list of one for each member. Nothing is read or written if any of it cannot be.\n\n"
+             "hyperparameters of the rule, the key of random bits, 0 for a member that stays as it\n"
+             "is, and the scale of the gradients: each a float, or the address of a double for each\n"
+             "member. Nothing is read or written if any of it cannot be.\n\n"
              "Memory must not overlap but where it is the same, and must hold so many elements.");
 
 static PyObject *step(PyObject *module, PyObject *const *given, Py_ssize_t count)

@@ -57,6 +57,7 @@ enum {
     EPS,
     MOMENTUM,
     GAIN, /* what the momentum buffer takes of the gradient */
+    ACTIVE, /* 0 for a member that stays as it is */
     COEFFICIENTS
 };
 

@@ -13,11 +13,18 @@ static void set_grad_factor(const Job *job, double scale, double *own)
     own[ROUNDED_FACTOR] = is_16_bit ? rounded(job, scale) : 1.0;
 }
 
-static void set_adam(const Job *job, const double *numbers, double *own)
+/* Bias corrections, which members mostly share: to find them takes longer than all else here. */
+typedef struct {
+    double step, beta1, beta2, one, two_root;
+} Corrections;
+
+static void set_adam(const Job *job, const double *numbers, double *own, Corrections *last)
 {
     const double step = numbers[0], lr = numbers[1], beta1 = numbers[2], beta2 = numbers[3];
     const double weight_decay = numbers[5];
     const double weight = rounded(job, 1 - beta1);
+    if (step != last->step || beta1 != last->beta1 || beta2 != last->beta2)
+        *last = (Corrections){step, beta1, beta2, 1 - pow(beta1, step), sqrt(1 - pow(beta2, step))};
     own[LERP_FROM_AVERAGE] = weight < 0.5;
     own[LERP_WEIGHT] = weight < 0.5 ? weight : rounded(job, weight - 1);
     own[BETA2] = rounded(job, beta2);
@@ -26,24 +33,26 @@ static void set_adam(const Job *job, const double *numbers, double *own)
     own[DECAY] = rounded(job, weight_decay);
     own[COUPLED] = job->rule == ADAM && weight_decay != 0;
     own[REMAINDER] = job->rule == ADAM ? 1.0 : rounded(job, 1 - lr * weight_decay);
-    own[DESCENT] = rounded(job, -(lr / (1 - pow(beta1, step))));
-    own[CORRECTION2_ROOT] = rounded(job, sqrt(1 - pow(beta2, step)));
-    set_grad_factor(job, numbers[7], own);
+    own[DESCENT] = rounded(job, -(lr / last->one));
+    own[CORRECTION2_ROOT] = rounded(job, last->two_root);
+    set_grad_factor(job, numbers[8], own);
 }
 
-static void set_sgd(const Job *job, const double *numbers, double *own)
+static void set_sgd(const Job *job, const double *numbers, double *own, Corrections *last)
 {
+    (void)last;
     const double dampening = numbers[0] == 1 ? 0.0 : numbers[3];
     own[DESCENT] = rounded(job, -numbers[1]);
     own[MOMENTUM] = rounded(job, numbers[2]);
     own[GAIN] = rounded(job, 1 - dampening);
     own[DECAY] = rounded(job, numbers[4]);
     own[COUPLED] = numbers[4] != 0;
-    set_grad_factor(job, numbers[6], own);
+    set_grad_factor(job, numbers[7], own);
 }
 
-static void set_lion(const Job *job, const double *numbers, double *own)
+static void set_lion(const Job *job, const double *numbers, double *own, Corrections *last)
 {
+    (void)last;
     own[DESCENT] = rounded(job, -numbers[1]);
     own[BETA1] = rounded(job, numbers[2]);
     own[BETA2] = rounded(job, numbers[3]);
@@ -51,5 +60,5 @@ static void set_lion(const Job *job, const double *numbers, double *own)
     own[GAIN2] = rounded(job, 1 - numbers[3]);
     own[DECAY] = rounded(job, numbers[4]);
     own[COUPLED] = 0;
-    set_grad_factor(job, numbers[6], own);
+    set_grad_factor(job, numbers[7], own);
 }

@@ -133,6 +133,18 @@ enum { INSTRUCTION_SETS = sizeof(instruction_sets) / sizeof(instruction_sets[0])
 
 static int chosen = INSTRUCTION_SETS - 1;
 
+/* Leave a member as it is: out of place, to the bit. */
+static void keep(const Job *job, int64_t leaf, int64_t begin, int64_t end)
+{
+    for (int column = 0; column < job->new_columns; column++) {
+        const int64_t item = job->items[old_of(column)];
+        const char *source = old_at(job, old_of(column), leaf) + begin * item;
+        char *target = new_at(job, column, leaf) + begin * item;
+        if (source != target)
+            memcpy(target, source, (size_t)((end - begin) * item));
+    }
+}
+
 /* Move the elements from `first` to `last`, of all leaves one after another. */
 static void run(const Job *job, int64_t first, int64_t last)
 {
@@ -148,7 +160,10 @@ static void run(const Job *job, int64_t first, int64_t last)
         while (begin < end) {
             const int64_t member = begin / own, next = (member + 1) * own;
             const int64_t stop = next < end ? next : end;
-            range(job, leaf, begin, stop, member);
+            if (job->coefficients[member * COEFFICIENTS + ACTIVE] != 0.0)
+                range(job, leaf, begin, stop, member);
+            else
+                keep(job, leaf, begin, stop);
             begin = stop;
         }
     }

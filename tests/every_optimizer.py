@@ -67,6 +67,7 @@ OPTIMIZERS = {
 
 
 def public_optimizers():
-    """The classes of all optimizers that can be imported."""
+    """The classes of all optimizers that can be imported, but for that of stacked trees alone."""
     named = [getattr(module, name) for module in (funcopt, distributed) for name in module.__all__]
-    return {cls for cls in named if dataclasses.is_dataclass(cls) and hasattr(cls, "update_")}
+    found = {cls for cls in named if dataclasses.is_dataclass(cls) and hasattr(cls, "update_")}
+    return found - {funcopt.Members}

@@ -51,7 +51,7 @@ class _Step:
     @property
     def number_count(self) -> int:
         """How many numbers there are; `grad_scale` is 1 here, and none of them."""
-        return 2 + len(self.rule.hyperparams)
+        return 3 + len(self.rule.hyperparams)
 
     @property
     def derivative(self) -> Adjoint:
@@ -123,7 +123,7 @@ def _step_stacked(
         own = numbers._make((*moved, numbers.grad_scale))
         if step.options.rounding == "stochastic":
             # Of each member, elements are counted by themselves, so each has a key.
-            own = own._replace(key=_key_of_each(numbers.key, dims[step.number_count - 1], size))
+            own = own._replace(key=_key_of_each(numbers.key, dims[step.number_count - 2], size))
         numbers = _with_dims_of_inner_vmaps(own)
         stacked = [
             _leaf_to_front(leaf, dim, size)

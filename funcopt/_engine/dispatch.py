@@ -81,6 +81,9 @@ def run(
     inputs = inputs if layout.ready else memory.borrow(inputs)
     outputs = make_results(inputs, layout)
     for part, numbers in plan:
+        if part.launcher is not None and not part.counts_on_device:
+            part.launcher.step(inputs, outputs, numbers)
+            continue
         for batch in part.batches:
             own, results = inputs.take(batch.indices), outputs.take(batch.indices)
             if part.kernel.step_to is not None:
@@ -96,6 +99,9 @@ def run_(inputs: StepInputs, plan: Plan, options: Any, layout: Layout) -> None:
     """Write the leaves after one step over those before it."""
     borrowed = inputs if layout.ready else memory.borrow(inputs)
     for part, numbers in plan:
+        if part.launcher is not None and not part.counts_on_device:
+            part.launcher.step(borrowed, borrowed.targets, numbers)
+            continue
         for batch in part.batches:
             _step_batch_(borrowed.take(batch.indices), batch, part, numbers, options)
     memory.give_back(borrowed, inputs)
@@ -116,8 +122,9 @@ def _step_batch_(inputs: StepInputs, batch: Batch, part: Part, numbers: Any, opt
 
 def _step_(inputs: StepInputs, part: Part, numbers: Any, options: Any) -> None:
     if part.stacked and not part.kernel.takes_members:
-        for member, own in _members(inputs, numbers):
-            part.kernel.step_(member, own, options)
+        for member, own in memory.members(inputs, numbers):
+            if own.active != 0.0:
+                part.kernel.step_(member, own, options)
     elif part.kernel.scales_gradients or _is_one(numbers.grad_scale):
         part.kernel.step_(inputs, numbers, options)
     elif options.rounding == "stochastic":  # for which an element must know its place in the leaf
@@ -187,9 +194,10 @@ def _parts(
         at_once = kernel.step_to is not None or not rule.traits.elementwise
         batches = [Batch(group)] if at_once else several
         stacked = not is_read(numbers) and any(map(_is_stacked, numbers))
-        at_one_call = at_once and not stacked and len(layout.groups) == 1 and layout.fast_path_ok
+        at_one_call = at_once and len(layout.groups) == 1 and layout.fast_path_ok
+        served = kernel.takes_members if stacked else True
         launcher = None
-        if at_one_call and kernel.launcher is not None:
+        if at_one_call and served and kernel.launcher is not None:
             launcher = kernel.launcher(inputs, options)
         part = Part(batches, kernel, stacked, launcher)
         parts.append(_of_members(part, rule, inputs, numbers, options) if stacked else part)
@@ -227,10 +235,17 @@ def _value(number: Number) -> Number:
         return number
     if not transforms.on_host(number) or not transforms.all_plain([number]):
         return number.detach()
+    if number.numel() > _MANY:  # a comparison by operators takes less time than one in Python
+        number = number.detach()
+        first = number.reshape(-1)[0]
+        return float(first) if bool((number == first).all()) else number
     values: list[float] = (number if number.ndim == 1 else number.reshape(-1)).tolist()
     if values and values.count(values[0]) == len(values):
         return float(values[0])
     return number.detach()
+
+
+_MANY = 256
 
 
 _SIXTEEN_BITS = frozenset((torch.bfloat16, torch.float16))
@@ -290,26 +305,6 @@ def _of_members(
     return part._replace(kernel=_plain(rule)) if small else part
 
 
-def _members(inputs: StepInputs, numbers: Any) -> Iterator[tuple[StepInputs, Any]]:
-    """Split stacked leaves into members, each with numbers of its own."""
-    values = [n.tolist() if isinstance(n, Tensor) and n.ndim > 0 else n for n in numbers]
-    for member, own in _split(inputs, values):
-        yield member, numbers._make(own)
-
-
-def _split(inputs: StepInputs, values: list[Any]) -> Iterator[tuple[StepInputs, list[Any]]]:
-    if not any(isinstance(value, list) for value in values):
-        yield inputs, values
-        return
-    members = [[tensor.unbind(0) for tensor in column] for column in inputs.columns]
-    for i in range(inputs.params[0].shape[0]):
-        columns = [[slices[i] for slices in column] for column in members]
-        own = StepInputs.of(columns, inputs.ids)
-        # A dimension may have been left at size 1 because all share one.
-        nth = [value[i % len(value)] if isinstance(value, list) else value for value in values]
-        yield from _split(own, nth)
-
-
 def safe_sqrt(squares: Tensor) -> Tensor:
     """The square root, with derivative zero at zero.
 
@@ -343,7 +338,7 @@ def plain_step_(rule: UpdateRule, inputs: StepInputs, numbers: Any, options: Any
     plain = transforms.all_plain(chain(*inputs.columns))
     for index, (row, own) in enumerate(_each(rule, inputs, numbers, options)):
         param, grad, *slots = row
-        if equations_ is not None and plain:
+        if equations_ is not None and plain and isinstance(numbers.active, float):
             equations_(param, grad, tuple(slots), own, options)
             news = [param, *slots]
         else:
@@ -363,14 +358,25 @@ def _stored(
     news: Sequence[Tensor], inputs: StepInputs, index: int, numbers: Any, options: Any
 ) -> list[Tensor]:
     """Return what came of a leaf in the dtypes in which it is stored."""
-    dtypes = [column[index].dtype for column in inputs.targets.columns]
+    olds = [column[index] for column in inputs.targets.columns]
     if options.rounding != "stochastic":
-        return [new.to(dtype) for new, dtype in zip(news, dtypes, strict=True)]
+        stored = [new.to(old.dtype) for new, old in zip(news, olds, strict=True)]
+    else:
+        stored = _stored_by_chance(news, olds, inputs.ids[index] if inputs.ids else index, numbers)
+    if isinstance(numbers.active, float):
+        return stored
+    moves = fit(numbers.active, olds[0]) != 0
+    return [torch.where(moves, new, old) for new, old in zip(stored, olds, strict=True)]
+
+
+def _stored_by_chance(
+    news: Sequence[Tensor], olds: Sequence[Tensor], leaf: int, numbers: Any
+) -> list[Tensor]:
     from .rounding import random_bits, round_stochastically  # noqa: PLC0415  # for this alone
 
-    leaf = index if inputs.ids is None else inputs.ids[index]
     stored = []
-    for column, (new, dtype) in enumerate(zip(news, dtypes, strict=True)):
+    for column, (new, old) in enumerate(zip(news, olds, strict=True)):
+        dtype = old.dtype
         if new.dtype is dtype or compute_dtype(dtype) is dtype:
             stored.append(new.to(dtype))
             continue

@@ -39,8 +39,9 @@ def update_with_extras(
         )
     active, value = extras.get("active"), extras.get("value")
     own = _with_members.get(type(opt))
-    if own is not None:
-        return own(opt, grads, state, params, active, value, in_place=in_place)
+    if own is not None and active is not False:
+        of_each = None if active is True else active
+        return own(opt, grads, state, params, of_each, value, in_place=in_place)
     told = None if value is None else _told(opt, state, value)
     if told is not None:
         new_params, new_state = update(opt, grads, told, params, active=active)

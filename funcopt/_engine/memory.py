@@ -359,3 +359,23 @@ def _is_ready(tensor: Tensor) -> bool:
 
 def _any_requires_grad(tensors: Sequence[Any]) -> bool:
     return any(tensor.requires_grad for tensor in tensors)
+
+
+def members(inputs: StepInputs, numbers: Any) -> Iterator[tuple[StepInputs, Any]]:
+    """Split stacked leaves into members, each with numbers of its own."""
+    values = [n.tolist() if isinstance(n, Tensor) and n.ndim > 0 else n for n in numbers]
+    for member, own in _split(inputs, values):
+        yield member, numbers._make(own)
+
+
+def _split(inputs: StepInputs, values: list[Any]) -> Iterator[tuple[StepInputs, list[Any]]]:
+    if not any(isinstance(value, list) for value in values):
+        yield inputs, values
+        return
+    members = [[tensor.unbind(0) for tensor in column] for column in inputs.columns]
+    for i in range(inputs.params[0].shape[0]):
+        columns = [[slices[i] for slices in column] for column in members]
+        own = StepInputs.of(columns, inputs.ids)
+        # A dimension may have been left at size 1 because all share one.
+        nth = [value[i % len(value)] if isinstance(value, list) else value for value in values]
+        yield from _split(own, nth)

@@ -56,7 +56,10 @@ def register_optimizer(cls: type[OptimizerT]) -> type[OptimizerT]:
 
 def _state_to_pickle(opt: Any) -> dict[str, Any]:
     """Return all that an optimizer is made of, without what it only remembers."""
-    return {name: value for name, value in vars(opt).items() if name != "_setup"}
+    return {name: value for name, value in vars(opt).items() if name not in _REMEMBERED}
+
+
+_REMEMBERED = frozenset(("_setup", "_checked"))
 
 
 def _checking_order(init: Callable[..., None]) -> Callable[..., None]:

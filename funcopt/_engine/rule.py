@@ -288,11 +288,11 @@ class UpdateRule:
         """Check that the state is made of these slots, and make the NamedTuples of the rule.
 
         `numbers` is the one of the numbers of a step: the count of updates with this one (from 1),
-        the hyperparameters, the key of random bits (0 if there are none), and `grad_scale`, by
-        which gradients are multiplied first. A tensor
-        among them is 0-dim, or has the leading dimensions of every leaf (each of the same size or
-        of size 1): so numbers that differ between the members of a vmap arrive here. `paths` is
-        what users and messages call them.
+        the hyperparameters, the key of random bits (0 if there are none), `active`, which is 0
+        for members that stay as they are, and `grad_scale`, by which gradients are multiplied
+        first. A tensor among them is 0-dim, or has the leading dimensions of every leaf (each of
+        the same size or of size 1): so numbers that differ between the members of a vmap arrive
+        here. `paths` is what users and messages call them.
         """
         fields = getattr(self.state, "_fields", None)
         wanted = ("step", *(slot.name for slot in self.slots))
@@ -303,9 +303,9 @@ class UpdateRule:
                 f"of random bits."
             )
         paths = {"step": "step", **{own.name: own.path for own in self.hyperparams}}
-        paths |= {"key": "state.key", "grad_scale": "grad_scale"}
+        paths |= {"key": "state.key", "active": "active", "grad_scale": "grad_scale"}
         made: dict[str, Any] = {
-            "numbers": namedtuple("Numbers", paths, defaults=[0.0, 1.0]),
+            "numbers": namedtuple("Numbers", paths, defaults=[0.0, 1.0, 1.0]),
             "paths": paths,
             "_options": namedtuple("_Options", [*self.options, *_COMMON]),
         }

@@ -104,7 +104,7 @@ class _Launcher:
         del new_count, applies  # which are for devices
         if not self._has_values:
             return
-        members, values = (1, numbers) if is_read(numbers) else _values(inputs.params[0], numbers)
+        members, values, kept = _values(inputs.params[0], numbers)
         starts = addresses or list(map(Tensor.data_ptr, chain(*inputs.columns)))
         if outputs.params is not inputs.params:
             starts = starts + (
@@ -119,6 +119,7 @@ class _Launcher:
             starts,
             values,
         )
+        del kept  # whose memory was read
 
 
 def _step_(rule: int, inputs: StepInputs, numbers: Any, options: Any) -> None:
@@ -133,18 +134,26 @@ def _step_to(
         _Launcher(rule, inputs, options).step(inputs, outputs, numbers)
 
 
-def _values(param: Tensor, numbers: Any) -> tuple[int, tuple[float | list[float], ...]]:
-    """Return how many members stacked leaves have, and the numbers: one for all or one each."""
-    values = list(numbers)
+def _values(param: Tensor, numbers: Any) -> tuple[int, tuple[float | int, ...], tuple[Tensor, ...]]:
+    """Return how many members stacked leaves have, the numbers, and what holds their memory.
+
+    A number is a float for all members, or the address of one for each.
+    """
+    if is_read(numbers):
+        return 1, numbers, ()
+    values, kept = list(numbers), []
     ndim = max([number.ndim for number in values if isinstance(number, Tensor)], default=0)
     lead = param.shape[:ndim]
     for index, number in enumerate(values):
-        if isinstance(number, Tensor):
-            # Of size 1 in a dimension of members over which it does not differ.
-            every = number if number.ndim == 0 else number.expand(lead)
-            own = every.double().reshape(-1).tolist()
-            values[index] = own if number.ndim > 0 else own[0]
-    return lead.numel(), tuple(values)
+        if not isinstance(number, Tensor) or number.ndim == 0:
+            values[index] = float(number)
+            continue
+        # Of size 1 in a dimension of members over which it does not differ.
+        own = number if number.shape == lead else number.expand(lead)
+        own = own.to(torch.float64).contiguous()
+        kept.append(own)
+        values[index] = own.data_ptr()
+    return lead.numel(), tuple(values), tuple(kept)
 
 
 def _unsupported_reason(device: torch.device, numbers: Any) -> str | None:

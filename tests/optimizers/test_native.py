@@ -400,7 +400,7 @@ def call(**changed):
         "sizes": [4, 8],
         "ids": None,
         "addresses": [tensor.data_ptr() for tensor in tensors],
-        "numbers": (1.0, 0.5, 0.0, 0.0, 0.0, 0.0, 1.0),
+        "numbers": (1.0, 0.5, 0.0, 0.0, 0.0, 0.0, 1.0, 1.0),
     }
     for name, change in changed.items():
         given[name] = change(given[name]) if callable(change) else change
@@ -435,11 +435,12 @@ REFUSED = [
     (OverflowError, "", {"addresses": lambda a: [*a[:3], -8]}),
     (TypeError, "", {"addresses": lambda a: [*a[:3], "8"]}),
     (TypeError, "sizes and addresses: must be lists", {"sizes": (4, 8)}),
-    (TypeError, "numbers a tuple", {"numbers": [1.0] * 7}),
-    (ValueError, "numbers: must be 7, not 6", {"numbers": lambda n: n[:6]}),
-    (TypeError, "must be floats, or lists of 1", {"numbers": lambda n: (*n[:6], "1")}),
-    (TypeError, "must be floats, or lists of 1", {"numbers": lambda n: (*n[:6], [1.0, 1.0])}),
-    (TypeError, "", {"numbers": lambda n: (*n[:6], ["1"])}),
+    (TypeError, "numbers a tuple", {"numbers": [1.0] * 8}),
+    (ValueError, "numbers: must be 8, not 7", {"numbers": lambda n: n[:7]}),
+    (TypeError, "", {"numbers": lambda n: (*n[:7], "1")}),
+    (TypeError, "", {"numbers": lambda n: (*n[:7], [1.0])}),
+    (ValueError, "address=0: must be that of 1 elements", {"numbers": lambda n: (*n[:7], 0)}),
+    (ValueError, "at a multiple of 8", {"numbers": lambda n: (*n[:7], 12)}),
 ]
 
 

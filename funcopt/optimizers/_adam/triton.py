@@ -190,7 +190,8 @@ class Launcher:
         stream = self._source.stream_of(self._index)
         ids = inputs.ids or list(range(len(self._sizes))) if self._by_chance else []
         table = self._table(starts, None if in_place else outputs, ids, shape, own.members, stream)
-        self._launches[applies is not None].go(
+        conditional = applies is not None or not isinstance(numbers.active, float)
+        self._launches[conditional].go(
             shape.programs,
             stream,
             table,

@@ -33,7 +33,7 @@ def numbers_of(words, kinds, step, member, DTYPE: tl.constexpr):
     beta2 = number(words[3], kinds, 3, member)
     eps = number(words[4], kinds, 4, member)
     weight_decay = number(words[5], kinds, 5, member)
-    grad_scale = number(words[7], kinds, 7, member)
+    grad_scale = number(words[8], kinds, 8, member)
     # A decay of less than half of a parameter is subtracted; where less is left, that is a factor.
     decay = lr * weight_decay
     kept = tl.where(decay < 0.5, 1.0, 1.0 - decay)

@@ -75,8 +75,8 @@ def _has_calls(hook: Any) -> bool:
 
 
 _INTEGERS = (
-    *("leaves", "run", "step", "lr", "beta1", "beta2", "eps", "weight_decay", "key", "grad_scale"),
-    *("kinds", "new_count", "applies"),
+    *("leaves", "run", "step", "lr", "beta1", "beta2", "eps", "weight_decay", "key", "active"),
+    *("grad_scale", "kinds", "new_count", "applies"),
 )
 
 
@@ -101,6 +101,7 @@ def step_kernel(
     eps: tl.int64,
     weight_decay: tl.int64,
     key: tl.int64,
+    active: tl.int64,
     grad_scale: tl.int64,
     kinds: tl.int64,
     new_count: tl.int64,
@@ -116,8 +117,8 @@ def step_kernel(
     """Move `run` blocks of BLOCK elements, or as many as are left of the member.
 
     Where `new_count` is an address, `step` is that of the count before this update, and the count
-    after it is written. `applies` is the address of a bool, if CONDITIONAL: where it is False,
-    everything stays as it was.
+    after it is written. If CONDITIONAL, everything stays as it was where the bool at the address
+    `applies` is False, if there is one, and a member does where its number `active` is 0.
     """
     TENSORS: tl.constexpr = 9 if AMSGRAD else 7
     leaf = _leaf_of(tl.program_id(0), table, leaves)
@@ -127,7 +128,7 @@ def step_kernel(
     olds = _before(addresses, leaves, start, slot_start, AMSGRAD)
     news = _after(addresses + (TENSORS // 2 + 1) * leaves, leaves, start, slot_start, AMSGRAD)
     aligned = _are_aligned(olds, news)
-    words = (step, lr, beta1, beta2, eps, weight_decay, key, grad_scale)
+    words = (step, lr, beta1, beta2, eps, weight_decay, key, active, grad_scale)
     count = number(step, kinds, 0, member)
     updates = tl.where(new_count != 0, count + 1.0, count)
     numbers = numbers_of(words, kinds, updates, member, DTYPE)
@@ -136,7 +137,9 @@ def step_kernel(
     chance = (number(key, kinds, 6, member).to(tl.int64), leaf_id, updates.to(tl.int64), begin)
     made = True
     if CONDITIONAL:
-        made = tl.load(applies.to(tl.pointer_type(tl.int8))) != 0
+        made = number(active, kinds, 7, member) != 0.0
+        if applies != 0:
+            made &= tl.load(applies.to(tl.pointer_type(tl.int8))) != 0
     if made:
         given = (olds, news, numbers, chance, size, aligned)
         _move_all(given, DTYPE, SLOT_DTYPE, AMSGRAD, MAXIMIZE, STOCHASTIC, BLOCK)

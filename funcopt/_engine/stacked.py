@@ -1,0 +1,247 @@
+"""A step of stacked members without a vmap: one call of a kernel, with numbers of each member.
+
+Stacked leaves of an elementwise rule are leaves like others; only the numbers differ along their
+first dimension, and kernels know such numbers. So members whose gradients are there already need
+no vmap for the step, which costs small ones more than the step itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from itertools import chain
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._core import pytree, transforms
+from .._core.types import Number, Tree, own_traits
+from . import dispatch
+from .checks import are_apart, check_inplace, check_state
+from .counts import Counts
+from .hyperparameters import check_counts, check_values, number_at
+from .memory import Layout
+from .prepare import Prepared, prepare, recall, trees_of
+from .rule import Setup, StepInputs, StepOutputs, UpdateRule
+
+
+def update_stacked(
+    opt: Any, grads: Tree, state: Any, params: Tree, active: Tensor | None, *, in_place: bool
+) -> tuple[Tree, Any] | None:
+    """Return what the update of each member makes of it; None, and nothing done, if that is slow.
+
+    What is followed for derivatives, traced or mapped over is for the caller, and so are leaves
+    that kernels do not serve as they lie.
+
+    Args:
+        opt: An optimizer whose numbers are the same in all members, or of shape (members,).
+        grads: The gradients, a tree of tensors of shape (members, ...), as the other two.
+        state: The state, whose count is of shape (members,).
+        params: The parameters.
+        active: Which members move: a bool tensor of shape (members,); None if all do.
+        in_place: Whether to write parameters and state over the old, or in fresh memory.
+
+    Raises:
+        TypeError: As an update does.
+        ValueError: As an update does, or if a number or a leaf is not one for each member.
+    """
+    rule: UpdateRule | None = getattr(opt, "rule", None)
+    if rule is None or not own_traits(opt).by_rule or not rule.traits.elementwise:
+        return None
+    setup = rule.setup_of(opt)
+    if transforms.transformed() or transforms.observed() or setup.options.differentiable:
+        return None
+    check_state(state, rule.state)
+    count, key = state.step, getattr(state, "key", ())
+    if not _is_plain(count):  # of each leaf, say
+        return None
+    if active is not None and active.shape != count.shape:
+        raise ValueError(
+            f"active has shape {tuple(active.shape)} for {len(count)} members: must have shape "
+            f"({len(count)},), one bool for each."
+        )
+    if active is not None and transforms.on_host(active):
+        if not bool(active.any()):
+            return None
+        active = None if bool(active.all()) else active
+    stack = _recalled(opt, rule, setup, grads, state, params)
+    if stack is None or (in_place and not _are_apart(stack, count)):
+        stack = _gathered(opt, rule, grads, state, params, in_place=in_place)
+    numbers = None if stack is None else _numbers(rule, opt, count, key, active)
+    if stack is None or numbers is None:
+        return None
+    with torch.no_grad() if stack.layout.params_require_grad else nullcontext():
+        inputs, layout = stack.inputs, stack.layout
+        plan = dispatch.plan(rule, inputs, numbers, setup.options, layout, in_place=in_place)
+        if in_place:
+            dispatch.run_(inputs, plan, setup.options, layout)
+            count.copy_(_moved(count, numbers))
+            return params, state
+        new_params, *slots = stack.rebuild(dispatch.run(inputs, plan, setup.options, layout))
+        own_key = key.clone() if isinstance(key, Tensor) else key
+        return new_params, rule.state_of(setup, [_moved(count, numbers), *slots], own_key)
+
+
+class _Stack(NamedTuple):
+    """Stacked trees laid out flat, checked."""
+
+    inputs: StepInputs
+    layout: Layout
+    rebuild: Callable[[StepOutputs], list[Tree]]  # makes trees of parameters and slots
+
+
+def _recalled(
+    opt: Any, rule: UpdateRule, setup: Setup, grads: Tree, state: Any, params: Tree
+) -> _Stack | None:
+    """Lay out trees that look as some that were checked, without checking anything."""
+    recalled = recall(trees_of(opt, rule, setup.kept, grads, state, params))
+    if recalled is None or transforms.may_be_dual():
+        return None
+    inputs, structure, layout, _ = recalled
+    if (
+        not layout.fast_path_ok
+        or layout.params_require_grad
+        or layout.plans.get("members") != len(state.step)
+        or not setup.keeps(layout.dtypes)
+        or (setup.options.rounding == "stochastic" and not _is_plain(state.key))
+    ):
+        return None
+    return _Stack(
+        inputs, layout, lambda outs: [pytree.unflatten(structure, own) for own in outs.columns]
+    )
+
+
+def _are_apart(stack: _Stack, count: Tensor) -> bool:
+    return not count.is_inference() and are_apart([*chain(*stack.inputs.columns), count])
+
+
+def _gathered(
+    opt: Any, rule: UpdateRule, grads: Tree, state: Any, params: Tree, *, in_place: bool
+) -> _Stack | None:
+    """Lay out trees with every check; None if kernels do not serve them as they lie."""
+    prepared = _prepare(opt, rule, grads, state, params)
+    layout, count = prepared.layout, state.step
+    if prepared.watched or layout is None or not layout.fast_path_ok:
+        return None
+    if in_place:
+        counts = Counts(pytree.Paired([count], pytree.flatten(count)[1], None), per_leaf=False)
+        check_inplace(rule, prepared._replace(counts=counts), [count], [])
+    return _Stack(prepared.inputs, layout, prepared.rebuild)
+
+
+def _prepare(opt: Any, rule: UpdateRule, grads: Tree, state: Any, params: Tree) -> Prepared:
+    """Lay out stacked trees flat, checked as if they were of one: what differs are the counts."""
+    members = len(state.step)
+    one = state._replace(step=_ONE)
+    if isinstance(getattr(state, "key", ()), Tensor):
+        one = one._replace(key=_ONE)
+    prepared = prepare(opt, rule, grads, one, params)
+    layout = prepared.layout
+    found = None if layout is None else layout.plans.get("members")
+    if found != members:
+        for index, param in enumerate(prepared.inputs.params):
+            if param.ndim == 0 or len(param) != members:
+                raise ValueError(
+                    f"{prepared.path('params', index)} has shape {tuple(param.shape)}, and "
+                    f"state.step has {members} members: dimension 0 of every tensor must be the "
+                    f"member."
+                )
+        if layout is not None:
+            layout.plans["members"] = members
+    return prepared
+
+
+# In place of a count that is there for each member.
+_ONE = torch.ones((), dtype=torch.float64, device="cpu")
+
+
+def _is_plain(count: Any) -> bool:
+    return (
+        type(count) is Tensor
+        and count.ndim == 1
+        and count.dtype is torch.float64
+        and not count.requires_grad
+    )
+
+
+def _numbers(rule: UpdateRule, opt: Any, count: Tensor, key: Any, active: Tensor | None) -> Any:
+    """Return the numbers of the members, checked: each one for all, or of shape (members,).
+
+    None if a derivative may be asked for by way of one, or it is of a subclass.
+    """
+    step = _step(count)
+    numbers = _hyperparams(rule, opt, count)
+    of_key = key.detach() if isinstance(key, Tensor) else 0.0
+    moves: Any = 1.0 if active is None else active.to(torch.float64)
+    return None if numbers is None else rule.numbers(step, *numbers, of_key, moves)
+
+
+def _step(count: Tensor) -> Number:
+    """Return the counts after the update, checked: one number, if all members have the same."""
+    if not transforms.on_host(count) or len(count) > _MANY:
+        new = count + 1
+        check_counts([new])
+        return new
+    values: list[float] = count.tolist()
+    check_counts([min(values) + 1, max(values) + 1])
+    return values[0] + 1 if values.count(values[0]) == len(values) else count + 1
+
+
+# To read more numbers takes longer than to compute with them.
+_MANY = 256
+
+
+def _hyperparams(rule: UpdateRule, opt: Any, count: Tensor) -> list[Any] | None:
+    """Return what the hyperparameters of the members are. Tensors are checked if they changed."""
+    known = vars(opt).get("_checked")
+    if known is not None and known[0] == len(count):
+        if all(tensor._version == version for tensor, version in known[1]):
+            found: list[Any] = known[2]
+            return found
+    numbers: list[Any] = []
+    for own, given in zip(rule.hyperparams, rule.hyperparams_of(opt), strict=True):
+        number = given
+        if not isinstance(given, (float, Tensor)):
+            number = _scheduled(own, given, count)
+        if isinstance(number, Tensor):
+            if number.ndim > 1 or (number.ndim == 1 and len(number) != len(count)):
+                raise ValueError(
+                    f"{own.path} has shape {tuple(number.shape)} for {len(count)} members: must "
+                    f"have shape ({len(count)},), one for each, or ()."
+                )
+            check_values(own, number)
+        numbers.append(number)
+    tensors = [number for number in numbers if isinstance(number, Tensor)]
+    if any(map(transforms.has_derivative, tensors)) or not transforms.all_plain(tensors):
+        return None
+    if all(isinstance(given, (float, Tensor)) for given in rule.hyperparams_of(opt)):
+        _remember(opt, len(count), tensors, numbers)
+    return numbers
+
+
+def _remember(opt: Any, members: int, tensors: list[Tensor], numbers: list[Any]) -> None:
+    """Note that numbers were checked, until one of their tensors is written."""
+    if not any(map(Tensor.is_inference, tensors)):
+        checked = [(tensor, tensor._version) for tensor in tensors]
+        object.__setattr__(opt, "_checked", (members, checked, numbers))
+
+
+def _scheduled(own: Any, schedule: Any, count: Tensor) -> Tensor:
+    """Return what a schedule gives for the count of each member."""
+
+    def at(one: Tensor) -> Tensor:
+        number = number_at(own, schedule, one)
+        if isinstance(number, float):
+            return torch.full((), number, dtype=torch.float64, device=count.device)
+        return number
+
+    values: Tensor = torch.func.vmap(at)(count)
+    return values
+
+
+def _moved(count: Tensor, numbers: Any) -> Tensor:
+    """Return the counts after the step, which those who do not move keep."""
+    if isinstance(numbers.active, float):
+        return count + 1
+    return torch.where(numbers.active != 0, count + 1, count)

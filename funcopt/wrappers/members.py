@@ -1,0 +1,192 @@
+"""An optimizer of stacked members, each with its own state and, where they differ, numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Unpack
+
+import torch
+from torch import Tensor
+
+from .._core import pytree
+from .._core.tensors import write
+from .._core.types import (
+    Extras,
+    Number,
+    Optimizer,
+    ParamsT,
+    Traits,
+    Tree,
+    check_is_optimizer,
+    kind_of,
+)
+from .._engine.extras import takes_extras_of_members
+from .._engine.prepare import keep_requiring
+from .._engine.registration import register_optimizer
+from .._engine.stacked import update_stacked
+
+
+@register_optimizer
+@dataclass(frozen=True)
+class Members:
+    r"""Update the members of a stack, each as the inner optimizer would update it alone.
+
+    With members $i$, whose parameters $\theta_i$, gradients $g_i$ and states $s_i$ are stacked
+    along dimension 0 of every tensor,
+
+    $$ \theta_i', s_i' = \mathrm{update}_i(g_i, s_i, \theta_i), $$
+
+    which is what `torch.func.vmap(opt.update)` makes of them, to the bit. Where the inner optimizer
+    is made by an elementwise rule (`AdamW`, `Adam`, `SGD`, `Lion`), all members take one step of a
+    kernel, without a vmap: for small members, vmap takes longer than the step. All else is mapped
+    over by vmap: so each member has its own gradient norm beneath `Clip`, its own count beneath
+    `Accumulate`. `update_` is there for every one of them.
+
+    `active=` and `value=` have one for each member, or one for all: in place, the memory of a
+    member that is not active is not touched.
+
+    Args:
+        inner: The optimizer. Of its numbers, those of shape `(members,)` differ between members, as
+            `funcopt.members.stack` makes them; numbers and tensors of shape `()` are for all.
+
+    Raises:
+        TypeError: If `inner` is no optimizer.
+
+    Example:
+        >>> import torch, funcopt
+        >>> opt = funcopt.Members(funcopt.SGD(lr=torch.tensor([0.1, 0.2, 0.3])))
+        >>> params = {"w": torch.ones(3, 2)}
+        >>> state = opt.init(params)
+        >>> stays = torch.tensor([True, True, False])
+        >>> params, state = opt.update({"w": torch.ones(3, 2)}, state, params, active=stays)
+        >>> params["w"], state.step
+        (tensor([[0.9000, 0.9000],
+                [0.8000, 0.8000],
+                [1.0000, 1.0000]]), tensor([1., 1., 0.], dtype=torch.float64))
+    """
+
+    traits: ClassVar[Traits] = Traits(leafwise=True, linear=True)
+
+    inner: Optimizer[Any]
+
+    def __post_init__(self) -> None:
+        """Check the inner optimizer."""
+        check_is_optimizer("inner", self.inner)
+
+    def init(self, params: Tree) -> Any:
+        """Return the state before the first update: that of each member, stacked.
+
+        Args:
+            params: The parameters, with tensors of shape `(members, ...)`.
+
+        Raises:
+            TypeError: As the inner optimizer does.
+            ValueError: Likewise, or if two tensors have not as many members.
+        """
+        return _mapped(lambda inner, own: inner.init(own), self.inner, params=params)
+
+    def update(
+        self, grads: Tree, state: Any, params: ParamsT, **extras: Unpack[Extras]
+    ) -> tuple[ParamsT, Any]:
+        """Return the new parameters and the new state, in fresh memory."""
+        return self._update(grads, state, params, None, None, in_place=False)
+
+    def update_(
+        self, grads: Tree, state: Any, params: ParamsT, **extras: Unpack[Extras]
+    ) -> tuple[ParamsT, Any]:
+        """Do the same in place.
+
+        What is mapped over by vmap is computed out of place first, which takes memory of its size.
+        """
+        return self._update(grads, state, params, None, None, in_place=True)
+
+    def _update(
+        self,
+        grads: Tree,
+        state: Any,
+        params: Tree,
+        active: Tensor | None,
+        value: Number | None,
+        *,
+        in_place: bool,
+    ) -> tuple[Tree, Any]:
+        """Update with what is told of each member, or of all."""
+        if active is not None and (not isinstance(active, Tensor) or active.dtype != torch.bool):
+            raise TypeError(f"active is {kind_of(active)}: must be a bool, or a bool tensor.")
+        if value is None and (active is None or active.ndim == 1):
+            made = update_stacked(self.inner, grads, state, params, active, in_place=in_place)
+            if made is not None:
+                return made
+
+        def update(inner: Any, *trees: Tree) -> tuple[Tree, Tree]:
+            extras = dict(zip(told, trees[3:], strict=True))
+            updated: tuple[Tree, Tree] = inner.update(*trees[:3], **extras)
+            return updated
+
+        extras = {"active": active, "value": value}
+        told = {name: own for name, own in extras.items() if own is not None}
+        news: tuple[Tree, Tree] = _mapped(
+            update, self.inner, grads=grads, state=state, params=params, **told
+        )
+        keep_requiring(*(_tensors(tree) for tree in (news[0], params)))
+        if not in_place:
+            return news
+        with torch.no_grad():
+            for old, new in zip(_tensors((params, state)), _tensors(news), strict=True):
+                write(old, new)
+        return params, state
+
+
+takes_extras_of_members(Members, Members._update)
+
+
+def _tensors(tree: Tree) -> list[Tensor]:
+    return [leaf for leaf in pytree.flatten(tree)[0] if isinstance(leaf, Tensor)]
+
+
+def _mapped(function: Callable[..., Tree], inner: Optimizer[Any], **trees: Any) -> Any:
+    """Return what a function makes of the optimizer and the trees of each member, stacked."""
+    _check_members(trees)
+    leaves, structure = pytree.flatten((inner, *trees.values()))
+    places = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    dims = tuple(0 if leaves[index].ndim else None for index in places)
+    structures: list[Any] = []
+
+    def of_member(*tensors: Tensor) -> list[Tensor]:
+        own = list(leaves)
+        for index, tensor in zip(places, tensors, strict=True):
+            own[index] = tensor
+        results, made = pytree.flatten(function(*pytree.unflatten(structure, own)))
+        structures.append(made)
+        return results
+
+    stacked = torch.func.vmap(of_member, dims)(*(leaves[index] for index in places))
+    return pytree.unflatten(structures[0], list(map(_with_memory_of_each, stacked)))
+
+
+def _check_members(trees: dict[str, Any]) -> None:
+    """Refuse a tensor without a dimension of members, or with another number of them."""
+    first, members = "", 0
+    for root, tree in reversed(trees.items()):
+        told = root in ("active", "value")  # which may be one for all
+        leaves, structure = pytree.flatten(tree)
+        for index, leaf in enumerate(leaves):
+            if not isinstance(leaf, Tensor) or (told and leaf.ndim == 0):
+                continue
+            path = pytree.path(structure, root, index)
+            members, first = (members, first) if first else (len(leaf) if leaf.ndim else 0, path)
+            if leaf.ndim == 0 or len(leaf) != members:
+                others = "" if path == first else f", and {first} has {members} members"
+                raise ValueError(
+                    f"{path} has shape {tuple(leaf.shape)}{others}: dimension 0 of every tensor "
+                    f"must be the member. Stack members with funcopt.members.stack, and make their "
+                    f"state with init() of this optimizer."
+                )
+    if not first:
+        raise ValueError("params has no tensors, so it does not say how many members it has.")
+
+
+def _with_memory_of_each(result: Tensor) -> Tensor:
+    """Return a result as it is, or copied if all members share its memory, as vmap leaves it."""
+    return result.clone(memory_format=torch.contiguous_format) if 0 in result.stride() else result
