@@ -266,7 +266,7 @@ INLINE void NAME(vectors)(const Job *job, const double *own, const REAL *const *
         NAME(adams)(job, own, olds, news, count, streamed, 0, 0);
 }
 
-/* Write a block of a column as its dtype wants it. */
+/* Write what lies within a block of a column, from `place` in the leaf on, as its dtype wants it. */
 INLINE void NAME(give_rounded)(const Job *job, int column, int64_t leaf, int64_t member,
                                int64_t place, const REAL *values, char *target, int64_t count)
 {
@@ -277,7 +277,7 @@ INLINE void NAME(give_rounded)(const Job *job, int column, int64_t leaf, int64_t
         return;
     }
     fill_random(random, job->keys + 2 * member, job->ids[leaf], column, place / BLOCK);
-    JOIN(give_by, REAL)(dtype, values, random, target, count);
+    JOIN(give_by, REAL)(dtype, values, random + place % BLOCK, target, count);
 }
 
 /* Move elements by way of blocks that stay in the cache: 16-bit ones, which are computed in float,

@@ -165,6 +165,30 @@ def test_nothing_depends_on_the_layout_nor_on_who_else_has_a_gradient(kernel):
     assert_same_bits(alone["b"], expected["b"])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_bit_depends_on_the_number_of_threads(dtype):
+    # Threads share a leaf within a block of 512 elements, the second time within a member of it.
+    options = {"lr": 0.1, "moments": None, "rounding": "stochastic"}
+    results, count = [], torch.get_num_threads()
+    for shape in [(33000,), (3, 23001)]:
+        params = {"w": torch.randn(shape).to(dtype)}
+        grads = random_like(params)
+        for kernel, threads in [("plain", 1), ("native", 1), ("native", 2), ("native", 3)]:
+            opt = Lion(kernel=kernel, **options)
+
+            def moved(own_grads, own_params, opt=opt):
+                return opt.update(own_grads, opt.init(own_params), own_params)
+
+            torch.set_num_threads(threads)
+            try:
+                results.append((vmap(moved) if len(shape) > 1 else moved)(grads, params))
+            finally:
+                torch.set_num_threads(count)
+        for result in results[1:]:
+            assert_same_bits(result, results[0])
+        results.clear()
+
+
 @pytest.mark.parametrize("shared", [True, False])
 def test_each_member_of_a_vmap_is_rounded_as_it_would_be_alone(shared):
     params = {name: torch.randn(3, *shape).bfloat16() for name, shape in SHAPES.items()}
