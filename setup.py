@@ -17,7 +17,7 @@ NATIVE = Extension(
     sources=["funcopt/_native.c"],
     depends=[
         f"funcopt/_native_{part}.h"
-        for part in ("job", "launch", "numbers", "round", "run", "steps")
+        for part in ("adam", "job", "launch", "numbers", "round", "run", "shorts", "steps")
     ],
     extra_compile_args=FLAGS,
     extra_link_args=FLAGS if sys.platform != "win32" else [],

@@ -214,11 +214,10 @@ static int take_kind(PyObject *const *given, Job *job, int64_t *threads)
         job->items[column] = items[job->dtypes[column]];
         job->is_wide &= job->items[column] != 2;
     }
-    const int lost = is_compensated && dtype == BFLOAT16 ? LOST : 0;
-    const int short_slots = slot_dtype == BFLOAT16 ? SHORT_SLOTS : 0;
-    const int is_served = rule <= ADAMW && (lost || (rounding == NEAREST && dtype == FLOAT32)) &&
-                          (short_slots || slot_dtype == FLOAT32);
-    job->shorts = is_served ? lost | short_slots : 0;
+    if (rule <= ADAMW && dtype != FLOAT16 && slot_dtype != FLOAT16)
+        job->shorts = (dtype == BFLOAT16 ? SHORT_PARAMS : 0) | (is_compensated ? LOST : 0) |
+                      (slot_dtype == BFLOAT16 ? SHORT_SLOTS : 0);
+    job->shorts |= job->shorts && rounding == STOCHASTIC ? BY_CHANCE : 0;
     return 0;
 }
 

@@ -24,12 +24,13 @@
 enum { ADAM, ADAMW, SGD, LION };
 enum { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
 enum { NEAREST, STOCHASTIC, COMPENSATED };
-/* Slots in bfloat16, or parameters, gradients and what was lost, or all. */
-enum { SHORT_SLOTS = 1, LOST = 2 };
+/* What is in bfloat16: slots, parameters with gradients, what was lost of those; and whether these
+ * are rounded by chance. */
+enum { SHORT_SLOTS = 1, SHORT_PARAMS = 2, LOST = 4, BY_CHANCE = 8 };
 enum { MOST_OLDS = 6, MOST_NEWS = 5 };
 static const int64_t MOST_MEMBERS = (int64_t)1 << 40;
 /* So many elements of every column fit into a core's first cache. Random bits come for so many. */
-enum { BLOCK = 512 };
+enum { BLOCK = 512, QUARTER = BLOCK / 4 };
 /* Threads meet at multiples of so many elements of a leaf: whole cache lines, in every dtype. */
 enum { CUT = 64, CACHE_LINE = 64 };
 /* So many elements of its own are worth a thread that waits already, or one that is made. */

@@ -10,46 +10,43 @@
  * block, and each word of theirs elements that lie side by side.
  */
 
-enum { CALLS = BLOCK / 8 };
+enum { CALLS = BLOCK / 8, WORDS = BLOCK / 2 };
+enum { ROUNDS = 10 };
+static const uint64_t LEFT = 0xD2511F53, RIGHT = 0xCD9E8D57, WORD = 0xFFFFFFFF;
 
-/* Fill the random bits of a block, which is the `block`th of BLOCK elements of a leaf. Words of 32
- * bits are kept in 64, in which their products have room. */
-INLINE void fill_random(uint16_t *bits, const uint64_t *key_and_step, int64_t leaf, int column,
-                        int64_t block)
+/* The key of each round, for a member. */
+typedef struct {
+    uint64_t low[ROUNDS], high[ROUNDS];
+} Keys;
+
+INLINE void set_keys(const Job *job, int64_t member, Keys *keys)
 {
-    const uint64_t word = 0xFFFFFFFF, key = key_and_step[0], step = key_and_step[1];
-    const uint64_t first_call = (uint64_t)block * CALLS;
-    uint64_t one[CALLS], two[CALLS], three[CALLS], four[CALLS];
-    for (int i = 0; i < CALLS; i++) {
-        const uint64_t call = first_call + (uint64_t)i;
-        one[i] = call & word;
-        two[i] = ((uint64_t)column | (uint64_t)leaf << 3) & word;
-        three[i] = step & word;
-        four[i] = (call >> 32 & 0xFFFF) | (step >> 32 << 16 & word);
+    const uint64_t key = job->keys[2 * member];
+    for (uint64_t round = 0; round < ROUNDS; round++) {
+        keys->low[round] = (key + round * 0x9E3779B9) & WORD;
+        keys->high[round] = ((key >> 32) + round * 0xBB67AE85) & WORD;
     }
-    for (int i = 0; i < CALLS; i++) {
-        uint64_t a = one[i], b = two[i], c = three[i], d = four[i];
-        uint64_t low = key & word, high = key >> 32;
-        for (int round = 0; round < 10; round++) {
-            const uint64_t left = a * 0xD2511F53u, right = c * 0xCD9E8D57u;
-            a = (right >> 32) ^ b ^ low;
-            c = (left >> 32) ^ d ^ high;
-            b = right & word;
-            d = left & word;
-            low = (low + 0x9E3779B9u) & word;
-            high = (high + 0xBB67AE85u) & word;
-        }
-        one[i] = a;
-        two[i] = b;
-        three[i] = c;
-        four[i] = d;
-    }
-    const uint64_t *words[] = {one, two, three, four};
-    for (int j = 0; j < 4; j++)
-        for (int i = 0; i < CALLS; i++) {
-            bits[j * CALLS + i] = (uint16_t)words[j][i];
-            bits[(4 + j) * CALLS + i] = (uint16_t)(words[j][i] >> 16);
-        }
+}
+
+/* What all calls for a block of a column have in common. Their counters differ in one word of four,
+ * so that a half of the first two rounds is done here: these are parts of the words after them. */
+typedef struct {
+    uint64_t first_call, third, first, third_again, fourth;
+} Start;
+
+INLINE void set_start(const Job *job, const Keys *keys, int64_t member, int64_t leaf, int column,
+                      int64_t block, Start *start)
+{
+    const uint64_t step = job->keys[2 * member + 1], call = (uint64_t)block * CALLS;
+    const uint64_t second = ((uint64_t)column | (uint64_t)job->ids[leaf] << 3) & WORD;
+    const uint64_t fourth = (call >> 32 & 0xFFFF) | (step >> 32 << 16 & WORD);
+    const uint64_t right = (step & WORD) * RIGHT;
+    const uint64_t left = ((right >> 32) ^ second ^ keys->low[0]) * LEFT;
+    start->first_call = call & WORD;
+    start->third = fourth ^ keys->high[0];
+    start->first = (right & WORD) ^ keys->low[1];
+    start->third_again = (left >> 32) ^ keys->high[1];
+    start->fourth = left & WORD;
 }
 
 /* What is finite stays finite: past the largest number there is no neighbour to round to. */

@@ -1,8 +1,10 @@
 /* The equations of a step, vector by vector: what Adam, SGD and Lion do to a range of memory.
  *
  * This file is included for float and for double, and for each set of instructions, with these
- * defined: REAL; INTEGER, which is as large; WIDTH, how many of them make a vector; OP(name), the
- * intrinsic of this name; NAME(name). At a width of 1 a vector is an element, in plain C.
+ * defined: REAL; FLOATS, whether that is float; INTEGER, which is as large; WIDTH, how many of them
+ * make a vector; OP(name), the intrinsic of this name; NAME(name). At a width of 1 a vector is an
+ * element, in plain C. For vectors of float there are also PRODUCT, of the lower halves of 64 bits;
+ * WHOLE, an intrinsic of this name on 32 bits; WIDEN and NARROW, from 16 bits and to them.
  *
  * Every element goes the same way. MULTIPLY_ADD(a, b, c) is a * b + c with a single rounding, in
  * the places where torch's own vectors have it; all other operations are rounded one by one, for
@@ -68,134 +70,8 @@ INLINE VECTOR NAME(sign)(VECTOR vector)
 #endif
 }
 
-/* How a column is on its way to the registers and back: as it is, or in bfloat16. */
-
-#if HAS_SHORTS
-INLINE VECTOR NAME(widened)(const uint16_t *source)
-{
-    NAME(Shorts) shorts;
-    memcpy(&shorts, source, sizeof(shorts));
-    return (VECTOR)(__builtin_convertvector(shorts, NAME(Bits)) << 16);
-}
-
-/* Return the bits of the nearest bfloat16, as `to_bfloat16` does. */
-INLINE NAME(Bits) NAME(nearest)(VECTOR vector)
-{
-    const NAME(Bits) bits = (NAME(Bits))vector;
-    const NAME(Bits) rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
-    const NAME(Bits) is_nan = (NAME(Bits))((bits & 0x7FFFFFFF) > 0x7F800000);
-    return (is_nan & 0x7FC0) | (~is_nan & rounded);
-}
-
-INLINE void NAME(put_short)(uint16_t *target, NAME(Bits) bits)
-{
-    const NAME(Shorts) shorts = __builtin_convertvector(bits, NAME(Shorts));
-    memcpy(target, &shorts, sizeof(shorts));
-}
-
-/* Return the bits of what is lost of a parameter, as `find_lost` does. */
-INLINE NAME(Bits) NAME(lost_of)(VECTOR param, NAME(Bits) kept)
-{
-    const VECTOR own = (VECTOR)(kept << 16);
-    const NAME(Bits) rest = NAME(nearest)(param - own);
-    const NAME(Bits) again = NAME(nearest)(own + (VECTOR)(rest << 16));
-    const NAME(Bits) is_finite = (NAME(Bits))((kept & 0x7FFF) < 0x7F80);
-    return (rest + (NAME(Bits))(again != kept)) & is_finite; /* what is true is -1 */
-}
-#endif
-
-INLINE VECTOR NAME(take_at)(const REAL *source, int64_t i, int is_short)
-{
-#if HAS_SHORTS
-    if (is_short)
-        return NAME(widened)((const uint16_t *)source + i);
-#endif
-    (void)is_short;
-    return LOAD(source + i);
-}
-
-/* Write a vector, past the cache if `streamed`. */
-INLINE void NAME(put)(REAL *target, VECTOR vector, int streamed)
-{
-    if (streamed)
-        STREAM(target, vector);
-    else
-        STORE(target, vector);
-}
-
-INLINE void NAME(give_at)(REAL *target, int64_t i, VECTOR vector, int streamed, int is_short)
-{
-#if HAS_SHORTS
-    if (is_short) {
-        NAME(put_short)((uint16_t *)target + i, NAME(nearest)(vector));
-        return;
-    }
-#endif
-    (void)is_short;
-    NAME(put)(target + i, vector, streamed);
-}
-
-/* With `lost`, the column of what was lost of the parameters, they are in 16 bits. */
-INLINE void NAME(adam)(const double *own, const REAL *const *olds, REAL *const *news,
-                       int64_t count, int streamed, int coupled, int amsgrad, int short_slots,
-                       int lost)
-{
-    const VECTOR factor = SPREAD(own[GRAD_FACTOR]), decay = SPREAD(own[DECAY]);
-    const VECTOR remainder = SPREAD(own[REMAINDER]), weight = SPREAD(own[LERP_WEIGHT]);
-    const VECTOR beta2 = SPREAD(own[BETA2]), gain2 = SPREAD(own[GAIN2]), eps = SPREAD(own[EPS]);
-    const VECTOR descent = SPREAD(own[DESCENT]), root = SPREAD(own[CORRECTION2_ROOT]);
-    const int from_average = own[LERP_FROM_AVERAGE] != 0.0;
-
-    VECTORIZE
-    for (int64_t i = 0; i < count; i += WIDTH) {
-        VECTOR param = NAME(take_at)(olds[0], i, lost);
-        const VECTOR average = NAME(take_at)(olds[2], i, short_slots);
-        VECTOR grad = NAME(take_at)(olds[1], i, lost) * factor;
-        if (lost)
-            param = param + NAME(take_at)(olds[lost + 1], i, 1);
-        if (coupled)
-            grad = MULTIPLY_ADD(param, decay, grad);
-        /* As torch.lerp, which starts from the end that is nearer. */
-        const VECTOR start = from_average ? average : grad;
-        const VECTOR new_average = MULTIPLY_ADD(weight, grad - average, start);
-        const VECTOR scaled = NAME(take_at)(olds[3], i, short_slots) * beta2;
-        const VECTOR square = MULTIPLY_ADD(gain2 * grad, grad, scaled);
-        VECTOR largest = square;
-        if (amsgrad) {
-            largest = NAME(larger)(NAME(take_at)(olds[4], i, short_slots), square);
-            NAME(give_at)(news[3], i, largest, streamed, short_slots);
-        }
-        const VECTOR denominator = SQUARE_ROOT(largest) / root + eps;
-        NAME(give_at)(news[1], i, new_average, streamed, short_slots);
-        NAME(give_at)(news[2], i, square, streamed, short_slots);
-        const VECTOR moved = param * remainder + descent * new_average / denominator;
-#if HAS_SHORTS
-        if (lost) {
-            const NAME(Bits) kept = NAME(nearest)(moved);
-            NAME(put_short)((uint16_t *)news[0] + i, kept);
-            NAME(put_short)((uint16_t *)news[lost] + i, NAME(lost_of)(moved, kept));
-            continue;
-        }
-#endif
-        NAME(put)(news[0] + i, moved, streamed);
-    }
-}
-
-/* Choose the loop of Adam once for a range. */
-INLINE void NAME(adams)(const Job *job, const double *own, const REAL *const *olds,
-                        REAL *const *news, int64_t count, int streamed, int short_slots,
-                        int is_lost)
-{
-    const int coupled = own[COUPLED] != 0.0, amsgrad = job->slots == 3;
-    if (amsgrad && !coupled)
-        NAME(adam)(own, olds, news, count, streamed, 0, 1, short_slots, is_lost ? 4 : 0);
-    else if (amsgrad)
-        NAME(adam)(own, olds, news, count, streamed, 1, 1, short_slots, is_lost ? 4 : 0);
-    else if (!coupled)
-        NAME(adam)(own, olds, news, count, streamed, 0, 0, short_slots, is_lost ? 3 : 0);
-    else
-        NAME(adam)(own, olds, news, count, streamed, 1, 0, short_slots, is_lost ? 3 : 0);
-}
+#include "_native_shorts.h"
+#include "_native_adam.h"
 
 INLINE void NAME(sgd)(const double *own, const REAL *const *olds, REAL *const *news, int64_t count,
                       int streamed, int coupled, int buffered, int nesterov)
@@ -263,20 +139,29 @@ INLINE void NAME(vectors)(const Job *job, const double *own, const REAL *const *
             NAME(sgd)(own, olds, news, count, streamed, 1, 1, 1);
     }
     else
-        NAME(adams)(job, own, olds, news, count, streamed, 0, 0);
+        NAME(adams)(job, own, olds, news, count, streamed, 0, NULL, 0);
 }
 
-/* Write what lies within a block of a column, from `place` in the leaf on, as its dtype wants it. */
+/* Write what lies within a block of a column, from `place` of the leaf on, in its dtype. */
 INLINE void NAME(give_rounded)(const Job *job, int column, int64_t leaf, int64_t member,
                                int64_t place, const REAL *values, char *target, int64_t count)
 {
     const int dtype = job->dtypes[old_of(column)];
+    uint32_t words[WORDS];
     uint16_t random[BLOCK];
+    Keys keys;
+    Start start;
     if (job->rounding != STOCHASTIC || job->items[old_of(column)] != 2) {
         JOIN(give, REAL)(dtype, values, target, count);
         return;
     }
-    fill_random(random, job->keys + 2 * member, job->ids[leaf], column, place / BLOCK);
+    set_keys(job, member, &keys);
+    set_start(job, &keys, member, leaf, column, place / BLOCK, &start);
+    NAME(fill_words)(&keys, &start, 0, CALLS, words);
+    for (int i = 0; i < WORDS; i++) {
+        random[i] = (uint16_t)words[i];
+        random[WORDS + i] = (uint16_t)(words[i] >> 16);
+    }
     JOIN(give_by, REAL)(dtype, values, random + place % BLOCK, target, count);
 }
 
@@ -328,6 +213,83 @@ static void NAME(staged)(const Job *job, int64_t leaf, int64_t begin, int64_t en
     }
 }
 
+/* Point at the elements of one leaf from `at` on. */
+INLINE void NAME(point_at)(const Job *job, int64_t leaf, int64_t at, const REAL **olds,
+                           REAL **news)
+{
+    for (int column = 0; column < job->old_columns; column++)
+        olds[column] = (const REAL *)(old_at(job, column, leaf) + at * job->items[column]);
+    for (int column = 0; column < job->new_columns; column++)
+        news[column] = (REAL *)(new_at(job, column, leaf) + at * job->items[old_of(column)]);
+}
+
+#if HAS_SHORTS
+/* The words of each column of a block, and how many calls of it have been made. */
+typedef struct {
+    _Alignas(CACHE_LINE) uint32_t words[MOST_NEWS][WORDS];
+    int64_t block;
+    int calls;
+} NAME(Random);
+
+/* Make the calls of a block until there are `calls`. */
+INLINE void NAME(fill_random)(const Job *job, const Keys *keys, int64_t member, int64_t leaf,
+                              NAME(Random) *random, int calls)
+{
+    for (int column = 0; column < job->new_columns; column++)
+        if (job->items[old_of(column)] == 2) {
+            Start start;
+            set_start(job, keys, member, leaf, column, random->block, &start);
+            NAME(fill_words)(keys, &start, random->calls, calls, random->words[column]);
+        }
+    random->calls = calls;
+}
+
+/* Move elements of which some columns, or all, are in bfloat16 and rounded by chance. Between the
+ * quarters of a block, which wait for divisions, the random bits of the next block are made. */
+static void NAME(moved_by_chance)(const Job *job, int64_t leaf, int64_t begin, int64_t end,
+                                  int64_t member)
+{
+    NAME(Random) both[2], *own_random = &both[0], *next = &both[1];
+    const REAL *olds[MOST_OLDS];
+    REAL *news[MOST_NEWS];
+    Keys keys;
+    const double *own = job->coefficients + member * COEFFICIENTS;
+    const int64_t first = member * (job->sizes[leaf] / job->members);
+    own_random->block = (begin - first) / BLOCK;
+    next->block = own_random->block + 1;
+    own_random->calls = next->calls = 0;
+    set_keys(job, member, &keys);
+    NAME(fill_random)(job, &keys, member, leaf, own_random, CALLS);
+    for (int64_t at = begin, count; at < end; at += count) {
+        const int place = (int)((at - first) % BLOCK);
+        count = QUARTER - place % QUARTER;
+        count = end - at < count ? end - at : count;
+        if (first + next->block * BLOCK < end)
+            NAME(fill_random)(job, &keys, member, leaf, next, (place / QUARTER + 1) * (CALLS / 4));
+        const int64_t whole = count / WIDTH * WIDTH;
+        const uint32_t *random = own_random->words[0] + place % WORDS;
+        const int shift = place / WORDS * 16;
+        NAME(point_at)(job, leaf, at, olds, news);
+        if (job->shorts == (SHORT_SLOTS | BY_CHANCE))
+            NAME(adams)(job, own, olds, news, whole, 0, SHORT_SLOTS | BY_CHANCE, random, shift);
+        else if (job->shorts == (SHORT_PARAMS | BY_CHANCE))
+            NAME(adams)(job, own, olds, news, whole, 0, SHORT_PARAMS | BY_CHANCE, random, shift);
+        else
+            NAME(adams)(job, own, olds, news, whole, 0, SHORT_PARAMS | SHORT_SLOTS | BY_CHANCE,
+                        random, shift);
+        if (whole < count)
+            NAME(staged)(job, leaf, at + whole, at + count, member);
+        if (place + count == BLOCK) {
+            NAME(Random) *const used = own_random;
+            own_random = next;
+            next = used;
+            next->block = own_random->block + 1;
+            next->calls = 0;
+        }
+    }
+}
+#endif
+
 /* Move the elements of one leaf from `begin` to `end`, which are of one member. */
 static void NAME(range)(const Job *job, int64_t leaf, int64_t begin, int64_t end, int64_t member)
 {
@@ -336,18 +298,24 @@ static void NAME(range)(const Job *job, int64_t leaf, int64_t begin, int64_t end
     const int64_t count = job->is_wide || shorts ? (end - begin) / WIDTH * WIDTH : 0;
     const REAL *olds[MOST_OLDS];
     REAL *news[MOST_NEWS];
+#if HAS_SHORTS
+    if (shorts & BY_CHANCE) {
+        NAME(moved_by_chance)(job, leaf, begin, end, member);
+        return;
+    }
+#endif
     if (count > 0) {
-        for (int column = 0; column < job->old_columns; column++)
-            olds[column] = (const REAL *)(old_at(job, column, leaf) + begin * job->items[column]);
-        for (int column = 0; column < job->new_columns; column++)
-            news[column] =
-                (REAL *)(new_at(job, column, leaf) + begin * job->items[old_of(column)]);
+        NAME(point_at)(job, leaf, begin, olds, news);
         if (shorts == SHORT_SLOTS)
-            NAME(adams)(job, own, olds, news, count, 0, 1, 0);
-        else if (shorts == LOST)
-            NAME(adams)(job, own, olds, news, count, 0, 0, 1);
+            NAME(adams)(job, own, olds, news, count, 0, SHORT_SLOTS, NULL, 0);
+        else if (shorts == SHORT_PARAMS)
+            NAME(adams)(job, own, olds, news, count, 0, SHORT_PARAMS, NULL, 0);
+        else if (shorts == (SHORT_PARAMS | SHORT_SLOTS))
+            NAME(adams)(job, own, olds, news, count, 0, SHORT_PARAMS | SHORT_SLOTS, NULL, 0);
+        else if (shorts == (SHORT_PARAMS | LOST))
+            NAME(adams)(job, own, olds, news, count, 0, SHORT_PARAMS | LOST, NULL, 0);
         else if (shorts)
-            NAME(adams)(job, own, olds, news, count, 0, 1, 1);
+            NAME(adams)(job, own, olds, news, count, 0, SHORT_PARAMS | SHORT_SLOTS | LOST, NULL, 0);
         else if (is_streamed(job, leaf, begin, count))
             NAME(vectors)(job, own, olds, news, count, 1);
         else
@@ -370,5 +338,9 @@ static void NAME(range)(const Job *job, int64_t leaf, int64_t begin, int64_t end
 #undef WIDTH
 #undef OP
 #undef FLOATS
+#undef PRODUCT
+#undef WIDEN
+#undef WHOLE
+#undef NARROW
 #undef HAS_SHORTS
 #undef NAME
