@@ -113,7 +113,7 @@ INLINE uint32_t in_bfloat16(float value)
 
 /* Find what is lost when parameters are rounded to the nearest: of what is not finite, nothing.
  * Half a unit of a parameter becomes the next smaller number, which is one bit less, or the sum of
- * both would round to a neighbour. */
+ * both would round to a neighbour. Of -0 nothing is lost, and the sum with that is 0. */
 INLINE void find_lost_float(int dtype, const float *params, uint16_t *lost, int64_t count)
 {
     uint32_t found[BLOCK];
@@ -123,7 +123,7 @@ INLINE void find_lost_float(int dtype, const float *params, uint16_t *lost, int6
             const uint32_t rest = in_bfloat16(params[i] - from_bits(kept));
             const uint32_t sum = in_bfloat16(from_bits(kept) + from_bits(rest));
             const uint32_t finite = (kept & 0x7FFFFFFF) < 0x7F800000 ? 0xFFFFFFFF : 0;
-            found[i] = ((rest >> 16) - (sum != kept)) & finite;
+            found[i] = ((rest >> 16) - ((sum != kept) & (rest != 0))) & finite;
         }
     else
         for (int64_t i = 0; i < count; i++) {
@@ -132,7 +132,7 @@ INLINE void find_lost_float(int dtype, const float *params, uint16_t *lost, int6
             const float sum = from_bits(kept) + from_float16((uint16_t)rest);
             const uint32_t again = bits_of(from_float16(to_float16(sum)));
             const uint32_t finite = (kept & 0x7FFFFFFF) < 0x7F800000 ? 0xFFFFFFFF : 0;
-            found[i] = (rest - (again != kept)) & finite;
+            found[i] = (rest - ((again != kept) & (rest != 0))) & finite;
         }
     for (int64_t i = 0; i < count; i++)
         lost[i] = (uint16_t)found[i];

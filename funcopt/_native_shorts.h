@@ -103,7 +103,8 @@ INLINE NAME(Bits) NAME(lost_of)(VECTOR param, NAME(Bits) kept)
     const NAME(Bits) rest = NAME(nearest)(param - own);
     const NAME(Bits) again = NAME(nearest)(own + (VECTOR)(rest << 16));
     const NAME(Bits) is_finite = (NAME(Bits))((kept & 0x7FFF) < 0x7F80);
-    return (rest + (NAME(Bits))(again != kept)) & is_finite; /* what is true is -1 */
+    const NAME(Bits) is_less = (NAME(Bits))((again != kept) & (rest != 0));
+    return (rest + is_less) & is_finite; /* what is true is -1 */
 }
 #endif
 

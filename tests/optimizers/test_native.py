@@ -282,6 +282,19 @@ def test_every_16_bit_number_is_read_and_rounded_as_torch_does(dtype):
         torch.testing.assert_close(product, expected, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("dtype", NARROW)
+def test_nothing_is_lost_of_a_zero_below_zero(dtype):
+    below, still = torch.full((40,), -0.0, dtype=dtype), torch.zeros(40, dtype=dtype)
+    columns = [below.clone(), still, torch.zeros(40), torch.zeros(40), below.clone()]
+    number = {torch.bfloat16: 2, torch.float16: 3}[dtype]
+    kind = (_native.ADAMW_RULE, number, 0, 2, len(columns), False, False, 1, 1)
+    addresses = [column.data_ptr() for column in columns]
+    values = (5.0, 1e-3, 0.9, 0.999, 1e-8, 0.0, 0.0, 1.0)
+    _native.extension.step(*kind, [40], None, addresses, values)
+    assert same_memory(columns[0], below)
+    assert same_memory(columns[4], still)
+
+
 @pytest.mark.parametrize("dtype", [*WIDE, *NARROW])
 @each_optimizer
 def test_gradients_are_scaled_as_if_they_had_been_multiplied_before(opt, dtype):
