@@ -160,6 +160,7 @@ FLOORS = [
     "testing.laws._purity",
     "testing.laws._transforms",
     "testing.laws",
+    "testing._optimizers",
     "testing._trees",
     "testing.strategies",
     "testing._check",

@@ -72,11 +72,9 @@ class Report:
 
 
 @st.composite
-def problems(
-    draw: st.DrawFn, params: st.SearchStrategy[Tree] | None = None
-) -> tuple[Tree, list[Tree]]:
+def problems(draw: st.DrawFn, params: st.SearchStrategy[Tree]) -> tuple[Tree, list[Tree]]:
     """Parameters, and gradients for two or three updates of them."""
-    drawn = draw(strategies.params() if params is None else params)
+    drawn = draw(params)
     return drawn, draw(strategies.gradient_sequences(drawn, st.integers(2, 3)))
 
 
@@ -94,7 +92,7 @@ def check_optimizer(
         opt: Anything with `init(params)` and `update(grads, state, params)`.
         laws: The laws, themselves or by their names; one that is named here applies by its own
             conditions still.
-        params: A strategy for the parameters; `strategies.params()` if None.
+        params: A strategy for the parameters; `strategies.params_for(opt)` if None.
         max_examples: How many problems to try for each law; a law that compiles takes a few.
         seed: The same seed tries the same problems.
 
@@ -187,7 +185,8 @@ def check_law(
         verbosity=hypothesis.Verbosity.quiet,
         suppress_health_check=list(HealthCheck),
     )
-    search = hypothesis.seed(seed)(settings(hypothesis.given(problems(params))(hold)))
+    drawn = problems(strategies.params_for(opt) if params is None else params)
+    search = hypothesis.seed(seed)(settings(hypothesis.given(drawn)(hold)))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -16,7 +16,7 @@ from .._core.types import Tree
 from ..interop import from_state_dict, to_state_dict
 from . import strategies
 from ._compare import compare, compare_moved
-from ._subject import clone, saved_and_loaded, tree_map, variants
+from ._subject import clone, saved_and_loaded, tree_map, variants, with_moments_of_params
 from .oracles import oracle_of
 
 # The machine runs in float64 against a model in float64, so that many updates drift by rounding
@@ -28,8 +28,9 @@ class OptimizerMachine(RuleBasedStateMachine):
     """Updates, in place or not, mapped or not, of whole or split trees, interleaved at random.
 
     Beside the optimizer runs its oracle; after each rule both agree. To test an optimizer of your
-    own, subclass and set `optimizers`; another thing to do with an optimizer is one more method, a
-    `hypothesis.stateful.rule` that leaves `params` and `state` as the optimizer would.
+    own, subclass and set `optimizers`, whose moments are in float64 here, whatever dtype is drawn;
+    another thing to do with an optimizer is one more method, a `hypothesis.stateful.rule` that
+    leaves `params` and `state` as the optimizer would.
 
     Example:
         >>> from funcopt.testing import OptimizerMachine, strategies
@@ -50,7 +51,7 @@ class OptimizerMachine(RuleBasedStateMachine):
     @initialize(data=st.data())
     def start(self, data: st.DataObject) -> None:
         """Draw an optimizer and its parameters."""
-        self.opt = data.draw(self.optimizers)
+        self.opt = with_moments_of_params(data.draw(self.optimizers))
         self.params = clone(data.draw(self.params_strategy))
         self.state = self.opt.init(self.params)
         self.model = clone(self.params), clone(self.state)
@@ -80,7 +81,7 @@ class OptimizerMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def change_kernel(self, data: st.DataObject) -> None:
         """Go on with another kernel, if there is a choice."""
-        self.opt = data.draw(st.sampled_from(variants(self.opt)))
+        self.opt = data.draw(st.sampled_from(variants(self.opt, self.params)))
 
     @rule(data=st.data(), dim=st.sampled_from([0, -1]))
     def update_as_a_member(self, data: st.DataObject, dim: int) -> None:

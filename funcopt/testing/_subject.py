@@ -5,16 +5,17 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .._core import pytree
+from .._core.tensors import compute_dtype
 from .._core.types import Tree, optimizers_in
 from .._engine.dispatch import unserved
-from .._engine.rule import UpdateRule
+from .._engine.rule import UpdateRule, slot_dtype
 from ._compare import NotApplicable
 
 
@@ -76,27 +77,57 @@ def fields(opt: Any, name: str) -> list[Any]:
     return own + [value for inner in _wrapped(opt).values() for value in fields(inner, name)]
 
 
-def kernels(opt: Any, devices: Iterable[torch.device]) -> list[str]:
-    """Return the names of those kernels of an optimizer that serve leaves on these devices."""
+def kernels(opt: Any, params: Tree) -> list[str]:
+    """Return the names of those kernels of an optimizer that serve these parameters."""
     field(opt, "kernel")
-    rules = [getattr(part, "rule", None) for part in optimizers_in(opt)]
-    known = [rule for rule in rules if isinstance(rule, UpdateRule)]
+    known = [part for part in optimizers_in(opt) if isinstance(_rule(part), UpdateRule)]
     if not known:
         raise NotApplicable("its kernels are of its own")
+    leaves = leaves_of(params)
     return [
         name
-        for name in known[0].kernel_names
-        if all(name in rule.kernel_names for rule in known)
-        and all(unserved(rule, name, device) is None for rule in known for device in devices)
+        for name in _rule(known[0]).kernel_names
+        if all(name in _rule(part).kernel_names for part in known)
+        and all(_serves(part, name, leaf) for part in known for leaf in leaves)
     ]
 
 
-def variants(opt: Any) -> list[Any]:
-    """Return the optimizer with each kernel that serves the CPU, if it has a choice of them."""
+def _rule(opt: Any) -> Any:
+    return getattr(opt, "rule", None)
+
+
+def _serves(opt: Any, name: str, leaf: Tensor) -> bool:
+    """Whether a kernel serves a leaf, in its dtype, or in float32, as wrappers may hand it on."""
+    rule, options = opt.rule, opt.rule.setup_of(opt).options
+    if unserved(rule, name, leaf.device) is not None:
+        return False
+    if name in ("auto", "plain"):
+        return True
+    for dtype in {leaf.dtype, compute_dtype(leaf.dtype)}:
+        kept = [slot_dtype(slot, options.moments, dtype) for slot in rule.kept_slots(opt)]
+        own, *slots = dtypes = [each.to_real() for each in (dtype, *kept)]
+        by_chance = options.rounding == "stochastic" and any(each.itemsize == 2 for each in dtypes)
+        if not rule.kernel(name).serves_dtypes(own, slots):
+            return False
+        if by_chance and not rule.kernel(name).rounds_stochastically:
+            return False
+    return True
+
+
+def variants(opt: Any, params: Tree) -> list[Any]:
+    """Return the optimizer with each kernel that serves these parameters, if it has a choice."""
     try:
-        return [replace(opt, kernel=name) for name in kernels(opt, [torch.device("cpu")])]
+        return [replace(opt, kernel=name) for name in kernels(opt, params)]
     except NotApplicable:
         return [opt]
+
+
+def with_moments_of_params(opt: Any) -> Any:
+    """Return the optimizer with moments in the dtype of parameters in float32 and wider.
+
+    In another dtype they are rounded to it, by which a comparison in float64 would be blurred.
+    """
+    return replace(opt, moments="auto") if fields(opt, "moments") else opt
 
 
 def _wrapped(opt: Any) -> dict[Any, Any]:
@@ -145,7 +176,9 @@ def leaves_of(tree: Tree) -> list[Tensor]:
 
 def saved_and_loaded(tree: Tree) -> Tree:
     """Write the leaves of a tree to a file, and return a tree of what is read from there."""
-    leaves, structure = pytree.flatten(tree)
+    # Copies, as small results may share a storage, and torch saves none in two dtypes, as that of
+    # an empty real leaf beside a complex one is.
+    leaves, structure = pytree.flatten(clone(tree))
     file = io.BytesIO()
     torch.save(leaves, file)
     file.seek(0)

@@ -133,7 +133,8 @@ def _leaf_by_leaf(
 
     `move(opt, numbers, [param, grad, *slots])` returns the parameter and the slots after one step.
     The numbers are the optimizer's fields of these names, and `t`, the count of updates with this
-    one. The state is a count, and the slots, `()` where one is not kept.
+    one. The state is a count, the slots, `()` where one is not kept, and perhaps a key of random
+    bits, by which nothing is rounded in float64.
     """
     leaves, structure = pytree.flatten(params)
 
@@ -143,7 +144,8 @@ def _leaf_by_leaf(
     slots = {
         name: tree
         for name, tree in state._asdict().items()
-        if name != "step" and not (isinstance(tree, tuple) and tree == () and params != ())
+        if name not in ("step", "key")
+        and not (isinstance(tree, tuple) and tree == () and params != ())
     }
     counts = column(state.step, "step") if opt.step_per_leaf else [state.step] * len(leaves)
     columns = [leaves, column(grads, "grads"), *(column(slots[name], name) for name in slots)]

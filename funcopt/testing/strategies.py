@@ -9,7 +9,6 @@ layout, seed), never element by element, which keeps drawing a tree to a millise
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -18,17 +17,18 @@ from hypothesis.errors import InvalidArgument
 from torch import Tensor
 
 from .._core import pytree
-from .._core.types import Optimizer, Tree
-from ..optimizers.adam import Adam
-from ..optimizers.adamw import AdamW
-from ..optimizers.lion import Lion
-from ..optimizers.sgd import SGD
-from ..wrappers.clip_value import ClipValue
-from ..wrappers.compensated import Compensated
-from ..wrappers.ema import Ema
-from ..wrappers.lookahead import Lookahead
-from ..wrappers.master_weights import MasterWeights
-from ..wrappers.skip_nonfinite import SkipNonfinite
+from .._core.types import Tree
+from ._optimizers import (
+    HALF,
+    adams,
+    adamws,
+    hyperparameters,
+    lions,
+    optimizers,
+    precisions,
+    sgds,
+)
+from ._subject import fields
 from ._tensors import LAYOUTS, VALUES, build, like
 from ._trees import NODES, assemble
 
@@ -42,6 +42,8 @@ __all__ = [
     "lions",
     "optimizers",
     "params",
+    "params_for",
+    "precisions",
     "sgds",
     "shapes",
     "tensors",
@@ -51,7 +53,6 @@ __all__ = [
 T = TypeVar("T")
 
 _REAL = (torch.float32, torch.float64)
-_HALF = (torch.bfloat16, torch.float16)
 _COMPLEX = (torch.complex64, torch.complex128)
 
 
@@ -67,7 +68,7 @@ def dtypes(*, half: bool = True, complex: bool = True) -> st.SearchStrategy[torc
         >>> strategies.dtypes(half=False, complex=False)
         sampled_from((torch.float32, torch.float64))
     """
-    return st.sampled_from(_REAL + (_HALF if half else ()) + (_COMPLEX if complex else ()))
+    return st.sampled_from(_REAL + (HALF if half else ()) + (_COMPLEX if complex else ()))
 
 
 @st.composite
@@ -221,6 +222,25 @@ def params(
     return trees(leaves, min_leaves=min_leaves, max_leaves=max_leaves, nodes=nodes)
 
 
+def params_for(opt: Any, **options: Any) -> st.SearchStrategy[Tree]:
+    """Trees of parameters that an optimizer takes.
+
+    They have no complex leaf if it keeps moments in 16 bits, in which there is no complex dtype.
+
+    Args:
+        opt: The optimizer.
+        options: Those of `params`.
+
+    Example:
+        >>> import torch, funcopt
+        >>> from funcopt.testing import strategies
+        >>> drawn = strategies.params_for(funcopt.AdamW(moments=torch.bfloat16))
+    """
+    if any(moments in HALF for moments in fields(opt, "moments")):
+        options = {"dtype": dtypes(complex=False), **options}
+    return params(**options)
+
+
 @st.composite
 def _gradients(
     draw: st.DrawFn, structure: Any, leaves: list[Tensor], values: Any, layouts: Any, none: bool
@@ -274,104 +294,3 @@ def gradient_sequences(
     count: st.SearchStrategy[int] = _strategy("steps", steps, int, st.just(2))
     one = gradients(params, values=values, layouts=layouts, none=none)
     return count.flatmap(lambda n: st.lists(one, min_size=n, max_size=n))
-
-
-# What may be drawn for each number of an optimizer.
-_NUMBERS: dict[str, st.SearchStrategy[Any]] = {
-    "lr": st.sampled_from([0.1, 1e-3, 0.0, 1.0]),
-    "betas": st.sampled_from([(0.9, 0.999), (0.5, 0.75), (0.0, 0.0), (0.9, 0.0), (0.0, 0.99)]),
-    "eps": st.sampled_from([1e-8, 1e-3, 1.0]),
-    "momentum": st.sampled_from([0.0, 0.9, 0.5, 1.0]),
-    "dampening": st.sampled_from([0.0, 0.25, 1.0]),
-    "weight_decay": st.sampled_from([0.0, 1e-2, 0.5]),
-}
-# Lion moves each element by lr itself.
-_LION_LR = st.sampled_from([1e-2, 1e-4, 0.0, 1.0])
-
-
-def hyperparameters(
-    kind: type[Any] = AdamW, *, tensor: bool = False
-) -> st.SearchStrategy[dict[str, Any]]:
-    """The hyperparameters of an optimizer, as keyword arguments.
-
-    Args:
-        kind: Its class: `AdamW`, `Adam`, `SGD` or `Lion`.
-        tensor: Whether its numbers may be 0-dim float64 tensors.
-    """
-    own = {name: _NUMBERS[name] for name in kind.__dataclass_fields__ if name in _NUMBERS}
-    if kind is Lion:
-        own["lr"] = _LION_LR
-    if tensor:
-        own = {name: st.one_of(drawn, drawn.map(_as_tensor)) for name, drawn in own.items()}
-    flags = {name: st.booleans() for name in (*kind.rule.options, "step_per_leaf")}
-    return st.fixed_dictionaries({**own, **flags})
-
-
-def _as_tensor(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return tuple(map(_as_tensor, value))
-    return torch.tensor(value, dtype=torch.float64, device="cpu")
-
-
-def _built(kind: type[Any], fixed: dict[str, Any]) -> st.SearchStrategy[Any]:
-    tensor = fixed.pop("tensor", False)
-    for name, value in fixed.items():
-        if name not in kind.__dataclass_fields__:
-            raise InvalidArgument(f"{name}={value!r}: {kind.__name__} has no such field.")
-
-    def build_one(drawn: dict[str, Any]) -> Any:
-        own = {**drawn, **fixed}
-        if own.get("nesterov"):  # which needs momentum, and no dampening
-            own = {**own, "momentum": own["momentum"] or 0.9, "dampening": 0.0, **fixed}
-        return kind(**own)
-
-    return hyperparameters(kind, tensor=tensor).map(build_one)
-
-
-def adamws(**fixed: Any) -> st.SearchStrategy[AdamW]:
-    """`AdamW` optimizers, with some hyperparameters fixed.
-
-    Args:
-        fixed: Hyperparameters by name, which are not drawn then; `tensor=True` is passed on to
-            `hyperparameters`.
-    """
-    return _built(AdamW, fixed)
-
-
-def adams(**fixed: Any) -> st.SearchStrategy[Adam]:
-    """`Adam` optimizers; the arguments are those of `adamws`."""
-    return _built(Adam, fixed)
-
-
-def sgds(**fixed: Any) -> st.SearchStrategy[SGD]:
-    """`SGD` optimizers; the arguments are those of `adamws`."""
-    return _built(SGD, fixed)
-
-
-def lions(**fixed: Any) -> st.SearchStrategy[Lion]:
-    """`Lion` optimizers; the arguments are those of `adamws`."""
-    return _built(Lion, fixed)
-
-
-# Wrappers that move each leaf by itself, with a state of numbers and of trees like the parameters,
-# which can be split and joined; a new one joins by one line. (What takes a norm of several elements
-# is ill-conditioned where it is zero, so that no two ways of computing it agree there.)
-_WRAPPERS = (
-    partial(ClipValue, max_value=0.5),
-    partial(Ema, decay=0.75),
-    partial(Ema, decay=0.5, debias=False),
-    partial(Lookahead, every=2),
-    MasterWeights,
-    Compensated,
-    SkipNonfinite,
-)
-
-
-def optimizers() -> st.SearchStrategy[Optimizer[Any]]:
-    """Optimizers of every sort, bare or inside wrappers nested at random."""
-    wrappers = st.sampled_from(_WRAPPERS)
-    return st.recursive(
-        st.one_of(adamws(), adams(), sgds(), lions()),
-        lambda inner: st.builds(lambda wrap, opt: wrap(opt), wrappers, inner),
-        max_leaves=3,
-    )

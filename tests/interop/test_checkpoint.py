@@ -63,7 +63,7 @@ def moved(params, **options):
 def states(draw):
     """The state of any optimizer, some updates on, with its first state."""
     opt = draw(strategies.optimizers())
-    params = draw(strategies.params())
+    params = draw(strategies.params_for(opt))
     state = opt.init(params)
     for grads in draw(strategies.gradient_sequences(params, st.integers(1, 2), none=True)):
         params, state = opt.update(grads, state, params)

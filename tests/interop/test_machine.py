@@ -18,7 +18,7 @@ from .runs import torch_optimizer, torch_params, torch_step
 class HandOverMachine(OptimizerMachine):
     """Runs that go to and fro between funcopt and torch.optim."""
 
-    optimizers = strategies.adamws()
+    optimizers = strategies.adamws(moments="auto", rounding="nearest")
 
     def handed_over(self):
         """A torch.optim.AdamW that goes on from here; its fused kernel takes nothing complex."""

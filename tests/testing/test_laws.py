@@ -32,6 +32,12 @@ SUBJECTS = {
     "AdamW, tensors": AdamW(
         lr=torch.tensor(0.1, dtype=torch.float64), betas=(0.9, torch.tensor(0.99))
     ),
+    "AdamW, stochastic": AdamW(lr=0.1, rounding="stochastic", seed=2**53 - 1),
+    "AdamW, stochastic, moments, too": AdamW(lr=0.1, moments=None, rounding="stochastic"),
+    "AdamW, moments in bfloat16": AdamW(lr=0.1, moments=torch.bfloat16, amsgrad=True),
+    "AdamW, moments in float16": AdamW(lr=0.1, moments=torch.float16),
+    "AdamW, moments in float32": AdamW(lr=0.1, moments=torch.float32, step_per_leaf=True),
+    "Ema, stochastic": Ema(AdamW(lr=0.1, rounding="stochastic", seed=1), decay=0.75),
     "Partition": Partition({"all": AdamW(lr=0.1)}, lambda name, leaf: "all"),
     "AdamW, a schedule": AdamW(lr=lambda step: 0.1 / (1 + step), kernel="foreach"),
     "AdamW, a warmup in tensors": AdamW(lr=Cosine(torch.tensor(0.1), steps=5, warmup_steps=2)),

@@ -8,7 +8,7 @@ import torch
 from hypothesis import HealthCheck, find, given, settings
 from hypothesis.errors import InvalidArgument
 
-from funcopt import AdamW, Optimizer
+from funcopt import AdamW, MasterWeights, Optimizer
 from funcopt._core import pytree
 from funcopt.testing import strategies
 from funcopt.testing._tensors import LAYOUTS, VALUES
@@ -136,6 +136,24 @@ def test_adamws_keep_what_is_fixed_and_may_have_tensors():
     assert all(opt.amsgrad for opt in drawn)
     assert any(isinstance(opt.lr, torch.Tensor) for opt in drawn)
     assert all(isinstance(opt, AdamW) for opt in drawn)
+
+
+def test_optimizers_are_drawn_in_every_precision():
+    drawn = seen(strategies.adamws(), 200)
+    halves = {torch.bfloat16, torch.float16}
+    assert {opt.moments for opt in drawn} == {"auto", None, torch.float32, *halves}
+    assert {opt.rounding for opt in drawn} == {"nearest", "stochastic"}
+    assert {opt.seed for opt in drawn if opt.rounding == "nearest"} == {0}
+    nearest = seen(strategies.precisions(half=False, stochastic=False), 50)
+    assert {own["moments"] for own in nearest} == {"auto", None, torch.float32}
+    assert {own["rounding"] for own in nearest} == {"nearest"}
+
+
+def test_beside_moments_in_16_bits_no_parameter_is_complex():
+    drawn = seen(strategies.params_for(MasterWeights(AdamW(moments=torch.bfloat16))), 100)
+    assert not any(leaf.is_complex() for tree in drawn for leaf in pytree.flatten(tree)[0])
+    drawn = seen(strategies.params_for(AdamW()), 100)
+    assert any(leaf.is_complex() for tree in drawn for leaf in pytree.flatten(tree)[0])
 
 
 REFUSED = {

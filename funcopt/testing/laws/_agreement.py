@@ -13,13 +13,23 @@ from ..._core.types import Tree, optimizers_in, own_traits, traits_of
 from ...interop._counterparts import counterpart_of
 from ...wrappers.compensated import Compensated
 from .._compare import EXACT, ROUNDING, NotApplicable, compare, compare_moved
-from .._subject import cast, fields, kernels, leaves_of, replace, rounded, run, tree_map
+from .._subject import (
+    cast,
+    fields,
+    kernels,
+    leaves_of,
+    replace,
+    rounded,
+    run,
+    tree_map,
+    with_moments_of_params,
+)
 from ..oracles import Oracle, own_update, registered
 
 
 def kernels_agree(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> None:
     """Every kernel takes the same step, to a few ulp."""
-    serving = kernels(opt, {leaf.device for leaf in leaves_of(params)})
+    serving = kernels(opt, params)
     for step in run(opt, params, gradient_sequence):
         for name in serving:
             moved = replace(opt, kernel=name).update(*step.given)
@@ -41,6 +51,8 @@ def matches_torch(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> None
         raise NotApplicable(f"torch.optim has no counterpart of {type(opt).__name__}")
     if any(not isinstance(number, float) for number in opt.rule.hyperparams_of(opt)):
         raise NotApplicable("torch.optim takes its bits from Python numbers")
+    if opt.moments not in ("auto", None):
+        raise NotApplicable("torch.optim keeps moments in the dtype of the parameter")
     dtypes = (torch.float32, torch.float64)
     chosen = [i for i, leaf in enumerate(pytree.flatten(params)[0]) if leaf.dtype in dtypes]
 
@@ -83,7 +95,11 @@ def agrees_with_itself_in_float64(opt: Any, params: Tree, gradient_sequence: lis
     It says nothing of where a step should lead, but that no more is lost on the way there than the
     dtype of the leaf takes.
     """
-    _matches("agrees_with_itself_in_float64", own_update, opt, params, gradient_sequence)
+
+    def in_float64(opt: Any, grads: Tree, state: Any, params: Tree) -> tuple[Tree, Any]:
+        return own_update(with_moments_of_params(opt), grads, state, params)
+
+    _matches("agrees_with_itself_in_float64", in_float64, opt, params, gradient_sequence)
 
 
 def _matches(

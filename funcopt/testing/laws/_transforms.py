@@ -13,7 +13,16 @@ from torch.func import grad, jvp, vmap
 from ..._core import pytree
 from ..._core.types import Tree
 from .._compare import ROUNDING, LawBroken, NotApplicable, compare, compare_moved
-from .._subject import cast, finite, fixed_lr, last, leaves_of, replace, tree_map
+from .._subject import (
+    cast,
+    finite,
+    fixed_lr,
+    last,
+    leaves_of,
+    replace,
+    tree_map,
+    with_moments_of_params,
+)
 
 _MEMBERS = 3
 
@@ -127,7 +136,11 @@ def gradient_matches_differences(opt: Any, params: Tree, gradient_sequence: list
 def _differentiable(
     opt: Any, params: Tree, gradient_sequence: list[Tree]
 ) -> Callable[[Tree, list[Tree]], Tensor]:
-    """Return the sum of squares after training, as a function, if the optimizer keeps a history."""
+    """Return the sum of squares after training, as a function, if the optimizer keeps a history.
+
+    All of it is in float64, the moments as well.
+    """
+    opt = with_moments_of_params(opt)
 
     def after(params: Tree, gradients: list[Tree]) -> Tensor:
         final = last(opt, params, gradients).new_params
