@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import dataclasses
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from funcopt import AdamW
 from funcopt._core import pytree
-from funcopt._engine import autograd, checks, dispatch, memory, prepare
+from funcopt._engine import autograd, checks, dispatch, memory, prepare, rounding
 from funcopt._engine import kernels as list_kernels
 from funcopt._engine import update as engine
 from funcopt.optimizers import adamw
@@ -26,6 +27,11 @@ from funcopt.testing._subject import leaves_of, tree_map
 # The optimizer that the defects are planted in: nothing about it is a default.
 SUBJECT = AdamW(lr=0.1, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.1, amsgrad=True)
 
+# The same with rounding by chance, in plain operators, which can be patched.
+BY_CHANCE = dataclasses.replace(SUBJECT, rounding="stochastic", seed=5, kernel="plain")
+# With a memory so long that 16 bits cannot hold it.
+LONG = dataclasses.replace(SUBJECT, betas=(0.9, 0.999))
+
 Patch = pytest.MonkeyPatch
 
 
@@ -33,16 +39,17 @@ class Mutant(NamedTuple):
     name: str
     plant: Callable[[Patch], None]
     law: Callable[..., None]
+    subject: AdamW
 
 
 MUTANTS: list[Mutant] = []
 
 
-def caught_by(law: Callable[..., None]) -> Callable[..., Any]:
-    """Add a mutant named after its function, which plants it."""
+def caught_by(law: Callable[..., None], subject: AdamW = SUBJECT) -> Callable[..., Any]:
+    """Add a mutant named after its function, which plants it in a subject."""
 
     def add(plant: Callable[[Patch], None]) -> Callable[[Patch], None]:
-        MUTANTS.append(Mutant(plant.__name__.replace("_", " "), plant, law))
+        MUTANTS.append(Mutant(plant.__name__.replace("_", " "), plant, law, subject))
         return plant
 
     return add
@@ -83,8 +90,8 @@ def number(patch: Patch, name: str, change: Callable[[Any, AdamW], Any]) -> None
 def numbers(patch: Patch, change: Callable[[Any, AdamW], Any]) -> None:
     """Change the numbers of a step on their way to the kernel."""
 
-    def changed(original: Any, rule: Any, opt: AdamW, olds: Any, news: Any) -> list[Any]:
-        return [change(own, opt) for own in original(rule, opt, olds, news)]
+    def changed(original: Any, rule: Any, opt: AdamW, *given: Any) -> list[Any]:
+        return [change(own, opt) for own in original(rule, opt, *given)]
 
     wrap(patch, engine, "numbers_at", changed)
 
@@ -491,6 +498,58 @@ def the_count_is_read_in_python(patch: Patch) -> None:
     patch.setattr(prepare.Counts, "after", after)
 
 
+# Sixteen bits.
+
+
+def _squeeze_moments(patch: Patch, dtype: torch.dtype) -> None:
+    def squeezed(moment: Tensor) -> Tensor:
+        return moment.to(dtype).float() if moment.dtype is torch.float32 else moment
+
+    def change(params: Any, state: Any, given: Any) -> Any:
+        return params, state._replace(exp_avg_sq=tree_map(squeezed, state.exp_avg_sq))
+
+    after_update(patch, change)
+
+
+@caught_by(laws.moments_follow_gradients, LONG)
+def moments_in_float32_are_rounded_to_bfloat16(patch: Patch) -> None:
+    _squeeze_moments(patch, torch.bfloat16)
+
+
+@caught_by(laws.moments_have_room, LONG)
+def moments_in_float32_are_rounded_to_float16(patch: Patch) -> None:
+    _squeeze_moments(patch, torch.float16)
+
+
+@caught_by(laws.matches_oracle, LONG)
+def beta2_is_rounded_to_16_bits(patch: Patch) -> None:
+    number(patch, "beta2", lambda beta2, _: float(torch.tensor(beta2).half()))
+
+
+@caught_by(laws.small_steps_add_up, BY_CHANCE)
+def chance_always_rounds_up(patch: Patch) -> None:
+    def change(original: Any, *given: Any) -> Tensor:
+        return torch.full_like(original(*given), 2**16 - 1)
+
+    wrap(patch, rounding, "random_bits", change)
+
+
+@caught_by(laws.random_bits_go_by_key, BY_CHANCE)
+def random_bits_ignore_the_step(patch: Patch) -> None:
+    def change(original: Any, key: Any, step: Any, *where: Any) -> Tensor:
+        return original(key, 0.0 * step, *where)
+
+    wrap(patch, rounding, "random_bits", change)
+
+
+@caught_by(laws.random_bits_go_by_key, BY_CHANCE)
+def random_bits_ignore_the_key(patch: Patch) -> None:
+    def change(original: Any, key: Any, *where: Any) -> Tensor:
+        return original(0.0 * key, *where)
+
+    wrap(patch, rounding, "random_bits", change)
+
+
 TABLE = pathlib.Path(__file__).with_name("MUTANTS.md")
 
 
@@ -508,7 +567,7 @@ def matrix() -> str:
     rows = []
     for mutant in MUTANTS:
         with planted(mutant):
-            verdicts = [check_law(law, SUBJECT, shrink=False).status for law in laws.LAWS]
+            verdicts = [check_law(law, mutant.subject, shrink=False).status for law in laws.LAWS]
         marks = ["•" if verdict in ("fails", "error") else " " for verdict in verdicts]
         rows.append((mutant.name, marks))
     caught = [sum(marks[i] == "•" for _, marks in rows) for i in range(len(names))]

@@ -157,6 +157,7 @@ FLOORS = [
     "testing._tensors",
     "testing.laws._descent",
     "testing.laws._leaves",
+    "testing.laws._precision",
     "testing.laws._purity",
     "testing.laws._transforms",
     "testing.laws",

@@ -206,6 +206,9 @@ class Traits:
             they must not lie side by side as one.
         decides_on_host: What an update does depends on what the host knows, beyond tensors, so that
             a CUDA graph would not replay it.
+        small_steps_add_up: Steps below half a unit in the last place move a 16-bit parameter all
+            the same, at least in the mean, as with `rounding="stochastic"`. Only what moves the
+            parameters last can say it: no wrapper says it for what is inside.
 
     Example:
         >>> import funcopt
@@ -226,6 +229,7 @@ class Traits:
     takes_local_gradients: bool = False
     tells_leaves_apart: bool = False
     decides_on_host: bool = False
+    small_steps_add_up: bool = False
 
     def __post_init__(self) -> None:
         """Add what follows from an element's moving by itself."""
@@ -269,7 +273,7 @@ def own_traits(opt: object) -> Traits:
     if getattr(opt, "rounding", "nearest") == "stochastic":
         # Its random bits go by the place of an element in its leaf, and of the leaf in the tree.
         known = {name: getattr(traits, name) for name in ("leafwise", "linear", "by_rule")}
-        return Traits(**known, tells_leaves_apart=True)
+        return Traits(**known, tells_leaves_apart=True, small_steps_add_up=True)
     if getattr(opt, "step_per_leaf", False):
         return dataclasses.replace(traits, tells_leaves_apart=True)
     return traits

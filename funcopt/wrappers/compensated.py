@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Unpack
 
@@ -91,7 +92,7 @@ class Compensated:
         0.99609375 0.0009765625
     """
 
-    traits: ClassVar[Traits] = ELEMENTWISE
+    traits: ClassVar[Traits] = dataclasses.replace(ELEMENTWISE, small_steps_add_up=True)
 
     inner: Optimizer[Any]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Unpack
 
@@ -88,7 +89,7 @@ class MasterWeights:
         {'w': tensor([0.9961, 0.9961], dtype=torch.bfloat16)} {'w': tensor([0.9980, 0.9980])}
     """
 
-    traits: ClassVar[Traits] = ELEMENTWISE
+    traits: ClassVar[Traits] = dataclasses.replace(ELEMENTWISE, small_steps_add_up=True)
 
     inner: Optimizer[Any]
 

@@ -75,10 +75,65 @@ def test_every_law_holds_or_does_not_apply(name, law, examples):
     assert verdict.status in ("holds", "not applicable"), verdict
 
 
+OF_CHANCE = (laws.small_steps_add_up, laws.random_bits_go_by_key)
+
+
 @pytest.mark.parametrize("law", laws.LAWS, ids=lambda law: law.__name__)
-def test_every_law_applies_to_a_plain_adamw(law, examples):
+def test_every_law_applies_to_a_plain_adamw_but_those_of_chance(law, examples):
     number = examples(law, by_night=100)
-    assert check_law(law, AdamW(), max_examples=number).status == "holds"
+    status = check_law(law, AdamW(), max_examples=number).status
+    assert status == ("not applicable" if law in OF_CHANCE else "holds")
+
+
+@pytest.mark.parametrize("law", OF_CHANCE, ids=lambda law: law.__name__)
+@pytest.mark.parametrize("kernel", ["auto", "plain"])
+def test_laws_of_chance_apply_to_one_that_rounds_by_chance(law, kernel):
+    opt = AdamW(rounding="stochastic", seed=7, kernel=kernel)
+    assert check_law(law, opt).status == "holds"
+
+
+@pytest.mark.parametrize("wrapper", [MasterWeights, Compensated])
+def test_small_steps_add_up_where_they_are_kept_beside_the_parameters(wrapper):
+    assert check_law(laws.small_steps_add_up, wrapper(AdamW())).status == "holds"
+
+
+class SaysThatSmallStepsAddUp(AdamW):
+    traits = Traits(elementwise=True, small_steps_add_up=True)
+
+
+class SaysThatItRoundsByChance(AdamW):
+    """Keeps moments in 16 bits, and rounds them to the nearest number."""
+
+    def init(self, params):
+        return AdamW(moments=None).init(params)
+
+    def update(self, grads, state, params):
+        nearest = AdamW(self.lr, self.betas, self.eps, self.weight_decay, moments=None)
+        return nearest.update(grads, state, params)
+
+
+def test_who_claims_more_than_16_bits_keep_is_found():
+    found = check_law(laws.small_steps_add_up, SaysThatSmallStepsAddUp(), shrink=False)
+    assert found.status == "fails"
+    assert "got a mean of 1, expected 0.9" in found.detail
+    claims = SaysThatItRoundsByChance(rounding="stochastic")
+    found = check_law(laws.moments_follow_gradients, claims, shrink=False)
+    assert found.status == "fails"
+    assert "got a mean of 0.25, expected 0.39" in found.detail
+
+
+def test_moments_in_16_bits_rounded_to_the_nearest_are_not_judged():
+    opt = AdamW(moments=None)
+    for law in (laws.moments_follow_gradients, laws.moments_have_room):
+        assert check_law(law, opt).status == "not applicable"
+    stochastic = AdamW(moments=None, rounding="stochastic")
+    assert check_law(laws.moments_follow_gradients, stochastic).status == "holds"
+
+
+def test_what_a_lookahead_takes_back_is_not_held_against_the_bits():
+    opt = Lookahead(AdamW(rounding="stochastic"), 2)
+    for law in OF_CHANCE:
+        assert check_law(law, opt).status == "not applicable"
 
 
 @pytest.mark.parametrize("law", [laws.leaves_are_independent, laws.elements_are_independent])

@@ -29,6 +29,12 @@ from ._algebra import (
 )
 from ._descent import goes_downhill
 from ._leaves import elements_are_independent, leaves_are_independent, names_do_not_matter
+from ._precision import (
+    moments_follow_gradients,
+    moments_have_room,
+    random_bits_go_by_key,
+    small_steps_add_up,
+)
 from ._purity import (
     bad_trees_raise,
     deterministic,
@@ -76,6 +82,19 @@ LAWS: tuple[Law, ...] = (
     decay_is_decoupled,
     scale_invariant,
     first_step_is_sign,
+    small_steps_add_up,
+    moments_follow_gradients,
+    moments_have_room,
+    random_bits_go_by_key,
+    compiles_once,
+)
+
+# What takes many updates, or a compilation, and looks at few things of a problem.
+SLOW: tuple[Law, ...] = (
+    small_steps_add_up,
+    moments_follow_gradients,
+    moments_have_room,
+    random_bits_go_by_key,
     compiles_once,
 )
 
@@ -101,13 +120,17 @@ __all__ = [
     "matches_oracle",
     "matches_torch",
     "maximize_is_minimize_negated",
+    "moments_follow_gradients",
+    "moments_have_room",
     "names_do_not_matter",
     "nested_vmap_is_loop",
     "never_mutates",
     "outputs_share_no_memory",
     "per_member_hyperparameters",
+    "random_bits_go_by_key",
     "round_trips",
     "scale_invariant",
+    "small_steps_add_up",
     "survives_zero_gradients",
     "vmap_is_loop",
     "zero_lr_moves_nothing",
