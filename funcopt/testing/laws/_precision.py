@@ -109,12 +109,14 @@ def moments_have_room(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> 
     if traits_of(opt).sees_overflow:
         raise NotApplicable("it divides gradients by a scale of its own")
     field(opt, "lr")
-    slow = replace(opt, lr=1e-3)
+    still, slow = replace(opt, lr=0.0), replace(opt, lr=1e-3)
     for size in (1e-3, 9000.0):
         start = tree_map(lambda leaf: _full(0.0, torch.float16, leaf, 8), params)
         grads = tree_map(lambda leaf, size=size: torch.full_like(leaf, size), start)
-        step = last(slow, start, [grads] * 100)
-        exact = last(slow, cast(start, torch.float32), [cast(grads, torch.float32)] * 100)
+        wide_start, wide_grads = cast(start, torch.float32), cast(grads, torch.float32)
+        # Without a learning rate, as weight decay may let parameters into the moments.
+        step = last(still, start, [grads] * 100)
+        exact = last(still, wide_start, [wide_grads] * 100)
         ours, theirs = _by_path(step.new_state), _by_path(exact.new_state)
         both = [path for path in ours if path in theirs]
         if not both or any(ours[path].itemsize == 2 for path in both):
@@ -122,6 +124,8 @@ def moments_have_room(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> 
         law = f"moments_have_room (gradients of {size:g})"
         pairs = {path: (ours[path], theirs[path]) for path in both}
         _means_agree(law, step.number, pairs, lambda value: 0.05 * abs(value))
+        step = last(slow, start, [grads] * 100)
+        exact = last(slow, wide_start, [wide_grads] * 100)
         largest = max((float(wide(p).abs().max()) for p in leaves_of(exact.new_params)), default=0)
         if largest < torch.finfo(torch.float16).max / 2:
             moved = {"params": (step.new_params, exact.new_params)}
