@@ -13,6 +13,7 @@ from .optimizers.lion import Lion, LionState
 from .optimizers.sgd import SGD, SGDState
 from .wrappers.accumulate import Accumulate, AccumulateState
 from .wrappers.averaged import averaged
+from .wrappers.best import Best, BestState
 from .wrappers.clip import Clip, ClipState
 from .wrappers.clip_adaptive import ClipAdaptive, ClipAdaptiveState
 from .wrappers.clip_value import ClipValue, ClipValueState
@@ -35,6 +36,8 @@ __all__ = [
     "AdamState",
     "AdamW",
     "AdamWState",
+    "Best",
+    "BestState",
     "Clip",
     "ClipAdaptive",
     "ClipAdaptiveState",

@@ -46,6 +46,7 @@ WRAPPED: dict[str, funcopt.Optimizer[Any]] = {
     "LossScale": funcopt.LossScale(_INNER, 4.0),
     "Ema": funcopt.Ema(_INNER, 0.9),
     "Lookahead": funcopt.Lookahead(_INNER, 2, 0.5),
+    "Best": funcopt.Best(_INNER, patience=2),
     "MasterWeights": funcopt.MasterWeights(_INNER),
     "Compensated": funcopt.Compensated(_INNER),
     "Partition": funcopt.Partition(

@@ -16,6 +16,7 @@ from funcopt import (
     Accumulate,
     Adam,
     AdamW,
+    Best,
     Clip,
     ClipAdaptive,
     ClipValue,
@@ -190,6 +191,7 @@ SWEPT = {
     "ClipValue": lambda x: ClipValue(SGD(), max_value=x),
     "Ema": lambda x: Ema(SGD(), decay=1 / (1 + x)),
     "Lookahead": lambda x: Lookahead(SGD(), every=x, alpha=1 / x),
+    "Best": lambda x: Best(SGD(), patience=x, threshold=1 / x),
     "LossScale": lambda x: LossScale(SGD(), init_scale=x, growth_factor=1.0 + x, growth_interval=x),
     "SkipNonfinite": lambda x: SkipNonfinite(SGD(), max_consecutive=x),
 }

@@ -132,12 +132,28 @@ def _told(opt: Any, state: Tree, value: Any) -> Tree | None:
     return _put(state, own) if any(type(p) in _going_by_value for p in optimizers_in(opt)) else None
 
 
+def keep_value(new: Tree, old: Tree) -> Tree:
+    """Return a state as `init` makes it that is told what another one of the same optimizer is.
+
+    Whoever lets an optimizer start anew within an update, chooses between two such states.
+    """
+    kinds = _going_by_value.values()
+    nodes, _ = pytree.flatten_above(old, lambda node: type(node) in kinds)
+    return next((_put(new, node.value) for node in nodes if type(node) in kinds), new)
+
+
 def _put(state: Tree, value: Any) -> Tree:
-    """Return a state with another value in each that goes by one, at any depth."""
+    """Return a state with another value in each that goes by one, at any depth.
+
+    Each has a copy of its own, since a state may be written as a whole, where no two of its tensors
+    may share memory, and what was given must not be written.
+    """
     kinds = _going_by_value.values()
     nodes, structure = pytree.flatten_above(state, lambda node: type(node) in kinds)
-    news = [
-        node._replace(value=value, inner=_put(node.inner, value)) if type(node) in kinds else node
-        for node in nodes
-    ]
+    news = [_with_value(node, value) if type(node) in kinds else node for node in nodes]
     return pytree.unflatten(structure, news)
+
+
+def _with_value(node: Any, value: Any) -> Any:
+    own = value.clone() if isinstance(value, Tensor) else value
+    return node._replace(value=own, inner=_put(node.inner, value))

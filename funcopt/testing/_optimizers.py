@@ -14,6 +14,7 @@ from ..optimizers.adam import Adam
 from ..optimizers.adamw import AdamW
 from ..optimizers.lion import Lion
 from ..optimizers.sgd import SGD
+from ..wrappers.best import Best
 from ..wrappers.clip_value import ClipValue
 from ..wrappers.compensated import Compensated
 from ..wrappers.ema import Ema
@@ -129,6 +130,7 @@ def lions(**fixed: Any) -> st.SearchStrategy[Lion]:
 # is ill-conditioned where it is zero, so that no two ways of computing it agree there.)
 _WRAPPERS = (
     partial(ClipValue, max_value=0.5),
+    Best,
     partial(Ema, decay=0.75),
     partial(Ema, decay=0.5, debias=False),
     partial(Lookahead, every=2),

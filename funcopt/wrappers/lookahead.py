@@ -27,6 +27,7 @@ from .._core.types import (
 )
 from .._engine.checks import check_state
 from .._engine.counts import next_count
+from .._engine.extras import keep_value
 from .._engine.hyperparameters import check_flag, normalize_fields, numbers_of
 from .._engine.prepare import keep_requiring
 from .._engine.registration import register_optimizer
@@ -198,7 +199,8 @@ class Lookahead:
         if not self.reset_state:
             return inner
         olds, structure = pytree.flatten(inner)
-        first = pytree.pair(self.inner.init(params), "state.inner", structure).leaves
+        first = keep_value(self.inner.init(params), inner)
+        first = pytree.pair(first, "state.inner", structure).leaves
         return pytree.unflatten(structure, choose_each(syncs, first, olds))
 
     def _sync_(

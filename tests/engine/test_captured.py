@@ -13,6 +13,7 @@ import torch
 from funcopt import (
     Accumulate,
     AdamW,
+    Best,
     Clip,
     ClipAdaptive,
     ClipValue,
@@ -56,6 +57,7 @@ OPTIMIZERS = {
     "Ema": Ema(AdamW(lr=0.1), 0.9),
     "Lookahead": Lookahead(AdamW(lr=0.1), every=3),
     "Lookahead that restarts": Lookahead(AdamW(lr=SCHEDULE), every=3, reset_state=True),
+    "Best": Best(AdamW(lr=0.1), patience=2),
     "Partition": Partition(
         {"decay": AdamW(lr=0.1), "none": AdamW(lr=0.1, weight_decay=0.0), "rest": Frozen()},
         {"w": "decay", "b": "none", "unused": "rest"},

@@ -9,6 +9,7 @@ from torch.func import jacfwd, jacrev, vmap
 from funcopt import (
     Accumulate,
     AdamW,
+    Best,
     Clip,
     Ema,
     Frozen,
@@ -163,6 +164,7 @@ COUNTING = {
     "LossScale": (LossScale(INNER, 1.0), {".inner.step", ".scale"}),
     "Ema": (Ema(INNER, lambda step: 0.9 * step / (1 + step)), {".inner.step", ".n_averaged"}),
     "Lookahead": (Lookahead(INNER, 2, 0.5), {".inner.step", ".steps_since_sync"}),
+    "Best": (Best(INNER), {".inner.step", ".step", ".best_value", ".best_step", ".n_worse"}),
     "Partition": (
         Partition({"a": INNER, "b": Frozen()}, {"w": "a", "v": "b"}),
         {".inner['a'].step"},

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.func import grad, vmap
 
-from funcopt import SGD, AdamW, Clip, Ema
+from funcopt import SGD, AdamW, Best, Clip, Ema, Lookahead, Partition, SkipNonfinite
+from funcopt._core import transforms
 
 from ..cases import assert_same_bits, clone, leaves, random_like, tree_map
 from ..every_optimizer import OPTIMIZERS
@@ -63,7 +64,7 @@ def test_what_is_active_moves_as_it_does_unless_told(opt):
     state, grads = opt.init(params), random_like(params)
     expected = opt.update(grads, state, params)
     assert_same_bits(opt.update(grads, state, params, active=torch.tensor(True)), expected)
-    assert_same_bits(opt.update(grads, state, params, active=None, value=3.0), expected)
+    assert_same_bits(opt.update(grads, state, params, active=None, value=None), expected)
     opt.update_(grads, state, params, active=True)
     assert_same_bits((params, state), expected)
 
@@ -83,6 +84,43 @@ def test_the_derivative_of_an_update_that_is_not_active_is_that_of_doing_nothing
     assert (slopes["w"][1] == 1).all()
     assert not (slopes["b"][1]).any()
     assert slopes["w"][0].isfinite().all()
+
+
+@pytest.mark.parametrize("method", ["update", "update_"])
+def test_what_starts_anew_within_an_update_goes_by_its_value(method):
+    opt = Lookahead(Best(SGD(lr=0.1)), every=2, reset_state=True)
+    params = params_of()
+    state = opt.init(params)
+    for value, expected in ((2.0, 2.0), (1.0, torch.inf), (3.0, 3.0)):
+        given = random_like(params), state, params
+        params, state = getattr(opt, method)(*given, value=value)
+        assert state.inner.best_value == expected
+        assert state.inner.value == ()
+
+
+def test_groups_that_go_by_a_value_are_written_in_place():
+    opt = Partition({"w": Best(SGD(lr=0.1)), "b": Best(SGD(lr=0.1))}, {"w": "w", "b": "b"})
+    params = params_of()
+    _, state = opt.update_(random_like(params), opt.init(params), params, value=torch.tensor(2.0))
+    for own in state.inner.values():
+        assert own.best_value == 2
+        assert own.value == ()
+
+
+@pytest.mark.parametrize("given", ["active", "gradients"])
+def test_a_value_is_not_written_to_where_an_update_in_place_is_chosen_on_a_device(
+    given, monkeypatch
+):
+    """What chooses there writes over the whole state, of which the value is a part by then."""
+    monkeypatch.setattr(transforms, "on_host", lambda tensor: False)
+    opt, params = SkipNonfinite(Best(SGD(lr=0.1))), params_of()
+    root = torch.ones((), requires_grad=True)
+    value = root.exp()  # whose derivative needs its value
+    active = {"active": torch.tensor(True)} if given == "active" else {}
+    _, state = opt.update_(random_like(params), opt.init(params), params, value=value, **active)
+    assert state.inner.value == ()
+    assert value._version == 0
+    value.backward()
 
 
 def test_a_condition_that_is_compiled_is_not_read():

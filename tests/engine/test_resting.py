@@ -11,6 +11,7 @@ from torch.func import functional_call, grad, vmap
 from funcopt import (
     Accumulate,
     AdamW,
+    Best,
     Clip,
     ClipAdaptive,
     ClipValue,
@@ -44,6 +45,7 @@ WRAPPERS = {
     "Ema": lambda opt: Ema(opt, 0.5),
     "Lookahead": lambda opt: Lookahead(opt, 2),
     "Lookahead that restarts": lambda opt: Lookahead(opt, 2, reset_state=True),
+    "Best": lambda opt: Best(opt, patience=2),
     "MasterWeights": MasterWeights,
     "Compensated": Compensated,
     "SkipNonfinite": SkipNonfinite,
