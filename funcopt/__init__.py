@@ -26,6 +26,7 @@ from .wrappers.loss_scale import LossScale, LossScaleState
 from .wrappers.master_weights import MasterWeights, MasterWeightsState
 from .wrappers.members import Members
 from .wrappers.partition import Partition, PartitionState
+from .wrappers.plateau import Plateau, PlateauState
 from .wrappers.skip_nonfinite import SkipNonfinite, SkipNonfiniteState
 
 __all__ = [
@@ -63,6 +64,8 @@ __all__ = [
     "ParamsT",
     "Partition",
     "PartitionState",
+    "Plateau",
+    "PlateauState",
     "SGDState",
     "Schedule",
     "SkipNonfinite",

@@ -47,6 +47,7 @@ WRAPPED: dict[str, funcopt.Optimizer[Any]] = {
     "Ema": funcopt.Ema(_INNER, 0.9),
     "Lookahead": funcopt.Lookahead(_INNER, 2, 0.5),
     "Best": funcopt.Best(_INNER, patience=2),
+    "Plateau": funcopt.Plateau(_INNER, patience=0),
     "MasterWeights": funcopt.MasterWeights(_INNER),
     "Compensated": funcopt.Compensated(_INNER),
     "Partition": funcopt.Partition(

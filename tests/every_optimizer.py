@@ -21,6 +21,7 @@ from funcopt import (
     LossScale,
     MasterWeights,
     Partition,
+    Plateau,
     SkipNonfinite,
     distributed,
 )
@@ -60,6 +61,7 @@ OPTIMIZERS = {
     "Ema": Ema(adamw(), 0.9),
     "Lookahead": Lookahead(adamw(), every=2),
     "Best": Best(adamw(), patience=2),
+    "Plateau": Plateau(adamw(), patience=2),
     "MasterWeights": MasterWeights(adamw()),
     "Compensated": Compensated(adamw()),
     "Zero1": Zero1(adamw(), mesh=None),

@@ -25,6 +25,7 @@ from funcopt import (
     Lookahead,
     LossScale,
     Partition,
+    Plateau,
     SkipNonfinite,
     members,
     schedules,
@@ -192,6 +193,7 @@ SWEPT = {
     "Ema": lambda x: Ema(SGD(), decay=1 / (1 + x)),
     "Lookahead": lambda x: Lookahead(SGD(), every=x, alpha=1 / x),
     "Best": lambda x: Best(SGD(), patience=x, threshold=1 / x),
+    "Plateau": lambda x: Plateau(SGD(), factor=0.1 * x, patience=x, threshold=1 / x, cooldown=x),
     "LossScale": lambda x: LossScale(SGD(), init_scale=x, growth_factor=1.0 + x, growth_interval=x),
     "SkipNonfinite": lambda x: SkipNonfinite(SGD(), max_consecutive=x),
 }

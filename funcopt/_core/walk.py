@@ -107,12 +107,12 @@ def edited(
         new = edited(Place((*place.steps, step), child), inside, change)
         if new is not None:
             news[step.key] = new.value
-    node = _with_children(place.value, news) if news else place.value
+    node = with_children(place.value, news) if news else place.value
     own = change(Place(place.steps, node), in_optimizer)
     return Change(node) if own is None and news else own
 
 
-def _with_children(node: Any, news: dict[Any, Any]) -> Any:
+def with_children(node: Any, news: dict[Any, Any]) -> Any:
     """Return a node with some of what is in it replaced."""
     if isinstance(node, tuple) and hasattr(node, "_asdict"):
         return type(node)(**{**node._asdict(), **news})

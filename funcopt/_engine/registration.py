@@ -47,14 +47,14 @@ def register_optimizer(cls: type[OptimizerT]) -> type[OptimizerT]:
     register_dataclass(cls, advice.format(f"{cls.__name__}({'...' if fields else ''})"))
     wrap_methods(cls)
     remember_traits(cls)
-    dataclass.__getstate__ = _state_to_pickle
+    dataclass.__getstate__ = without_memory
     if "inner" in fields:
         leaves_at_rest(cls, lambda opt, leaves, own: at_rest(opt.inner, leaves, own))
         dataclass.__init__ = _checking_order(dataclass.__init__)
     return cls
 
 
-def _state_to_pickle(opt: Any) -> dict[str, Any]:
+def without_memory(opt: Any) -> dict[str, Any]:
     """Return all that an optimizer is made of, without what it only remembers."""
     return {name: value for name, value in vars(opt).items() if name not in _REMEMBERED}
 

@@ -20,6 +20,7 @@ from ..wrappers.compensated import Compensated
 from ..wrappers.ema import Ema
 from ..wrappers.lookahead import Lookahead
 from ..wrappers.master_weights import MasterWeights
+from ..wrappers.plateau import Plateau
 from ..wrappers.skip_nonfinite import SkipNonfinite
 
 HALF = (torch.bfloat16, torch.float16)
@@ -134,6 +135,7 @@ _WRAPPERS = (
     partial(Ema, decay=0.75),
     partial(Ema, decay=0.5, debias=False),
     partial(Lookahead, every=2),
+    Plateau,
     MasterWeights,
     Compensated,
     SkipNonfinite,

@@ -22,6 +22,7 @@ from funcopt import (
     Lookahead,
     LossScale,
     Partition,
+    Plateau,
     SkipNonfinite,
 )
 from funcopt._core import transforms
@@ -58,6 +59,7 @@ OPTIMIZERS = {
     "Lookahead": Lookahead(AdamW(lr=0.1), every=3),
     "Lookahead that restarts": Lookahead(AdamW(lr=SCHEDULE), every=3, reset_state=True),
     "Best": Best(AdamW(lr=0.1), patience=2),
+    "Plateau": Plateau(AdamW(lr=0.1), patience=0),
     "Partition": Partition(
         {"decay": AdamW(lr=0.1), "none": AdamW(lr=0.1, weight_decay=0.0), "rest": Frozen()},
         {"w": "decay", "b": "none", "unused": "rest"},

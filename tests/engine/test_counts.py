@@ -16,6 +16,7 @@ from funcopt import (
     Lookahead,
     LossScale,
     Partition,
+    Plateau,
     SkipNonfinite,
     schedules,
 )
@@ -165,6 +166,7 @@ COUNTING = {
     "Ema": (Ema(INNER, lambda step: 0.9 * step / (1 + step)), {".inner.step", ".n_averaged"}),
     "Lookahead": (Lookahead(INNER, 2, 0.5), {".inner.step", ".steps_since_sync"}),
     "Best": (Best(INNER), {".inner.step", ".step", ".best_value", ".best_step", ".n_worse"}),
+    "Plateau": (Plateau(INNER), {".inner.step", ".best_value", ".n_worse", ".cooldown_left"}),
     "Partition": (
         Partition({"a": INNER, "b": Frozen()}, {"w": "a", "v": "b"}),
         {".inner['a'].step"},

@@ -21,6 +21,7 @@ from funcopt import (
     Lookahead,
     LossScale,
     MasterWeights,
+    Plateau,
     SkipNonfinite,
 )
 from funcopt._core import pytree
@@ -61,6 +62,7 @@ MORE = {
     "LossScale": lambda: LossScale(AdamW(lr=0.1), 4.0, growth_interval=2),
     "Lookahead": lambda: Lookahead(AdamW(lr=0.1), 2),
     "Best": lambda: Best(AdamW(lr=0.1), patience=2),
+    "Plateau": lambda: Plateau(AdamW(lr=0.1), patience=0),
     "MasterWeights": lambda: MasterWeights(AdamW(lr=0.1)),
     "Compensated": lambda: Compensated(AdamW(lr=0.1)),
     "several": lambda: Ema(Accumulate(SkipNonfinite(Clip(Lion(lr=0.1), 0.5)), 2), 0.9),

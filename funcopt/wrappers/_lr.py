@@ -1,0 +1,90 @@
+"""Learning rates inside an optimizer, at whatever depth, and the same optimizer with others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._core.tensors import choose
+from .._core.types import Number, Schedule
+from .._core.walk import children, with_children
+from .._engine.registration import is_registered, register_dataclass, without_memory
+from ._scores import read_all
+
+# What has nothing inside, of which most fields are.
+_PLAIN = frozenset((float, int, bool, str, type(None), Tensor))
+
+
+def learning_rates(node: Any) -> Iterator[Any]:
+    """Yield each field that is called lr, in an optimizer or in a schedule of one."""
+    for step, child in children(node):
+        if step.is_field and step.key == "lr":
+            yield child
+        elif type(child) not in _PLAIN:
+            yield from learning_rates(child)
+
+
+def with_scaled_lr(node: Any, scale: Number, min_lr: Number) -> Any:
+    """Return an optimizer with each learning rate times a number, but no lower than a bound.
+
+    A number is a number after that, and so is a tensor, if all can be read at no price; a schedule
+    is a schedule. What has none inside is not copied.
+    """
+    news = {}
+    for step, child in children(node):
+        if step.is_field and step.key == "lr":
+            news[step.key] = _scaled_lr(child, scale, min_lr)
+        elif type(child) not in _PLAIN:
+            new = with_scaled_lr(child, scale, min_lr)
+            if new is not child:
+                news[step.key] = new
+    return _rebuilt(node, news) if news else node
+
+
+def _rebuilt(node: Any, news: dict[Any, Any]) -> Any:
+    """Return a node with some of what is in it replaced, all of which was checked before."""
+    if not is_registered(node):
+        return with_children(node, news)
+    new = object.__new__(type(node))
+    for name, value in {**without_memory(node), **news}.items():
+        object.__setattr__(new, name, value)
+    return new
+
+
+def _scaled_lr(lr: Number | Schedule, scale: Number, min_lr: Number) -> Number | Schedule:
+    if isinstance(lr, (int, float, Tensor)):
+        with torch.enable_grad():  # so that it has a history where the learning rate has one
+            return scaled(lr, scale, min_lr)
+    return ScaledSchedule(lr, scale, min_lr)
+
+
+def scaled(lr: Number, scale: Number, min_lr: Number) -> Number:
+    """Return a learning rate times a number, or the bound if it would be lowered beyond that."""
+    given = {"lr": lr, "scale": scale, "min_lr": min_lr}
+    lr, scale, min_lr = read_all(given, _place(*given.values())).values()
+    product = lr * scale
+    return choose(product >= min_lr, product, choose(lr <= min_lr, lr, min_lr))
+
+
+def _place(*numbers: Number) -> torch.device:
+    """Return where to reckon if not on the host: on the GPU if one of the numbers is there."""
+    places = [number.device for number in numbers if isinstance(number, Tensor)]
+    others = [place for place in places if place.type != "cpu"]
+    return next(iter(others or places), torch.device("cpu"))
+
+
+@register_dataclass
+@dataclass(frozen=True)
+class ScaledSchedule:
+    """A schedule whose values are scaled, but not below a bound."""
+
+    schedule: Callable[[Any], Number]
+    scale: Number
+    min_lr: Number
+
+    def __call__(self, step: Any) -> Number:
+        return scaled(self.schedule(step), self.scale, self.min_lr)
