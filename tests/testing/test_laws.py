@@ -6,6 +6,7 @@ import torch
 from funcopt import (
     Accumulate,
     AdamW,
+    Best,
     Clip,
     ClipAdaptive,
     ClipValue,
@@ -15,6 +16,7 @@ from funcopt import (
     LossScale,
     MasterWeights,
     Partition,
+    Plateau,
     SkipNonfinite,
 )
 from funcopt._core.types import ELEMENTWISE, Traits
@@ -55,6 +57,11 @@ SUBJECTS = {
     "Lookahead": Lookahead(AdamW(lr=0.1), every=2),
     "Lookahead, restarting": Lookahead(AdamW(lr=0.1), torch.tensor(2.0), reset_state=True),
     "Lookahead, of an Ema": Lookahead(Ema(AdamW(lr=0.1), 0.5), 2, 0.75, reset_state=True),
+    "Best": Best(AdamW(lr=0.1), patience=2),
+    "Plateau": Plateau(AdamW(lr=0.1)),
+    "Plateau, of a tensor, with schedules": Best(
+        Plateau(AdamW(lr=torch.tensor(0.1)), factor=lambda n: 1 / (n + 2), min_lr=0.01)
+    ),
     "MasterWeights": MasterWeights(AdamW(lr=0.1)),
     "MasterWeights, of a Clip, averaged": Ema(MasterWeights(Clip(AdamW(lr=0.1), 0.5)), 0.75),
     "Compensated": Compensated(AdamW(lr=0.1)),
@@ -194,6 +201,20 @@ def test_an_optimizer_is_held_to_what_it_says_of_leaves_and_elements():
     )
     assert check_law(stacked, SaysTooMuch(lr=0.1)).status == "fails"
     assert check_law(alone, SaysTooMuchOfLeaves(lr=0.1)).status == "fails"
+
+
+class Overflows(Best):
+    """Has a best score that is infinite from the start, and a count that becomes so."""
+
+    def update(self, grads, state, params):
+        moved, state = super().update(grads, state, params)
+        return moved, state._replace(n_worse=torch.full_like(state.n_worse, torch.inf))
+
+
+def test_only_what_is_infinite_at_first_may_be_infinite():
+    verdict = check_law(laws.survives_zero_gradients, Overflows(AdamW()), max_examples=2)
+    assert verdict.status == "fails"
+    assert "state.n_worse: got inf" in verdict.detail
 
 
 def test_without_an_oracle_the_law_of_oracles_does_not_apply():
