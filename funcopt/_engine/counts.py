@@ -1,8 +1,8 @@
-"""The counts of updates in a state, and its key of random bits: single numbers beside the trees."""
+"""Single numbers beside the trees: counts of updates, keys of random bits, and what they hold."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -13,7 +13,7 @@ from .._core import pytree, transforms
 from .._core.tensors import write
 from .._core.types import Number, Tree
 from .hyperparameters import check_count
-from .rule import Setup
+from .rule import Setup, is_read
 
 T = TypeVar("T")
 
@@ -185,3 +185,47 @@ def check_key(setup: Setup, state: Any) -> None:
             f"or replace the key: state._replace(key="
             f"{'torch.tensor(0.0, dtype=torch.float64)' if wanted else '()'})."
         )
+
+
+def kind_of_number(number: Number) -> Any:
+    """Return what of a number may decide who serves."""
+    if not isinstance(number, Tensor):
+        return float
+    return type(number), number.dtype, number.device, number.shape
+
+
+def is_stacked(number: Number) -> bool:
+    """Whether a number differs between the members of stacked leaves."""
+    return isinstance(number, Tensor) and number.ndim > 0
+
+
+def grouped_by_numbers(numbers: list[Any]) -> Iterable[tuple[list[int], Any]]:
+    """Group leaves by the values of their numbers."""
+    read: dict[int, Any] = {}
+    groups: dict[object, tuple[list[int], Any]] = {}
+    for index, own in enumerate(numbers):
+        if id(own) not in read:
+            read[id(own)] = own if is_read(own) else own._make(map(read_if_same, own))
+        values = read[id(own)]
+        key = tuple(number if isinstance(number, float) else id(number) for number in values)
+        groups.setdefault(key, ([], values))[0].append(index)
+    return groups.values()
+
+
+def read_if_same(number: Number) -> Number:
+    """Return a number's value, where reading it is free and the members agree; else the tensor."""
+    if not isinstance(number, Tensor):
+        return number
+    if not transforms.on_host(number) or not transforms.all_plain([number]):
+        return number.detach()
+    if number.numel() > _MANY:  # a comparison by operators takes less time than one in Python
+        number = number.detach()
+        first = number.reshape(-1)[0]
+        return float(first) if bool((number == first).all()) else number
+    values: list[float] = (number if number.ndim == 1 else number.reshape(-1)).tolist()
+    if values and values.count(values[0]) == len(values):
+        return float(values[0])
+    return number.detach()
+
+
+_MANY = 256

@@ -7,7 +7,7 @@ out of place or in place.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple
@@ -19,6 +19,7 @@ from .._core import transforms
 from .._core.tensors import compute_dtype, double, fit, on_one_thread, scaled, write
 from .._core.types import Number
 from . import memory
+from .counts import grouped_by_numbers, is_stacked, kind_of_number, read_if_same
 from .memory import Batch, Layout, layout_of
 from .rule import Kernel, StepInputs, StepOutputs, UpdateRule, is_read
 
@@ -158,18 +159,18 @@ def plan(
         own: Any = numbers
         kinds: tuple[Any, ...] = ()
         if not is_read(numbers):
-            own = numbers._make([n if type(n) is float else _value(n) for n in numbers])
-            if _is_stacked(numbers.key):  # also if all agree: each member counts its own elements
+            own = numbers._make([n if type(n) is float else read_if_same(n) for n in numbers])
+            if is_stacked(numbers.key):  # also if all agree: each member counts its own elements
                 own = own._replace(key=numbers.key.detach())
             # Who serves does not depend on values, but for the one that gradients are scaled by.
-            kinds = tuple([float if type(n) is float else _kind(n) for n in own])
+            kinds = tuple([float if type(n) is float else kind_of_number(n) for n in own])
         key = rule, options, in_place, _is_one(own.grad_scale), kinds
         parts = layout.plans.get(key)
         if parts is None:
             parts = layout.plans[key] = _parts(rule, inputs, own, options, layout, in_place)
         return [(part, own) for part in parts]
     pairs: Plan = []
-    for indices, own in _grouped_by_numbers(numbers):
+    for indices, own in grouped_by_numbers(numbers):
         taken = inputs.take(indices)
         for part in _parts(rule, taken, own, options, layout_of(taken), in_place):
             batches = [batch.among(indices) for batch in part.batches]
@@ -193,7 +194,7 @@ def _parts(
         # Some kernels serve large and small leaves alike, and some rules see whole leaves alone.
         at_once = kernel.step_to is not None or not rule.traits.elementwise
         batches = [Batch(group)] if at_once else several
-        stacked = not is_read(numbers) and any(map(_is_stacked, numbers))
+        stacked = not is_read(numbers) and any(map(is_stacked, numbers))
         at_one_call = at_once and len(layout.groups) == 1 and layout.fast_path_ok
         served = kernel.takes_members if stacked else True
         launcher = None
@@ -202,50 +203,6 @@ def _parts(
         part = Part(batches, kernel, stacked, launcher)
         parts.append(_of_members(part, rule, inputs, numbers, options) if stacked else part)
     return parts
-
-
-def _kind(number: Number) -> Any:
-    """Return what of a number may decide who serves."""
-    if not isinstance(number, Tensor):
-        return float
-    return type(number), number.dtype, number.device, number.shape
-
-
-def _is_stacked(number: Number) -> bool:
-    """Whether a number differs between the members of stacked leaves."""
-    return isinstance(number, Tensor) and number.ndim > 0
-
-
-def _grouped_by_numbers(numbers: list[Any]) -> Iterable[tuple[list[int], Any]]:
-    """Group leaves by the values of their numbers."""
-    read: dict[int, Any] = {}
-    groups: dict[object, tuple[list[int], Any]] = {}
-    for index, own in enumerate(numbers):
-        if id(own) not in read:
-            read[id(own)] = own if is_read(own) else own._make(map(_value, own))
-        values = read[id(own)]
-        key = tuple(number if isinstance(number, float) else id(number) for number in values)
-        groups.setdefault(key, ([], values))[0].append(index)
-    return groups.values()
-
-
-def _value(number: Number) -> Number:
-    """Return a number's value, where reading it is free and the members agree; else the tensor."""
-    if not isinstance(number, Tensor):
-        return number
-    if not transforms.on_host(number) or not transforms.all_plain([number]):
-        return number.detach()
-    if number.numel() > _MANY:  # a comparison by operators takes less time than one in Python
-        number = number.detach()
-        first = number.reshape(-1)[0]
-        return float(first) if bool((number == first).all()) else number
-    values: list[float] = (number if number.ndim == 1 else number.reshape(-1)).tolist()
-    if values and values.count(values[0]) == len(values):
-        return float(values[0])
-    return number.detach()
-
-
-_MANY = 256
 
 
 _SIXTEEN_BITS = frozenset((torch.bfloat16, torch.float16))
@@ -298,7 +255,7 @@ def _of_members(
     if options.kernel != "auto" or part.kernel.takes_members:
         return part
     # Along each dimension in which numbers differ, all have its size, or 1.
-    shapes = [number.shape for number in numbers if _is_stacked(number)]
+    shapes = [number.shape for number in numbers if is_stacked(number)]
     members = math.prod(map(max, zip(*shapes, strict=True)))
     elements = sum(inputs.params[index].numel() for index in indices)
     small = members > 1 and elements < _WORTH_A_CALL * members * len(indices)

@@ -47,24 +47,13 @@ def update_stacked(
         ValueError: As an update does, or if a number or a leaf is not one for each member.
     """
     rule: UpdateRule | None = getattr(opt, "rule", None)
-    if rule is None or not own_traits(opt).by_rule or not rule.traits.elementwise:
+    count: Any = getattr(state, "step", ())
+    key: Any = getattr(state, "key", ())
+    if rule is None or not _is_served(opt, rule, state, active):
         return None
     setup = rule.setup_of(opt)
-    if transforms.transformed() or transforms.observed() or setup.options.differentiable:
-        return None
-    check_state(state, rule.state)
-    count, key = state.step, getattr(state, "key", ())
-    if not _is_plain(count):  # of each leaf, say
-        return None
-    if active is not None and active.shape != count.shape:
-        raise ValueError(
-            f"active has shape {tuple(active.shape)} for {len(count)} members: must have shape "
-            f"({len(count)},), one bool for each."
-        )
-    if active is not None and transforms.on_host(active):
-        if not bool(active.any()):
-            return None
-        active = None if bool(active.all()) else active
+    if active is not None and transforms.on_host(active) and bool(active.all()):
+        active = None
     stack = _recalled(opt, rule, setup, grads, state, params)
     if stack is None or (in_place and not _are_apart(stack, count)):
         stack = _gathered(opt, rule, grads, state, params, in_place=in_place)
@@ -81,6 +70,30 @@ def update_stacked(
         new_params, *slots = stack.rebuild(dispatch.run(inputs, plan, setup.options, layout))
         own_key = key.clone() if isinstance(key, Tensor) else key
         return new_params, rule.state_of(setup, [_moved(count, numbers), *slots], own_key)
+
+
+def _is_served(opt: Any, rule: UpdateRule, state: Any, active: Tensor | None) -> bool:
+    """Whether all members can take one step, and nobody follows it; where nobody moves, not."""
+    if (
+        not own_traits(opt).by_rule
+        or not rule.traits.elementwise
+        or transforms.transformed()
+        or transforms.observed()
+        or rule.setup_of(opt).options.differentiable
+    ):
+        return False
+    check_state(state, rule.state)
+    count = state.step
+    if not _is_plain(count):  # of each leaf, say
+        return False
+    if active is None:
+        return True
+    if active.shape != count.shape:
+        raise ValueError(
+            f"active has shape {tuple(active.shape)} for {len(count)} members: must have shape "
+            f"({len(count)},), one bool for each."
+        )
+    return not transforms.on_host(active) or bool(active.any())
 
 
 class _Stack(NamedTuple):
@@ -195,10 +208,13 @@ _MANY = 256
 def _hyperparams(rule: UpdateRule, opt: Any, count: Tensor) -> list[Any] | None:
     """Return what the hyperparameters of the members are. Tensors are checked if they changed."""
     known = vars(opt).get("_checked")
-    if known is not None and known[0] == len(count):
-        if all(tensor._version == version for tensor, version in known[1]):
-            found: list[Any] = known[2]
-            return found
+    if (
+        known is not None
+        and known[0] == len(count)
+        and all(tensor._version == version for tensor, version in known[1])
+    ):
+        found: list[Any] = known[2]
+        return found
     numbers: list[Any] = []
     for own, given in zip(rule.hyperparams, rule.hyperparams_of(opt), strict=True):
         number = given

@@ -38,10 +38,10 @@ class Members:
     $$ \theta_i', s_i' = \mathrm{update}_i(g_i, s_i, \theta_i), $$
 
     which is what `torch.func.vmap(opt.update)` makes of them, to the bit. Where the inner optimizer
-    is made by an elementwise rule (`AdamW`, `Adam`, `SGD`, `Lion`), all members take one step of a
-    kernel, without a vmap: for small members, vmap takes longer than the step. All else is mapped
-    over by vmap: so each member has its own gradient norm beneath `Clip`, its own count beneath
-    `Accumulate`. `update_` is there for every one of them.
+    moves each element by itself and is no wrapper, all members take one step of a kernel, without a
+    vmap: for small members, vmap takes longer than the step. All else is mapped over by vmap: so
+    each member has its own gradient norm beneath `Clip`, its own count beneath `Accumulate`.
+    `update_` is there for every one of them.
 
     `active=` and `value=` have one for each member, or one for all: in place, the memory of a
     member that is not active is not touched.
