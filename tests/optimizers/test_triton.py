@@ -471,6 +471,27 @@ def test_numbers_may_differ_between_members(where, name, dtype, launches):
 
 
 @on_any_device
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_member_that_is_not_active_keeps_every_bit(where, dtype, in_place):
+    leaves = make_leaves([(3,), (3, 7), (3, 1500)], where, dtype)
+    active = torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64, device=where)
+    before = [[leaf.clone() for leaf in column] for column in leaves.targets.columns]
+    expected = fresh_step(TRITON, leaves, NUMBERS, PLAIN)
+    moved = (
+        leaves.targets
+        if in_place
+        else fresh_step(TRITON, leaves, NUMBERS._replace(active=active), PLAIN)
+    )
+    if in_place:
+        TRITON.step_(leaves, NUMBERS._replace(active=active), PLAIN)
+    for news, alls, olds in zip(moved.columns, expected.columns, before, strict=True):
+        for new, all_moved, old in zip(news, alls, olds, strict=True):
+            assert_same_bits(new[1], old[1])
+            assert_same_bits(new[::2], all_moved[::2])
+
+
+@on_any_device
 @pytest.mark.parametrize("name", ["all of their own", "crossed"])
 def test_numbers_from_elsewhere_are_told_by_value(where, name, monkeypatch):
     real, sent = triton_arguments._value, triton_arguments.sent

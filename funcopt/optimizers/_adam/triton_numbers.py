@@ -69,6 +69,15 @@ def number(word, kinds, INDEX: tl.constexpr, member):
 
 
 @jit
+def moves_of(applies, active, kinds, member):
+    """Whether the step is made, and by this member."""
+    moves = number(active, kinds, 7, member) != 0.0
+    if applies != 0:
+        moves &= tl.load(applies.to(tl.pointer_type(tl.int8))) != 0
+    return moves
+
+
+@jit
 def one_minus_power(beta, step):
     """Return 1 - beta**step to the last digits, also where the power is nearly 1.
 

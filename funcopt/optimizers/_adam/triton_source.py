@@ -29,7 +29,7 @@ try:
 except ImportError:  # pragma: no cover
     triton = None
 
-from .triton_numbers import jit, number, numbers_of
+from .triton_numbers import jit, moves_of, number, numbers_of
 from .triton_round import rounded
 
 
@@ -135,11 +135,7 @@ def step_kernel(
     done = table + (3 + TENSORS) * leaves
     leaf_id = tl.load(done + 1 + leaf) if STOCHASTIC else 0
     chance = (number(key, kinds, 6, member).to(tl.int64), leaf_id, updates.to(tl.int64), begin)
-    made = True
-    if CONDITIONAL:
-        made = number(active, kinds, 7, member) != 0.0
-        if applies != 0:
-            made &= tl.load(applies.to(tl.pointer_type(tl.int8))) != 0
+    made = moves_of(applies, active, kinds, member) if CONDITIONAL else True
     if made:
         given = (olds, news, numbers, chance, size, aligned)
         _move_all(given, DTYPE, SLOT_DTYPE, AMSGRAD, MAXIMIZE, STOCHASTIC, BLOCK)
