@@ -131,19 +131,19 @@ static int take_addresses(PyObject *given, Job *job, char **addresses)
     return 0;
 }
 
-/* Take one number, or one for each member, into every so many doubles. */
-static int take_values(PyObject *given, int64_t members, int64_t stride, double *values)
+/* Take one number, or one for each row, into every so many doubles. */
+static int take_values(PyObject *given, int64_t rows, int64_t stride, double *values)
 {
     if (PyFloat_Check(given)) {
-        for (int64_t member = 0; member < members; member++)
-            values[member * stride] = PyFloat_AsDouble(given);
+        for (int64_t row = 0; row < rows; row++)
+            values[row * stride] = PyFloat_AsDouble(given);
         return 0;
     }
     char *address;
-    if (take_address(given, sizeof(double), members, &address) < 0)
+    if (take_address(given, sizeof(double), rows, &address) < 0)
         return -1;
-    for (int64_t member = 0; member < members; member++)
-        values[member * stride] = ((const double *)address)[member];
+    for (int64_t row = 0; row < rows; row++)
+        values[row * stride] = ((const double *)address)[row];
     return 0;
 }
 
@@ -163,15 +163,15 @@ static int take_numbers(PyObject *given, Job *job, double *numbers, double *coef
         return -1;
     }
     for (int64_t i = 0; i < wanted; i++)
-        if (take_values(PyTuple_GetItem(given, i), job->members, wanted, &numbers[i]) < 0)
+        if (take_values(PyTuple_GetItem(given, i), rows_of(job), wanted, &numbers[i]) < 0)
             return -1;
     Corrections last = {0}; /* of a count of 0, which no update has */
-    for (int64_t member = 0; member < job->members; member++) {
-        const double *own = numbers + member * wanted;
-        rules[job->rule].set(job, own, coefficients + member * COEFFICIENTS, &last);
-        coefficients[member * COEFFICIENTS + ACTIVE] = own[wanted - 2];
-        keys[2 * member] = whole_number(own[wanted - 3]);
-        keys[2 * member + 1] = whole_number(own[0]);
+    for (int64_t row = 0; row < rows_of(job); row++) {
+        const double *own = numbers + row * wanted;
+        rules[job->rule].set(job, own, coefficients + row * COEFFICIENTS, &last);
+        coefficients[row * COEFFICIENTS + ACTIVE] = own[wanted - 2];
+        keys[2 * row] = whole_number(own[wanted - 3]);
+        keys[2 * row + 1] = whole_number(own[0]);
     }
     job->coefficients = coefficients;
     job->keys = keys;
@@ -192,7 +192,7 @@ static int take_kind(PyObject *const *given, Job *job, int64_t *threads)
                     rules[rule].most_olds + is_compensated, &columns) < 0 ||
         take_number(given[5], "maximize", 0, 1, &maximize) < 0 ||
         take_number(given[6], "nesterov", 0, 1, &nesterov) < 0 ||
-        take_number(given[7], "members", 1, MOST_MEMBERS, &job->members) < 0 ||
+        take_number(given[7], "members", 0, MOST_MEMBERS, &job->members) < 0 ||
         take_number(given[8], "threads", 1, INT64_MAX, threads) < 0)
         return -1;
     if ((dtype == FLOAT64) != (slot_dtype == FLOAT64) || (is_compensated && items[dtype] != 2)) {
@@ -200,6 +200,8 @@ static int take_kind(PyObject *const *given, Job *job, int64_t *threads)
                                           "compensation must have 16 bits.");
         return -1;
     }
+    job->per_leaf = job->members == 0;
+    job->members += job->per_leaf;
     job->rule = (int)rule;
     job->rounding = (int)rounding;
     job->old_columns = (int)columns;
@@ -224,17 +226,17 @@ static int take_kind(PyObject *const *given, Job *job, int64_t *threads)
 static PyObject *run_job(PyObject *const *given, Job *job, int64_t threads)
 {
     const size_t columns = (size_t)(job->old_columns + job->new_columns);
-    const size_t leaves = (size_t)job->leaves, members = (size_t)job->members;
-    const size_t numbers = members * (size_t)rules[job->rule].numbers;
+    const size_t leaves = (size_t)job->leaves, rows = (size_t)rows_of(job);
+    const size_t numbers = rows * (size_t)rules[job->rule].numbers;
     const size_t bytes = leaves * (columns * sizeof(char *) + 2 * sizeof(int64_t)) +
-                         (members * (COEFFICIENTS + 2) + numbers) * sizeof(double);
+                         (rows * (COEFFICIENTS + 2) + numbers) * sizeof(double);
     char *memory = PyMem_Malloc(bytes);
     if (memory == NULL)
         return PyErr_NoMemory();
     double *coefficients = (double *)memory;
-    double *values = coefficients + members * COEFFICIENTS;
+    double *values = coefficients + rows * COEFFICIENTS;
     uint64_t *keys = (uint64_t *)(values + numbers);
-    int64_t *sizes = (int64_t *)(keys + 2 * members);
+    int64_t *sizes = (int64_t *)(keys + 2 * rows);
     int64_t *ids = sizes + leaves;
     char **addresses = (char **)(ids + leaves);
 
@@ -265,7 +267,8 @@ PyDoc_STRVAR(step_doc,
              "of what is written, unless that is the same. `numbers` are the count of updates, the\n"
              "hyperparameters of the rule, the key of random bits, 0 for a member that stays as it\n"
              "is, and the scale of the gradients: each a float, or the address of a double for each\n"
-             "member. Nothing is read or written if any of it cannot be.\n\n"
+             "member, or for each leaf if `members` is 0. Nothing is read or written if any of it\n"
+             "cannot be.\n\n"
              "Memory must not overlap but where it is the same, and must hold so many elements.");
 
 static PyObject *step(PyObject *module, PyObject *const *given, Py_ssize_t count)

@@ -70,14 +70,27 @@ typedef struct {
     int64_t items[MOST_OLDS]; /* bytes of an element of each */
     int is_wide; /* whether every column is in the dtype that is computed in */
     int shorts; /* which columns are in bfloat16, of steps that have a loop for it */
+    int64_t per_leaf; /* whether numbers are those of leaves, and not of members */
     int64_t leaves, members, total; /* total: elements of all leaves */
     int streams; /* whether results are written past the cache */
     const int64_t *sizes; /* elements of each leaf, all members together */
     const int64_t *ids; /* which leaf of the whole tree each is */
     char *const *addresses; /* column by column: those before the step, then those after it */
-    const double *coefficients; /* for each member */
+    const double *coefficients; /* for each member, or each leaf */
     const uint64_t *keys; /* for each member, and behind it the count of updates: of random bits */
 } Job;
+
+/* Return how many rows of numbers there are: one for each member, or each leaf. */
+INLINE int64_t rows_of(const Job *job)
+{
+    return job->per_leaf ? job->leaves : job->members;
+}
+
+/* Return the coefficients of a member of a leaf. */
+INLINE const double *own_of(const Job *job, int64_t leaf, int64_t member)
+{
+    return job->coefficients + (job->per_leaf ? leaf : member) * COEFFICIENTS;
+}
 
 /* Return which column before the step a column after it takes the place of. */
 INLINE int old_of(int new_column)

@@ -172,7 +172,7 @@ static void run(const Job *job, int64_t first, int64_t last)
         while (begin < end) {
             const int64_t member = begin / own, next = (member + 1) * own;
             const int64_t stop = next < end ? next : end;
-            if (job->coefficients[member * COEFFICIENTS + ACTIVE] != 0.0)
+            if (own_of(job, leaf, member)[ACTIVE] != 0.0)
                 range(job, leaf, begin, stop, member);
             else
                 keep(job, leaf, begin, stop);

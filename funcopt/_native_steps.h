@@ -172,7 +172,7 @@ static void NAME(staged)(const Job *job, int64_t leaf, int64_t begin, int64_t en
     REAL loaded[MOST_OLDS][BLOCK], computed[MOST_NEWS][BLOCK];
     const REAL *olds[MOST_OLDS];
     REAL *news[MOST_NEWS];
-    const double *own = job->coefficients + member * COEFFICIENTS;
+    const double *own = own_of(job, leaf, member);
     const int64_t first = member * (job->sizes[leaf] / job->members);
     const int lost = job->rounding == COMPENSATED ? job->new_columns - 1 : 0;
     for (int64_t at = begin, count; at < end; at += count) {
@@ -253,7 +253,7 @@ static void NAME(moved_by_chance)(const Job *job, int64_t leaf, int64_t begin, i
     const REAL *olds[MOST_OLDS];
     REAL *news[MOST_NEWS];
     Keys keys;
-    const double *own = job->coefficients + member * COEFFICIENTS;
+    const double *own = own_of(job, leaf, member);
     const int64_t first = member * (job->sizes[leaf] / job->members);
     own_random->block = (begin - first) / BLOCK;
     next->block = own_random->block + 1;
@@ -293,7 +293,7 @@ static void NAME(moved_by_chance)(const Job *job, int64_t leaf, int64_t begin, i
 /* Move the elements of one leaf from `begin` to `end`, which are of one member. */
 static void NAME(range)(const Job *job, int64_t leaf, int64_t begin, int64_t end, int64_t member)
 {
-    const double *own = job->coefficients + member * COEFFICIENTS;
+    const double *own = own_of(job, leaf, member);
     const int shorts = HAS_SHORTS && own[ROUNDED_FACTOR] == 1.0 ? job->shorts : 0;
     const int64_t count = job->is_wide || shorts ? (end - begin) / WIDTH * WIDTH : 0;
     const REAL *olds[MOST_OLDS];

@@ -60,6 +60,7 @@ FLOORS = [
     "_engine.captured",
     "_engine.checks",
     "_engine.prepare",
+    "_engine.per_leaf",
     "_engine.update",
     "_engine.compensated",
     "_engine.recorded",

@@ -22,10 +22,13 @@ A bare tensor is a tree of one leaf. No type checker can spell this, so it is an
 """
 
 Number: TypeAlias = float | Tensor
-"""A Python number or a 0-dim tensor. Beneath a vmap, a tensor also has dimensions of members."""
+"""A Python number or a 0-dim tensor; beneath a vmap, with dimensions of members."""
 
 Schedule: TypeAlias = Callable[[Tensor], Number]
 """A pure function from the count of updates made so far (a 0-dim tensor) to a hyperparameter."""
+
+NumberTree: TypeAlias = dict[Any, Any] | list[Any] | tuple[Any, ...]
+"""A tree of hyperparameters, one for each leaf of the parameters, or for all below a node of it."""
 
 ParamsT = TypeVar("ParamsT")
 StateT = TypeVar("StateT")
@@ -34,8 +37,7 @@ StateT = TypeVar("StateT")
 class Extras(TypedDict, total=False):
     """What `update` and `update_` of every optimizer here may be told besides the three trees.
 
-    The outermost optimizer takes them, and none within it needs to hand them on: so they reach
-    every depth, through wrappers of any kind.
+    The outermost optimizer takes them: none within has to hand them on, and they reach every depth.
 
     Attributes:
         active: Whether the update is made at all: a bool, or a bool tensor of shape (), which under
@@ -43,9 +45,8 @@ class Extras(TypedDict, total=False):
             what they were before, to the bit, whatever the gradients are. So a member that has
             stopped, or an adapter that is not due, stands still. Default: True.
         value: A score of the parameters that are given, such as a validation loss: a number, or a
-            floating-point tensor of shape (), which under vmap may be one for each member. `Best`
-            and `Plateau` go by it, and nobody else looks at it. No derivative flows through it.
-            Default: None, which tells them nothing this time.
+            floating-point tensor of shape (), likewise. `Best` and `Plateau` go by it, and nobody
+            else. No derivative flows through it. Default: None, which tells them nothing this time.
 
     Example:
         >>> import torch, funcopt
@@ -65,9 +66,8 @@ class Optimizer(Protocol[StateT]):
 
     There is no base class to inherit from: whatever has these methods is an optimizer, and a
     wrapper around one (gradient clipping, say) is a value with the same three methods. What holds
-    of the methods of all of them is said here; a class says what is special about its own.
-
-    What may be done with its leaves, a class says in its attribute `traits`: see `Traits`.
+    of the methods of all of them is said here; a class says what is special about its own. What may
+    be done with its leaves, it says in its attribute `traits`: see `Traits`.
 
     Example:
         >>> import funcopt
@@ -79,14 +79,13 @@ class Optimizer(Protocol[StateT]):
         """Return the state before the first update. Never touches `params`.
 
         Args:
-            params: The parameters: any tree of dense floating-point or complex tensors, of which no
-                two share memory. Those that `Frozen` leaves at rest may be anything.
+            params: The parameters: any tree of dense floating-point or complex tensors that share
+                no memory. Those that `Frozen` leaves at rest may be anything.
 
         Raises:
             TypeError: If a leaf is anything else.
             ValueError: If two leaves share their memory.
         """
-        ...
 
     def update(self, grads: Tree, state: StateT, params: ParamsT) -> tuple[ParamsT, StateT]:
         """Return the new parameters and the new state, in fresh memory. The inputs are not changed.
@@ -274,7 +273,7 @@ def own_traits(opt: object) -> Traits:
         # Its random bits go by the place of an element in its leaf, and of the leaf in the tree.
         known = {name: getattr(traits, name) for name in ("leafwise", "linear", "by_rule")}
         return Traits(**known, tells_leaves_apart=True, small_steps_add_up=True)
-    if getattr(opt, "step_per_leaf", False):
+    if getattr(opt, "step_per_leaf", False) or has_trees(opt):
         return dataclasses.replace(traits, tells_leaves_apart=True)
     return traits
 
@@ -295,6 +294,17 @@ def traits_of(opt: object) -> Traits:
         values = [getattr(traits, name) for traits in said]
         whole[name] = True in values if name in _WARNINGS else False not in values
     return Traits(**whole)
+
+
+TREES = (dict, list, tuple)  # as in `NumberTree`
+
+
+def has_trees(opt: object) -> bool:
+    """Whether a hyperparameter is a tree, which mostly was found out before."""
+    if (trees := getattr(vars(opt).get("_setup"), "trees", None)) is not None:
+        return bool(trees)
+    hyperparams = getattr(getattr(opt, "rule", None), "hyperparams", ())
+    return any(isinstance(own.of(opt), TREES) for own in hyperparams)
 
 
 _NAMES = tuple(field.name for field in fields(Traits))

@@ -19,8 +19,9 @@ from .._core import pytree, transforms
 from .._core.types import Tree, own_traits
 from .counts import next_key
 from .memory import layout_of
+from .prepare import have_history
 from .rule import Slot, StepInputs, UpdateRule
-from .update import _find_routine, _have_history
+from .update import _find_routine
 
 _SIXTEEN_BITS = frozenset((torch.bfloat16, torch.float16))
 
@@ -78,7 +79,7 @@ def update_compensated(
         return None
     (numbers,) = routine.numbers(rule, opt)
     kernel = rule.kernel("native")
-    if _have_history(numbers) or any(
+    if have_history(numbers) or any(
         kernel.unsupported_reason(device, numbers) for device in routine.layout.devices
     ):
         return None

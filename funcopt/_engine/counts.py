@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -40,8 +41,8 @@ class Counts(NamedTuple):
         return [self.tensors[index] for index in moving], [after[index] for index in moving]
 
     def of_leaves(self, values: list[T]) -> T | list[T]:
-        """Return of one value for each of those counts one for all leaves, or one for each leaf."""
-        return values[0] if not self.per_leaf or len(set(map(id, values))) == 1 else values
+        """Return of one value for all, or one for each leaf, one if they are the same."""
+        return values[0] if len(set(map(id, values))) == 1 else values
 
     def after(self, moving: list[int], watched: bool) -> list[Number]:
         """Return the counts after an update of these leaves; those of other leaves stand still.
@@ -99,6 +100,25 @@ def value_of(count: Tensor) -> Number:
         and not count.requires_grad
     )
     return float(count.item()) if readable else count
+
+
+class PerLeaf:
+    """A number for each leaf, all of them read: among the numbers of a step in place of one."""
+
+    def __init__(self, values: Iterable[float]) -> None:
+        """Keep the values where a kernel can read them."""
+        self.values = array("d", values)
+        self.address, _ = self.values.buffer_info()
+
+    def take(self, indices: Sequence[int]) -> PerLeaf:
+        """Return the numbers of the leaves at these indices."""
+        return PerLeaf([self.values[index] for index in indices])
+
+
+def each_leaf(numbers: Any, count: int) -> list[Any]:
+    """Return the numbers of each of so many leaves."""
+    rows = [[n.values[i] if isinstance(n, PerLeaf) else n for n in numbers] for i in range(count)]
+    return [numbers._make(row) for row in rows]
 
 
 def is_plain_count(count: Any) -> bool:
@@ -190,7 +210,7 @@ def check_key(setup: Setup, state: Any) -> None:
 def kind_of_number(number: Number) -> Any:
     """Return what of a number may decide who serves."""
     if not isinstance(number, Tensor):
-        return float
+        return type(number)
     return type(number), number.dtype, number.device, number.shape
 
 

@@ -19,7 +19,7 @@ from .._core import transforms
 from .._core.tensors import compute_dtype, double, fit, on_one_thread, scaled, write
 from .._core.types import Number
 from . import memory
-from .counts import grouped_by_numbers, is_stacked, kind_of_number, read_if_same
+from .counts import PerLeaf, each_leaf, grouped_by_numbers, is_stacked, kind_of_number, read_if_same
 from .memory import Batch, Layout, layout_of
 from .rule import Kernel, StepInputs, StepOutputs, UpdateRule, is_read
 
@@ -168,13 +168,17 @@ def plan(
         parts = layout.plans.get(key)
         if parts is None:
             parts = layout.plans[key] = _parts(rule, inputs, own, options, layout, in_place)
-        return [(part, own) for part in parts]
+        if PerLeaf not in kinds:
+            return [(part, own) for part in parts]
+        if all(part.launcher is not None and part.kernel.takes_leaves for part in parts):
+            return [(part, own) for part in parts]
+        numbers = each_leaf(own, len(inputs.params))
     pairs: Plan = []
     for indices, own in grouped_by_numbers(numbers):
         taken = inputs.take(indices)
         for part in _parts(rule, taken, own, options, layout_of(taken), in_place):
             batches = [batch.among(indices) for batch in part.batches]
-            pairs.append((part._replace(batches=batches), own))
+            pairs.append((part._replace(batches=batches, launcher=None), own))
     return pairs
 
 

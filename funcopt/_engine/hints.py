@@ -20,8 +20,13 @@ def hint_for(name: str, value: object, owner: str) -> str:
         if all(isinstance(part, Mapping) and "params" in part for part in parts):
             return _GROUPS.format("options")
     if owner and isinstance(value, (Mapping, Sequence, Iterator, torch.nn.Module)):
-        return f" Parameters are given to init(): opt = {owner}(); state = opt.init(params)."
+        return to_init(owner)
     return ""
+
+
+def to_init(owner: str) -> str:
+    """Return where parameters go that were given to a class."""
+    return f" Parameters are given to init(): opt = {owner}(); state = opt.init(params)."
 
 
 _GROUPS = (

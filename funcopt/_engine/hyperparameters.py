@@ -18,8 +18,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._core import transforms
-from .._core.types import Hyperparam, Number, Range, Schedule, Tree, is_dense, kind_of, shown_layout
+from .._core import pytree, transforms
+from .._core.types import (
+    TREES,
+    Hyperparam,
+    Number,
+    Range,
+    Schedule,
+    Tree,
+    is_dense,
+    kind_of,
+    shown_layout,
+)
 from .rule import UpdateRule
 
 
@@ -38,31 +48,6 @@ def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
     """
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name}={value!r}: must be one of {', '.join(choices)}.")
-
-
-_MOMENTS = (torch.bfloat16, torch.float16, torch.float32)
-
-
-def check_moments(moments: object) -> None:
-    """Refuse what is no dtype that moments can be kept in, nor says which one that is."""
-    if moments in ("auto", None) or moments in _MOMENTS:
-        return
-    kinds = ", ".join(map(str, _MOMENTS))
-    raise ValueError(
-        f"moments={moments!r}: must be 'auto' (float32 beside 16-bit parameters, else the "
-        f"parameter's dtype), None (the parameter's dtype), or one of {kinds}."
-    )
-
-
-ROUNDINGS = ("nearest", "stochastic")
-SEED = Hyperparam(
-    "seed",
-    Range(
-        "must be a whole number of at least 0 and below 2**53",
-        lambda value: 0.0 <= value < 2.0**53 and value == int(value),
-        whole=True,
-    ),
-)
 
 
 def check_flag(name: str, value: object) -> None:
@@ -103,18 +88,45 @@ def normalize(
     )
 
 
-def normalize_fields(opt: object, hyperparams: Iterable[Hyperparam]) -> None:
+def normalize_fields(
+    opt: object, hyperparams: Iterable[Hyperparam], *, trees: bool = False
+) -> None:
     """Let these hyperparameters of a frozen dataclass be as `normalize` keeps them, schedules too.
 
-    Whole numbers, which have no fraction by their range, are shown as such.
+    Whole numbers, which have no fraction by their range, are shown as such. Trees of numbers, one
+    for each leaf of the parameters, are for the optimizers that have a rule.
     """
     dataclass: Any = opt
     first = dataclasses.fields(dataclass)[0].name
     for own in hyperparams:
         owner = type(opt).__name__ if own.path == first else ""
-        kept = normalize(own, own.of(opt), schedule=True, owner=owner)
+        given = own.of(opt)
+        if trees and isinstance(given, TREES):
+            own.put(opt, _normalize_tree(own, given, owner))
+            continue
+        kept = normalize(own, given, schedule=True, owner=owner)
         whole = own.range.whole and isinstance(kept, float) and kept < math.inf
         own.put(opt, int(kept) if whole else kept)
+
+
+def _normalize_tree(own: Hyperparam, tree: Tree, owner: str) -> Tree:
+    """Return a tree of numbers, of which each is as `normalize` keeps it."""
+    leaves, structure = pytree.flatten_above(tree, callable)
+    groups = any(isinstance(part, dict) and "params" in part for part in tree)
+    if not leaves or groups or any(isinstance(leaf, torch.nn.Parameter) for leaf in leaves):
+        normalize(own, tree, schedule=True, owner=owner)  # which says where parameters go
+    kept = []
+    for index, leaf in enumerate(leaves):
+        path = pytree.path(structure, own.path, index)
+        try:
+            kept.append(normalize(own._replace(field=path), leaf, schedule=True))
+        except ValueError as error:
+            if owner and isinstance(leaf, Tensor) and leaf.ndim > 0:  # a weight, perhaps
+                from .hints import to_init  # noqa: PLC0415  # likewise
+
+                raise ValueError(f"{error}{to_init(owner)}") from None
+            raise
+    return pytree.unflatten(structure, kept)
 
 
 def _check_schedule(name: str, value: Callable[..., Any]) -> None:
@@ -310,7 +322,7 @@ def numbers_at(
         rule.numbers(
             detached(new),
             *(
-                n if isinstance(n, (float, Tensor)) else _from_schedule(own, n, old)
+                n if isinstance(n, (float, Tensor, *TREES)) else _from_schedule(own, n, old)
                 for own, n in pairs
             ),
             key,

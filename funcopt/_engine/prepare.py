@@ -16,6 +16,7 @@ from .._core.types import Number, Tree
 from .checks import check_alike, check_distinct, check_leaves, check_state, sharding
 from .counts import (
     Counts,
+    PerLeaf,
     check_key,
     device_for_count,
     first_count,
@@ -24,7 +25,7 @@ from .counts import (
     key_of,
 )
 from .memory import Layout, known, known_flat, layout_of
-from .rule import Setup, Slot, StepInputs, StepOutputs, UpdateRule, slot_dtype
+from .rule import Setup, Slot, StepInputs, StepOutputs, UpdateRule, is_read, slot_dtype
 
 T = TypeVar("T")
 
@@ -287,6 +288,27 @@ def _check(
         path = partial(pytree.path, structure, f"state.{slot.name}")
         dtype_of = partial(slot_dtype, slot, setup.options.moments)
         check_alike(paired.leaves, params.leaves, path, "a moment", dtype_of)
+
+
+def is_followed(prepared: Prepared, options: Any, numbers: list[Any]) -> bool:
+    """Whether more than the results may be asked of a step, so that kernels scale nothing."""
+    return (
+        prepared.watched
+        or options.differentiable is True
+        or prepared.layout is None
+        or not prepared.layout.fast_path_ok
+        or any(map(have_history, numbers))
+    )
+
+
+def have_history(numbers: Any) -> bool:
+    """Whether a derivative of the step may be asked for by way of its numbers."""
+    return not is_read(numbers) and any(
+        transforms.has_derivative(number)
+        if isinstance(number, Tensor)
+        else not isinstance(number, (float, PerLeaf))  # a tree that was not read
+        for number in numbers
+    )
 
 
 def multiplied(grads: Tree, grad_scale: Tensor) -> Tree:

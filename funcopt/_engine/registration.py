@@ -11,14 +11,20 @@ import torch
 from torch import Tensor
 
 from .._core import pytree, transforms
-from .._core.types import Tree, at_rest, leaves_at_rest, optimizers_in, own_traits, remember_traits
+from .._core.types import (
+    Hyperparam,
+    Range,
+    Tree,
+    at_rest,
+    leaves_at_rest,
+    optimizers_in,
+    own_traits,
+    remember_traits,
+)
 from .checks import sharding
 from .hyperparameters import (
-    ROUNDINGS,
-    SEED,
     check_choice,
     check_flag,
-    check_moments,
     normalize_fields,
 )
 from .rule import UpdateRule
@@ -59,7 +65,7 @@ def without_memory(opt: Any) -> dict[str, Any]:
     return {name: value for name, value in vars(opt).items() if name not in _REMEMBERED}
 
 
-_REMEMBERED = frozenset(("_setup", "_checked"))
+_REMEMBERED = frozenset(("_setup", "_checked", "_read"))
 
 
 def _checking_order(init: Callable[..., None]) -> Callable[..., None]:
@@ -88,6 +94,31 @@ def _checking_order(init: Callable[..., None]) -> Callable[..., None]:
     return checked
 
 
+_MOMENTS = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def _check_moments(moments: object) -> None:
+    """Refuse what is no dtype that moments can be kept in, nor says which one that is."""
+    if moments in ("auto", None) or moments in _MOMENTS:
+        return
+    kinds = ", ".join(map(str, _MOMENTS))
+    raise ValueError(
+        f"moments={moments!r}: must be 'auto' (float32 beside 16-bit parameters, else the "
+        f"parameter's dtype), None (the parameter's dtype), or one of {kinds}."
+    )
+
+
+_ROUNDINGS = ("nearest", "stochastic")
+_SEED = Hyperparam(
+    "seed",
+    Range(
+        "must be a whole number of at least 0 and below 2**53",
+        lambda value: 0.0 <= value < 2.0**53 and value == int(value),
+        whole=True,
+    ),
+)
+
+
 def check_fields(opt: Any) -> None:
     """Check and normalize the fields of an optimizer that has a `rule`: for its `__post_init__`.
 
@@ -100,7 +131,7 @@ def check_fields(opt: Any) -> None:
         field, index = own.place
         if index == 0:
             _check_group(opt, field, sum(field == other.place[0] for other in rule.hyperparams))
-    normalize_fields(opt, rule.hyperparams)
+    normalize_fields(opt, rule.hyperparams, trees=True)
     defaults = {field.name: field.default for field in dataclasses.fields(opt)}
     for name, default in defaults.items():
         if isinstance(default, bool) and name in (*rule.options, "step_per_leaf"):
@@ -110,10 +141,10 @@ def check_fields(opt: Any) -> None:
     if "kernel" in defaults:
         check_choice("kernel", opt.kernel, rule.kernel_names)
     if "moments" in defaults:
-        check_moments(opt.moments)
+        _check_moments(opt.moments)
     if "rounding" in defaults:
-        check_choice("rounding", opt.rounding, ROUNDINGS)
-        normalize_fields(opt, (SEED,))
+        check_choice("rounding", opt.rounding, _ROUNDINGS)
+        normalize_fields(opt, (_SEED,))
     object.__setattr__(opt, "_setup", rule.set_up(opt))
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .._core import transforms
 from .._core.tensors import compute_dtype
-from .._core.types import Hyperparam, Traits
+from .._core.types import TREES, Hyperparam, Traits
 
 Equations: TypeAlias = Callable[[Tensor, Tensor, tuple[Tensor, ...], Any, Any], Sequence[Tensor]]
 """`equations(param, grad, slots, numbers, options)` gives the new parameter and the new slots."""
@@ -153,6 +153,7 @@ class Kernel(NamedTuple):
             Such a kernel is given all leaves of a dtype and device at once.
         scales_gradients: Whether it multiplies gradients by `numbers.grad_scale` on its way.
         takes_members: Whether numbers may differ between the members of stacked leaves.
+        takes_leaves: Whether numbers may be `PerLeaf`.
         launcher: `launcher(inputs, options)` returns what makes steps of leaves of these sizes, and
             knows all that is the same in each. Its `step(inputs, outputs, numbers, new_count=None,
             applies=None, addresses=None)` writes into the outputs, which may be the inputs'
@@ -171,6 +172,7 @@ class Kernel(NamedTuple):
     step_to: Callable[[StepInputs, StepOutputs, Any, Any], None] | None = None
     scales_gradients: bool = False
     takes_members: bool = False
+    takes_leaves: bool = False
     launcher: Callable[[StepInputs, Any], Any] | None = None
     counts_on_device: bool = False
     serves_dtypes: Callable[[torch.dtype, Sequence[torch.dtype]], bool] = _serves_alike
@@ -207,12 +209,14 @@ class Setup(NamedTuple):
         slots: Those that are.
         numbers: The hyperparameters, if all are Python numbers: then they are the same at every
             update, and were checked.
+        trees: Which of them are trees, with a number for each leaf.
     """
 
     options: Any
     kept: tuple[bool, ...]
     slots: tuple[Slot, ...]
     numbers: tuple[float, ...] | None
+    trees: tuple[int, ...]
 
     def keeps(self, dtypes: Iterable[tuple[torch.dtype, ...]]) -> bool:
         """Whether slots beside parameters are as the optimizer keeps them: of all these dtypes."""
@@ -340,7 +344,8 @@ class UpdateRule:
         given = tuple(self.hyperparams_of(opt))
         numbers = given if is_read(given) else None
         kept = tuple(slot.is_kept(opt) for slot in self.slots)
-        return Setup(options, kept, tuple(compress(self.slots, kept)), numbers)
+        trees = tuple(i for i, own in enumerate(given) if isinstance(own, TREES))
+        return Setup(options, kept, tuple(compress(self.slots, kept)), numbers, trees)
 
     def hyperparams_of(self, opt: Any) -> list[Any]:
         """Return the hyperparameters of an optimizer as they were given, in order."""

@@ -80,6 +80,7 @@ def _is_served(opt: Any, rule: UpdateRule, state: Any, active: Tensor | None) ->
         or transforms.transformed()
         or transforms.observed()
         or rule.setup_of(opt).options.differentiable
+        or rule.setup_of(opt).trees
     ):
         return False
     check_state(state, rule.state)

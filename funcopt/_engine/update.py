@@ -43,6 +43,8 @@ from .memory import Layout, layout_of, write_all
 from .prepare import (
     Prepared,
     check_untied,
+    have_history,
+    is_followed,
     keep_requiring,
     multiplied,
     outside_unless_plain,
@@ -50,7 +52,7 @@ from .prepare import (
     recall,
     trees_of,
 )
-from .rule import Setup, StepInputs, StepOutputs, UpdateRule, is_read
+from .rule import Setup, StepInputs, StepOutputs, UpdateRule
 
 
 def update(opt: Any, grads: Tree, state: Any, params: Tree) -> tuple[Any, Any]:
@@ -74,7 +76,7 @@ def update_scaled(
     routine = _find_routine(opt, rule, setup, grads, state, params, in_place=in_place)
     if routine is not None:
         numbers = routine.numbers(rule, opt)
-        if setup.numbers is not None or not _have_history(numbers[0]):
+        if setup.numbers is not None or not have_history(numbers[0]):
             (own,) = numbers if grad_scale is None else with_grad_scale(numbers, grad_scale)
             if in_place:
                 routine.step_(rule, own, setup.options)
@@ -86,11 +88,11 @@ def update_scaled(
         check_untied(prepared.params.leaves, prepared.params.structure)
     counts = prepared.counts.after(prepared.active, prepared.watched)
     # A schedule is asked once: with the numbers of a routine that was left, go on.
-    if routine is None:
+    if routine is None or setup.trees:
         numbers = _numbers(opt, rule, prepared, counts)
     elif routine.new_count is None:  # they are those of the count before
         numbers = [own._replace(step=detached(counts[0])) for own in numbers]
-    if grad_scale is not None and _is_followed(prepared, setup.options, numbers):
+    if grad_scale is not None and is_followed(prepared, setup.options, numbers):
         scaled_grads = multiplied(grads, grad_scale)
         return update_scaled(opt, scaled_grads, None, state, params, in_place=in_place)
     numbers = with_grad_scale(numbers, grad_scale)
@@ -164,25 +166,14 @@ def _numbers(opt: Any, rule: UpdateRule, prepared: Prepared, counts: list[Number
     """Return the numbers for each count of those leaves that have a gradient."""
     olds, news = prepared.counts.around(prepared.active, counts)
     check_counts(news)
-    return numbers_at(rule, opt, olds, news, prepared.key)
+    numbers = numbers_at(rule, opt, olds, news, prepared.key)
+    setup = rule.setup_of(opt)
+    if not setup.trees:
+        return numbers
+    from . import per_leaf  # noqa: PLC0415  # which few optimizers need
 
-
-def _is_followed(prepared: Prepared, options: Any, numbers: list[Any]) -> bool:
-    """Whether more than the results may be asked of a step, so that kernels scale nothing."""
-    return (
-        prepared.watched
-        or options.differentiable is True
-        or prepared.layout is None
-        or not prepared.layout.fast_path_ok
-        or any(map(_have_history, numbers))
-    )
-
-
-def _have_history(numbers: Any) -> bool:
-    """Whether a derivative of the step may be asked for by way of its numbers."""
-    return not is_read(numbers) and any(
-        isinstance(number, Tensor) and transforms.has_derivative(number) for number in numbers
-    )
+    counted = list(zip(olds, numbers, strict=True))
+    return per_leaf.spread(rule, opt, setup, prepared, counted)
 
 
 def _route_step(
@@ -254,10 +245,16 @@ class _Routine(NamedTuple):
 
     def numbers(self, rule: UpdateRule, opt: Any) -> list[Any]:
         """Return the numbers of the step; by a count on a device they are those before it."""
-        if self.new_count is None:
-            return numbers_at(rule, opt, [self.step_count], [self.step_count], self.key)
-        check_counts([self.new_count])
-        return numbers_at(rule, opt, [self.step_count], [self.new_count], self.key)
+        new: Number = self.step_count if self.new_count is None else self.new_count
+        if new is not self.step_count:
+            check_counts([new])
+        numbers = numbers_at(rule, opt, [self.step_count], [new], self.key)
+        setup = rule.setup_of(opt)
+        if not setup.trees:
+            return numbers
+        from . import per_leaf  # noqa: PLC0415  # nor these, mostly
+
+        return [per_leaf.read(rule, opt, setup, self.structure, numbers[0])]
 
     def decides(
         self, applies: Tensor, rule: UpdateRule, numbers: Any, options: Any, *, in_place: bool

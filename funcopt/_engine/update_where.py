@@ -20,9 +20,9 @@ from .checks import are_apart, check_inplace
 from .counts import is_plain_count, next_key
 from .hyperparameters import with_grad_scale
 from .memory import note_written, results
-from .prepare import Prepared, prepare
+from .prepare import Prepared, have_history, prepare
 from .rule import UpdateRule
-from .update import _find_routine, _have_history, _numbers
+from .update import _find_routine, _numbers
 
 
 def update_where(
@@ -63,7 +63,7 @@ def update_where(
         return None
     rule: UpdateRule = opt.rule
     setup = rule.setup_of(opt)
-    if setup.options.step_per_leaf or setup.options.differentiable:
+    if setup.options.step_per_leaf or setup.options.differentiable or setup.trees:
         return None
     routine = _find_routine(opt, rule, setup, grads, state, params, in_place=in_place)
     if routine is not None and setup.numbers is not None:
@@ -97,7 +97,7 @@ def _update_carefully(
         counts = prepared.counts.after(prepared.active, prepared.watched)
         numbers = _numbers(opt, rule, prepared, counts)
         (own,) = with_grad_scale(numbers, grad_scale)
-        parts = None if _have_history(own) else _parts(rule, setup.options, prepared, own, applies)
+        parts = None if have_history(own) else _parts(rule, setup.options, prepared, own, applies)
         if parts is None or count.device != applies.device:
             return None
         if in_place and not _is_plainly_fine(prepared):

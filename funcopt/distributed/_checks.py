@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from .._core import pytree, transforms
-from .._core.types import Optimizer, Tree, kind_of, optimizers_in, own_traits, traits_of
+from .._core.types import Optimizer, Tree, has_trees, kind_of, optimizers_in, own_traits, traits_of
 from .._engine.checks import check_apart, check_leaves, check_unwatched, check_writable, is_like
 from ..wrappers._shared import Gradients, records
 
@@ -64,6 +64,12 @@ def check_packable(inner: Optimizer[Any]) -> None:
                 f"inner={inner!r} has rounding='stochastic': its random bits go by the place of an "
                 f"element in its leaf, where the inner optimizer sees parts of leaves in buckets. "
                 f"Take Compensated({name}(...)) or MasterWeights({name}(...)) instead."
+            )
+        if has_trees(opt):
+            raise ValueError(
+                f"inner={inner!r} has a number for each leaf, where the inner optimizer sees "
+                f"buckets of many. Give each number an optimizer of its own, outside: "
+                f'Partition({{"decay": Zero1(...), ...}}, labels).'
             )
         if traits.tells_leaves_apart:
             raise ValueError(

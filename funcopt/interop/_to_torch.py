@@ -213,6 +213,11 @@ def _flags(kind: Counterpart, opt: Any, leaves: list[Tensor], count: float) -> d
 
 def _given(name: str, given: Any) -> Any:
     """Return what torch has in a param group for what an optimizer was given."""
+    if isinstance(given, (dict, list)):
+        raise ValueError(
+            f"{name} has a number for each leaf, and a state dict has one for each group. Hand "
+            f"over a Partition, with an optimizer for each number."
+        )
     if isinstance(given, tuple):
         return tuple(_given(f"{name}[{index}]", own) for index, own in enumerate(given))
     if isinstance(given, bool):

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from .._core import transforms
+from .._engine.counts import PerLeaf
 from .._engine.kernels import serves_float64_alone
 from .._engine.rule import Kernel, StepInputs, StepOutputs, is_read
 from .adamw import HYPERPARAMS
@@ -137,14 +138,19 @@ def _step_to(
 def _values(param: Tensor, numbers: Any) -> tuple[int, tuple[float | int, ...], tuple[Tensor, ...]]:
     """Return how many members stacked leaves have, the numbers, and what holds their memory.
 
-    A number is a float for all members, or the address of one for each.
+    A number is a float for all members, or the address of one for each. There are 0 members where
+    it has one for each leaf.
     """
     if is_read(numbers):
         return 1, numbers, ()
     values, kept = list(numbers), []
+    per_leaf = False
     ndim = max([number.ndim for number in values if isinstance(number, Tensor)], default=0)
     lead = param.shape[:ndim]
     for index, number in enumerate(values):
+        if isinstance(number, PerLeaf):
+            values[index], per_leaf = number.address, True
+            continue
         if not isinstance(number, Tensor) or number.ndim == 0:
             values[index] = float(number)
             continue
@@ -153,7 +159,7 @@ def _values(param: Tensor, numbers: Any) -> tuple[int, tuple[float | int, ...], 
         own = own.to(torch.float64).contiguous()
         kept.append(own)
         values[index] = own.data_ptr()
-    return lead.numel(), tuple(values), tuple(kept)
+    return 0 if per_leaf else lead.numel(), tuple(values), tuple(kept)
 
 
 def _unsupported_reason(device: torch.device, numbers: Any) -> str | None:
@@ -186,6 +192,7 @@ def _kernel(rule: int) -> Kernel:
         step_to=partial(_step_to, rule),
         scales_gradients=True,
         takes_members=True,
+        takes_leaves=True,
         launcher=partial(_Launcher, rule),
         serves_dtypes=serves_float64_alone,
         rounds_stochastically=True,

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NamedTuple, Unpack
 import torch
 from torch import Tensor
 
-from .._core.types import ELEMENTWISE_BY_RULE, Extras, Number, ParamsT, Schedule, Tree
+from .._core.types import ELEMENTWISE_BY_RULE, Extras, Number, NumberTree, ParamsT, Schedule, Tree
 from .._engine.prepare import init
 from .._engine.registration import check_fields, register_optimizer
 from .._engine.rule import UpdateRule
@@ -129,10 +129,10 @@ class Adam:
 
     rule: ClassVar[UpdateRule] = _RULE
 
-    lr: Number | Schedule = 1e-3
-    betas: tuple[Number | Schedule, Number | Schedule] = (0.9, 0.999)
-    eps: Number | Schedule = 1e-8
-    weight_decay: Number | Schedule = 0.0
+    lr: Number | Schedule | NumberTree = 1e-3
+    betas: tuple[Number | Schedule | NumberTree, Number | Schedule | NumberTree] = (0.9, 0.999)
+    eps: Number | Schedule | NumberTree = 1e-8
+    weight_decay: Number | Schedule | NumberTree = 0.0
     amsgrad: bool = False
     maximize: bool = False
     step_per_leaf: bool = False

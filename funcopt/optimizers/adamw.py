@@ -15,6 +15,7 @@ from .._core.types import (
     Extras,
     Hyperparam,
     Number,
+    NumberTree,
     ParamsT,
     Schedule,
     Tree,
@@ -194,7 +195,9 @@ class AdamW:
 
     Args:
         lr: Learning rate: at least 0; a number, a 0-dim tensor, or a schedule, which is called with
-            the count of updates made so far (0 at the first) and returns one of the others.
+            the count of updates made so far (0 at the first) and returns one of the others. Or a
+            tree of these like the parameters, or like the top of them, for leaves of their own; in
+            it, a tensor may also have the shape of its leaf, with a number for each element.
         betas: Decay rates of the two running means: each at least 0 and below 1, and each likewise
             a number, tensor or schedule. The bias corrections take the present value for all steps.
         eps: Added to the denominator: at least 0; likewise. At 0, a zero gradient at the first step
@@ -241,10 +244,10 @@ class AdamW:
 
     rule: ClassVar[UpdateRule] = _RULE
 
-    lr: Number | Schedule = 1e-3
-    betas: tuple[Number | Schedule, Number | Schedule] = (0.9, 0.999)
-    eps: Number | Schedule = 1e-8
-    weight_decay: Number | Schedule = 1e-2
+    lr: Number | Schedule | NumberTree = 1e-3
+    betas: tuple[Number | Schedule | NumberTree, Number | Schedule | NumberTree] = (0.9, 0.999)
+    eps: Number | Schedule | NumberTree = 1e-8
+    weight_decay: Number | Schedule | NumberTree = 1e-2
     amsgrad: bool = False
     maximize: bool = False
     step_per_leaf: bool = False

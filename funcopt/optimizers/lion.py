@@ -16,6 +16,7 @@ from .._core.types import (
     Extras,
     Hyperparam,
     Number,
+    NumberTree,
     ParamsT,
     Schedule,
     Tree,
@@ -160,9 +161,9 @@ class Lion:
 
     rule: ClassVar[UpdateRule] = _RULE
 
-    lr: Number | Schedule = 1e-4
-    betas: tuple[Number | Schedule, Number | Schedule] = (0.9, 0.99)
-    weight_decay: Number | Schedule = 1e-3
+    lr: Number | Schedule | NumberTree = 1e-4
+    betas: tuple[Number | Schedule | NumberTree, Number | Schedule | NumberTree] = (0.9, 0.99)
+    weight_decay: Number | Schedule | NumberTree = 1e-3
     maximize: bool = False
     step_per_leaf: bool = False
     kernel: str = "auto"

@@ -16,6 +16,7 @@ from .._core.types import (
     Extras,
     Hyperparam,
     Number,
+    NumberTree,
     ParamsT,
     Range,
     Schedule,
@@ -227,10 +228,10 @@ class SGD:
 
     rule: ClassVar[UpdateRule] = _RULE
 
-    lr: Number | Schedule = 1e-3
-    momentum: Number | Schedule = 0.0
-    dampening: Number | Schedule = 0.0
-    weight_decay: Number | Schedule = 0.0
+    lr: Number | Schedule | NumberTree = 1e-3
+    momentum: Number | Schedule | NumberTree = 0.0
+    dampening: Number | Schedule | NumberTree = 0.0
+    weight_decay: Number | Schedule | NumberTree = 0.0
     nesterov: bool = False
     maximize: bool = False
     step_per_leaf: bool = False
@@ -267,5 +268,5 @@ class SGD:
         return update_(self, grads, state, params)
 
 
-def _is_zero(given: Number | Schedule) -> bool:
+def _is_zero(given: object) -> bool:
     return isinstance(given, float) and given == 0.0

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._core import pytree
 from .._core.tensors import choose
-from .._core.types import Number, Schedule
+from .._core.types import TREES, Number
 from .._core.walk import children, with_children
 from .._engine.registration import is_registered, register_dataclass, without_memory
 from ._scores import read_all
@@ -55,10 +56,13 @@ def _rebuilt(node: Any, news: dict[Any, Any]) -> Any:
     return new
 
 
-def _scaled_lr(lr: Number | Schedule, scale: Number, min_lr: Number) -> Number | Schedule:
+def _scaled_lr(lr: Any, scale: Number, min_lr: Number) -> Any:
     if isinstance(lr, (int, float, Tensor)):
         with torch.enable_grad():  # so that it has a history where the learning rate has one
             return scaled(lr, scale, min_lr)
+    if isinstance(lr, TREES):  # of learning rates, one for each leaf
+        leaves, structure = pytree.flatten_above(lr, callable)
+        return pytree.unflatten(structure, [_scaled_lr(own, scale, min_lr) for own in leaves])
     return ScaledSchedule(lr, scale, min_lr)
 
 

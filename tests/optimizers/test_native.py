@@ -289,7 +289,7 @@ def test_nothing_is_lost_of_a_zero_below_zero(dtype):
     number = {torch.bfloat16: 2, torch.float16: 3}[dtype]
     kind = (_native.ADAMW_RULE, number, 0, 2, len(columns), False, False, 1, 1)
     addresses = [column.data_ptr() for column in columns]
-    values = (5.0, 1e-3, 0.9, 0.999, 1e-8, 0.0, 0.0, 1.0)
+    values = (5.0, 1e-3, 0.9, 0.999, 1e-8, 0.0, 0.0, 1.0, 1.0)
     _native.extension.step(*kind, [40], None, addresses, values)
     assert same_memory(columns[0], below)
     assert same_memory(columns[4], still)
@@ -434,7 +434,7 @@ REFUSED = [
     (TypeError, "ids: must be None, or a list of 2", {"ids": [0]}),
     (ValueError, "id=-1: must be at least 0", {"ids": [0, -1]}),
     (ValueError, "columns=4: must be at least 2 and at most 3", {"columns": 4}),
-    (ValueError, "members=0: must be at least 1", {"members": 0}),
+    (ValueError, "members=-1: must be at least 0", {"members": -1}),
     (ValueError, "threads=0: must be at least 1", {"threads": 0}),
     (ValueError, "size=-4: must be at least 0", {"sizes": [-4, 8]}),
     (ValueError, "size=.*: must be at least 0 and at most", {"sizes": [4, 1 << 62]}),

@@ -25,6 +25,7 @@ import torch
 from funcopt import AdamW, Clip, LossScale, SkipNonfinite
 from funcopt._core import tensors, transforms
 from funcopt._engine import dispatch
+from funcopt._engine.counts import PerLeaf
 from funcopt._engine.rounding import random_bits, round_stochastically
 from funcopt._engine.rule import StepInputs, StepOutputs
 from funcopt.optimizers._adam import triton as kernel
@@ -471,6 +472,23 @@ def test_numbers_may_differ_between_members(where, name, dtype, launches):
 
 
 @on_any_device
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_each_leaf_may_have_numbers_of_its_own(where, dtype, launches):
+    leaves = make_leaves([(3,), (2000,), (4, 5)], where, dtype)
+    rates, decays = [0.1, 0.02, 0.3], [0.0, 0.1, 0.2]
+    numbers = NUMBERS._replace(lr=PerLeaf(rates), weight_decay=PerLeaf(decays))
+    moved = fresh_step(TRITON, leaves, numbers, PLAIN)
+    assert len(launches) == 1
+    for index, (lr, weight_decay) in enumerate(zip(rates, decays, strict=True)):
+        alone = leaves.take([index])
+        expected = fresh_step(
+            TRITON, alone, NUMBERS._replace(lr=lr, weight_decay=weight_decay), PLAIN
+        )
+        for column, own in zip(moved.columns, expected.columns, strict=True):
+            assert_same_bits(column[index], own[0])
+
+
+@on_any_device
 @pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_member_that_is_not_active_keeps_every_bit(where, dtype, in_place):
@@ -819,7 +837,7 @@ def test_it_compiles_and_moves_16_bytes_at_a_time(
     assert program.asm["cubin"]
     # What a launch by the driver goes by: each argument in its place, then two of Triton's own.
     entry = program.asm["ptx"].partition(".entry")[2].partition(")")[0]
-    assert re.findall(r"\.param \.(\w+)", entry) == ["u64", "u32", "u32", *["u64"] * 13]
+    assert re.findall(r"\.param \.(\w+)", entry) == ["u64", "u32", "u32", *["u64"] * 14]
     wide = re.findall(r"(ld|st)\.global\S*\.(?:v4\.b32|v2\.b64)", program.asm["ptx"])
     # A thread's elements of a block, in vectors of 16 bytes.
     vectors = kernel._BLOCK * dtype.itemsize // (32 * triton_launch._WARPS * 16)

@@ -289,6 +289,7 @@ ADAMW_TRITON = Kernel(
     _unsupported_reason,
     scales_gradients=True,
     takes_members=True,
+    takes_leaves=True,
     step_to=_step_to,
     launcher=launcher,
     counts_on_device=True,

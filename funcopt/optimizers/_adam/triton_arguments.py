@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..._core import transforms
 from ..._core.types import Number
+from ..._engine.counts import PerLeaf
 from ..._engine.rule import is_read
 
 # A captured copy reads its source again at each replay, for as long as the graph lives, which
@@ -32,7 +33,7 @@ class Arguments(NamedTuple):
 
 
 # What a number is, in the bits that the kernel is told of it.
-_IS_ADDRESS, _IS_FLOAT32, _IS_PER_MEMBER = 1, 2, 4
+_IS_ADDRESS, _IS_FLOAT32, _IS_PER_MEMBER, _IS_PER_LEAF = 1, 2, 4, 8
 # The dtypes that it reads.
 _AS_THEY_ARE = frozenset((torch.float64, torch.float32))
 
@@ -44,6 +45,12 @@ def arguments_of(numbers: Any, param: Tensor, device: torch.device) -> Arguments
     words, kinds, tensors = list(numbers), 0, []
     for index, number in enumerate(numbers):
         if type(number) is float:
+            continue
+        if isinstance(number, PerLeaf):
+            own = sent(bits_of(number.values), device)
+            kinds |= (_IS_ADDRESS | _IS_PER_LEAF) << (4 * index)
+            words[index] = own.data_ptr()
+            tensors.append(own)
             continue
         if not isinstance(number, Tensor):
             words[index] = float(number)
@@ -62,10 +69,13 @@ def _of_members(numbers: Any, param: Tensor, device: torch.device) -> Arguments:
     words: list[int | float] = []
     kinds, members, tensors = 0, 1, []
     for index, number in enumerate(numbers):
-        value = _value(number, lead, device)
+        is_per_leaf = isinstance(number, PerLeaf)
+        value = (
+            sent(bits_of(number.values), device) if is_per_leaf else _value(number, lead, device)
+        )
         if isinstance(value, Tensor):
-            kind = _kind(value)
-            if value.numel() != 1:
+            kind = _IS_ADDRESS | _IS_PER_LEAF if is_per_leaf else _kind(value)
+            if value.numel() != 1 and not is_per_leaf:
                 kind, members = kind | _IS_PER_MEMBER, value.numel()
             kinds |= kind << (4 * index)
             words.append(value.data_ptr())

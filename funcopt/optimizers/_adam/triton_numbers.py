@@ -25,15 +25,15 @@ def jit(function: Any) -> Any:
 
 
 @jit
-def numbers_of(words, kinds, step, member, DTYPE: tl.constexpr):
+def numbers_of(words, kinds, step, rows, DTYPE: tl.constexpr):
     """Return what the numbers of a member come to, found in float64 and rounded once."""
     COMPUTE: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
-    lr = number(words[1], kinds, 1, member)
-    beta1 = number(words[2], kinds, 2, member)
-    beta2 = number(words[3], kinds, 3, member)
-    eps = number(words[4], kinds, 4, member)
-    weight_decay = number(words[5], kinds, 5, member)
-    grad_scale = number(words[8], kinds, 8, member)
+    lr = number(words[1], kinds, 1, rows)
+    beta1 = number(words[2], kinds, 2, rows)
+    beta2 = number(words[3], kinds, 3, rows)
+    eps = number(words[4], kinds, 4, rows)
+    weight_decay = number(words[5], kinds, 5, rows)
+    grad_scale = number(words[8], kinds, 8, rows)
     # A decay of less than half of a parameter is subtracted; where less is left, that is a factor.
     decay = lr * weight_decay
     kept = tl.where(decay < 0.5, 1.0, 1.0 - decay)
@@ -54,13 +54,14 @@ def numbers_of(words, kinds, step, member, DTYPE: tl.constexpr):
 
 
 @jit
-def number(word, kinds, INDEX: tl.constexpr, member):
-    """Return a number of a member in float64, whichever kind it is of."""
+def number(word, kinds, INDEX: tl.constexpr, rows):
+    """Return a number of a member and leaf in float64, whichever kind it is of."""
+    member, leaf = rows
     kind = kinds >> (4 * INDEX)
     place = word.to(tl.int64)
     value = place.to(tl.float64, bitcast=True)
     if (kind & 1) != 0:
-        offset = tl.where((kind & 4) != 0, member, 0)
+        offset = tl.where((kind & 4) != 0, member, tl.where((kind & 8) != 0, leaf, 0))
         if (kind & 2) != 0:
             value = tl.load(place.to(tl.pointer_type(tl.float32)) + offset).to(tl.float64)
         else:
@@ -69,9 +70,9 @@ def number(word, kinds, INDEX: tl.constexpr, member):
 
 
 @jit
-def moves_of(applies, active, kinds, member):
+def moves_of(applies, active, kinds, rows):
     """Whether the step is made, and by this member."""
-    moves = number(active, kinds, 7, member) != 0.0
+    moves = number(active, kinds, 7, rows) != 0.0
     if applies != 0:
         moves &= tl.load(applies.to(tl.pointer_type(tl.int8))) != 0
     return moves

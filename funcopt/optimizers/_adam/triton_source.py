@@ -129,13 +129,14 @@ def step_kernel(
     news = _after(addresses + (TENSORS // 2 + 1) * leaves, leaves, start, slot_start, AMSGRAD)
     aligned = _are_aligned(olds, news)
     words = (step, lr, beta1, beta2, eps, weight_decay, key, active, grad_scale)
-    count = number(step, kinds, 0, member)
+    rows = (member, leaf.to(tl.int64))
+    count = number(step, kinds, 0, rows)
     updates = tl.where(new_count != 0, count + 1.0, count)
-    numbers = numbers_of(words, kinds, updates, member, DTYPE)
+    numbers = numbers_of(words, kinds, updates, rows, DTYPE)
     done = table + (3 + TENSORS) * leaves
     leaf_id = tl.load(done + 1 + leaf) if STOCHASTIC else 0
-    chance = (number(key, kinds, 6, member).to(tl.int64), leaf_id, updates.to(tl.int64), begin)
-    made = moves_of(applies, active, kinds, member) if CONDITIONAL else True
+    chance = (number(key, kinds, 6, rows).to(tl.int64), leaf_id, updates.to(tl.int64), begin)
+    made = moves_of(applies, active, kinds, rows) if CONDITIONAL else True
     if made:
         given = (olds, news, numbers, chance, size, aligned)
         _move_all(given, DTYPE, SLOT_DTYPE, AMSGRAD, MAXIMIZE, STOCHASTIC, BLOCK)
