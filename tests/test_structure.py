@@ -59,6 +59,7 @@ FLOORS = [
     "_engine.autograd",
     "_engine.captured",
     "_engine.checks",
+    "_engine.pairs",
     "_engine.prepare",
     "_engine.per_leaf",
     "_engine.update",

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from .._core import pytree, transforms
-from .._core.tensors import recording, view_as_complex_like, view_as_real
+from .._core.tensors import recording
 from .._core.types import Number, Tree
 from . import dispatch, memory
 from .checks import all_differ, check_inplace
@@ -190,9 +190,10 @@ def _route_step(
     """
     real = layout.real if layout else not any(map(Tensor.is_complex, inputs.params))
     if not real and rule.traits.elementwise:
-        outputs = _route_step(rule, _as_real(inputs), numbers, options, None)
-        return StepOutputs.of(
-            list(map(view_as_complex_like, column, inputs.params)) for column in outputs.columns
+        from .pairs import step_as_real  # noqa: PLC0415  # which is for complex leaves alone
+
+        return step_as_real(
+            lambda part, own: _route_step(rule, part, own, options, None), inputs, numbers
         )
     rows = numbers if isinstance(numbers, list) else [numbers]
     if transforms.needs_plain_operators(*inputs.columns, *rows):
@@ -220,15 +221,12 @@ def _route_step_(
         write_all(inputs, _route_step(rule, inputs, numbers, options, layout))
         return
     if not layout.real and rule.traits.elementwise:
-        inputs = _as_real(inputs)
+        from .pairs import as_real  # noqa: PLC0415  # which is for complex leaves alone
+
+        inputs = as_real(inputs)
         layout = layout_of(inputs)
     plan = dispatch.plan(rule, inputs, numbers, options, layout, in_place=True)
     dispatch.run_(inputs, plan, options, layout)
-
-
-def _as_real(inputs: StepInputs) -> StepInputs:
-    columns = [list(map(view_as_real, column)) for column in inputs.columns]
-    return StepInputs.of(columns, inputs.ids)
 
 
 class _Routine(NamedTuple):

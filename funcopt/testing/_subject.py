@@ -176,9 +176,7 @@ def leaves_of(tree: Tree) -> list[Tensor]:
 
 def saved_and_loaded(tree: Tree) -> Tree:
     """Write the leaves of a tree to a file, and return a tree of what is read from there."""
-    # Copies, as small results may share a storage, and torch saves none in two dtypes, as that of
-    # an empty real leaf beside a complex one is.
-    leaves, structure = pytree.flatten(clone(tree))
+    leaves, structure = pytree.flatten(tree)
     file = io.BytesIO()
     torch.save(leaves, file)
     file.seek(0)
