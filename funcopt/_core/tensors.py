@@ -31,12 +31,17 @@ _HAS_FOREACH = all(
 )
 
 
+def is_narrow(dtype: torch.dtype) -> bool:
+    """Whether numbers have 16 bits, so that a small step may be rounded away."""
+    return dtype in (torch.float16, torch.bfloat16)
+
+
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype to compute in: 16-bit leaves are stored in 16 bits and computed in 32.
 
     In float16 itself, an eps of 1e-8 is zero, and a zero gradient makes 0 / 0.
     """
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+    return torch.float32 if is_narrow(dtype) else dtype
 
 
 def double(number: Number) -> Number:
@@ -87,9 +92,9 @@ def norms(tensors: Sequence[Tensor], order: float) -> list[Tensor]:
     """Return the norm of each tensor, of 16-bit ones in float32. None is empty."""
     if _alike_on_a_device(tensors) and use_foreach(tensors):
         own = tensors[0].dtype
-        wider = {} if compute_dtype(own) is own else {"dtype": compute_dtype(own)}
+        wider = {"dtype": compute_dtype(own)} if is_narrow(own) else {}
         return list(torch._foreach_norm(list(tensors), order, **wider))
-    wide = [_wide(tensor) for tensor in tensors]
+    wide = list(map(_wide, tensors))
     if wide and use_foreach(wide):
         return list(torch._foreach_norm(wide, order))
     return [
@@ -143,7 +148,6 @@ def scaled(tensors: Sequence[Tensor], scale: Number) -> list[Tensor]:
     for index, tensor in enumerate(tensors):
         by_kind.setdefault((tensor.device, tensor.dtype), []).append(index)
     for indices in by_kind.values():
-        dtype = tensors[indices[0]].dtype
         wide = [_wide(tensors[index]) for index in indices]
         own = fit(scale, wide[0])
         numbers = [scale] if isinstance(scale, Tensor) else []
@@ -152,7 +156,7 @@ def scaled(tensors: Sequence[Tensor], scale: Number) -> list[Tensor]:
         else:
             products = [tensor * own for tensor in wide]
         for index, product in zip(indices, products, strict=True):
-            results[index] = product.to(dtype)
+            results[index] = product.to(tensors[index].dtype)
     return results
 
 
@@ -208,7 +212,7 @@ def _weights(
         return weight
     # One on a device, which is not to be read, has to be given once for each pair.
     dtype = starts[0].dtype
-    serves = _alike_on_a_device(starts) and compute_dtype(dtype) is dtype and use_foreach([weight])
+    serves = _alike_on_a_device(starts) and not is_narrow(dtype) and use_foreach([weight])
     if not serves or any(start.device != weight.device for start in starts):
         return None
     return [weight.to(dtype)] * len(starts)
@@ -228,8 +232,7 @@ def _use_foreach_lerp(starts: list[Tensor], ends: list[Tensor]) -> bool:
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    dtype = compute_dtype(tensor.dtype)
-    return tensor if tensor.dtype is dtype else tensor.to(dtype)
+    return tensor.to(torch.float32) if is_narrow(tensor.dtype) else tensor
 
 
 _requires_grad, _dtype = map(operator.attrgetter, ("requires_grad", "dtype"))
@@ -248,7 +251,6 @@ def use_foreach(tensors: Sequence[Tensor]) -> bool:
 
 # The size from which on malloc always maps a block by itself, whatever it has learnt.
 _MAPPED = 32 << 20
-
 
 _CLONE_ALL: Callable[..., list[Tensor]] | None = getattr(torch, "_foreach_clone", None)
 
@@ -377,8 +379,7 @@ def _from_elsewhere(grads: Sequence[Tensor], params: Sequence[Tensor]) -> bool:
         if node in seen:
             continue
         seen.add(node)
-        leaf = _leaf_of(node)
-        if leaf is not None and id(leaf) not in own:
+        if (leaf := _leaf_of(node)) is not None and id(leaf) not in own:
             return True
         pending.extend(following for following, _ in node.next_functions if following is not None)
     return False
@@ -388,8 +389,7 @@ def _origin(param: Tensor) -> Tensor:
     """The leaf of which a parameter is a view: vmap's rule sees views of what the user gave."""
     node = param.grad_fn if param._is_view() else None
     while node is not None:
-        leaf = _leaf_of(node)
-        if leaf is not None:
+        if (leaf := _leaf_of(node)) is not None:
             return leaf
         node = node.next_functions[0][0] if len(node.next_functions) == 1 else None
     return param

@@ -16,14 +16,13 @@ from typing import Any
 import torch
 
 from .._core import pytree, transforms
+from .._core.tensors import is_narrow
 from .._core.types import Tree, own_traits
 from .counts import next_key
 from .memory import layout_of
 from .prepare import have_history
 from .rule import Slot, StepInputs, UpdateRule
 from .update import _find_routine
-
-_SIXTEEN_BITS = frozenset((torch.bfloat16, torch.float16))
 
 
 @cache
@@ -75,7 +74,7 @@ def update_compensated(
     setup = rule.setup_of(opt)
     own = rule.state(*state[:-1], compensation)
     routine = _find_routine(opt, rule, setup, grads, own, params, in_place=in_place)
-    if routine is None or any(d[0] not in _SIXTEEN_BITS for d in routine.layout.dtypes):
+    if routine is None or not all(is_narrow(own) for own, *_ in routine.layout.dtypes):
         return None
     (numbers,) = routine.numbers(rule, opt)
     kernel = rule.kernel("native")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .._core import transforms
-from .._core.tensors import compute_dtype, double, fit, on_one_thread, scaled, write
+from .._core.tensors import compute_dtype, double, fit, is_narrow, on_one_thread, scaled, write
 from .._core.types import Number
 from . import memory
 from .counts import PerLeaf, each_leaf, grouped_by_numbers, is_stacked, kind_of_number, read_if_same
@@ -209,9 +209,6 @@ def _parts(
     return parts
 
 
-_SIXTEEN_BITS = frozenset((torch.bfloat16, torch.float16))
-
-
 def _choose(
     rule: UpdateRule,
     leaf: list[Tensor],
@@ -225,7 +222,7 @@ def _choose(
         return _plain(rule)  # a subclass knows operators only
     device = transforms.stand_in(leaf[0].device)
     dtype, *slots = dtypes = [tensor.dtype for tensor in leaf]
-    by_chance = options.rounding == "stochastic" and any(d in _SIXTEEN_BITS for d in dtypes)
+    by_chance = options.rounding == "stochastic" and any(map(is_narrow, dtypes))
     if by_chance and not layout.ready:
         return _plain(rule)  # kernels go by the place in memory, and bits by the place in the leaf
     if options.kernel != "auto":
@@ -338,7 +335,7 @@ def _stored_by_chance(
     stored = []
     for column, (new, old) in enumerate(zip(news, olds, strict=True)):
         dtype = old.dtype
-        if new.dtype is dtype or compute_dtype(dtype) is dtype:
+        if new.dtype is dtype or not is_narrow(dtype):
             stored.append(new.to(dtype))
             continue
         own = numbers.key, numbers.step, leaf, column

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._core import pytree, transforms
-from .._core.tensors import compute_dtype
+from .._core.tensors import is_narrow
 from .._core.types import Tree, is_dense, shown, shown_layout
 from .._engine.prepare import check_untied, flatten_params
 from .._engine.rule import Slot, slot_dtype
@@ -256,7 +256,7 @@ def _moments(
     slots = kind.kept_slots(options)
     beside = [(leaf, entry) for leaf, entry in zip(leaves, entries, strict=True) if entry]
     if not beside or not slots:
-        narrow = any(compute_dtype(leaf.dtype) is not leaf.dtype for leaf in leaves)
+        narrow = any(is_narrow(leaf.dtype) for leaf in leaves)
         return None if narrow else "auto"
     for moments in _MOMENTS:
         if all(

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple, Unpack
 import torch
 from torch import Tensor
 
-from .._core.tensors import compute_dtype, double, fit
+from .._core.tensors import double, fit, is_narrow
 from .._core.types import (
     AT_LEAST_ZERO,
     ELEMENTWISE_BY_RULE,
@@ -106,7 +106,7 @@ def fused_is_wrong(param: Tensor) -> bool:
 
     In torch 2.13 it does for 16-bit ones of 16 elements and more on the CPU.
     """
-    return param.device.type == "cpu" and compute_dtype(param.dtype) is not param.dtype
+    return param.device.type == "cpu" and is_narrow(param.dtype)
 
 
 def _fused_(inputs: StepInputs, numbers: Any, options: Any) -> None:

@@ -16,11 +16,6 @@ from .._engine.checks import check_apart, check_no_history, check_writable
 from ._shared import Gradients
 
 
-def is_narrow(leaf: Tensor) -> bool:
-    """Whether a leaf is in 16 bits, so that a small step may be rounded away."""
-    return compute_dtype(leaf.dtype) is not leaf.dtype
-
-
 def widened(gradients: Gradients, recorded: bool) -> Gradients:
     """Return the gradients with those in 16 bits in float32.
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._core import pytree, transforms
-from .._core.tensors import compute_dtype, differentiable_norm, fit, vector_norm
+from .._core.tensors import compute_dtype, differentiable_norm, fit, is_narrow, vector_norm
 from .._core.types import (
     AT_LEAST_ZERO,
     Extras,
@@ -233,6 +233,6 @@ def _touched(scale: Tensor, sizes: list[int]) -> set[int] | None:
 
 
 def _scaled(grad: Tensor, scale: Tensor) -> Tensor:
-    if grad.dtype is compute_dtype(grad.dtype):
+    if not is_narrow(grad.dtype):
         return grad * scale
     return (grad.to(scale.dtype) * scale).to(grad.dtype)

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from .._core import pytree
-from .._core.tensors import compute_dtype, write
+from .._core.tensors import compute_dtype, is_narrow, write
 from .._core.types import ELEMENTWISE, Extras, Optimizer, ParamsT, Traits, Tree, check_is_optimizer
 from .._dtensor.shards import stand_for
 from .._engine.checks import check_state
 from .._engine.compensated import as_one, remember, update_compensated
 from .._engine.prepare import keep_requiring, may_recall
 from .._engine.registration import register_optimizer
-from ._in_float32 import check_params_inplace, is_narrow, widened
+from ._in_float32 import check_params_inplace, widened
 from ._shadow_params import ShadowParams, own_dtype
 from ._shared import gather_gradients, gather_params, records
 
@@ -196,7 +196,7 @@ class Compensated:
 def _narrow(lost: ShadowParams) -> list[int]:
     """Return the leaves that are compensated, by their indices: in 16 bits, and not at rest."""
     params, resting = lost.gradients.params, lost.gradients.resting
-    return [i for i, param in enumerate(params) if i not in resting and is_narrow(param)]
+    return [i for i, param in enumerate(params) if i not in resting and is_narrow(param.dtype)]
 
 
 def _sums(lost: ShadowParams) -> list[Tensor]:

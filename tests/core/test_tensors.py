@@ -32,6 +32,14 @@ def many(dtype=torch.float32, count=20):
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 
+def test_what_is_narrow_is_computed_in_float32_and_nothing_else():
+    narrow = [dtype for dtype in DTYPES if tensors.is_narrow(dtype)]
+    assert narrow == [torch.float16, torch.bfloat16]
+    for dtype in [*DTYPES, torch.complex64, torch.complex128, torch.int64, torch.bool]:
+        expected = torch.float32 if tensors.is_narrow(dtype) else dtype
+        assert tensors.compute_dtype(dtype) is expected
+
+
 @pytest.mark.parametrize("order", [1.0, 2.0, math.inf])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_norms_take_one_call_and_are_in_float32_at_least(dtype, order, device):
