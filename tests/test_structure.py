@@ -47,6 +47,7 @@ FLOORS = [
     "_dtensor.shards",
     "_dtensor.methods",
     "_dtensor.reductions",
+    "_dtensor.members",
     "_engine",
     "_engine.hints",
     "_engine.rule",

@@ -187,6 +187,9 @@ class Traits:
         shardable: Leaves may be the local parts of sharded ones: what is computed over a whole
             leaf, or over several, is reduced over the processes. Elementwise optimizers are
             shardable.
+        memberwise: Dimension 0 of every tensor is the member of a stack, and each member is
+            updated by itself, as the optimizer within would update it alone. So members may be
+            sharded, each whole in one process, whatever that optimizer computes over its leaves.
         packable: Leaves may lie in pieces, or side by side, in one tensor: it makes no difference,
             as for a norm over everything. Elementwise optimizers are packable.
         complex_as_pairs: Complex leaves may come as pairs of real ones, as in such a tensor.
@@ -218,6 +221,7 @@ class Traits:
     elementwise: bool = False
     leafwise: bool = False
     shardable: bool = False
+    memberwise: bool = False
     packable: bool = False
     complex_as_pairs: bool = False
     linear: bool = False
@@ -278,12 +282,15 @@ def own_traits(opt: object) -> Traits:
     return traits
 
 
-def optimizers_in(opt: Any) -> Iterator[Any]:
-    """Yield an optimizer and all that are within it."""
+def optimizers_in(opt: Any, *, of_stacks: bool = False) -> Iterator[Any]:
+    """Yield an optimizer and all that are within it.
+
+    Of stacks: without those that see the members of a stack one by one.
+    """
     yield opt
-    inner = getattr(opt, "inner", None)
+    inner = None if of_stacks and own_traits(opt).memberwise else getattr(opt, "inner", None)
     for part in inner.values() if isinstance(inner, Mapping) else () if inner is None else (inner,):
-        yield from optimizers_in(part)
+        yield from optimizers_in(part, of_stacks=of_stacks)
 
 
 def traits_of(opt: object) -> Traits:

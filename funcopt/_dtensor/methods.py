@@ -16,7 +16,7 @@ from .shards import Parts, dtensor, wholes_of_parts, work_on
 
 def check_shardable(opt: Any) -> None:
     """Refuse an optimizer that has to see whole leaves, of which each process has a part."""
-    for part in optimizers_in(opt):
+    for part in optimizers_in(opt, of_stacks=True):
         if not own_traits(part).shardable:
             raise TypeError(
                 f"params has DTensors, and {type(part).__name__} does not say that it works on "
@@ -132,13 +132,13 @@ def _whole(part: Tensor, old: Any, kind: Any) -> Tensor:
         made: Tensor
         (made,) = wholes_of_parts([own], [old._spec], [part.requires_grad])
         return made
-    stride = old.stride() if same else _stride(part, old.shape)
+    stride = old.stride() if same else stride_of_whole(part, old.shape)
     mesh, placements = old.device_mesh, old.placements
     made = kind.from_local(own, mesh, placements, run_check=False, shape=old.shape, stride=stride)
     return made.requires_grad_() if part.requires_grad else made
 
 
-def _stride(part: Tensor, shape: torch.Size) -> tuple[int, ...]:
+def stride_of_whole(part: Tensor, shape: torch.Size) -> tuple[int, ...]:
     """Return the strides of a dense tensor of this shape that is laid out as its part is."""
     strides, step = [0] * len(shape), 1
     for dim in sorted(range(len(shape)), key=lambda dim: (part.stride(dim), -dim)):

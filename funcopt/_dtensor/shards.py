@@ -124,7 +124,7 @@ def part_or_leaf(leaf: Any) -> Any:
     return local_part(leaf) if kind is not None and isinstance(leaf, kind) else leaf
 
 
-class _Place(NamedTuple):
+class Place(NamedTuple):
     """How the parts of a DTensor lie."""
 
     mesh: Any
@@ -136,8 +136,8 @@ class _Place(NamedTuple):
         return f"placements {self.placements} on a mesh of shape {tuple(self.mesh.shape)}{names}"
 
 
-def _place_of(tensor: DTensor) -> _Place:
-    return _Place(tensor.device_mesh, tensor.placements, tensor.shape)
+def place_of(tensor: DTensor) -> Place:
+    return Place(tensor.device_mesh, tensor.placements, tensor.shape)
 
 
 class _Part(NamedTuple):
@@ -145,7 +145,7 @@ class _Part(NamedTuple):
 
     tensor: Tensor
     whole: Tensor
-    place: _Place | None  # None if it is plain, and represents itself
+    place: Place | None  # None if it is plain, and represents itself
 
 
 class Parts:
@@ -177,7 +177,7 @@ class Parts:
         part = local_part(leaf)
         if id(part) in self._by_id or (part.requires_grad and not followed):
             part = part.detach()
-        self._by_id[id(part)] = _Part(part, leaf, _place_of(leaf))
+        self._by_id[id(part)] = _Part(part, leaf, place_of(leaf))
         return part
 
     def sharded(self) -> list[tuple[Tensor, Tensor]]:
@@ -189,7 +189,7 @@ class Parts:
         part = self._by_id.get(id(tensor))
         return None if part is None else part.whole
 
-    def place(self, tensor: Any) -> _Place | None:
+    def place(self, tensor: Any) -> Place | None:
         """Return how the tensor lies that a part represents; None if it is plain.
 
         Raises:
@@ -282,14 +282,14 @@ def check_placed(
         own, wanted = (
             parts.place(tensor)
             if parts is not None
-            else (_place_of(tensor) if isinstance(tensor, kind) else None)
+            else (place_of(tensor) if isinstance(tensor, kind) else None)
             for tensor in (leaf, param)
         )
         if own != wanted:
             raise ValueError(f"{path(index)} {_difference(own, wanted, what)}")
 
 
-def _difference(own: _Place | None, wanted: _Place | None, what: str) -> str:
+def _difference(own: Place | None, wanted: Place | None, what: str) -> str:
     if own is None:
         return (
             f"is a plain tensor, the parameter is a DTensor with {wanted}: {what} must lie as its "

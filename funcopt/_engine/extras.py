@@ -9,6 +9,7 @@ wrapper that hands their state on, which each must do anyway.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from .._core import pytree, transforms
 from .._core.types import Tree, is_dense, kind_of, optimizers_in
+from .checks import sharding
 from .recorded import is_recorded
 from .update_if import update_if, update_if_
 
@@ -41,7 +43,11 @@ def update_with_extras(
     own = _with_members.get(type(opt))
     if own is not None and active is not False:
         of_each = None if active is True else active
-        return own(opt, grads, state, params, of_each, value, in_place=in_place)
+        own = partial(own, active=of_each, value=value, in_place=in_place)
+        shards = sharding()
+        if shards is not None and shards.has_sharded(params):
+            own = partial(_on_local_parts, own, in_place)
+        return own(opt, grads, state, params)
     told = None if value is None else _told(opt, state, value)
     if told is not None:
         new_params, new_state = update(opt, grads, told, params, active=active)
@@ -53,6 +59,15 @@ def update_with_extras(
         update_if_(condition, opt, grads, state, params)
         return params, state
     return _update_if(condition, opt, grads, state, params)
+
+
+def _on_local_parts(own: Update, in_place: bool, *args: Any) -> tuple[Tree, Tree]:
+    if transforms.compiling():
+        return transforms.uncompiled(_on_local_parts, own, in_place, *args)
+    from .._dtensor import methods  # noqa: PLC0415  # which nobody needs who has no DTensors
+
+    updated: tuple[Tree, Tree] = (methods.update_ if in_place else methods.update)(own, *args)
+    return updated
 
 
 # By the very type.

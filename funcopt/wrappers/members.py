@@ -21,8 +21,9 @@ from .._core.types import (
     check_is_optimizer,
     kind_of,
 )
+from .._engine.checks import sharding
 from .._engine.extras import takes_extras_of_members
-from .._engine.prepare import keep_requiring
+from .._engine.prepare import are_shards, keep_requiring
 from .._engine.registration import register_optimizer
 from .._engine.stacked import update_stacked
 
@@ -66,7 +67,7 @@ class Members:
                 [1.0000, 1.0000]]), tensor([1., 1., 0.], dtype=torch.float64))
     """
 
-    traits: ClassVar[Traits] = Traits(leafwise=True, linear=True)
+    traits: ClassVar[Traits] = Traits(leafwise=True, shardable=True, memberwise=True, linear=True)
 
     inner: Optimizer[Any]
 
@@ -82,9 +83,15 @@ class Members:
 
         Raises:
             TypeError: As the inner optimizer does.
-            ValueError: Likewise, or if two tensors have not as many members.
+            ValueError: Likewise, or if two tensors have not as many members, or DTensors lie
+                otherwise than along dimension 0.
         """
-        return _mapped(lambda inner, own: inner.init(own), self.inner, params=params)
+        shards = sharding()
+        if shards is None or not shards.has_sharded(params):
+            return _init(self.inner, params)
+        from .._dtensor import members  # noqa: PLC0415  # which nobody needs who has no DTensors
+
+        return members.init(_init, self.inner, params)
 
     def update(
         self, grads: Tree, state: Any, params: ParamsT, **extras: Unpack[Extras]
@@ -112,30 +119,54 @@ class Members:
         in_place: bool,
     ) -> tuple[Tree, Any]:
         """Update with what is told of each member, or of all."""
-        if active is not None and (not isinstance(active, Tensor) or active.dtype != torch.bool):
-            raise TypeError(f"active is {kind_of(active)}: must be a bool, or a bool tensor.")
-        if value is None and (active is None or active.ndim == 1):
-            made = update_stacked(self.inner, grads, state, params, active, in_place=in_place)
-            if made is not None:
-                return made
+        inner, told = self.inner, {"active": active, "value": value}
+        shards = sharding()
+        if shards is not None and (are_shards() or shards.has_sharded((inner, told))):
+            from .._dtensor import members  # noqa: PLC0415  # which few need
 
-        def update(inner: Any, *trees: Tree) -> tuple[Tree, Tree]:
-            extras = dict(zip(told, trees[3:], strict=True))
-            updated: tuple[Tree, Tree] = inner.update(*trees[:3], **extras)
-            return updated
+            return members.update(_update, inner, grads, state, params, told, in_place=in_place)
+        return _update(inner, grads, state, params, active, value, in_place=in_place)
 
-        extras = {"active": active, "value": value}
-        told = {name: own for name, own in extras.items() if own is not None}
-        news: tuple[Tree, Tree] = _mapped(
-            update, self.inner, grads=grads, state=state, params=params, **told
-        )
-        keep_requiring(*(_tensors(tree) for tree in (news[0], params)))
-        if not in_place:
-            return news
-        with torch.no_grad():
-            for old, new in zip(_tensors((params, state)), _tensors(news), strict=True):
-                write(old, new)
-        return params, state
+
+def _init(inner: Optimizer[Any], params: Tree) -> Any:
+    return _mapped(lambda own, params: own.init(params), inner, params=params)
+
+
+def _update(
+    inner: Optimizer[Any],
+    grads: Tree,
+    state: Tree,
+    params: Tree,
+    active: Tensor | None,
+    value: Number | None,
+    *,
+    in_place: bool,
+) -> tuple[Tree, Any]:
+    """Update a stack with what is told of each member, or of all."""
+    if active is not None and (not isinstance(active, Tensor) or active.dtype != torch.bool):
+        raise TypeError(f"active is {kind_of(active)}: must be a bool, or a bool tensor.")
+    if value is None and (active is None or active.ndim == 1):
+        made = update_stacked(inner, grads, state, params, active, in_place=in_place)
+        if made is not None:
+            return made
+
+    def update(own: Any, *trees: Tree) -> tuple[Tree, Tree]:
+        extras = dict(zip(told, trees[3:], strict=True))
+        updated: tuple[Tree, Tree] = own.update(*trees[:3], **extras)
+        return updated
+
+    extras = {"active": active, "value": value}
+    told = {name: own for name, own in extras.items() if own is not None}
+    news: tuple[Tree, Tree] = _mapped(
+        update, inner, grads=grads, state=state, params=params, **told
+    )
+    keep_requiring(*(_tensors(tree) for tree in (news[0], params)))
+    if not in_place:
+        return news
+    with torch.no_grad():
+        for old, new in zip(_tensors((params, state)), _tensors(news), strict=True):
+            write(old, new)
+    return params, state
 
 
 takes_extras_of_members(Members, Members._update)
