@@ -1,4 +1,4 @@
-"""Members of an ensemble: stacked, taken apart, copied over one another.
+"""Members of an ensemble: stacked, taken apart, copied over one another, replaced.
 
 A stacked tree holds several members, and dimension 0 of each of its tensors says which. That is
 what `torch.func.vmap` maps over by default. Parameters, states, optimizers, schedules and buffers
@@ -22,7 +22,7 @@ from ._core import pytree, transforms
 from ._core.types import Tree, kind_of
 from ._engine.merge import Merger
 
-__all__ = ["select", "size", "stack", "take", "unstack"]
+__all__ = ["put", "select", "size", "stack", "take", "unstack"]
 
 TreeT = TypeVar("TreeT")
 
@@ -152,6 +152,62 @@ def take(tree: TreeT, indices: int | Iterable[int] | Tensor) -> TreeT:
         return part if positions.ndim else part.squeeze(0)
 
     return _mapped(taken, tree)
+
+
+def put(tree: TreeT, indices: int | Iterable[int] | Tensor, new: TreeT) -> TreeT:
+    """Return a copy of the tree in which the members at these indices are `new`; `take` reads them.
+
+    The other members keep every bit. A number of an optimizer that is not the same in both becomes
+    a tensor, as where `stack` does it.
+
+    Args:
+        tree: The stacked tree, with tensors of shape `(members, ...)`.
+        indices: Which members, as for `take`, each once at most.
+        new: What `take` would return: a single member for an integer or a tensor of shape `()`,
+            else a stack of as many members as there are indices.
+
+    Returns:
+        A tree of the same structure, in fresh memory.
+
+    Raises:
+        IndexError: As `take`.
+        TypeError: As `take`.
+        ValueError: If an index comes twice, where it can be read at no price; if `new` does not
+            match the members that it replaces; or as `take` and `size`.
+
+    Example:
+        >>> import torch
+        >>> from funcopt import members
+        >>> params = {"w": torch.tensor([10.0, 20.0, 30.0])}
+        >>> members.put(params, 1, {"w": torch.tensor(2.0)})
+        {'w': tensor([10.,  2., 30.])}
+        >>> members.put(params, [0, -1], {"w": torch.tensor([1.0, 3.0])})
+        {'w': tensor([ 1., 20.,  3.])}
+    """
+    count = size(tree)
+    positions = _positions(indices, count)
+    targets = positions.reshape(-1)
+    values = () if transforms.transformed() else transforms.values_at_hand(targets) or ()
+    if len(set(values)) < len(values):
+        twice = next(value for value in values if values.count(value) > 1)
+        raise ValueError(f"indices has member {twice:.0f} twice: must have each once at most.")
+    remedy = "Give members such as take(tree, indices) returns."
+    roots = ("new", "take(tree, indices)")
+    merger = Merger(roots, operator.itemgetter(0), positions.shape, remedy)
+    alike: TreeT = merger.merge((new, take(tree, indices)), lambda: "")
+    where = torch.zeros(count, dtype=torch.bool, device=targets.device)
+    first = torch.zeros(count, dtype=torch.int64, device=targets.device)
+    rows_on = _copies_of(
+        first.scatter(0, targets, torch.arange(len(targets), device=targets.device))
+    )
+
+    def spread(leaf: Tensor) -> Tensor:
+        own = leaf if positions.ndim else leaf.unsqueeze(0)
+        if len(own) == 0:  # where nobody is put, there is no row to repeat
+            return own.new_empty(count, *own.shape[1:])
+        return own.index_select(0, rows_on(own.device))
+
+    return select(where.scatter(0, targets, True), _mapped(spread, alike), tree)
 
 
 def select(mask: Tensor, new: TreeT, old: TreeT) -> TreeT:

@@ -113,6 +113,36 @@ def test_each_member_is_selected_from_one_of_two_trees(trees, data):
     assert bits(members.select(~everywhere, new, old)) == bits(old)
 
 
+@given(alike(least=2), st.data())
+def test_members_that_are_put_are_there_and_the_others_keep_every_bit(trees, data):
+    count = len(trees)
+    chosen = data.draw(st.lists(st.integers(0, count - 1), unique=True))
+    old, new = members.stack(trees), trees[::-1][: len(chosen)]
+    expected = list(trees)
+    for place, own in zip(chosen, new, strict=True):
+        expected[place] = own
+    stacked = members.stack(new) if new else members.take(old, [])
+    signed = [place - count * data.draw(st.integers(0, 1)) for place in chosen]
+    before = bits(old), bits(stacked)
+    for indices in (signed, torch.tensor(signed, dtype=torch.int64)):
+        made = members.put(old, indices, stacked)
+        assert bits(made) == bits(members.stack(expected))
+        assert bits(members.take(made, indices)) == bits(stacked)
+    assert (bits(old), bits(stacked)) == before
+
+
+@given(alike(least=2), st.data())
+def test_one_member_is_put_without_the_dimension_and_several_by_a_mask(trees, data):
+    index = data.draw(st.integers(0, len(trees) - 1))
+    own = trees[index - 1]
+    expected = bits(members.stack([*trees[:index], own, *trees[index + 1 :]]))
+    old, mask = members.stack(trees), [place == index for place in range(len(trees))]
+    for one in (index, index - len(trees), torch.tensor(index)):
+        assert bits(members.put(old, one, own)) == expected
+    for several in (mask, torch.tensor(mask)):
+        assert bits(members.put(old, several, members.stack([own]))) == expected
+
+
 @given(strategies.optimizers(), st.data())
 def test_a_mapped_update_of_a_stack_is_the_stack_of_updates(opt, data):
     params = data.draw(strategies.params_for(opt, min_leaves=1))
@@ -234,6 +264,22 @@ def test_a_stacked_optimizer_is_taken_selected_and_unstacked():
     other = funcopt.replace(opts, "lr", lambda lr: 2 * lr)
     chosen = members.select(torch.tensor([True, False, True]), other, opts)
     assert chosen.inner.lr.tolist() == [0.2, 0.2, 0.6]
+
+
+def test_an_optimizer_is_put_and_its_number_becomes_one_of_each_member():
+    weights = torch.zeros(3)
+    tree, own = (SGD(lr=0.1, momentum=0.9), weights), (SGD(lr=0.2, momentum=0.9), torch.tensor(1.0))
+    opts, _ = members.put(tree, 1, own)
+    assert opts.lr.tolist() == [0.1, 0.2, 0.1]
+    assert opts.lr.dtype is torch.float64
+    assert opts.momentum == 0.9
+    # A number is put among tensors, and a tensor of shape () beside a number.
+    assert members.put((opts, weights), 0, own)[0].lr.tolist() == [0.2, 0.2, 0.1]
+    taken = members.take((opts, weights), 1)
+    assert members.put(tree, -1, taken)[0].lr.tolist() == [0.1, 0.1, 0.2]
+    assert members.put(tree, 1, (tree[0], own[1]))[0] == tree[0]
+    pair = members.stack([own, (SGD(lr=0.3, momentum=0.9), torch.tensor(2.0))])
+    assert members.put(tree, [2, 0], pair)[0].lr.tolist() == [0.3, 0.1, 0.2]
 
 
 def test_members_that_get_a_number_of_their_own_are_selected_beside_the_number_of_all():
@@ -373,6 +419,8 @@ def test_results_share_no_memory_with_what_was_given():
         members.take(stacked, [0, 1]),
         members.take(stacked, mask),
         members.select(mask, stacked, stacked),
+        members.put(stacked, 0, members.take(stacked, 1)),
+        members.put(stacked, [], members.take(stacked, [])),
     ]
     found = [memories(tree) for tree in [*trees, *results]]
     assert len(set().union(*found)) == sum(map(len, found))
@@ -394,6 +442,7 @@ def test_what_was_given_is_not_changed():
     members.unstack(given_tree)
     members.take(given_tree, [1, 1])
     members.select(torch.tensor([True, False]), given_tree, given_tree)
+    members.put(given_tree, 0, members.take(given_tree, 1))
     assert bits(given_tree) == before
 
 
@@ -480,6 +529,33 @@ def test_no_member_may_be_taken():
         assert members.unstack(taken) == []
 
 
+@pytest.mark.parametrize("twice", [[1, 1], [1, -2], torch.tensor([0, 1, 1])])
+def test_no_member_is_put_twice(twice):
+    tree = {"w": torch.ones(3)}
+    with pytest.raises(ValueError, match="indices has member 1 twice: must have each once"):
+        members.put(tree, twice, members.take(tree, twice))
+
+
+def test_what_is_put_must_match_what_it_replaces():
+    tree = {"w": torch.ones(3, 2)}
+    for indices, new in [
+        (0, torch.ones(1, 2)),
+        ([0], torch.ones(2)),
+        ([0, 1], torch.ones(3, 2)),
+        ([True, False, False], torch.ones(2, 2)),
+        (0, torch.ones(2).double()),
+    ]:
+        message = r"new\['w'\] is .* and take\(tree, indices\)\['w'\] is .* Give members such as"
+        with pytest.raises(ValueError, match=message):
+            members.put(tree, indices, {"w": new})
+    with pytest.raises(ValueError, match=r"it has no take\(tree, indices\)|does not have the str"):
+        members.put(tree, 0, {"v": torch.ones(2)})
+    with pytest.raises(ValueError, match="tree has no tensors"):
+        members.put(SGD(lr=0.1), 0, SGD(lr=0.2))
+    with pytest.raises(IndexError, match="indices has 3"):
+        members.put(tree, 3, {"w": torch.ones(2)})
+
+
 @pytest.mark.parametrize(
     ("mask", "error", "words"),
     [
@@ -522,6 +598,34 @@ def test_derivatives_flow_through_all_of_them():
     assert jvp(loss, (weight,), (torch.ones(3).double(),))[1].item() == 33.0
     parameter = torch.nn.Parameter(weight)
     assert members.take(parameter, 0).requires_grad
+
+
+def test_derivatives_flow_into_what_is_put_and_what_stays_and_nan_into_neither():
+    old, new = torch.tensor([1.0, math.nan, 3.0]).double(), torch.tensor([4.0, 5.0]).double()
+
+    def loss(old, new):
+        return members.put({"w": old}, [1, 0], {"w": new})["w"].pow(2).sum()
+
+    assert loss(old, new).item() == 50.0
+    assert grad(loss)(old, new).tolist() == [0.0, 0.0, 6.0]
+    assert grad(loss, 1)(old, new).tolist() == [8.0, 10.0]
+    tangents = torch.ones(3).double(), torch.ones(2).double()
+    assert jvp(loss, (old, new), tangents)[1].item() == 24.0
+    one = grad(lambda own: members.put(old, 1, own).square().sum())(torch.tensor(2.0).double())
+    assert one.item() == 4.0
+
+
+def test_members_are_put_beneath_vmap():
+    trees = {"w": torch.arange(12.0).reshape(2, 3, 2)}
+    new = {"w": -torch.arange(8.0).reshape(2, 2, 2)}
+    indices = torch.tensor([[2, 0], [1, 2]])
+    made = vmap(members.put)(trees, indices, new)
+    last = vmap(members.put)(trees, indices[:, 0], {"w": new["w"][:, 0]})
+    for index in range(2):
+        tree, own = members.take(trees, index), members.take(new, index)
+        assert bits(members.take(made, index)) == bits(members.put(tree, indices[index], own))
+        alone = members.put(tree, indices[index, 0], members.take(own, 0))
+        assert bits(members.take(last, index)) == bits(alone)
 
 
 def test_members_are_taken_and_selected_beneath_vmap():

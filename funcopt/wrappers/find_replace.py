@@ -89,6 +89,10 @@ def find(
 def replace(tree: TreeT, what: str | type, new: Any, within: str = "") -> TreeT:
     """Return a copy of a state or an optimizer in which what `find` finds is replaced.
 
+    A tuple or a mapping that holds both is a tree as well, such as a NamedTuple of an optimizer,
+    its state and parameters: what is in the optimizer is replaced as in an optimizer, all else as
+    in a state.
+
     Nothing of what was given is changed. What is not replaced is not copied: the two states share
     it, so that `update_` of one writes into the other as well.
 
@@ -96,7 +100,7 @@ def replace(tree: TreeT, what: str | type, new: Any, within: str = "") -> TreeT:
     as always. In a state, whatever is put there must be like what was there.
 
     Args:
-        tree: A state or an optimizer.
+        tree: A state or an optimizer, or what holds them.
         what: The name of a field, or a class.
         new: What to put there, in a state a copy of it at each place; or a function from what was
             there to that. A number, in a state, fills every tensor. An object that can be called,
@@ -130,6 +134,16 @@ def replace(tree: TreeT, what: str | type, new: Any, within: str = "") -> TreeT:
         >>> opt = funcopt.replace(opt, "lr", lambda lr: lr / 2)
         >>> funcopt.find(opt, "lr")
         {"inner['body'].lr": 0.0005, "inner['head'].lr": 5e-05}
+
+        Of all that belongs to a member of a population, halve its learning rate:
+
+        >>> from typing import Any, NamedTuple
+        >>> class Member(NamedTuple):
+        ...     opt: SGD
+        ...     state: Any
+        >>> member = Member(SGD(lr=0.5), SGD(lr=0.5).init(params))
+        >>> funcopt.replace(member, "lr", lambda lr: lr / 2).opt.lr
+        0.25
     """
     _check_what(what)
 
@@ -290,7 +304,7 @@ def _nothing(
         there = f"It is at {_some(elsewhere)}."
     elif isinstance(what, str):
         there = f"There are {_some([p.steps[-1].key for p in places if p.is_field])}."
-        if not isinstance(tree, Optimizer):
+        if not any(isinstance(place.value, Optimizer) for place in places):
             call = f"replace(opt, {what!r}, ...)" if editing else f"find(state, {what!r}, opt)"
             hint = f" A state holds no hyperparameters: for those, give its optimizer, {call}."
     else:

@@ -400,6 +400,38 @@ def test_mappings_keep_their_types():
         assert mapping["a"].step == 1
 
 
+class Holder(NamedTuple):
+    opt: Any
+    state: Any
+    noise: torch.Tensor
+
+
+def test_what_holds_an_optimizer_is_edited_by_the_rules_of_each_part(params):
+    opt = AdamW(lr=0.5)
+    tree = Holder(opt, moved(opt, params), torch.tensor(0.25))
+    assert list(find(tree, "lr")) == ["opt.lr"]
+    halved = replace(tree, "lr", lambda lr: lr / 2)
+    assert halved.opt == AdamW(lr=0.25)
+    assert halved.state is tree.state
+    assert tree.opt is opt
+    assert replace(tree, "lr", torch.tensor([0.1, 0.2])).opt.lr.shape == (2,)
+    assert replace(tree, "noise", 1.0).noise.item() == 1.0
+    with pytest.raises(ValueError, match=r"noise: shape torch.Size\(\[2\]\), it was"):
+        replace(tree, "noise", torch.zeros(2))
+    with pytest.raises(ValueError, match="lr"):
+        replace(tree, "lr", -1.0)
+
+
+def test_of_what_holds_an_optimizer_nothing_else_is_asked_for(params):
+    tree = Holder(AdamW(), AdamW().init(params), torch.tensor(0.25))
+    for ask in (lambda: find(tree, "momentum"), lambda: replace(tree, "momentum", 0.5)):
+        with pytest.raises(KeyError) as error:
+            ask()
+        message = words(error)
+        assert message.startswith("no 'momentum' in this Holder. There are opt, lr, betas,")
+        assert "give its optimizer" not in message
+
+
 # Errors.
 
 
@@ -507,7 +539,8 @@ def test_every_wrapper_of_the_library_is_walked():
             opt = wrapper(inner, *required.get(wrapper, ()))
         state = opt.init(torch.ones(2))
         assert len(find(state, "exp_avg")) == 1, wrapper
-        assert [float(lr) for lr in find(state, "lr", opt).values()] == [0.0], wrapper
+        [lr] = find(state, "lr", opt).values()
+        assert not lr.any(), wrapper  # of Members, one for each
         assert set(find(replace(opt, "lr", 0.5), "lr").values()) == {0.5}, wrapper
         assert isinstance(replace(state, AdamWState, 0), type(state))
 
