@@ -20,11 +20,15 @@ from funcopt import (
     SkipNonfinite,
     schedules,
 )
+from funcopt._engine.dispatch import unserved
 from funcopt.schedules import Cosine
 
 from ..cases import assert_close, tree_map
 
 DTYPES = (torch.float64, torch.float32, torch.int64, torch.int32)
+
+CPU = torch.device("cpu")
+KERNELS = [name for name in AdamW.rule.kernel_names if unserved(AdamW.rule, name, CPU) is None]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -120,6 +124,26 @@ def test_a_schedule_that_has_no_value_for_the_count_of_a_leaf_at_rest_is_fine(up
     # By 0.05 times m / sqrt(v) with m = 0.1 / (1 - 0.9**3) and v = 0.001 / (1 - 0.999**3).
     by = 0.05 * (0.1 / (1 - 0.9**3)) / (0.001 / (1 - 0.999**3)) ** 0.5
     torch.testing.assert_close(moved["moving"], torch.full((2,), 1 - by))
+
+
+@pytest.mark.parametrize("update", ["update", "update_"])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_leaves_that_moved_more_often_than_others_get_what_they_get_alone(kernel, update):
+    opt = AdamW(lr=0.1, step_per_leaf=True, kernel=kernel)
+    shapes = {"a": (3,), "b": (64,), "c": (5, 2), "d": (3,)}
+    counts = {"a": 1.0, "b": 4.0, "c": 2.0, "d": 1.0}
+
+    def given(names):
+        leaves = {name: torch.full(shapes[name], counts[name] + 0.5) for name in names}
+        step = {name: torch.tensor(counts[name]) for name in names}
+        return tree_map(torch.cos, leaves), opt.init(leaves)._replace(step=step), leaves
+
+    moved, state = getattr(opt, update)(*given(shapes))
+    for name in shapes:
+        alone, own = opt.update(*given([name]))
+        assert_close(moved[name], alone[name])
+        assert_close(state.exp_avg_sq[name], own.exp_avg_sq[name])
+        assert state.step[name] == counts[name] + 1
 
 
 def test_members_have_counts_of_each_leaf_of_which_some_rest():
