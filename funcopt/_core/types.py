@@ -41,9 +41,8 @@ class Extras(TypedDict, total=False):
 
     Attributes:
         active: Whether the update is made at all: a bool, or a bool tensor of shape (), which under
-            vmap may be one for each member. Where it is False, parameters, state and counts are
-            what they were before, to the bit, whatever the gradients are. So a member that has
-            stopped, or an adapter that is not due, stands still. Default: True.
+            vmap may be one for each member. Where it is False, parameters, state and counts keep
+            every bit, whatever the gradients are. Default: True.
         value: A score of the parameters that are given, such as a validation loss: a number, or a
             floating-point tensor of shape (), likewise. `Best` and `Plateau` go by it, and nobody
             else. No derivative flows through it. Default: None, which tells them nothing this time.
@@ -64,10 +63,10 @@ class Extras(TypedDict, total=False):
 class Optimizer(Protocol[StateT]):
     """What every optimizer here is: a value with three methods.
 
-    There is no base class to inherit from: whatever has these methods is an optimizer, and a
-    wrapper around one (gradient clipping, say) is a value with the same three methods. What holds
-    of the methods of all of them is said here; a class says what is special about its own. What may
-    be done with its leaves, it says in its attribute `traits`: see `Traits`.
+    There is no base class: whatever has these methods is an optimizer, and a wrapper around one
+    (gradient clipping, say) is a value with the same three methods. What holds of the methods of
+    all is said here; a class says what is special about its own. What may be done with its leaves,
+    it says in its attribute `traits`: see `Traits`.
 
     Example:
         >>> import funcopt
@@ -153,7 +152,7 @@ def is_dense(tensor: Tensor) -> bool:
 
 
 def shown_layout(tensor: Tensor) -> str:
-    """Return the layout of a tensor that is not dense, as messages have it."""
+    """Return the layout of a tensor that is not dense, for a message."""
     return "a nested layout" if tensor.is_nested else f"layout {tensor.layout}"
 
 
@@ -181,19 +180,16 @@ class Traits:
     it together with the optimizers inside holds of each.
 
     Args:
-        elementwise: Each element moves by its own gradient, value and state, as with Adam. So
-            leaves may be cut, packed side by side, stacked and sharded.
-        leafwise: Each leaf moves by itself, as with Muon. Elementwise optimizers are leafwise.
+        elementwise: Each element moves by its own gradient, value and state, as with Adam, so that
+            leaves may be cut, packed, stacked and sharded. Then the next four hold, too.
+        leafwise: Each leaf moves by itself, as with Muon.
         shardable: Leaves may be the local parts of sharded ones: what is computed over a whole
-            leaf, or over several, is reduced over the processes. Elementwise optimizers are
-            shardable.
-        memberwise: Dimension 0 of every tensor is the member of a stack, and each member is
-            updated by itself, as the optimizer within would update it alone. So members may be
-            sharded, each whole in one process, whatever that optimizer computes over its leaves.
-        packable: Leaves may lie in pieces, or side by side, in one tensor: it makes no difference,
-            as for a norm over everything. Elementwise optimizers are packable.
+            leaf, or over several, is reduced over the processes.
+        packable: Leaves may lie in pieces, or side by side, in one tensor, as for a norm over all.
         complex_as_pairs: Complex leaves may come as pairs of real ones, as in such a tensor.
-            Elementwise optimizers see them so anyway.
+        memberwise: Dimension 0 of every tensor is the member of a stack, and each member is updated
+            as the optimizer within would update it alone. So members may be sharded, each whole in
+            one process, whatever that optimizer computes over its leaves.
         linear: What it hands to the inner optimizer commutes with the mean over processes, which
             may be taken before or after, as with a factor. What clips or skips is not linear.
         by_rule: Its updates are those of its rule and nothing besides, so that what wraps it may
@@ -208,9 +204,8 @@ class Traits:
             they must not lie side by side as one.
         decides_on_host: What an update does depends on what the host knows, beyond tensors, so that
             a CUDA graph would not replay it.
-        small_steps_add_up: Steps below half a unit in the last place move a 16-bit parameter all
-            the same, at least in the mean, as with `rounding="stochastic"`. Only what moves the
-            parameters last can say it: no wrapper says it for what is inside.
+        small_steps_add_up: Steps below half a unit in the last place move a 16-bit parameter, at
+            least in the mean. Only what moves parameters last can say it, not what is inside.
 
     Example:
         >>> import funcopt
@@ -248,8 +243,6 @@ ELEMENTWISE_BY_RULE = Traits(elementwise=True, linear=True, by_rule=True)
 _WARNINGS = frozenset(
     ("decides_on_host", "sees_overflow", "sends", "takes_local_gradients", "tells_leaves_apart")
 )
-
-
 _said: dict[type, Traits] = {}
 
 
