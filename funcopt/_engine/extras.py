@@ -19,6 +19,7 @@ from .._core import pytree, transforms
 from .._core.types import Tree, is_dense, kind_of, optimizers_in
 from .checks import sharding
 from .recorded import is_recorded
+from .stacked import update_stacked
 from .update_if import update_if, update_if_
 
 Update: TypeAlias = Callable[..., tuple[Tree, Tree]]
@@ -104,7 +105,12 @@ def _update_if(
     flat, structures = zip(*map(pytree.flatten, trees), strict=True)
     columns = [[leaf for leaf in leaves if isinstance(leaf, Tensor)] for leaves in flat]
     recorded = is_recorded(opt, *columns)
-    if isinstance(condition, Tensor) and (recorded or transforms.transformed()):
+    mapped = not recorded and not transforms.observed() and transforms.in_vmaps_alone()
+    if mapped and isinstance(condition, Tensor):
+        made = transforms.beneath_vmap(partial(_beneath, (opt, grads, state, params, condition)))
+        if made is not None:
+            return made
+    elif isinstance(condition, Tensor) and (recorded or transforms.transformed()):
         # Where it is not chosen, the derivative of the update is multiplied by 0. With a gradient
         # that is infinite or NaN in it, that would be NaN.
         zeroed = [
@@ -113,6 +119,27 @@ def _update_if(
         ]
         grads = pytree.unflatten(structures[1], zeroed)
     return update_if(condition, opt, grads, state, params, recorded)
+
+
+def _beneath(given: tuple[Any, ...], members: transforms.Members) -> tuple[Tree, Tree] | None:
+    """Update the members of a vmap as a stack, beneath it; None, and nothing done, if that is slow.
+
+    So nothing is computed for those who do not move.
+    """
+    leaves, structure = pytree.flatten(given)
+    places = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    for index in places:
+        tensor, dim = members.unwrap(leaves[index])
+        if tensor.requires_grad:
+            return None
+        leaves[index] = tensor if dim is None else tensor.movedim(dim, 0)
+    made = update_stacked(*pytree.unflatten(structure, leaves), in_place=False)
+    if made is None:
+        return None
+    news, structure = pytree.flatten(made)
+    wrapped = [members.wrap(leaf) if isinstance(leaf, Tensor) else leaf for leaf in news]
+    new_params, new_state = pytree.unflatten(structure, wrapped)
+    return new_params, new_state
 
 
 # By the very type of the optimizer: the type of its state.
