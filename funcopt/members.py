@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache, partial
 from typing import Any, TypeVar
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from ._core import pytree, transforms
 from ._core.types import Tree, kind_of
+from ._engine.checks import sharding
 from ._engine.merge import Merger
 
 __all__ = ["put", "select", "size", "stack", "take", "unstack"]
@@ -88,7 +90,8 @@ def unstack(tree: TreeT) -> list[TreeT]:
 
     Raises:
         ValueError: As `size`. An optimizer in which no tensor is does not say how many members
-            there are: unstack it together with what does, as `unstack((opt, params))`.
+            there are: unstack it together with what does, as `unstack((opt, params))`. Or if a
+            tensor is a DTensor.
 
     Example:
         >>> import torch
@@ -98,6 +101,13 @@ def unstack(tree: TreeT) -> list[TreeT]:
     """
     count = size(tree)
     leaves, structure = pytree.flatten(tree)
+    for index, leaf in enumerate(leaves):
+        if _is_sharded(leaf):
+            raise ValueError(
+                f"{pytree.path(structure, 'tree', index)} is a DTensor with placements "
+                f"{leaf.placements}: its members are on several processes. Give .full_tensor(), or "
+                f".to_local() for those that are here; take(tree, index) gives one to all."
+            )
     columns = [
         [part.clone() for part in leaf.unbind(0)] if isinstance(leaf, Tensor) else [leaf] * count
         for leaf in leaves
@@ -112,6 +122,11 @@ def take(tree: TreeT, indices: int | Iterable[int] | Tensor) -> TreeT:
     and count from the end. A tree without tensors, as an optimizer of numbers that are the same in
     all members, is its own member and is returned as it is.
 
+    Of DTensors that are sharded along dimension 0, members are sent to the processes that are to
+    have them, by one all-to-all for each tensor, in which each process gets a member at most once.
+    The results are sharded likewise; a single member is on all processes. Every process must call
+    this, with the same indices, or with a DTensor of them.
+
     Args:
         tree: The stacked tree, with tensors of shape `(members, ...)`.
         indices: Which members: a list or a tensor of integers, of shape `(taken,)`, gives a stack
@@ -125,8 +140,10 @@ def take(tree: TreeT, indices: int | Iterable[int] | Tensor) -> TreeT:
     Raises:
         IndexError: If an index is out of range. Those in a tensor on a GPU are not read, so as not
             to wait for it: torch itself stops at one.
+        RuntimeError: If a DTensor requires a gradient, which would not get back to it.
         TypeError: If `indices` are no integers or bools.
-        ValueError: If `indices` have another shape, or as `size`.
+        ValueError: If `indices` have another shape, or as `size`; or if another dimension of a
+            DTensor is sharded.
 
     Example:
         >>> import torch
@@ -143,15 +160,28 @@ def take(tree: TreeT, indices: int | Iterable[int] | Tensor) -> TreeT:
     count = _count(tree, "tree")
     if count is None:
         return tree
-    positions = _positions(indices, count)
+    positions = _positions(_whole(indices), count)
+    listed = cache(partial(_listed, positions, count))
     rows_on = _copies_of(positions.reshape(-1))
 
-    def taken(leaf: Tensor) -> Tensor:
+    def taken(leaf: Tensor, where: Callable[[], str]) -> Tensor:
+        if _is_sharded(leaf):
+            single = positions.ndim == 0
+            made: Tensor = _of_dtensors().take(leaf, listed(), where, single=single)
+            return made
         # Not leaf[positions], which under vmap would read an index of shape ().
         part = leaf.index_select(0, rows_on(leaf.device))
         return part if positions.ndim else part.squeeze(0)
 
-    return _mapped(taken, tree)
+    leaves, structure = pytree.flatten(tree)
+    news = [
+        taken(leaf, partial(pytree.path, structure, "tree", index))
+        if isinstance(leaf, Tensor)
+        else leaf
+        for index, leaf in enumerate(leaves)
+    ]
+    made: TreeT = pytree.unflatten(structure, news)
+    return made
 
 
 def put(tree: TreeT, indices: int | Iterable[int] | Tensor, new: TreeT) -> TreeT:
@@ -214,10 +244,11 @@ def select(mask: Tensor, new: TreeT, old: TreeT) -> TreeT:
     """Return each member from `new` where the mask is True, else from `old`, to the bit.
 
     What is not taken leaves no trace, be it NaN. A number of an optimizer that is not the same in
-    both becomes a tensor, as where `stack` does it.
+    both becomes a tensor, as where `stack` does it. Of DTensors, which must lie alike, nothing is
+    sent but a mask that is one itself.
 
     Args:
-        mask: A bool tensor of shape `(members,)`.
+        mask: A bool tensor of shape `(members,)`, the same on every process.
         new: A stacked tree, with tensors of shape `(members, ...)`.
         old: Another of the same structure, whose tensors are alike in shape, dtype and device.
 
@@ -238,6 +269,7 @@ def select(mask: Tensor, new: TreeT, old: TreeT) -> TreeT:
     """
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         raise TypeError(f"mask is {kind_of(mask)}: must be a bool tensor of shape (members,).")
+    mask = _whole(mask)
     if mask.ndim != 1:
         raise ValueError(
             f"mask has shape {tuple(mask.shape)}: must have shape (members,), one bool for each."
@@ -253,6 +285,9 @@ def select(mask: Tensor, new: TreeT, old: TreeT) -> TreeT:
 
     def chosen(pair: Sequence[Tensor]) -> Tensor:
         one, other = pair
+        if _is_sharded(one) or _is_sharded(other):
+            made: Tensor = _of_dtensors().select(mask, pair)
+            return made
         return torch.where(mask_on(one.device).reshape(-1, *(1,) * (one.ndim - 1)), one, other)
 
     remedy = "Give two trees of the same members, such as those before and after an update."
@@ -311,11 +346,29 @@ def _count(tree: Tree, root: str) -> int | None:
     return None if first is None else len(leaves[first])
 
 
-def _mapped(function: Callable[[Tensor], Tensor], tree: TreeT) -> TreeT:
-    leaves, structure = pytree.flatten(tree)
-    news = [function(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-    mapped: TreeT = pytree.unflatten(structure, news)
-    return mapped
+def _is_sharded(leaf: Any) -> bool:
+    shards = sharding()
+    kind = None if shards is None else shards.dtensor()
+    return kind is not None and isinstance(leaf, kind)
+
+
+def _whole(given: Any) -> Any:
+    return given.full_tensor() if _is_sharded(given) else given
+
+
+def _of_dtensors() -> Any:
+    from ._dtensor import exchange  # noqa: PLC0415  # which nobody needs who has no DTensors
+
+    return exchange
+
+
+def _listed(positions: Tensor, count: int) -> list[int]:
+    """Return which members are meant, read, and checked where they were not before."""
+    rows: list[int] = positions.reshape(-1).tolist()
+    for row in rows:
+        if not 0 <= row < count:
+            raise IndexError(f"indices has {row}, and there are {count} members.")
+    return rows
 
 
 def _copies_of(tensor: Tensor) -> Callable[[torch.device], Tensor]:

@@ -47,6 +47,7 @@ FLOORS = [
     "_dtensor.shards",
     "_dtensor.methods",
     "_dtensor.members",
+    "_dtensor.exchange",
     "_dtensor.reductions",
     "_engine",
     "_engine.hints",
@@ -334,12 +335,15 @@ def core_places(pattern):
     return {name for name in places(pattern) if not name.startswith("distributed")}
 
 
-def test_one_place_knows_collectives_and_no_place_imports_them():
-    assert core_places(r"torch\.distributed\.(?!is_)\w+\(|get_group") == {"_dtensor.reductions"}
+def test_few_places_know_collectives_and_no_place_imports_them():
+    assert core_places(r"torch\.distributed\.(?!is_)\w+\(|get_group") == {
+        "_dtensor.reductions",
+        "_dtensor.exchange",
+    }
     assert core_places(r"torch\.distributed\.is_\w+\(") == {"_dtensor.shards"}
     assert not core_places(r"(?m)^\s*(import|from) torch\.distributed")
     collectives = r"\bdist\.\w+\(|all_gather_|all_to_all_|reduce_scatter_"
-    assert places(collectives) == {"distributed._collectives"}
+    assert places(collectives) == {"distributed._collectives", "_dtensor.exchange"}
 
 
 def test_every_public_name_is_documented_with_an_example():

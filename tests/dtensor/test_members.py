@@ -1,8 +1,10 @@
 """Members on several processes: the bits of the same ensemble on one, and nothing is sent."""
 
+
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
@@ -22,10 +24,13 @@ from funcopt import (
     Plateau,
     SkipNonfinite,
     extend,
+    members,
 )
+from funcopt.interop import from_state_dict, to_state_dict
 
 from ..cases import assert_same_bits
 from ..distributed.harness import run_ranks
+from ..interop.formats import load_dcp
 
 COUNT = 6  # on four processes two, two, two and none
 STEPS = 5
@@ -279,3 +284,182 @@ def check_whole_members(rank):
 
 def test_replicas_have_the_bits_of_one_process_and_parameters_go_on_requiring_a_gradient():
     run_ranks(2, check_whole_members)
+
+
+# ------------------------------------------------------------------------------- taken and chosen
+
+
+def check_take(rank):
+    mesh = new_mesh()
+    shapes = {"complex": (COUNT, 2), "flag": (COUNT,), "none": (COUNT, 0)}
+    plain = tree(0) | {"half": tree(1)["w"].bfloat16(), "none": torch.zeros(shapes["none"])}
+    plain |= {"complex": torch.complex(*tree(2)["w"].chunk(2, 1)).conj(), "flag": ACTIVE}
+    sharded = laid(plain, mesh)
+    losses = torch.tensor([0.3, 0.1, torch.inf, 0.2, 0.5, 0.4])
+    for indices in (
+        losses.argsort()[[0, 0, 1, 2, 3, 1]],  # the worst have the best copied over them
+        [5, 4, 3, 2, 1, 0],
+        [-1, -1, -1],
+        [2],
+        losses < 0.35,
+        torch.zeros(COUNT, dtype=torch.bool),
+        torch.arange(COUNT).repeat(3),
+        losses.argmin(),
+        4,
+    ):
+        single = getattr(indices, "ndim", isinstance(indices, list)) == 0
+        placement = Replicate() if single else Shard(0)
+        taken = members.take((sharded, RATES), indices)
+        assert_same_bits(whole(taken), members.take((plain, RATES), indices))
+        assert all(leaf.placements == (placement,) for leaf in taken[0].values())
+        assert type(taken[1]) is torch.Tensor
+        if not single:  # as torch itself lays them out
+            for name, leaf in members.take(plain, indices).items():
+                assert_same_bits(taken[0][name].to_local(), laid(leaf, mesh).to_local())
+    before = members.take(sharded, list(range(COUNT)))
+    members.take(sharded, [0] * COUNT)["w"].to_local().zero_()
+    assert_same_bits(whole(before), whole(sharded))
+    assert_same_bits(
+        whole(members.take(sharded, laid(losses.argsort(), mesh))),
+        members.take(plain, losses.argsort()),
+    )
+
+
+@pytest.mark.by_day(1)
+@pytest.mark.parametrize("world_size", [4, 2])
+def test_members_are_taken_across_processes_to_the_bit_and_lie_as_before(world_size):
+    run_ranks(world_size, check_take)
+
+
+def check_each_is_sent_once(rank):
+    """The best member goes once to the other process, however many places it takes there."""
+    mesh, sizes = new_mesh(), []
+    send = dist.all_to_all_single
+
+    def noted(output, given, *args):
+        sizes.append((len(output), len(given)))
+        return send(output, given, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_to_all_single", noted)
+        taken = members.take(laid(RATES, mesh), [0, 1, 2, 0, 0, 5])
+    assert sizes == [(3, 4) if rank == 0 else (2, 1)]
+    assert_same_bits(whole(taken), RATES[[0, 1, 2, 0, 0, 5]])
+
+
+def test_a_member_is_sent_once_to_a_process_that_has_it_several_times():
+    run_ranks(2, check_each_is_sent_once)
+
+
+def check_select(rank):
+    mesh, new, old = new_mesh(), tree(1), tree(0)
+    new["w"][1] = torch.nan
+    expected = members.select(ACTIVE, (SGD(lr=RATES), new), (SGD(lr=DECAYS), old))
+    own, other = ((SGD(lr=n), laid(t, mesh)) for n, t in ((RATES, new), (DECAYS, old)))
+    for mask in (ACTIVE, laid(ACTIVE, mesh)):
+        chosen = members.select(mask, own, other)
+        assert_same_bits(chosen[0].lr, expected[0].lr)
+        assert_same_bits(whole(chosen[1]), expected[1])
+        assert all(leaf.placements == (Shard(0),) for leaf in chosen[1].values())
+    with CommDebugMode() as sent:
+        members.select(ACTIVE, own, other)
+    assert sent.get_total_counts() == 0
+    assert members.size(own[1]) == COUNT
+
+
+@pytest.mark.by_day(1)
+@pytest.mark.parametrize("world_size", [4, 2])
+def test_members_are_chosen_where_they_are(world_size):
+    run_ranks(world_size, check_select)
+
+
+def check_exploit(rank):
+    """A population: after some steps the best are copied over the worst, and go on."""
+    mesh = new_mesh()
+    scores = torch.tensor([0.3, 0.1, 0.7, 0.2, 0.5, 0.4])
+
+    def run(rates, lay, scores):
+        places = scores.argsort()[[0, 0, 1, 2, 3, 1]]
+        opt, params = Members(Clip(AdamW(lr=rates), 0.5)), lay(tree(0))
+        params, state = train(opt, params, lambda step: lay(tree(1 + step)), in_place=True)
+        opt, params, state = members.take((opt, params, state), places)
+        return opt, *train(opt, params, lambda step: lay(tree(6 + step)), True, state)
+
+    expected = run(RATES, lambda given: given, scores)
+    board = laid(scores, mesh).full_tensor()  # each process knows the scores of its own members
+    for rates in (RATES, laid(RATES, mesh)):
+        found = run(rates, lambda given: laid(given, mesh), board)
+        assert_same_bits(whole(found), expected)
+
+
+def test_a_population_goes_on_from_the_best_with_the_bits_of_one_process():
+    run_ranks(2, check_exploit)
+
+
+def check_refused_members(rank):
+    mesh = new_mesh()
+    sharded = laid(tree(0), mesh)
+    columns = {"w": laid(tree(0)["w"], mesh, Shard(1))}
+    with pytest.raises(ValueError, match=r"tree\['w'\] has placements .*dim=1.*redistribute"):
+        members.take(columns, [0])
+    with pytest.raises(ValueError, match=r"a tensor of new has placements .*dim=1.*redistr"):
+        members.select(ACTIVE, columns, columns)
+    with pytest.raises(ValueError, match=r"new is a DTensor .*old is a plain tensor.*redistr"):
+        members.select(ACTIVE, sharded, tree(0))
+    with pytest.raises(ValueError, match=r"tree\['w'\] is a DTensor .*full_tensor.*take"):
+        members.unstack(sharded)
+    with pytest.raises(IndexError, match="indices has 6, and there are 6 members"):
+        members.take(sharded, [6])
+    required = {"w": sharded["w"].requires_grad_()}
+    with pytest.raises(RuntimeError, match=r"tree\['w'\] is a DTensor that requires .*detach"):
+        members.take(required, [0])
+    with torch.no_grad():
+        assert not members.take(required, [0])["w"].requires_grad
+
+
+def test_what_members_cannot_do_across_processes_is_refused_with_a_remedy():
+    run_ranks(2, check_refused_members)
+
+
+# ------------------------------------------------------------------------------------ checkpoints
+
+
+def population(mesh):
+    """What a checkpoint has of a population: parameters and state, made anew."""
+    params = tree(0) if mesh is None else laid(tree(0), mesh)
+    opt = Members(Clip(AdamW(lr=RATES, amsgrad=True), 0.5))
+    return opt, {"params": params, "state": opt.init(params)}
+
+
+def save(rank, directory):
+    mesh = new_mesh()
+    opt, runs = population(mesh)
+    runs["params"], runs["state"] = train(
+        opt, runs["params"], lambda step: laid(tree(1 + step), mesh), True, runs["state"]
+    )
+    dcp.save(to_state_dict(runs), checkpoint_id=directory)
+    return whole(runs)
+
+
+def load(rank, directory, expected):
+    """Load, and go on."""
+    mesh = new_mesh()
+    opt, template = population(mesh)
+    entries = to_state_dict(template)
+    dcp.load(entries, checkpoint_id=directory)
+    found = from_state_dict(template, entries)
+    assert all(leaf.placements == (Shard(0),) for leaf in tree_leaves(found))
+    assert_same_bits(whole(found), expected)
+    grads = [laid(tree(6 + step), mesh) for step in range(STEPS)]
+    return whole(train(opt, found["params"], grads.__getitem__, True, found["state"]))
+
+
+def test_a_checkpoint_of_two_processes_goes_on_on_any_number_and_alone(tmp_path):
+    expected = run_ranks(2, save, str(tmp_path))[0]
+    opt, template = population(None)
+    found = from_state_dict(template, load_dcp(str(tmp_path), to_state_dict(template)))
+    assert_same_bits(found, expected)
+    later = train(opt, found["params"], lambda step: tree(6 + step), False, found["state"])
+    for world_size in (1, 4):
+        for loaded in run_ranks(world_size, load, str(tmp_path), expected):
+            assert_same_bits(loaded, later)
