@@ -93,15 +93,21 @@ def _read(func: Any, args: Any, kwargs: dict[str, Any]) -> Tensor | None:
 
     They are numbers and conditions made of gradients, and 1 is what a step finds if all is well.
     """
-    if func is torch.ops.aten._to_copy.default and args[0].is_meta:
+    if func is torch.ops.aten._to_copy.default and _is_meta(args[0]):
         device = torch.device(kwargs.get("device") or "meta")
         if device.type != "meta":
             dtype = kwargs.get("dtype") or args[0].dtype
             return torch.ones(args[0].shape, dtype=dtype, device=device)
-    if func is torch.ops.aten.copy_.default and args[1].is_meta and not args[0].is_meta:
+    if func is torch.ops.aten.copy_.default:
         target: Tensor = args[0]
-        return target.fill_(1)
+        if _is_meta(args[1]) and not target.is_meta:
+            return target.fill_(1)
     return None
+
+
+def _is_meta(value: Any) -> bool:
+    # Beneath a vmap, a number may come as it is where there would be a tensor.
+    return isinstance(value, Tensor) and value.is_meta
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

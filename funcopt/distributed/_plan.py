@@ -10,10 +10,12 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from .._core import pytree, transforms
-from .._core.types import Optimizer, Tree, check_is_optimizer, own_traits
+from .._core.types import Optimizer, Tree, check_is_optimizer, optimizers_in, own_traits
+from .._dtensor.members import dtensor_of, span_of
+from .._dtensor.shards import Place
 from .._engine import memory
 from .._engine.hyperparameters import check_choice
 from .._engine.prepare import flatten_params
@@ -41,6 +43,9 @@ def plan(
     tensors on the meta device, which have shapes and no memory. So 70 billion parameters are
     planned for 1,024 processes in seconds. What is counted is what the optimizer does there, not
     what a formula says of it.
+
+    The members of a stack that `Members` updates are shared out over the processes, as DTensors
+    with `Shard(0)`. All else is on each of them, but for what the optimizer itself shares out.
 
     *State* is the bytes of the state's tensors that one process holds. *Sent* is what one of $W$
     processes sends by the usual ring or pairwise algorithms: of a whole buffer $(W-1)/W$ in a
@@ -84,6 +89,12 @@ def plan(
         ranks      state    (least)      peak  in place  reduce_scatter sent  all_gather sent
             8  976.6 KiB  976.6 KiB  18.6 MiB  17.2 MiB         1 x, 3.3 MiB     1 x, 3.3 MiB
            64  122.1 KiB  122.1 KiB  15.7 MiB  15.5 MiB         1 x, 3.8 MiB     1 x, 3.8 MiB
+        >>> stack = {"w": torch.empty(1024, 64, 64, device="meta")}  # 1,024 members
+        >>> print(plan(funcopt.Members(funcopt.Adam()), stack, (8, 64)))
+        parameters 16.0 MiB, gradients as much; nccl, a step
+        ranks      state    (least)      peak  in place
+            8    4.0 MiB    4.0 MiB  14.0 MiB   8.0 MiB
+           64  512.1 KiB  512.1 KiB   1.8 MiB   1.0 MiB
     """
     check_is_optimizer("opt", opt)
     sizes = tuple(mesh) if isinstance(mesh, Sequence) and not isinstance(mesh, str) else (mesh,)
@@ -109,7 +120,7 @@ def _row(opt: Optimizer[Any], params: Tree, size: int, backend: str, steps: int)
 
     def play(rank: int, method: str) -> _Cost:
         def alone(mesh: DeviceMesh) -> _Cost:
-            return _play(_over(opt, mesh), method, params, size, steps)
+            return _play(_over(opt, mesh), method, params, mesh, steps)
 
         return in_fake_world(size, rank, backend, partial(_counted, alone))
 
@@ -125,11 +136,16 @@ def _row(opt: Optimizer[Any], params: Tree, size: int, backend: str, steps: int)
     )
 
 
-def _play(opt: Optimizer[Any], method: str, given: Tree, size: int, steps: int) -> _Cost:
+def _play(opt: Optimizer[Any], method: str, given: Tree, mesh: DeviceMesh, steps: int) -> _Cost:
     """Make the steps of one process."""
+    size = mesh.size()
+    parts = list(optimizers_in(opt))
+    by_member = any(own_traits(part).memberwise for part in parts)
+    sends = any(own_traits(part).sends for part in parts)
+    lay = partial(_shared_out, mesh=mesh) if by_member and not sends else _on_meta
 
     def start() -> tuple[Tree, Tree, Tree]:
-        params, grads = (pytree.tree_map(_on_meta, given) for _ in range(2))
+        params, grads = (pytree.tree_map(lay, given) for _ in range(2))
         return grads, opt.init(params), params
 
     grads, state, params = start()
@@ -162,6 +178,16 @@ def _counted(function: Callable[[DeviceMesh], _Cost], mesh: DeviceMesh) -> _Cost
 
 def _on_meta(leaf: Tensor) -> Tensor:
     return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device="meta")
+
+
+def _shared_out(leaf: Tensor, mesh: DeviceMesh) -> Tensor:
+    """Return a leaf whose members lie on all processes."""
+    if leaf.ndim == 0:
+        return _on_meta(leaf)  # which has none, as the optimizer says
+    start, stop = span_of(len(leaf), mesh.size(), mesh.get_local_rank())
+    part = _on_meta(leaf)[start:stop].clone()
+    whole: Tensor = dtensor_of(part, Place(mesh, (Shard(0),), leaf.shape), DTensor)
+    return whole
 
 
 def _locals(tree: Tree) -> list[Tensor]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from funcopt import (
@@ -25,6 +25,7 @@ from funcopt import (
     Lion,
     Lookahead,
     LossScale,
+    Members,
     Partition,
     SkipNonfinite,
     decay_label,
@@ -393,6 +394,57 @@ def test_the_table_has_a_line_for_each_number_of_processes():
     assert "all_to_all sent" in head
     assert [line.split()[0] for line in lines] == ["8", "1,024"]
     assert len({len(line) for line in (head, *lines)}) == 1
+
+
+# 1,024 members, of which seven processes have 147 each and one 142 (the last of eight, 1029 - 5).
+MEMBERS = {"w": (1024, 6, 5), "b": (1024, 5)}
+ENSEMBLES = {
+    "Adam": lambda: Members(Adam(lr=torch.linspace(0.1, 0.2, 1024))),
+    "Clip": lambda: Members(Clip(Adam(), 1.0)),
+    "Ema": lambda: Ema(Members(Adam()), 0.9),
+}
+
+
+def members_state_bytes(name, members):
+    """Two moments of each parameter and a count of each member, and what a wrapper adds."""
+    added = {
+        "Adam": 0,
+        "Clip": 4 * members,  # the norm of each
+        "Ema": 35 * 4 * members + 2 * 8,  # the average, with a count and a weight for all
+    }
+    return (2 * 35 * 4 + 8) * members + added[name]
+
+
+@pytest.mark.parametrize("name", list(ENSEMBLES))
+def test_members_are_shared_out_and_nothing_is_sent(name):
+    stack = {key: torch.empty(shape, device="meta") for key, shape in MEMBERS.items()}
+    found = plan(ENSEMBLES[name](), stack, (1, 7, 8))
+    assert [row.sent for row in found.rows] == [{}] * 3
+    shares = [(1024, 1024), (147, 142), (128, 128)]
+    for row, (most, least) in zip(found.rows, shares, strict=True):
+        assert row.state == members_state_bytes(name, most)
+        assert row.least_state == members_state_bytes(name, least)
+    assert found.rows[2].peak_in_place < found.rows[0].peak_in_place / 7
+
+
+def state_of_members(rank, name):
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    lay = {
+        key: distribute_tensor(torch.ones(shape), mesh, [Shard(0)])
+        for key, shape in MEMBERS.items()
+    }
+    leaves = torch.utils._pytree.tree_leaves(ENSEMBLES[name]().init(lay))
+    return sum((leaf.to_local() if isinstance(leaf, DTensor) else leaf).nbytes for leaf in leaves)
+
+
+def test_members_that_run_have_the_state_that_was_planned():
+    assert run_ranks(2, state_of_members, "Clip") == [members_state_bytes("Clip", 512)] * 2
+
+
+def test_a_stack_whose_copies_are_averaged_is_on_every_process():
+    stack = {key: torch.empty(shape, device="meta") for key, shape in MEMBERS.items()}
+    (row,) = plan(LocalUpdates(Members(SGD(momentum=0.9)), every=2, mesh=None), stack, 2).rows
+    assert row.state > 1024 * 35 * 4
 
 
 def test_the_picture_is_drawn_or_the_extra_named(tmp_path, monkeypatch):

@@ -1,6 +1,5 @@
 """Members on several processes: the bits of the same ensemble on one, and nothing is sent."""
 
-
 import pytest
 import torch
 import torch.distributed as dist
