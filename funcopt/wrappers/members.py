@@ -47,12 +47,19 @@ class Members:
     `active=` and `value=` have one for each member, or one for all: in place, the memory of a
     member that is not active is not touched.
 
+    Members may lie on many processes, as DTensors that are sharded along dimension 0, or whole on
+    each. A step sends nothing: each member is whole in one process, so that its norm is known
+    there. What `init` makes lies as the parameters do, and so must gradients and state. Numbers of
+    the members, `active=` and `value=` are such DTensors, or plain tensors of shape `(members,)`
+    with all members, the same on every process, of which each takes its own.
+
     Args:
         inner: The optimizer. Of its numbers, those of shape `(members,)` differ between members, as
             `funcopt.members.stack` makes them; numbers and tensors of shape `()` are for all.
 
     Raises:
         TypeError: If `inner` is no optimizer.
+        ValueError: In a step, if a DTensor does not lie so: the message says where to bring it.
 
     Example:
         >>> import torch, funcopt
