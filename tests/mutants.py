@@ -5,6 +5,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from funcopt import AdamW
-from funcopt._core import pytree
+from funcopt._core import pytree, transforms
 from funcopt._engine import autograd, checks, dispatch, memory, prepare, rounding
 from funcopt._engine import kernels as list_kernels
 from funcopt._engine import update as engine
@@ -75,6 +76,15 @@ def after_update(patch: Patch, change: Callable[..., Any]) -> None:
     def changed(original: Any, opt: AdamW, grads: Any, state: Any, params: Any) -> Any:
         return change(*original(opt, grads, state, params), (opt, grads, state, params))
 
+    around_update(patch, changed)
+
+
+def around_update(patch: Patch, change: Callable[..., Any]) -> None:
+    """Replace the update by `change(original, opt, grads, state, params)` with its extras."""
+
+    def changed(original: Any, *given: Any, **extras: Any) -> Any:
+        return change(functools.partial(original, **extras), *given)
+
     wrap(patch, AdamW, "update", changed)
 
 
@@ -119,7 +129,7 @@ def negates_the_gradients_in_place(patch: Patch) -> None:
                 grad.mul_(0.5)
         return original(opt, grads, state, params)
 
-    wrap(patch, AdamW, "update", change)
+    around_update(patch, change)
 
 
 @caught_by(laws.never_mutates)
@@ -276,7 +286,7 @@ def decay_goes_through_the_moments(patch: Patch) -> None:
         patch.setattr(AdamW, "weight_decay", 0.0, raising=False)
         return original(opt, pytree.unflatten(structure, decayed), state, params)
 
-    wrap(patch, AdamW, "update", change)
+    around_update(patch, change)
     number(patch, "weight_decay", lambda decay, _: 0.0)
 
 
@@ -365,7 +375,7 @@ def complex_gradients_are_conjugated(patch: Patch) -> None:
     def change(original: Any, opt: AdamW, grads: Any, state: Any, params: Any) -> Any:
         return original(opt, tree_map(torch.conj, grads), state, params)
 
-    wrap(patch, AdamW, "update", change)
+    around_update(patch, change)
 
 
 @caught_by(laws.agrees_with_itself_in_float64)
@@ -381,7 +391,7 @@ def ascends(patch: Patch) -> None:
     def change(original: Any, opt: AdamW, grads: Any, state: Any, params: Any) -> Any:
         return original(opt, tree_map(torch.neg, grads), state, params)
 
-    wrap(patch, AdamW, "update", change)
+    around_update(patch, change)
 
 
 @caught_by(laws.goes_downhill)
@@ -390,7 +400,7 @@ def a_matrix_ascends_beside_others_that_descend(patch: Patch) -> None:
         turned = tree_map(lambda g: -g if g.ndim == 2 else g, grads)
         return original(opt, turned, state, params)
 
-    wrap(patch, AdamW, "update", change)
+    around_update(patch, change)
 
 
 @caught_by(laws.names_do_not_matter)
@@ -411,7 +421,7 @@ def gradients_are_scaled_by_the_norm_of_their_leaf(patch: Patch) -> None:
     def change(original: Any, opt: AdamW, grads: Any, state: Any, params: Any) -> Any:
         return original(opt, tree_map(scaled, grads), state, params)
 
-    wrap(patch, AdamW, "update", change)
+    around_update(patch, change)
 
 
 @caught_by(laws.leaves_are_independent)
@@ -420,7 +430,7 @@ def gradients_are_scaled_by_their_norm_over_the_tree(patch: Patch) -> None:
         norm = sum(g.abs().double().square().sum() for g in leaves_of(grads))
         return original(opt, tree_map(lambda g: (g / (1 + norm)).to(g.dtype), grads), state, params)
 
-    wrap(patch, AdamW, "update", change)
+    around_update(patch, change)
 
 
 @caught_by(laws.matches_oracle)
@@ -429,7 +439,7 @@ def a_zero_gradient_is_taken_for_none(patch: Patch) -> None:
         kept = tree_map(lambda g: g if bool(g.any()) else None, grads)
         return original(opt, kept, state, params)
 
-    wrap(patch, AdamW, "update", change)
+    around_update(patch, change)
 
 
 # The transforms.
@@ -468,6 +478,30 @@ def every_member_has_the_learning_rate_of_the_first(patch: Patch) -> None:
         return value[0] if first else original(value, dim)
 
     wrap(patch, autograd, "_with_dim_of_vmap", change)
+
+
+@caught_by(laws.inactive_updates_change_nothing)
+def the_count_goes_on_while_nothing_is_active(patch: Patch) -> None:
+    def change(params: Any, state: Any, given: Any) -> Any:
+        return params, state._replace(step=tree_map(lambda count: count + 1, given[2].step))
+
+    after_update(patch, change)
+
+
+@caught_by(laws.inactive_updates_change_nothing)
+def moments_of_a_member_that_is_not_active_move(patch: Patch) -> None:
+    def change(original: Any, *given: Any, **extras: Any) -> Any:
+        params, state = original(*given, **extras)
+        if extras and transforms.transformed():
+            state = state._replace(exp_avg=original(*given)[1].exp_avg)
+        return params, state
+
+    wrap(patch, AdamW, "update", change)
+
+
+@caught_by(laws.inactive_updates_change_nothing)
+def update_in_place_is_always_active(patch: Patch) -> None:
+    wrap(patch, AdamW, "update_", lambda original, *given, **_: original(*given))
 
 
 @caught_by(laws.gradient_is_finite)

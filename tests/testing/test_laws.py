@@ -217,6 +217,26 @@ def test_only_what_is_infinite_at_first_may_be_infinite():
     assert "state.n_worse: got inf" in verdict.detail
 
 
+class TakesNoExtras(AdamW):
+    def update(self, grads, state, params):
+        return super().update(grads, state, params)
+
+
+class CountsWithoutMoving(AdamW):
+    def update(self, grads, state, params, active=True):
+        moved, new = super().update(grads, state, params, active=active)
+        return moved, new._replace(step=state.step + 1)
+
+
+def test_only_who_takes_active_is_held_to_it():
+    law = laws.inactive_updates_change_nothing
+    verdict = check_law(law, TakesNoExtras(), max_examples=2)
+    assert (verdict.status, verdict.detail) == ("not applicable", "its update takes no active=")
+    verdict = check_law(law, CountsWithoutMoving(), max_examples=2)
+    assert verdict.status == "fails"
+    assert "(active=False): step 1, state.step: got 1, expected 0" in verdict.detail
+
+
 def test_without_an_oracle_the_law_of_oracles_does_not_apply():
     verdict = check_law(laws.matches_oracle, Clip(AdamW(), 1.0), max_examples=2)
     assert (verdict.status, verdict.detail) == (

@@ -13,6 +13,7 @@ from typing import Any
 
 from ..._core.types import Tree
 from .._compare import LawBroken, NotApplicable
+from ._active import inactive_updates_change_nothing
 from ._agreement import (
     agrees_with_itself_in_float64,
     compiles_once,
@@ -74,6 +75,7 @@ LAWS: tuple[Law, ...] = (
     vmap_is_loop,
     nested_vmap_is_loop,
     per_member_hyperparameters,
+    inactive_updates_change_nothing,
     gradient_is_finite,
     gradient_matches_differences,
     goes_downhill,
@@ -113,6 +115,7 @@ __all__ = [
     "goes_downhill",
     "gradient_is_finite",
     "gradient_matches_differences",
+    "inactive_updates_change_nothing",
     "inplace_is_pure",
     "keeps_structure",
     "kernels_agree",

@@ -31,13 +31,13 @@ def vmap_is_loop(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> None:
     """Under vmap each member gets what it would get alone, whatever dimension is mapped."""
     for dim in (0, -1):
         mapped = vmap(opt.update, (dim, 0, dim), (dim, 0))
-        stacked = _stack(params, dim), [_stack(grads, dim) for grads in gradient_sequence]
+        stacked = stack(params, dim), [stack(grads, dim) for grads in gradient_sequence]
         _members_agree("vmap_is_loop", [opt] * _MEMBERS, stacked, vmap(opt.init, dim), mapped, dim)
 
 
 def nested_vmap_is_loop(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> None:
     """Under a vmap of a vmap each member gets what it would get alone."""
-    stacked = _stack(_stack(params)), [_stack(_stack(grads)) for grads in gradient_sequence]
+    stacked = stack(stack(params)), [stack(stack(grads)) for grads in gradient_sequence]
     opts, mapped = [opt] * _MEMBERS, vmap(vmap(opt.update))
     _members_agree("nested_vmap_is_loop", opts, stacked, vmap(vmap(opt.init)), mapped, depth=2)
 
@@ -47,7 +47,7 @@ def per_member_hyperparameters(opt: Any, params: Tree, gradient_sequence: list[T
     lrs = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64, device="cpu") * fixed_lr(opt)
     mapped = partial(vmap(lambda lr, *given: replace(opt, lr=lr).update(*given)), lrs)
     opts = [replace(opt, lr=lr) for lr in lrs.tolist()]
-    stacked = _stack(params), list(map(_stack, gradient_sequence))
+    stacked = stack(params), list(map(stack, gradient_sequence))
     _members_agree("per_member_hyperparameters", opts, stacked, vmap(opt.init), mapped)
 
 
@@ -71,17 +71,17 @@ def _members_agree(
         mapped = update(grads, state, params)
         for i, opt in enumerate(opts):
             given = [
-                _member(tree, i, own_dim, depth)
+                member_of(tree, i, own_dim, depth)
                 for tree, own_dim in ((grads, dim), (state, 0), (params, dim))
             ]
-            moved = _member(mapped[0], i, dim, depth), _member(mapped[1], i, 0, depth)
+            moved = member_of(mapped[0], i, dim, depth), member_of(mapped[1], i, 0, depth)
             before = given[2], given[1]
             name = f"{law} (member {i})"
             compare_moved(name, number, moved, opt.update(*given), ROUNDING, before)
         params, state = mapped
 
 
-def _stack(tree: Tree, dim: int = 0) -> Tree:
+def stack(tree: Tree, dim: int = 0) -> Tree:
     """Stack members that differ, so that no two can be confused."""
     leaves = pytree.flatten(tree)[0]
     if any(leaf is None for leaf in leaves):  # which is no input to map over
@@ -91,7 +91,8 @@ def _stack(tree: Tree, dim: int = 0) -> Tree:
     return tree_map(lambda t: torch.stack([t * (i + 1) / 2 for i in range(_MEMBERS)], dim), tree)
 
 
-def _member(tree: Tree, i: int, dim: int, depth: int) -> Tree:
+def member_of(tree: Tree, i: int, dim: int = 0, depth: int = 1) -> Tree:
+    """Return one member of a tree that was stacked so often."""
     for _ in range(depth):
         tree = tree_map(lambda t: t.select(dim, i), tree)
     return tree
