@@ -7,14 +7,15 @@ its own learning rate, its own count of steps, and its own pace: some make a ste
 minibatch, others with every second or fourth. It stays for some time; then its slot is given to a
 new one, with another code.
 
-The step is written for one adapter and mapped over all. An adapter is a tuple of its optimizer, its
-matrices, its moments and what else it has, so that `members.select` keeps those that are not due as
-they were, and `members.take` takes out the one that leaves. At the end every adapter is trained
-again, alone: whoever came and went beside it, it must be the same but for rounding.
+The gradient is written for one adapter and mapped over all, and `funcopt.Members` makes one update
+of all, where `active=` says who is due: the others keep every bit. An adapter is a tuple of its
+optimizer, its matrices, its moments and what else it has, so that `members.take` takes out the one
+that leaves and `members.put` gives its slot to another. At the end every adapter is trained again,
+alone: whoever came and went beside it, it must be the same but for rounding.
 
 It prints how well they learned their codes, and how long a step takes at once, one by one, and with
 `torch.optim.AdamW` that has a group of parameters for each adapter. These two leave out who is not
-due, and the first computes for all.
+due; the first computes the gradients of all.
 
     pip install "funcopt[examples]"
     python examples/adapters.py
@@ -112,13 +113,31 @@ def network(frozen: Params, params: Params, pixels: Tensor) -> Tensor:
     return layer("outer", torch.tanh(layer("inner", pixels)))
 
 
-def train_step(adapter: Adapter, frozen: Params, images: Images) -> Adapter:
-    """Make one step of one adapter."""
+def gradient(adapter: Adapter, frozen: Params, images: Images) -> Params:
+    """Return the gradient of one adapter."""
 
     def loss(params: Params) -> Tensor:
         return cross_entropy(network(frozen, params, images.pixels), adapter.code[images.digits])
 
-    grads = grad(loss)(adapter.params)
+    return grad(loss)(adapter.params)
+
+
+gradients_of_all = vmap(gradient, in_dims=(0, None, None))
+
+
+def step_all(adapters: Adapter, frozen: Params, images: Images) -> Adapter:
+    """Make a step of all adapters that are due."""
+    grads = gradients_of_all(adapters, frozen, images)
+    due = adapters.age % adapters.pace == 0
+    params, state = funcopt.Members(adapters.opt).update(
+        grads, adapters.state, adapters.params, active=due
+    )
+    return adapters._replace(params=params, state=state, age=adapters.age + 1)
+
+
+def step_alone(adapter: Adapter, frozen: Params, images: Images) -> Adapter:
+    """Make a step of one adapter."""
+    grads = gradient(adapter, frozen, images)
     params, state = adapter.opt.update(grads, adapter.state, adapter.params)
     return adapter._replace(params=params, state=state)
 
@@ -150,7 +169,7 @@ class Trained(NamedTuple):
 
 def plan(options: Options) -> list[Stay]:
     """Draw who comes and goes when: a stay lasts for a quarter of the steps or more."""
-    generator = torch.Generator().manual_seed(options.seed)
+    generator = generator_of("plan", options)
     stays = []
     for slot in range(options.slots):
         start = 0
@@ -166,20 +185,16 @@ def plan(options: Options) -> list[Stay]:
 
 def train_together(stays: Sequence[Stay], data: Data, options: Options) -> Trained:
     """Train in every slot at once, whoever is in it."""
-    step_all, accuracy_of_all = (
-        vmap(one, in_dims=(0, None, None)) for one in (train_step, accuracy)
-    )
-    adapters = first_of(stays)
+    accuracy_of_all = vmap(accuracy, in_dims=(0, None, None))
+    adapters = members.stack([stay.adapter for stay in stays if stay.start == 0])
     left: dict[int, Adapter] = {}
     steps, accuracies = [], []
     every = math.ceil(options.steps / 100)
     for step, images in enumerate(bar(data.batches, f"{options.slots} at once")):
         for stay in stays:
             if stay.start == step > 0:
-                adapters = join(adapters, stay)
-        due = adapters.age % adapters.pace == 0
-        adapters = members.select(due, step_all(adapters, data.frozen, images), adapters)
-        adapters = adapters._replace(age=adapters.age + 1)
+                adapters = members.put(adapters, stay.slot, stay.adapter)
+        adapters = step_all(adapters, data.frozen, images)
         if step % every == 0:
             steps.append(step)
             accuracies.append(accuracy_of_all(adapters, data.frozen, data.test))
@@ -189,23 +204,11 @@ def train_together(stays: Sequence[Stay], data: Data, options: Options) -> Train
     return Trained([left[index] for index in range(len(stays))], steps, accuracies)
 
 
-def first_of(stays: Iterable[Stay]) -> Adapter:
-    """Return those who are there from the first step, stacked; they come in the order of slots."""
-    return members.stack([stay.adapter for stay in stays if stay.start == 0])
-
-
-def join(adapters: Adapter, stay: Stay) -> Adapter:
-    """Give a slot to a new adapter; the others keep every bit."""
-    own = members.unstack(adapters)
-    own[stay.slot] = stay.adapter
-    return members.stack(own)
-
-
 def train_alone(stay: Stay, data: Data) -> Adapter:
     """Train one adapter by itself, on the minibatches of its stay for which it is due."""
     adapter = stay.adapter
     for images in data.batches[stay.start : stay.stop : int(adapter.pace)]:
-        adapter = train_step(adapter, data.frozen, images)
+        adapter = step_alone(adapter, data.frozen, images)
     return adapter
 
 
@@ -233,10 +236,17 @@ def load(options: Options) -> Data:
         Images(pixels[part], torch.tensor(digits.target)[part])
         for part in order.split([TRAINING, len(order) - TRAINING])
     )
-    generator = torch.Generator().manual_seed(options.seed)
-    drawn = torch.randint(TRAINING, (300 + options.steps, BATCH), generator=generator)
+    drawn = torch.randint(
+        TRAINING, (300 + options.steps, BATCH), generator=generator_of("minibatches", options)
+    )
     batches = [Images(training.pixels[own], training.digits[own]) for own in drawn]
-    return Data(frozen(batches[:300], generator), batches[300:], test)
+    return Data(frozen(batches[:300], generator_of("network", options)), batches[300:], test)
+
+
+def generator_of(what: str, options: Options) -> torch.Generator:
+    """Return a generator of its own for each thing that is drawn."""
+    drawn = "plan", "minibatches", "network"
+    return torch.Generator().manual_seed(len(drawn) * options.seed + drawn.index(what))
 
 
 def frozen(batches: Sequence[Images], generator: torch.Generator) -> Params:
@@ -302,12 +312,9 @@ def print_accuracies(stays: Sequence[Stay], trained: Trained, data: Data) -> Non
 
 
 def at_once(adapters: Sequence[Adapter], data: Data, options: Options) -> list[Params]:
-    step_all = vmap(train_step, in_dims=(0, None, None))
     stacked = members.stack(adapters)
     for images in data.batches[: options.timed]:
-        due = stacked.age % stacked.pace == 0
-        stacked = members.select(due, step_all(stacked, data.frozen, images), stacked)
-        stacked = stacked._replace(age=stacked.age + 1)
+        stacked = step_all(stacked, data.frozen, images)
     return members.unstack(stacked.params)
 
 
@@ -316,7 +323,7 @@ def one_by_one(adapters: Sequence[Adapter], data: Data, options: Options) -> lis
     for step, images in enumerate(data.batches[: options.timed]):
         for slot, pace in enumerate(paces):
             if step % pace == 0:
-                adapters[slot] = train_step(adapters[slot], data.frozen, images)
+                adapters[slot] = step_alone(adapters[slot], data.frozen, images)
     return [own.params for own in adapters]
 
 
@@ -344,7 +351,7 @@ def with_groups(adapters: Sequence[Adapter], data: Data, options: Options) -> li
 
 
 WAYS = {
-    "at once, under vmap": at_once,
+    "at once, funcopt.Members": at_once,
     "one by one": one_by_one,
     "torch.optim.AdamW, with groups": with_groups,
 }
@@ -362,7 +369,7 @@ def measure(stays: Sequence[Stay], data: Data, options: Options) -> Times:
     hurried = [own._replace(pace=torch.tensor(1)) for own in adapters]
     times = Times(dict.fromkeys(WAYS, math.inf), dict.fromkeys(WAYS, math.inf))
     ends: dict[str, list[Params]] = {}
-    for _ in bar(range(10), "time"):  # in turns, and the best counts
+    for _ in bar(range(40), "time"):  # in turns, and the best counts
         for name, way in WAYS.items():
             for own, best in ((adapters, times.paced), (hurried, times.all_due)):
                 start = time.perf_counter()
@@ -466,7 +473,7 @@ def parse_options() -> Options:
     add = parser.add_argument
     add("--slots", type=int, default=32, help="adapters at the same time")
     add("--steps", type=int, default=400, help="minibatches to train on")
-    add("--timed", type=int, default=20, help="steps to measure, ten times in each way")
+    add("--timed", type=int, default=8, help="steps to measure, forty times in each way")
     add("--seed", type=int, default=0, help="of all that is drawn but the split of the images")
     add("--output", type=Path, default="out/adapters.png", help="the picture, a PNG")
     options = parser.parse_args(namespace=Options())
