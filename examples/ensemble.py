@@ -1,15 +1,17 @@
 """Train 64 classifiers at once: four seeds, four learning rates, four weight decays, one vmap.
 
 Every member of the ensemble is a small network that learns to read handwritten digits. It has its
-own initial weights, learning rate and weight decay; all see the same minibatches in the same order.
-The training step (loss, gradient, update) is written for one member and mapped over all of them.
-That works because `funcopt.AdamW` is a pytree of its hyperparameters and its update is pure. With
-`--compile`, Inductor makes one graph of that step for all members.
+own initial weights, learning rate and weight decay, running means of its own in its batch norm, and
+its own dropout; all see the same minibatches in the same order. The training step (loss, gradient,
+update) is written for one member and mapped over all of them. That works because `funcopt.Best` of
+`funcopt.AdamW` is a pytree of its hyperparameters and its update is pure. It keeps the weights that
+had the best validation loss, and says which members should stop, as they get no better: these are
+frozen, to the bit, while the others go on. With `--compile`, Inductor makes one graph of the step.
 
 The script prints the best members and what averaging their predictions gains, and it draws the
 learning curve of every member and the accuracy of every setting. Then it trains some members again,
-one by one with `torch.optim.AdamW`: to see how much longer that takes, and that it makes no other
-difference.
+one by one with `torch.optim.AdamW`, to see that it makes no other difference than rounding; and it
+measures by turns a step of all members at once and one by one.
 
     pip install "funcopt[examples]"
     python examples/ensemble.py
@@ -24,11 +26,10 @@ import itertools
 import math
 import statistics
 import sys
-import textwrap
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
@@ -36,7 +37,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
@@ -45,14 +46,16 @@ from tqdm import tqdm
 
 import funcopt
 
-Params = dict[str, Tensor]
-Value = TypeVar("Value", int, float)
+Tensors = dict[str, Tensor]
 
 # Of the 1797 images, so many are to train on and so many to choose by. The other 600 are the test.
 TRAINING, VALIDATION = 897, 300
 
+BATCH, HIDDEN, DROPOUT = 32, 32, 0.1
+
 # After so many steps, members trained together and alone are compared; `drift` says why so early.
-EARLY = 5
+# So often is a step measured in each way.
+EARLY, TURNS = 5, 43
 
 
 # ----------------------------------------------------------------------------------- the training
@@ -66,12 +69,25 @@ class Member(NamedTuple):
     decay: float
 
 
+class Members(NamedTuple):
+    """Many members at once: the members are the first dimension of every tensor."""
+
+    state: funcopt.BestState
+    params: Tensors
+    buffers: Tensors  # the running means of the batch norm
+
+
+StepOfAll = Callable[..., Members]
+
+
 class Trained(NamedTuple):
     """What training leaves; of many at once, the members are the first dimension of a tensor."""
 
-    params: Params
-    early: Params  # the parameters after EARLY steps
-    seconds: list[float]  # for each step
+    best: Tensors  # the parameters and buffers that had the best validation loss
+    losses: Tensor  # this loss
+    early: Tensors  # the parameters after EARLY steps
+    final: Tensors
+    steps: Tensor  # how many updates each member made until it was stopped
 
 
 class Record(NamedTuple):
@@ -81,69 +97,100 @@ class Record(NamedTuple):
     log_truth: Tensor
 
 
-def train_together(
-    members: Sequence[Member], data: Data, options: Options
-) -> tuple[Trained, list[Record]]:
-    """Train all members at once, and record how they do along the way."""
-    network = build(0, options)  # for its structure: the weights are always handed in
+def step_of_all(options: Options) -> StepOfAll:
+    """Return the training step of all members: the step of one, mapped over them."""
+    network = build(0, options).train()  # for its structure: the weights are always handed in
 
-    def loss(params: Params, images: Images) -> Tensor:
-        return cross_entropy(functional_call(network, params, (images.pixels,)), images.digits)
+    def loss(params: Tensors, buffers: Tensors, images: Images, kept: Tensor) -> Any:
+        own = {name: leaf.clone() for name, leaf in buffers.items()}  # the batch norm writes them
+        outputs = functional_call(network, params | own, (images.pixels, kept))
+        return cross_entropy(outputs, images.digits), own
 
     def train_step(
-        opt: funcopt.AdamW, params: Params, state: funcopt.AdamWState, images: Images
-    ) -> tuple[Params, funcopt.AdamWState]:
-        grads = grad(loss)(params, images)
-        return opt.update(grads, state, params)
+        opt: funcopt.Best, member: Members, images: Images, kept: Tensor, told: Tensors
+    ) -> Members:
+        state, params, buffers = member
+        active = ~state.stopped
+        grads, moved = grad(loss, has_aux=True)(params, buffers, images, kept)
+        params, state = opt.update(grads, state, params, active=active, **told)
+        buffers = {name: torch.where(active, moved[name], buffers[name]) for name in buffers}
+        return Members(state, params, buffers)
 
-    # Each member has its own optimizer, parameters and state; the images are the same for all.
-    train_all = vmap(train_step, in_dims=(0, 0, 0, None))
-    if options.compile:
-        train_all = torch.compile(train_all, fullgraph=True)
+    # Each member has its own weights, state and dropout; the images are the same for all.
+    train_all = vmap(train_step, in_dims=(0, 0, None, 0, 0))
+    return torch.compile(train_all, fullgraph=True) if options.compile else train_all
 
-    opt = stacked_optimizer(members)
-    params = early = stacked_weights(members, options)
-    state = vmap(opt.init)(params)
-    records, seconds = [record(0, network, params, data)], []
+
+def train_together(
+    train_all: StepOfAll, who: Sequence[Member], data: Data, options: Options
+) -> tuple[Trained, list[Record]]:
+    """Train all members at once, and record how they do along the way."""
+    opt, all_of_them = stacked(who, options)
+    early, best_buffers, records = all_of_them.params, all_of_them.buffers, []
     every = math.ceil(options.steps / 50)
-    for step, batch in enumerate(tqdm(data.batches, f"{len(members)} at once", unit="step"), 1):
-        start = now(options)
-        params, state = train_all(opt, params, state, data.training.pick(batch))
-        seconds.append(now(options) - start)
-        if step <= EARLY:
-            early = params
-        if step % every == 0 or step == options.steps:
-            records.append(record(step, network, params, data))
-    return Trained(params, early, seconds), records
+    for step, batch in enumerate(tqdm(data.batches, f"{len(who)} at once", unit="step")):
+        told = {}
+        if step % every == 0:
+            records.append(record(step, all_of_them, data, options))
+            told = {"value": losses_of(records[-1]).to(options.device)}
+        before = all_of_them
+        all_of_them = train_all(opt, before, data.training.pick(batch), kept(step, options), told)
+        # The score is that of the weights before the step; the buffers beside them are as good.
+        better = all_of_them.state.best_step > before.state.best_step
+        best_buffers = funcopt.members.select(better, before.buffers, best_buffers)
+        if step < EARLY:
+            early = all_of_them.params
+        if all_of_them.state.stopped.all():
+            break
+    records.append(record(step + 1, all_of_them, data, options))
+    state = all_of_them.state
+    best = state.best_params | best_buffers
+    return Trained(best, state.best_value, early, all_of_them.params, state.step), records
 
 
-def stacked_optimizer(members: Sequence[Member]) -> funcopt.AdamW:
-    # In float64 each number is exactly the one that a member trained alone is given.
-    lrs = torch.tensor([member.lr for member in members], dtype=torch.float64)
-    decays = torch.tensor([member.decay for member in members], dtype=torch.float64)
-    return funcopt.AdamW(lr=lrs, weight_decay=decays)
+def stacked(who: Sequence[Member], options: Options) -> tuple[funcopt.Best, Members]:
+    """Return all members as they are at first."""
+    opts = [funcopt.AdamW(lr=member.lr, weight_decay=member.decay) for member in who]
+    opt = funcopt.members.stack([funcopt.Best(own, patience=options.patience) for own in opts])
+    networks = [build(member.seed, options) for member in who]
+    params = funcopt.members.stack([weights(network) for network in networks])
+    buffers = funcopt.members.stack([dict(network.named_buffers()) for network in networks])
+    return opt, Members(vmap(opt.init)(params), params, buffers)
 
 
-def stacked_weights(members: Sequence[Member], options: Options) -> Params:
-    own = [weights(build(member.seed, options)) for member in members]
-    return {name: torch.stack([params[name] for params in own]) for name in own[0]}
+def kept(step: int, options: Options) -> Tensor:
+    """Draw what dropout keeps in a step: by member, image and hidden unit."""
+    total = options.seeds * len(options.lrs) * len(options.decays)
+    generator = torch.Generator().manual_seed(step)
+    drawn = torch.rand(total, BATCH, HIDDEN, generator=generator)
+    return ((drawn >= DROPOUT) / (1 - DROPOUT)).to(options.device)
 
 
-def train_alone(member: Member, data: Data, options: Options) -> Trained:
-    """Train one member as one usually would."""
-    network = build(member.seed, options)
-    opt = torch.optim.AdamW(network.parameters(), lr=member.lr, weight_decay=member.decay)
-    early, seconds = weights(network), []
-    for step, batch in enumerate(data.batches, 1):
-        start = now(options)
-        images = data.training.pick(batch)
-        opt.zero_grad()
-        cross_entropy(network(images.pixels), images.digits).backward()
-        opt.step()
-        seconds.append(now(options) - start)
-        if step <= EARLY:
-            early = weights(network)
-    return Trained(weights(network), early, seconds)
+def train_alone(
+    steps: dict[int, int], who: Sequence[Member], data: Data, options: Options
+) -> tuple[dict[int, Tensors], dict[int, Tensors]]:
+    """Train some members as one usually would, each for so many steps: early and final weights."""
+    networks = {index: build(who[index].seed, options).train() for index in steps}
+    opts = {index: adamw(networks[index], who[index]) for index in steps}
+    early: dict[int, Tensors] = {}
+    for step in tqdm(range(max(steps.values())), f"{len(steps)} alone", unit="step"):
+        images, own = data.training.pick(data.batches[step]), kept(step, options)
+        for index, own_steps in steps.items():
+            if step < own_steps:
+                step_alone(networks[index], opts[index], images, own[index])
+        if step < EARLY:
+            early = {index: weights(network) for index, network in networks.items()}
+    return early, {index: weights(network) for index, network in networks.items()}
+
+
+def adamw(network: nn.Module, member: Member) -> torch.optim.AdamW:
+    return torch.optim.AdamW(network.parameters(), lr=member.lr, weight_decay=member.decay)
+
+
+def step_alone(network: nn.Module, opt: torch.optim.AdamW, images: Images, own: Tensor) -> None:
+    opt.zero_grad()
+    cross_entropy(network(images.pixels, own), images.digits).backward()
+    opt.step()
 
 
 def now(options: Options) -> float:
@@ -182,15 +229,30 @@ def all_members(options: Options) -> list[Member]:
     return [Member(*combination) for combination in combinations]
 
 
+class Network(nn.Module):
+    """Reads a digit: a hidden layer with batch norm and dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(64, HIDDEN, bias=False)  # the batch norm has one
+        self.norm = nn.BatchNorm1d(HIDDEN)
+        self.outer = nn.Linear(HIDDEN, 10)
+
+    def forward(self, pixels: Tensor, kept: Tensor | None = None) -> Tensor:
+        """Return a number for each digit. Dropout is by what is given to be kept."""
+        hidden = torch.tanh(self.norm(self.inner(pixels)))
+        outputs: Tensor = self.outer(hidden if kept is None else hidden * kept)
+        return outputs
+
+
 def build(seed: int, options: Options) -> nn.Module:
     """Return a new network; its initial weights depend on the seed alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        inner, outer = nn.Linear(64, options.hidden), nn.Linear(options.hidden, 10)
-    return nn.Sequential(inner, nn.Tanh(), outer).to(options.device)
+        return Network().to(options.device)
 
 
-def weights(network: nn.Module) -> Params:
+def weights(network: nn.Module) -> Tensors:
     """Return a copy of the parameters, as plain tensors."""
     return {name: param.detach().clone() for name, param in network.named_parameters()}
 
@@ -207,11 +269,11 @@ def load(options: Options) -> Data:
     def shuffled(size: int) -> Tensor:
         return torch.randperm(size, generator=generator).to(options.device)
 
-    total, drawn = len(images.digits), options.steps * options.batch_size
+    total, drawn = len(images.digits), options.steps * BATCH
     sizes = [TRAINING, VALIDATION, total - TRAINING - VALIDATION]
     training, validation, test = map(images.pick, shuffled(total).split(sizes))
     epochs = [shuffled(TRAINING) for _ in range(math.ceil(drawn / TRAINING))]
-    batches = torch.cat(epochs)[:drawn].view(options.steps, options.batch_size)
+    batches = torch.cat(epochs)[:drawn].view(options.steps, BATCH)
     return Data(training, validation, test, batches)
 
 
@@ -229,13 +291,12 @@ class Results(NamedTuple):
     mean_of_all: float
 
 
-def evaluate(params: Params, last: Record, data: Data, options: Options) -> Results:
+def evaluate(together: Trained, data: Data, options: Options) -> Results:
     """Choose members by validation alone, so that the test can tell what the choice is worth."""
-    network = build(0, options)
-    on_test = predict(network, params, data.test)
-    validation = accuracy(predict(network, params, data.validation), data.validation)
+    on_test = predict(together.best, data.test, options)
+    validation = accuracy(predict(together.best, data.validation, options), data.validation)
     scores = validation.nan_to_num(nan=-1.0).tolist()
-    losses = losses_of(last).nan_to_num(nan=math.inf).tolist()
+    losses = together.losses.nan_to_num(nan=math.inf).tolist()
     ranking = sorted(range(len(scores)), key=lambda index: (-scores[index], losses[index]))
     chosen = ranking[: max(2, len(ranking) // 8)]
     return Results(
@@ -249,9 +310,10 @@ def evaluate(params: Params, last: Record, data: Data, options: Options) -> Resu
     )
 
 
-def predict(network: nn.Module, params: Params, images: Images) -> Tensor:
+def predict(tensors: Tensors, images: Images, options: Options) -> Tensor:
     """Return log-probabilities by member, image and digit."""
-    outputs = vmap(lambda own: functional_call(network, own, (images.pixels,)))(params)
+    network = build(0, options).eval()
+    outputs = vmap(lambda own: functional_call(network, own, (images.pixels,)))(tensors)
     return outputs.log_softmax(-1)
 
 
@@ -260,8 +322,8 @@ def accuracy(predictions: Tensor, images: Images) -> Tensor:
     return right.masked_fill(predictions.isnan().flatten(-2).any(-1), math.nan).cpu()
 
 
-def record(step: int, network: nn.Module, params: Params, data: Data) -> Record:
-    predictions = predict(network, params, data.validation)
+def record(step: int, trained: Members, data: Data, options: Options) -> Record:
+    predictions = predict(trained.params | trained.buffers, data.validation, options)
     images = torch.arange(len(data.validation.digits), device=predictions.device)
     return Record(step, predictions[:, images, data.validation.digits].cpu())
 
@@ -270,45 +332,45 @@ def losses_of(record: Record) -> Tensor:
     return -record.log_truth.mean(1)
 
 
-def print_results(members: Sequence[Member], results: Results) -> None:
+def print_results(who: Sequence[Member], results: Results) -> None:
     print("\nThe best members, by validation accuracy and then loss:\n")
     print("  rank  seed  learning rate  weight decay  validation    test")
     for rank, index in enumerate(results.ranking[:8], 1):
-        seed, lr, decay = members[index]
+        seed, lr, decay = who[index]
         validation, test = results.validation[index], results.test[index]
         print(f"  {rank:4}{seed:6}{lr:15g}{decay:14g}{validation:12.1%}{test:8.1%}")
     some, own = len(results.chosen), results.test[results.chosen].mean()
-    print(f"\nAccuracy on the test ({len(members)} members in all):\n")
+    print(f"\nAccuracy on the test ({len(who)} members in all):\n")
     print(f"  the best member                {results.test[results.ranking[0]]:8.1%}")
     print(f"  {f'the best {some}, on average':31}{own:8.1%}")
     print(f"  {f'the best {some}, mean prediction':31}{results.mean_of_chosen:8.1%}")
-    print(f"  {f'all {len(members)}, mean prediction':31}{results.mean_of_all:8.1%}")
+    print(f"  {f'all {len(who)}, mean prediction':31}{results.mean_of_all:8.1%}")
 
 
 # --------------------------------------------------------------------------------- the comparison
 
 
-def compare(
-    members: Sequence[Member], together: Trained, data: Data, options: Options
-) -> dict[int, Trained]:
-    """Train some members alone, and say how long it takes."""
-    some = in_turn(len(members), options)
-    bar = tqdm(some, f"{len(some)} alone", unit="member")
-    alone = {index: train_alone(members[index], data, options) for index in bar}
-
-    # By the median step, so that other work on the machine hardly counts.
-    at_once = statistics.median(together.seconds)
-    steps = [seconds for own in alone.values() for seconds in own.seconds]
-    by_one = statistics.median(steps) * len(members)
-    total = statistics.mean(steps) * len(members) * options.steps
-    scaled = f"  (scaled up from {len(some)} members)" if len(some) < len(members) else ""
-    print(f"\nTime for {len(members)} members: the median step, and all {options.steps} steps:\n")
-    print(
-        f"  at once, funcopt.AdamW under vmap{1e3 * at_once:9.2f} ms{sum(together.seconds):8.1f} s"
-    )
-    print(f"  one by one, torch.optim.AdamW    {1e3 * by_one:9.2f} ms{total:8.1f} s{scaled}")
-    print(f"\nBy the median step, at once is {by_one / at_once:.1f} times as fast.")
-    return alone
+def measure(train_all: StepOfAll, who: list[Member], data: Data, options: Options) -> None:
+    """Say how long a step of all members takes, at once and one by one, measured by turns."""
+    networks = [build(member.seed, options).train() for member in who]
+    alone_opts = [adamw(*pair) for pair in zip(networks, who, strict=True)]
+    opt, all_of_them = stacked(who, options)
+    at_once, one_by_one = [], []
+    for turn in range(TURNS):
+        images, own = data.training.pick(data.batches[turn % len(data.batches)]), kept(0, options)
+        start = now(options)
+        all_of_them = train_all(opt, all_of_them, images, own, {})
+        at_once.append(now(options) - start)
+        start = now(options)
+        for index, (network, own_opt) in enumerate(zip(networks, alone_opts, strict=True)):
+            step_alone(network, own_opt, images, own[index])
+        one_by_one.append(now(options) - start)
+    # The first turns compile, or warm up. The median, as others may be at work on the machine.
+    once, alone = (1e3 * statistics.median(own[3:]) for own in (at_once, one_by_one))
+    print(f"\nThe median step of {len(who)} members, by turns:\n")
+    print(f"  at once, funcopt under vmap  {once:9.2f} ms")
+    print(f"  one by one, torch.optim.AdamW{alone:9.2f} ms")
+    print(f"\nAt once is {alone / once:.1f} times as fast.")
 
 
 def in_turn(total: int, options: Options) -> list[int]:
@@ -318,53 +380,46 @@ def in_turn(total: int, options: Options) -> list[int]:
     return [(turn + setting) % options.seeds * settings + setting for turn, setting in turns]
 
 
-class Drift(NamedTuple):
-    """The largest difference between a member's weights trained at once and alone."""
-
-    early: float
-    allowed: float
-    final: float
-
-
-def check(
-    members: Sequence[Member], together: Trained, alone: dict[int, Trained], options: Options
-) -> None:
-    """Exit with a message if a member is not what it becomes when it is trained alone."""
-    steps = min(EARLY, options.steps)
+def check(who: Sequence[Member], together: Trained, data: Data, options: Options) -> None:
+    """Train some members alone, for as many steps, and exit if one does not become the same."""
+    total = together.steps.int().tolist()
+    early, final = train_alone(
+        {index: total[index] for index in in_turn(len(who), options)}, who, data, options
+    )
     drifts = {
-        index: drift(index, members[index], together, own, options) for index, own in alone.items()
+        index: drift(index, who[index], together, (early[index], own), options)
+        for index, own in final.items()
     }
+    steps = min(EARLY, options.steps)
     print("\nLargest difference between a member's weights trained at once and alone:\n")
-    print(f"  learning rate  at step {steps}  (allowed)  at step {options.steps}")
+    print(f"  learning rate  at step {steps}  (allowed)  at the end")
     for rate in options.lrs:
-        same = [found for index, found in drifts.items() if members[index].lr == rate]
+        same = [found for index, found in drifts.items() if who[index].lr == rate]
         if same:
-            early, allowed, _ = max(same, key=lambda found: found.early / found.allowed)
-            final = max(found.final for found in same)
+            early, allowed, _ = max(same, key=lambda found: found[0] / found[1])
+            final = max(own for _, _, own in same)
             print(f"  {rate:13g}{early:11.1e}{allowed:11.1e}{final:11.1e}")
     print("\nOnly the first is checked: where training is chaotic, rounding grows without bound.")
-    for index, found in drifts.items():
-        if found.early > found.allowed:
+    for index, (early, allowed, _) in drifts.items():
+        if early > allowed:
             sys.exit(
-                f"\n{members[index]} is not the same alone: at step {steps} its weights differ "
-                f"by up to {found.early:.1e}, where rounding explains {found.allowed:.1e}."
+                f"\n{who[index]} is not the same alone: at step {steps} its weights differ by up "
+                f"to {early:.1e}, where rounding explains {allowed:.1e}."
             )
 
 
-def drift(index: int, member: Member, together: Trained, alone: Trained, options: Options) -> Drift:
-    """Compare a member with itself trained alone.
+def drift(
+    index: int, member: Member, together: Trained, alone: tuple[Tensors, Tensors], options: Options
+) -> tuple[float, float, float]:
+    """Return how far a member is from itself trained alone: early, as allowed, and at the end.
 
-    Both ways compute the same in float32, but in another order, so they differ by rounding. At too
-    large a learning rate, training is chaotic: a difference doubles every few steps, until two runs
-    that are both right have nothing in common. So what counts is the difference after a few steps.
-    Allowed is a thousandth of the way that the member has moved by then, since a wrong gradient,
-    count or hyperparameter shows as a good part of that; and ten roundings of its largest weight.
-    Above a learning rate of 1, the very first steps can be chaotic, so anything is allowed; from
-    0.1 on if the step is compiled, since then gradients are rounded in another way than by torch's
-    own kernels, and the first differences are ten times as large.
+    Both ways compute the same in float32, but in another order, so they differ by rounding. Allowed
+    early is a thousandth of the way that the member has moved by then, since a wrong gradient or
+    number shows as a good part of that, and ten roundings of its largest weight. Above a learning
+    rate of 1, or of 0.1 if the step is compiled, the first steps can be chaotic: all is allowed.
     """
 
-    def flat(params: Params) -> Tensor:
+    def flat(params: Tensors) -> Tensor:
         # What overflowed becomes a large number, so that it can be compared.
         return torch.cat([leaf.flatten() for leaf in params.values()]).nan_to_num().cpu().double()
 
@@ -372,44 +427,36 @@ def drift(index: int, member: Member, together: Trained, alone: Trained, options
         return values.abs().max().item()
 
     early = {name: stacked[index] for name, stacked in together.early.items()}
-    final = {name: stacked[index] for name, stacked in together.params.items()}
-    start, reached = flat(weights(build(member.seed, options))), flat(alone.early)
+    final = {name: stacked[index] for name, stacked in together.final.items()}
+    start, reached = flat(weights(build(member.seed, options))), flat(alone[0])
     allowed = 1e-3 * largest(reached - start) + 1e-6 * largest(reached)
-    return Drift(
-        early=largest(flat(early) - reached),
-        allowed=allowed if member.lr <= (0.1 if options.compile else 1) else math.inf,
-        final=largest(flat(final) - flat(alone.params)),
-    )
+    if member.lr > (0.1 if options.compile else 1):
+        allowed = math.inf
+    return largest(flat(early) - reached), allowed, largest(flat(final) - flat(alone[1]))
 
 
 # ------------------------------------------------------------------------------------ the picture
 
 
-def draw(
-    members: Sequence[Member], records: Sequence[Record], results: Results, options: Options
-) -> None:
+def draw(who: list[Member], records: list[Record], results: Results, options: Options) -> None:
     with mpl.rc_context({"font.size": 9.5, "axes.titlesize": 11}):
         figure = Figure(figsize=(10, 4.375), layout="constrained")
         left, right = figure.subplots(1, 2, width_ratios=(1.2, 1))
-        draw_curves(left, members, records, results)
+        draw_curves(left, who, records, results)
         draw_grid(right, results, options)
-        handles, labels = left.get_legend_handles_labels()
-        figure.legend(
-            handles, labels, loc="outside lower center", ncols=2 + len(options.lrs), frameon=False
-        )
+        legend, columns = left.get_legend_handles_labels(), 2 + len(options.lrs)
+        figure.legend(*legend, loc="outside lower center", ncols=columns, frameon=False)
         figure.savefig(options.output, dpi=160)
 
 
-def draw_curves(
-    axes: Axes, members: Sequence[Member], records: Sequence[Record], results: Results
-) -> None:
+def draw_curves(axes: Axes, who: Sequence[Member], records: list[Record], results: Results) -> None:
     """Draw the validation loss of every member, and of the best ones' mean prediction."""
     steps = [record.step for record in records]
     losses = torch.stack([losses_of(record) for record in records]).numpy()
-    rates = sorted({member.lr for member in members})
+    rates = sorted({member.lr for member in who})
     colors = mpl.colormaps["plasma"](torch.linspace(0.05, 0.85, len(rates)).numpy())
     for rate, color in reversed(list(zip(rates, colors, strict=True))):
-        same = [index for index, member in enumerate(members) if member.lr == rate]
+        same = [index for index, member in enumerate(who) if member.lr == rate]
         axes.plot(steps, losses[:, same], color=color, linewidth=0.7, alpha=0.8)
     axes.plot([], [], " ", label="learning rate:")
     for rate, color in zip(rates, colors, strict=True):
@@ -430,9 +477,8 @@ def draw_curves(
     lowest = min(np.nanmin(losses), mixed.min())
     axes.set_ylim(0.8 * lowest, 2 * losses[0].max())  # who diverges leaves the picture
     axes.set_xlim(0, steps[-1])
-    axes.set_xlabel("step")
-    axes.set_ylabel("validation loss")
-    axes.set_title(f"{len(members)} networks trained at once by one vmapped step")
+    title = f"{len(who)} networks trained at once by one vmapped step"
+    axes.set(xlabel="step", ylabel="validation loss", title=title)
 
 
 def draw_grid(axes: Axes, results: Results, options: Options) -> None:
@@ -442,25 +488,16 @@ def draw_grid(axes: Axes, results: Results, options: Options) -> None:
     # Coloured by the error on a log scale, or beside the worst all good settings would look alike.
     errors = (1 - means).nan_to_num(nan=1.0).clamp(min=1e-3).numpy()
     norm = LogNorm(min(errors.min(), 0.3), 0.9, clip=True)
-    image = axes.imshow(errors, cmap="YlGnBu_r", norm=norm, aspect="auto", origin="lower")
+    axes.imshow(errors, cmap="YlGnBu_r", norm=norm, aspect="auto", origin="lower")
     for (row, column), error in np.ndenumerate(errors):
-        mean = means[row, column]
-        text = "diverged" if mean.isnan() else f"{mean:.1%}"
-        brightness = np.dot(image.to_rgba(error)[:3], (0.3, 0.6, 0.1))
-        color = "white" if brightness < 0.5 else "black"
+        text = "diverged" if means[row, column].isnan() else f"{means[row, column]:.1%}"
+        color = "white" if norm(error) < 0.6 else "black"
         axes.text(column, row, text, color=color, ha="center", va="center")
     axes.set_xticks(range(shape[2]), [f"{decay:g}" for decay in options.decays])
     axes.set_yticks(range(shape[1]), [f"{rate:g}" for rate in options.lrs])
-    axes.set_xlabel("weight decay")
-    axes.set_ylabel("learning rate")
-    axes.set_title(f"Test accuracy, mean over {options.seeds} seeds")
+    title = f"Test accuracy, mean over {options.seeds} seeds"
+    axes.set(xlabel="weight decay", ylabel="learning rate", title=title)
     axes.spines[:].set_visible(False)
-    bar = axes.figure.colorbar(image, ax=axes, label="test accuracy")
-    bar.ax.yaxis.set_major_locator(FixedLocator([0.9, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01]))
-    bar.ax.yaxis.set_minor_locator(NullLocator())
-    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda error, _: f"{1 - error:.0%}"))
-    bar.ax.invert_yaxis()
-    bar.outline.set_visible(False)
 
 
 # -------------------------------------------------------------------------------------- the flags
@@ -473,11 +510,10 @@ class Options(argparse.Namespace):
     lrs: list[float]
     decays: list[float]
     steps: int
-    batch_size: int
-    hidden: int
     device: torch.device
     compile: bool
     compare: int
+    patience: int
     output: Path
 
 
@@ -486,75 +522,49 @@ def parse_options() -> Options:
         description=str(__doc__).partition("\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    count = checked(int, "a whole number of at least 1", lambda n: n >= 1)
-    batch = checked(int, f"a whole number from 1 to {TRAINING}", lambda n: 1 <= n <= TRAINING)
-    alone = checked(int, "a whole number of at least 0", lambda n: n >= 0)
-    rate = checked(float, "a finite number above 0", lambda x: 0 < x < math.inf)
-    decay = checked(float, "a finite number of at least 0", lambda x: 0 <= x < math.inf)
     rates, decays = [3e-4, 3e-3, 3e-2, 3e-1], [0.0, 0.1, 1.0, 10.0]
 
     add = parser.add_argument
-    add("--seeds", type=count, default=4, help="how many initial weights to start from")
-    add("--lrs", type=rate, nargs="+", default=rates, help="learning rates")
-    add("--decays", type=decay, nargs="+", default=decays, help="weight decays")
-    add("--steps", type=count, default=400, help="minibatches to train on")
-    add("--batch-size", type=batch, default=32, help="images in a minibatch")
-    add("--hidden", type=count, default=32, help="hidden units of each network")
-    add("--device", type=usable_device, default="cpu", help="where to train")
+    add("--seeds", type=int, default=4, help="how many initial weights to start from")
+    add("--lrs", type=float, nargs="+", default=rates, help="learning rates")
+    add("--decays", type=float, nargs="+", default=decays, help="weight decays")
+    add("--steps", type=int, default=400, help="minibatches to train on")
+    add("--patience", type=int, default=10, help="validations without a new best until it stops")
+    add("--device", type=torch.device, default="cpu", help="where to train")
     add("--compile", action="store_true", help="compile the step of all members")
-    add("--compare", type=alone, default=16, help="members to train alone too; at most all are")
+    add("--compare", type=int, default=16, help="members to train alone too; at most all are")
     add("--output", type=Path, default="out/ensemble.png", help="the picture, a PNG")
     options = parser.parse_args(namespace=Options())
-    for flag, values in (("--lrs", options.lrs), ("--decays", options.decays)):
-        if len(set(values)) < len(values):
-            parser.error(f"argument {flag}: the same number is given twice")
-        values.sort()
+    for name in ("seeds", "steps", "compare", "patience"):
+        least = 0 if name in ("compare", "patience") else 1
+        if (value := getattr(options, name)) < least:
+            parser.error(f"argument --{name}: {value} is less than {least}")
+    for name in ("lrs", "decays"):
+        values = sorted(set(getattr(options, name)))
+        if not all(0 <= value < math.inf for value in values):
+            parser.error(f"argument --{name}: must be finite and at least 0")
+        setattr(options, name, values)
     if options.output.suffix.lower() != ".png":
         parser.error(f"argument --output: {options.output} does not end in .png")
-    try:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.open("ab").close()
-    except OSError as error:
-        parser.error(f"argument --output: {options.output} cannot be written: {error.strerror}")
+    options.output.parent.mkdir(parents=True, exist_ok=True)
     return options
-
-
-def checked(kind: type[Value], rule: str, holds: Callable[[Value], bool]) -> Callable[[str], Value]:
-    """Return what turns the text of a flag into a number, or into an error that quotes the rule."""
-
-    def convert(text: str) -> Value:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not holds(value):
-            raise argparse.ArgumentTypeError(f"{text} is not {rule}")
-        return value
-
-    return convert
-
-
-def usable_device(name: str) -> torch.device:
-    """Return a device on which a number can really be put and read back."""
-    try:
-        torch.zeros((), device=name).item()
-    except (RuntimeError, AssertionError) as error:  # a torch without CUDA asserts
-        reason = textwrap.shorten(str(error), 100)
-        raise argparse.ArgumentTypeError(f"{name} cannot be used: {reason}") from None
-    return torch.device(name)
 
 
 def main() -> None:
     options = parse_options()
-    members, data = all_members(options), load(options)
-    together, records = train_together(members, data, options)
-    results = evaluate(together.params, records[-1], data, options)
-    print_results(members, results)
-    draw(members, records, results, options)
+    torch.set_num_threads(1)  # the networks are so small that more only wait for one another
+    who, data = all_members(options), load(options)
+    train_all = step_of_all(options)
+    together, records = train_together(train_all, who, data, options)
+    stopped = int((together.steps < options.steps).sum())
+    results = evaluate(together, data, options)
+    print(f"\n{stopped} of {len(who)} members stopped early, as they got no better.")
+    print_results(who, results)
+    draw(who, records, results, options)
     print(f"\nThe learning curves and the accuracy of every setting are in {options.output}.")
     if options.compare:
-        alone = compare(members, together, data, options)
-        check(members, together, alone, options)
+        check(who, together, data, options)
+        measure(train_all, who, data, options)
 
 
 if __name__ == "__main__":
