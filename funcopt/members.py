@@ -22,6 +22,7 @@ from torch import Tensor
 from ._core import pytree, transforms
 from ._core.types import Tree, kind_of
 from ._engine.checks import sharding
+from ._engine.indices import listed_of, positions_of
 from ._engine.merge import Merger
 
 __all__ = ["put", "select", "size", "stack", "take", "unstack"]
@@ -160,8 +161,8 @@ def take(tree: TreeT, indices: int | Iterable[int] | Tensor) -> TreeT:
     count = _count(tree, "tree")
     if count is None:
         return tree
-    positions = _positions(_whole(indices), count)
-    listed = cache(partial(_listed, positions, count))
+    positions = positions_of(_whole(indices), count)
+    listed = cache(partial(listed_of, positions, count))
     rows_on = _copies_of(positions.reshape(-1))
 
     def taken(leaf: Tensor, where: Callable[[], str]) -> Tensor:
@@ -215,7 +216,7 @@ def put(tree: TreeT, indices: int | Iterable[int] | Tensor, new: TreeT) -> TreeT
         {'w': tensor([ 1., 20.,  3.])}
     """
     count = size(tree)
-    positions = _positions(indices, count)
+    positions = positions_of(indices, count)
     targets = positions.reshape(-1)
     values = () if transforms.transformed() else transforms.values_at_hand(targets) or ()
     if len(set(values)) < len(values):
@@ -231,13 +232,16 @@ def put(tree: TreeT, indices: int | Iterable[int] | Tensor, new: TreeT) -> TreeT
         first.scatter(0, targets, torch.arange(len(targets), device=targets.device))
     )
 
-    def spread(leaf: Tensor) -> Tensor:
+    def spread(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
         own = leaf if positions.ndim else leaf.unsqueeze(0)
         if len(own) == 0:  # where nobody is put, there is no row to repeat
             return own.new_empty(count, *own.shape[1:])
         return own.index_select(0, rows_on(own.device))
 
-    return select(where.scatter(0, targets, True), _mapped(spread, alike), tree)
+    chosen: TreeT = select(where.scatter(0, targets, True), pytree.tree_map(spread, alike), tree)
+    return chosen
 
 
 def select(mask: Tensor, new: TreeT, old: TreeT) -> TreeT:
@@ -362,15 +366,6 @@ def _of_dtensors() -> Any:
     return exchange
 
 
-def _listed(positions: Tensor, count: int) -> list[int]:
-    """Return which members are meant, read, and checked where they were not before."""
-    rows: list[int] = positions.reshape(-1).tolist()
-    for row in rows:
-        if not 0 <= row < count:
-            raise IndexError(f"indices has {row}, and there are {count} members.")
-    return rows
-
-
 def _copies_of(tensor: Tensor) -> Callable[[torch.device], Tensor]:
     """Return what gives a tensor on a device, to which it is copied once."""
     moved: dict[torch.device, Tensor] = {}
@@ -381,56 +376,3 @@ def _copies_of(tensor: Tensor) -> Callable[[torch.device], Tensor]:
         return moved[device]
 
     return on
-
-
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8)
-
-
-def _positions(indices: Any, count: int) -> Tensor:
-    """Return which members are meant, from 0: an int64 tensor of shape `()` or `(taken,)`."""
-    given = indices if isinstance(indices, Tensor) else _from_python(indices)
-    if given.dtype == torch.bool:
-        if given.shape != (count,):
-            raise ValueError(
-                f"indices is a mask of shape {tuple(given.shape)} for {count} members: must have "
-                f"shape ({count},), one bool for each."
-            )
-        return given.nonzero().squeeze(1)
-    if given.dtype not in _INTEGERS:
-        raise TypeError(f"indices is {kind_of(given)}: must be of int64, or of bool for a mask.")
-    if given.ndim > 1:
-        raise ValueError(
-            f"indices has shape {tuple(given.shape)}: must have shape (taken,), or () for one "
-            f"member. Flatten it."
-        )
-    for index in transforms.values_at_hand(given) or ():
-        if not -count <= index < count:
-            raise IndexError(
-                f"indices has {index:.0f}, and there are {count} members: must be from {-count} to "
-                f"{count - 1}."
-            )
-    given = given.long()
-    return torch.where(given < 0, given + count, given)
-
-
-def _from_python(indices: Any) -> Tensor:
-    """Return as a tensor what was given as an integer, or as a list of integers or bools."""
-    cpu = torch.device("cpu")
-    try:
-        if isinstance(indices, (bool, str)):
-            raise TypeError
-        if hasattr(indices, "__index__") and not hasattr(indices, "__len__"):
-            return torch.tensor(operator.index(indices), dtype=torch.int64, device=cpu)
-        # Of numpy, and of tensors in a list, a bool would pass for an integer, or for none.
-        given = [own.item() if getattr(own, "ndim", None) == 0 else own for own in indices]
-        flags = [isinstance(index, bool) for index in given]
-        if any(flags):
-            if not all(flags):
-                raise TypeError
-            return torch.tensor(given, dtype=torch.bool, device=cpu)
-        return torch.tensor(list(map(operator.index, given)), dtype=torch.int64, device=cpu)
-    except TypeError:
-        raise TypeError(
-            f"indices={indices!r}: must be an integer, a list or tensor of integers, or a mask of "
-            f"bools, one for each member."
-        ) from None

@@ -72,6 +72,7 @@ FLOORS = [
     "_engine.update_where",
     "_engine.update_if",
     "_engine.extras",
+    "_engine.indices",
     "_engine.kernels",
     "_engine.sharded",
     "_engine.registration",
