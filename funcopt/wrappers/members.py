@@ -44,8 +44,8 @@ class Members:
     each member has its own gradient norm beneath `Clip`, its own count beneath `Accumulate`.
     `update_` is there for every one of them.
 
-    `active=` and `value=` have one for each member, or one for all: in place, the memory of a
-    member that is not active is not touched.
+    `active=` and `value=` have one for each member, or one for all. Where a kernel makes the step
+    in place, the memory of a member that is not active is not touched.
 
     Members may lie on many processes, as DTensors that are sharded along dimension 0, or whole on
     each. A step sends nothing: each member is whole in one process, so that its norm is known
