@@ -117,7 +117,8 @@ class Plateau:
             of at least 0, or infinity.
         threshold: By how much more a score must be better to be a new best: at least 0.
         threshold_mode: Whether the threshold is a share of the best score, `"rel"`, or a difference
-            from it, `"abs"`. A share goes with scores above 0.
+            from it, `"abs"`. A share is for scores above 0: below, a slightly worse score would be
+            better, so that nothing falls while scores rise slowly, as in torch and optax.
         cooldown: For how many scores after a reduction those that are no new best do not count: a
             whole number of at least 0, or infinity.
         min_lr: Where learning rates stop falling: at least 0.
