@@ -12,6 +12,7 @@ from funcopt import (
     Accumulate,
     Adam,
     AdamW,
+    Best,
     Clip,
     Compensated,
     Ema,
@@ -20,6 +21,7 @@ from funcopt import (
     Members,
     Partition,
     SkipNonfinite,
+    interop,
     members,
 )
 from funcopt._engine import stacked
@@ -274,3 +276,25 @@ def test_the_step_of_a_stack_is_one_call(monkeypatch):
     params, opt = params_of(), Members(AdamW(lr=RATES))
     opt.update(random_like(params), opt.init(params), params)
     assert calls == [1]
+
+
+@pytest.mark.parametrize("opt", ALL.values(), ids=ALL)
+def test_a_run_that_is_resumed_from_a_file_goes_on_with_the_same_bits(opt, tmp_path):
+    own, params = Members(Best(opt, patience=3)), params_of()
+    state = own.init(params)
+
+    def steps(params, state, first):
+        for step in range(first, first + 3):
+            torch.manual_seed(step)
+            value, grads = torch.rand(COUNT), random_like(params)
+            active = ~state.stopped & ACTIVE
+            params, state = own.update(grads, state, params, active=active, value=value)
+        return params, state
+
+    params, state = steps(params, state, 0)
+    torch.save(interop.to_state_dict((params, state)), tmp_path / "run.pt")
+    expected = steps(params, state, 3)
+    saved = torch.load(tmp_path / "run.pt")
+    fresh = params_of()
+    resumed = interop.from_state_dict((fresh, own.init(fresh)), saved)
+    assert_same_bits(steps(*resumed, 3), expected)
