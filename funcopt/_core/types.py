@@ -301,7 +301,7 @@ TREES = (dict, list, tuple)  # as in `NumberTree`
 
 def has_trees(opt: object) -> bool:
     """Whether a hyperparameter is a tree, which mostly was found out before."""
-    if (trees := getattr(vars(opt).get("_setup"), "trees", None)) is not None:
+    if (trees := getattr(getattr(opt, "_setup", None), "trees", None)) is not None:
         return bool(trees)
     hyperparams = getattr(getattr(opt, "rule", None), "hyperparams", ())
     return any(isinstance(own.of(opt), TREES) for own in hyperparams)

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, NamedTuple, Unpack
 import torch
 from torch import Tensor
 
+from .._core import transforms
 from .._core.tensors import double, fit, is_narrow
 from .._core.types import (
     AT_LEAST_ZERO,
@@ -136,7 +137,10 @@ _FUSED = kernels.fused(_fused_, "_fused_sgd_")
 
 
 def _fused_unsupported_reason(device: torch.device, numbers: Any) -> str | None:
-    if numbers is not None and isinstance(numbers.step, Tensor) and numbers.dampening != 0:
+    step, dampening = (0.0, 0.0) if numbers is None else (numbers.step, numbers.dampening)
+    # The counts of members are read one by one.
+    unread = isinstance(step, Tensor) and (step.ndim == 0 or not transforms.on_host(step))
+    if unread and (isinstance(dampening, Tensor) or dampening != 0):
         return "with dampening it has to know the count of updates, whose value cannot be read"
     return _FUSED.unsupported_reason(device, numbers)
 

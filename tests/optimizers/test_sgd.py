@@ -261,3 +261,15 @@ def test_the_fused_kernel_asks_for_the_value_of_the_count_with_dampening_alone(d
     numbers = SGD.rule.numbers(unread, 0.1, 0.9, dampening, 0.0)
     reason = SGD.rule.kernel("fused").unsupported_reason(torch.device("cpu"), numbers)
     assert (reason is not None) is refused
+
+
+def test_the_fused_kernel_reads_the_counts_of_members_one_by_one():
+    opt = SGD(lr=0.1, momentum=0.9, dampening=0.3, kernel="fused")
+    params = {"w": torch.randn(2, 3)}
+    grads, state = {"w": torch.randn(2, 3)}, torch.func.vmap(opt.init)(params)
+    state = state._replace(step=torch.tensor([0.0, 5.0], dtype=torch.float64))
+    moved, _ = torch.func.vmap(opt.update)(grads, state, params)
+    for i in range(2):
+        own = state._replace(step=state.step[i], momentum_buffer={"w": torch.zeros(3)})
+        expected, _ = opt.update({"w": grads["w"][i]}, own, {"w": params["w"][i]})
+        assert torch.equal(moved["w"][i], expected["w"])

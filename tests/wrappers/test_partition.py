@@ -200,7 +200,8 @@ OF_ADAMW = (
 @pytest.mark.parametrize("opt", [two(), two(second=Halved(AdamW(lr=0.5)))], ids=["AdamW", "any"])
 def test_every_law_holds_of_two_groups(opt, law, examples):
     verdict = check_law(law, opt, params=in_two_parts(), max_examples=examples(law, by_night=200))
-    silent = law in (*OF_ADAMW, *RENAMING)
+    of_rounding = laws.small_steps_add_up, laws.random_bits_go_by_key
+    silent = law in (*OF_ADAMW, *RENAMING, *of_rounding)
     assert verdict.status == ("not applicable" if silent else "holds"), verdict
 
 
