@@ -77,9 +77,18 @@ def test_every_law_applies_but_those_of_others(name, law, examples):
     assert (verdict.status == "holds") is applies, verdict
 
 
+def keeps_digits(opt):
+    """Whether a rounding of a parameter stays a rounding.
+
+    With weight decay in the gradient, and a second moment of the last gradient alone, a step
+    divides by a parameter, which may be next to nothing.
+    """
+    return not isinstance(opt, Adam) or float(opt.betas[1]) > 0 or float(opt.weight_decay) == 0
+
+
 @pytest.mark.parametrize("kind", ["sgds", "adams", "lions"])
 def test_whatever_is_done_with_one_its_oracle_agrees(kind, examples):
-    strategy = getattr(strategies, kind)(tensor=True)
+    strategy = getattr(strategies, kind)(tensor=True).filter(keeps_digits)
     machine = type("Machine", (OptimizerMachine,), {"optimizers": strategy})
     run_state_machine_as_test(machine, settings=settings(examples(by_night=600)))
 
