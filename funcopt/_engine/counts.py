@@ -110,10 +110,6 @@ class PerLeaf:
         self.values = array("d", values)
         self.address, _ = self.values.buffer_info()
 
-    def take(self, indices: Sequence[int]) -> PerLeaf:
-        """Return the numbers of the leaves at these indices."""
-        return PerLeaf([self.values[index] for index in indices])
-
 
 def each_leaf(numbers: Any, count: int) -> list[Any]:
     """Return the numbers of each of so many leaves."""
@@ -238,7 +234,7 @@ def read_if_same(number: Number) -> Number:
         return number
     if not transforms.on_host(number) or not transforms.all_plain([number]):
         return number.detach()
-    if number.numel() > _MANY:  # a comparison by operators takes less time than one in Python
+    if number.numel() > MANY:
         number = number.detach()
         first = number.reshape(-1)[0]
         return float(first) if bool((number == first).all()) else number
@@ -248,4 +244,5 @@ def read_if_same(number: Number) -> Number:
     return number.detach()
 
 
-_MANY = 256
+# To read more numbers takes longer than to compare them by operators.
+MANY = 256

@@ -58,6 +58,19 @@ class Part(NamedTuple):
     launcher: Any = None  # what makes the step of all leaves, if one call does that
 
     @property
+    def is_one_call(self) -> bool:
+        """Whether one call makes the step, which is told the count."""
+        return self.launcher is not None and not self.counts_on_device
+
+    def launch(self, inputs: StepInputs, outputs: StepOutputs, numbers: Any) -> None:
+        """Make the step by that call: of these leaves, those that are its own."""
+        [batch] = self.batches
+        own = inputs.take(batch.indices)
+        in_place = outputs.params is inputs.params
+        results = own.targets if in_place else outputs.take(batch.indices)
+        self.launcher.step(own, results, numbers)
+
+    @property
     def counts_on_device(self) -> bool:
         """Whether that call advances the count, too, and reads a condition for both."""
         return self.launcher is not None and self.kernel.counts_on_device
@@ -82,8 +95,8 @@ def run(
     inputs = inputs if layout.ready else memory.borrow(inputs)
     outputs = make_results(inputs, layout)
     for part, numbers in plan:
-        if part.launcher is not None and not part.counts_on_device:
-            part.launcher.step(inputs, outputs, numbers)
+        if part.is_one_call:
+            part.launch(inputs, outputs, numbers)
             continue
         for batch in part.batches:
             own, results = inputs.take(batch.indices), outputs.take(batch.indices)
@@ -100,8 +113,8 @@ def run_(inputs: StepInputs, plan: Plan, options: Any, layout: Layout) -> None:
     """Write the leaves after one step over those before it."""
     borrowed = inputs if layout.ready else memory.borrow(inputs)
     for part, numbers in plan:
-        if part.launcher is not None and not part.counts_on_device:
-            part.launcher.step(borrowed, borrowed.targets, numbers)
+        if part.is_one_call:
+            part.launch(borrowed, borrowed.targets, numbers)
             continue
         for batch in part.batches:
             _step_batch_(borrowed.take(batch.indices), batch, part, numbers, options)
@@ -178,7 +191,7 @@ def plan(
         taken = inputs.take(indices)
         for part in _parts(rule, taken, own, options, layout_of(taken), in_place):
             batches = [batch.among(indices) for batch in part.batches]
-            pairs.append((part._replace(batches=batches, launcher=None), own))
+            pairs.append((part._replace(batches=batches), own))
     return pairs
 
 

@@ -78,17 +78,22 @@ _with_members: dict[type, Update] = {}
 def takes_extras_of_members(kind: type, update: Update) -> None:
     """Let optimizers of a type take `active` and `value` of shape (members,) themselves.
 
-    It is called as `update(opt, grads, state, params, active, value, in_place=...)`.
+    It is called as `update(opt, grads, state, params, active=..., value=..., in_place=...)`.
     """
     _with_members[kind] = update
+
+
+def check_is_mask(active: object) -> None:
+    """Refuse what says of nobody whether it is active."""
+    if not isinstance(active, Tensor) or active.dtype is not torch.bool or not is_dense(active):
+        raise TypeError(f"active is {kind_of(active)}: must be a bool, or a bool tensor.")
 
 
 def _condition(active: bool | Tensor) -> bool | Tensor:
     """Return whether an update is active, read if that is free."""
     if isinstance(active, bool):
         return active
-    if not isinstance(active, Tensor) or active.dtype is not torch.bool or not is_dense(active):
-        raise TypeError(f"active is {kind_of(active)}: must be a bool, or a bool tensor.")
+    check_is_mask(active)
     if active.ndim != 0:
         raise ValueError(
             f"active has shape {tuple(active.shape)}: must have shape (), one bool for the update. "

@@ -19,7 +19,7 @@ from .._core import pytree, transforms
 from .._core.types import Number, Tree, own_traits
 from . import dispatch
 from .checks import are_apart, check_inplace, check_state
-from .counts import Counts
+from .counts import MANY, Counts
 from .hyperparameters import check_counts, check_values, number_at
 from .memory import Layout
 from .prepare import Prepared, prepare, recall, trees_of
@@ -193,17 +193,13 @@ def _numbers(rule: UpdateRule, opt: Any, count: Tensor, key: Any, active: Tensor
 
 def _step(count: Tensor) -> Number:
     """Return the counts after the update, checked: one number, if all members have the same."""
-    if not transforms.on_host(count) or len(count) > _MANY:
+    if not transforms.on_host(count) or len(count) > MANY:
         new = count + 1
         check_counts([new])
         return new
     values: list[float] = count.tolist()
     check_counts([min(values) + 1, max(values) + 1])
     return values[0] + 1 if values.count(values[0]) == len(values) else count + 1
-
-
-# To read more numbers takes longer than to compute with them.
-_MANY = 256
 
 
 def _hyperparams(rule: UpdateRule, opt: Any, count: Tensor) -> list[Any] | None:

@@ -19,10 +19,9 @@ from .._core.types import (
     Traits,
     Tree,
     check_is_optimizer,
-    kind_of,
 )
 from .._engine.checks import sharding
-from .._engine.extras import takes_extras_of_members
+from .._engine.extras import check_is_mask, takes_extras_of_members
 from .._engine.prepare import are_shards, keep_requiring
 from .._engine.registration import register_optimizer
 from .._engine.stacked import update_stacked
@@ -150,8 +149,8 @@ def _update(
     in_place: bool,
 ) -> tuple[Tree, Any]:
     """Update a stack with what is told of each member, or of all."""
-    if active is not None and (not isinstance(active, Tensor) or active.dtype != torch.bool):
-        raise TypeError(f"active is {kind_of(active)}: must be a bool, or a bool tensor.")
+    if active is not None:
+        check_is_mask(active)
     if value is None and (active is None or active.ndim == 1):
         made = update_stacked(inner, grads, state, params, active, in_place=in_place)
         if made is not None:
