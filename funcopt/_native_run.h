@@ -54,10 +54,11 @@
 #define WHOLE(name, one, other) _mm256_##name##_epi32((__m256i)(one), (__m256i)(other))
 #define PRODUCT(words, number) \
     _mm256_mul_epu32((__m256i)(words), _mm256_set1_epi64x((int64_t)(number)))
-#define WIDEN(source) _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(source)))
-#define NARROW(bits) \
-    _mm256_castsi256_si128( \
-        _mm256_permute4x64_epi64(_mm256_packus_epi32((__m256i)(bits), (__m256i)(bits)), 8))
+#define WIDEN(source) \
+    _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(source))), 16)
+#define UPPER(bits) \
+    _mm256_castsi256_si128(_mm256_permute4x64_epi64( \
+        _mm256_packus_epi32(_mm256_srli_epi32((__m256i)(bits), 16), _mm256_setzero_si256()), 8))
 #define NAME(name) float_avx2_##name
 #include "_native_steps.h"
 #define REAL double
@@ -87,8 +88,12 @@
 #define WHOLE(name, one, other) _mm512_##name##_epi32((__m512i)(one), (__m512i)(other))
 #define PRODUCT(words, number) \
     _mm512_mul_epu32((__m512i)(words), _mm512_set1_epi64((int64_t)(number)))
-#define WIDEN(source) _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(source)))
-#define NARROW(bits) _mm512_cvtepi32_epi16((__m512i)(bits))
+#define WIDEN(source) \
+    _mm512_maskz_permutexvar_epi16( \
+        0xAAAAAAAA, (__m512i)to_upper_halves, \
+        _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)(source))))
+#define UPPER(bits) \
+    _mm512_castsi512_si256(_mm512_permutexvar_epi16((__m512i)upper_halves, (__m512i)(bits)))
 #define NAME(name) float_avx512_##name
 #include "_native_steps.h"
 #define REAL double

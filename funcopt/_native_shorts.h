@@ -62,24 +62,37 @@ INLINE void NAME(fill_words)(const Keys *keys, const Start *start, int begin, in
 }
 
 #if HAS_SHORTS
+/* A bfloat16 is the upper half of a float: here it stays there, with anything in the lower half. */
+#if WIDTH == 16
+typedef uint16_t Halves __attribute__((vector_size(64)));
+static const Halves to_upper_halves = {0, 0, 0, 1, 0, 2,  0, 3,  0, 4,  0, 5,  0, 6,  0, 7,
+                                       0, 8, 0, 9, 0, 10, 0, 11, 0, 12, 0, 13, 0, 14, 0, 15};
+static const Halves upper_halves = {1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31};
+#endif
+
 INLINE VECTOR NAME(widened)(const uint16_t *source)
 {
-    return (VECTOR)((NAME(Bits))WIDEN(source) << 16);
+    return (VECTOR)WIDEN(source);
 }
 
-/* Write the lower halves; the upper ones are zero. */
 INLINE void NAME(put_short)(uint16_t *target, NAME(Bits) bits)
 {
-    const NAME(Shorts) shorts = (NAME(Shorts))NARROW(bits);
+    const NAME(Shorts) shorts = (NAME(Shorts))UPPER(bits);
     memcpy(target, &shorts, sizeof(shorts));
+}
+
+/* Return the bits of the nearest bfloat16 of what is not NaN. */
+INLINE NAME(Bits) NAME(nearest_number)(VECTOR vector)
+{
+    const NAME(Bits) bits = (NAME(Bits))vector;
+    return bits + 0x7FFF + (bits >> 16 & 1);
 }
 
 /* Return the bits of the nearest bfloat16, as `to_bfloat16` does. */
 INLINE NAME(Bits) NAME(nearest)(VECTOR vector)
 {
-    const NAME(Bits) bits = (NAME(Bits))vector, is_nan = (NAME(Bits))(vector != vector);
-    const NAME(Bits) rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
-    return (is_nan & 0x7FC0) | (~is_nan & rounded);
+    const NAME(Bits) is_nan = (NAME(Bits))(vector != vector);
+    return (is_nan & 0x7FC00000) | (~is_nan & NAME(nearest_number)(vector));
 }
 
 /* Return the bits of the bfloat16 that random bits choose, as `to_bfloat16_by` does: those in the
@@ -93,18 +106,21 @@ INLINE NAME(Bits) NAME(by_chance)(VECTOR vector, const uint32_t *words, int shif
     const NAME(Bits) rest = bits & 0x7FFFFFFF, largest = (bits ^ bits) + 0x7F7FFFFF;
     const NAME(Bits) finite = (NAME(Bits))WHOLE(min, rest + random, largest);
     const NAME(Bits) size = (NAME(Bits))WHOLE(max, finite, rest); /* the rest, if infinite */
-    return ((bits & 0x80000000) | (is_nan & 0x7FC00000) | (~is_nan & size)) >> 16;
+    return (bits & 0x80000000) | (is_nan & 0x7FC00000) | (~is_nan & size);
 }
 
-/* Return the bits of what is lost of a parameter, as `find_lost` does. */
+/* Return the bits of what is lost of a parameter of which `kept` is kept, as `find_lost` does.
+ *
+ * Their sum rounds to another neighbour only if it lies half-way and what is kept is odd. */
 INLINE NAME(Bits) NAME(lost_of)(VECTOR param, NAME(Bits) kept)
 {
-    const VECTOR own = (VECTOR)(kept << 16);
-    const NAME(Bits) rest = NAME(nearest)(param - own);
-    const NAME(Bits) again = NAME(nearest)(own + (VECTOR)(rest << 16));
-    const NAME(Bits) is_finite = (NAME(Bits))((kept & 0x7FFF) < 0x7F80);
-    const NAME(Bits) is_less = (NAME(Bits))((again != kept) & (rest != 0));
-    return (rest + is_less) & is_finite; /* what is true is -1 */
+    const VECTOR own = (VECTOR)(kept & 0xFFFF0000);
+    const NAME(Bits) rest = NAME(nearest_number)(param - own);
+    const NAME(Bits) sum = (NAME(Bits))(own + (VECTOR)(rest & 0xFFFF0000));
+    const NAME(Bits) low = (kept & 0x10000) | (sum & 0xFFFF);
+    const NAME(Bits) is_half = (NAME(Bits))(low == 0x18000);
+    const NAME(Bits) is_finite = (NAME(Bits))((kept & 0x7FFFFFFF) < 0x7F800000);
+    return (rest + (is_half & 0xFFFF0000)) & is_finite;
 }
 #endif
 

@@ -4,7 +4,8 @@
  * defined: REAL; FLOATS, whether that is float; INTEGER, which is as large; WIDTH, how many of them
  * make a vector; OP(name), the intrinsic of this name; NAME(name). At a width of 1 a vector is an
  * element, in plain C. For vectors of float there are also PRODUCT, of the lower halves of 64 bits;
- * WHOLE, an intrinsic of this name on 32 bits; WIDEN and NARROW, from 16 bits and to them.
+ * WHOLE, an intrinsic of this name on 32 bits; WIDEN, of 16 bits, to the upper halves of 32; UPPER,
+ * of those halves.
  *
  * Every element goes the same way. MULTIPLY_ADD(a, b, c) is a * b + c with a single rounding, in
  * the places where torch's own vectors have it; all other operations are rounded one by one, for
@@ -341,6 +342,6 @@ static void NAME(range)(const Job *job, int64_t leaf, int64_t begin, int64_t end
 #undef PRODUCT
 #undef WIDEN
 #undef WHOLE
-#undef NARROW
+#undef UPPER
 #undef HAS_SHORTS
 #undef NAME
