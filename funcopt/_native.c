@@ -168,8 +168,10 @@ static int take_numbers(PyObject *given, Job *job, double *numbers, double *coef
     Corrections last = {0}; /* of a count of 0, which no update has */
     for (int64_t row = 0; row < rows_of(job); row++) {
         const double *own = numbers + row * wanted;
-        rules[job->rule].set(job, own, coefficients + row * COEFFICIENTS, &last);
         coefficients[row * COEFFICIENTS + ACTIVE] = own[wanted - 2];
+        if (own[wanted - 2] == 0.0)
+            continue; /* which moves nothing, and has another count than those that go on */
+        rules[job->rule].set(job, own, coefficients + row * COEFFICIENTS, &last);
         keys[2 * row] = whole_number(own[wanted - 3]);
         keys[2 * row + 1] = whole_number(own[0]);
     }

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .._core import pytree, transforms
+from .._core.tensors import copies_of
 from .._core.types import Number, Tree, own_traits
 from . import dispatch
 from .checks import are_apart, check_inplace, check_state
@@ -51,8 +52,8 @@ def update_stacked(
     key: Any = getattr(state, "key", ())
     if rule is None or not _is_served(opt, rule, state, active):
         return None
-    setup = rule.setup_of(opt)
-    if active is not None and transforms.on_host(active) and bool(active.all()):
+    setup, moving = rule.setup_of(opt), _moving(active)
+    if moving == len(count):
         active = None
     stack = _recalled(opt, rule, setup, grads, state, params)
     if stack is None or (in_place and not _are_apart(stack, count)):
@@ -60,20 +61,26 @@ def update_stacked(
     numbers = None if stack is None else _numbers(rule, opt, count, key, active)
     if stack is None or numbers is None:
         return None
+    if moving == 0 and in_place:
+        return params, state
     with torch.no_grad() if stack.layout.params_require_grad else nullcontext():
         inputs, layout = stack.inputs, stack.layout
-        plan = dispatch.plan(rule, inputs, numbers, setup.options, layout, in_place=in_place)
-        if in_place:
-            dispatch.run_(inputs, plan, setup.options, layout)
-            count.copy_(_moved(count, numbers))
-            return params, state
-        new_params, *slots = stack.rebuild(dispatch.run(inputs, plan, setup.options, layout))
+        if moving == 0:
+            outputs = StepOutputs.of([copies_of(column) for column in inputs.targets.columns])
+        else:
+            plan = dispatch.plan(rule, inputs, numbers, setup.options, layout, in_place=in_place)
+            if in_place:
+                dispatch.run_(inputs, plan, setup.options, layout)
+                count.add_(numbers.active)  # 1.0, or one of 1.0 and 0.0 for each
+                return params, state
+            outputs = dispatch.run(inputs, plan, setup.options, layout)
+        new_params, *slots = stack.rebuild(outputs)
         own_key = key.clone() if isinstance(key, Tensor) else key
-        return new_params, rule.state_of(setup, [_moved(count, numbers), *slots], own_key)
+        return new_params, rule.state_of(setup, [count + numbers.active, *slots], own_key)
 
 
 def _is_served(opt: Any, rule: UpdateRule, state: Any, active: Tensor | None) -> bool:
-    """Whether all members can take one step, and nobody follows it; where nobody moves, not."""
+    """Whether all members can take one step, and nobody follows it."""
     if (
         not own_traits(opt).by_rule
         or not rule.traits.elementwise
@@ -94,7 +101,14 @@ def _is_served(opt: Any, rule: UpdateRule, state: Any, active: Tensor | None) ->
             f"active has shape {tuple(active.shape)} for {len(count)} members: must have shape "
             f"({len(count)},), one bool for each."
         )
-    return not transforms.on_host(active) or bool(active.any())
+    return True
+
+
+def _moving(active: Tensor | None) -> int | None:
+    """Return how many members move, if that is known: all are told by no mask."""
+    if active is None or not transforms.on_host(active):
+        return None
+    return int(active.count_nonzero())
 
 
 class _Stack(NamedTuple):
@@ -251,10 +265,3 @@ def _scheduled(own: Any, schedule: Any, count: Tensor) -> Tensor:
 
     values: Tensor = torch.func.vmap(at)(count)
     return values
-
-
-def _moved(count: Tensor, numbers: Any) -> Tensor:
-    """Return the counts after the step, which those who do not move keep."""
-    if isinstance(numbers.active, float):
-        return count + 1
-    return torch.where(numbers.active != 0, count + 1, count)

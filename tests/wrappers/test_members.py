@@ -165,6 +165,18 @@ def test_where_nobody_is_active_all_stays_and_is_copied(opt, active):
     assert_same_bits(kept, (params, state))
 
 
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_step_by_a_kernel_in_which_nobody_is_active_is_not_mapped_over(monkeypatch, in_place):
+    def mapped(*args, **trees):
+        raise AssertionError("members were mapped over")
+
+    params, opt = params_of(), Members(BY_RULE["AdamW"])
+    state = opt.init(params)
+    monkeypatch.setattr("funcopt.wrappers.members._mapped", mapped)
+    update = opt.update_ if in_place else opt.update
+    update(random_like(params), state, params, active=torch.zeros(COUNT, dtype=torch.bool))
+
+
 def test_leaves_that_do_not_lie_one_after_another_go_by_vmap_to_the_same_bits():
     params = {"w": torch.randn(3, 4, COUNT).movedim(2, 0)}
     opt = Members(AdamW(lr=RATES))
