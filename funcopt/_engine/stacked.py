@@ -20,7 +20,7 @@ from .._core.tensors import copies_of
 from .._core.types import Number, Tree, own_traits
 from . import dispatch
 from .checks import are_apart, check_inplace, check_state
-from .counts import MANY, Counts
+from .counts import Counts, read_if_same
 from .hyperparameters import check_counts, check_values, number_at
 from .memory import Layout
 from .prepare import Prepared, prepare, recall, trees_of
@@ -68,7 +68,7 @@ def update_stacked(
         if moving == 0:
             outputs = StepOutputs.of([copies_of(column) for column in inputs.targets.columns])
         else:
-            plan = dispatch.plan(rule, inputs, numbers, setup.options, layout, in_place=in_place)
+            plan = _plan(opt, rule, stack, numbers, setup.options, in_place=in_place)
             if in_place:
                 dispatch.run_(inputs, plan, setup.options, layout)
                 count.add_(numbers.active)  # 1.0, or one of 1.0 and 0.0 for each
@@ -207,25 +207,59 @@ def _numbers(rule: UpdateRule, opt: Any, count: Tensor, key: Any, active: Tensor
 
 def _step(count: Tensor) -> Number:
     """Return the counts after the update, checked: one number, if all members have the same."""
-    if not transforms.on_host(count) or len(count) > MANY:
-        new = count + 1
-        check_counts([new])
-        return new
-    values: list[float] = count.tolist()
-    check_counts([min(values) + 1, max(values) + 1])
-    return values[0] + 1 if values.count(values[0]) == len(values) else count + 1
+    read = read_if_same(count)
+    if isinstance(read, float):
+        check_counts([read + 1])
+        return read + 1
+    new = count + 1
+    check_counts([new])
+    return new
 
 
-def _hyperparams(rule: UpdateRule, opt: Any, count: Tensor) -> list[Any] | None:
+class _Checked(NamedTuple):
+    """Hyperparameters of members that were checked, until one of their tensors is written.
+
+    Attributes:
+        members: How many there are.
+        versions: The tensors among them, each with its version.
+        numbers: Their values, read where all members have the same.
+        plans: The last plan made with them out of place, and in place: for what, and its parts.
+    """
+
+    members: int
+    versions: list[tuple[Tensor, int]]
+    numbers: list[Number]
+    plans: list[tuple[Any, list[dispatch.Part]] | None]
+
+    def hold(self, members: int) -> bool:
+        """Whether they are as they were."""
+        return self.members == members and all(
+            tensor._version == version for tensor, version in self.versions
+        )
+
+
+def _plan(
+    opt: Any, rule: UpdateRule, stack: _Stack, numbers: Any, options: Any, *, in_place: bool
+) -> dispatch.Plan:
+    """Decide who moves what; as last time, if it was asked of such leaves and numbers then."""
+    checked: _Checked | None = vars(opt).get("_checked")
+    kinds = [n.device if isinstance(n, Tensor) else None for n in numbers]
+    if checked is not None and not isinstance(numbers.key, Tensor):
+        last = checked.plans[in_place]
+        if last is not None and last[0][0] is stack.layout and last[0][1:] == (options, kinds):
+            return [(part, numbers) for part in last[1]]
+    plan = dispatch.plan(rule, stack.inputs, numbers, options, stack.layout, in_place=in_place)
+    if checked is not None:
+        made_for = stack.layout, options, kinds
+        checked.plans[in_place] = made_for, [part for part, _ in plan]
+    return plan
+
+
+def _hyperparams(rule: UpdateRule, opt: Any, count: Tensor) -> list[Number] | None:
     """Return what the hyperparameters of the members are. Tensors are checked if they changed."""
-    known = vars(opt).get("_checked")
-    if (
-        known is not None
-        and known[0] == len(count)
-        and all(tensor._version == version for tensor, version in known[1])
-    ):
-        found: list[Any] = known[2]
-        return found
+    checked: _Checked | None = vars(opt).get("_checked")
+    if checked is not None and checked.hold(len(count)):
+        return checked.numbers
     numbers: list[Any] = []
     for own, given in zip(rule.hyperparams, rule.hyperparams_of(opt), strict=True):
         number = given
@@ -242,16 +276,14 @@ def _hyperparams(rule: UpdateRule, opt: Any, count: Tensor) -> list[Any] | None:
     tensors = [number for number in numbers if isinstance(number, Tensor)]
     if any(map(transforms.has_derivative, tensors)) or not transforms.all_plain(tensors):
         return None
-    if all(isinstance(given, (float, Tensor)) for given in rule.hyperparams_of(opt)):
-        _remember(opt, len(count), tensors, numbers)
-    return numbers
-
-
-def _remember(opt: Any, members: int, tensors: list[Tensor], numbers: list[Any]) -> None:
-    """Note that numbers were checked, until one of their tensors is written."""
-    if not any(map(Tensor.is_inference, tensors)):
-        checked = [(tensor, tensor._version) for tensor in tensors]
-        object.__setattr__(opt, "_checked", (members, checked, numbers))
+    read = list(map(read_if_same, numbers))
+    if not any(map(Tensor.is_inference, tensors)) and all(
+        isinstance(given, (float, Tensor)) for given in rule.hyperparams_of(opt)
+    ):
+        versions = [(tensor, tensor._version) for tensor in tensors]
+        checked = _Checked(len(count), versions, read, [None, None])
+        object.__setattr__(opt, "_checked", checked)
+    return read
 
 
 def _scheduled(own: Any, schedule: Any, count: Tensor) -> Tensor:
