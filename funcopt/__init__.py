@@ -88,6 +88,11 @@ __version__ = "0.1.0"
 _LATER = ("distributed", "interop", "testing", "torchscript")
 
 
+def __dir__() -> list[str]:
+    """Return the public names, with parts that are not imported yet."""
+    return sorted([*__all__, *_LATER])
+
+
 def __getattr__(name: str) -> ModuleType:
     """Import a part that brings more with it, such as hypothesis, once it is asked for."""
     if name in _LATER:

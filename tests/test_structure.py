@@ -38,6 +38,7 @@ ROOMS = [
 FLOORS = [
     "_core",
     "_core.old_dynamo",
+    "_core.uncompiled",
     "_core.transforms",
     "_core.types",
     "_core.pytree",

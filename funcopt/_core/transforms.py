@@ -345,17 +345,10 @@ def restoring(function: Callable[P, R]) -> Callable[P, R]:
 
 def uncompiled(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
     """Call a function outside of the graph that is being compiled, which breaks there."""
-    result: R = _uncompiled(function, *args, **kwargs)
+    from .uncompiled import call  # noqa: PLC0415  # with which comes the compiler, a second's worth
+
+    result: R = call(function, *args, **kwargs)
     return result
-
-
-_disable: Any = torch.compiler.disable  # which torch leaves untyped
-_uncompiled = _disable(
-    lambda function, *args, **kwargs: function(*args, **kwargs),
-    reason="An update of many leaves takes longer to compile than it gains, since its kernels are "
-    "compiled already; one of DTensors, or one that sends something, cannot be compiled. Compile "
-    "without fullgraph=True, or leave the update outside.",
-)
 
 
 def _any_autocast() -> bool:
