@@ -10,6 +10,7 @@ from .optimizers.adam import Adam, AdamState
 from .optimizers.adamw import AdamW, AdamWState
 from .optimizers.frozen import Frozen
 from .optimizers.lion import Lion, LionState
+from .optimizers.rmsprop import RMSprop, RMSpropState
 from .optimizers.sgd import SGD, SGDState
 from .wrappers.accumulate import Accumulate, AccumulateState
 from .wrappers.averaged import averaged
@@ -66,6 +67,8 @@ __all__ = [
     "PartitionState",
     "Plateau",
     "PlateauState",
+    "RMSprop",
+    "RMSpropState",
     "SGDState",
     "Schedule",
     "SkipNonfinite",

@@ -22,6 +22,7 @@ from funcopt import (
     MasterWeights,
     Partition,
     Plateau,
+    RMSprop,
     SkipNonfinite,
     distributed,
 )
@@ -49,6 +50,8 @@ OPTIMIZERS = {
     "SGD, momentum": SGD(lr=0.1, momentum=0.9, dampening=0.25, weight_decay=0.1),
     "SGD, nesterov": SGD(lr=0.1, momentum=0.9, nesterov=True, step_per_leaf=True),
     "Lion": Lion(lr=0.1),
+    "RMSprop": RMSprop(lr=0.1),
+    "RMSprop, centered": RMSprop(lr=0.1, momentum=0.9, centered=True, weight_decay=0.1),
     "Frozen": Frozen(),
     "Partition": Partition({"first": adamw(), "second": adamw(lr=0.01)}, label),
     "Clip": Clip(adamw(), 1.0),

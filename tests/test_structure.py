@@ -94,6 +94,7 @@ FLOORS = [
     "optimizers.adam",
     "optimizers.frozen",
     "optimizers.lion",
+    "optimizers.rmsprop",
     "optimizers.sgd",
     "schedules._checks",
     "schedules._phases",

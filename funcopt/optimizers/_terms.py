@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._core.tensors import fit
 from .._core.types import Number
 
 
@@ -20,3 +21,47 @@ def add_decay(grad: Tensor, param: Tensor, weight_decay: Number) -> Tensor:
     if isinstance(weight_decay, Tensor) or weight_decay != 0:
         return add_scaled(grad, param, weight_decay)
     return grad
+
+
+def add_product(tensor: Tensor, one: Tensor, other: Tensor, scale: Number) -> Tensor:
+    """Return `tensor + scale * one * other`, by one operator as `add_scaled`."""
+    if isinstance(scale, Tensor):
+        return torch.addcmul(tensor, one * scale, other)
+    return torch.addcmul(tensor, one, other, value=scale)
+
+
+def add_quotient(tensor: Tensor, one: Tensor, other: Tensor, scale: Number) -> Tensor:
+    """Return `tensor + scale * one / other`, by one operator as `add_scaled`."""
+    if isinstance(scale, Tensor):
+        return torch.addcdiv(tensor, one * scale, other)
+    return torch.addcdiv(tensor, one, other, value=scale)
+
+
+def foreach_add_scaled_(tensors: list[Tensor], others: list[Tensor], scale: Number) -> None:
+    """Add `scale * other` to each tensor. A scale that is a tensor is not read."""
+    if isinstance(scale, Tensor):
+        torch._foreach_add_(tensors, torch._foreach_mul(others, fit(scale, others[0])))
+    else:
+        torch._foreach_add_(tensors, others, alpha=scale)
+
+
+def foreach_add_quotients_(
+    tensors: list[Tensor], ones: list[Tensor], others: list[Tensor], scale: Number
+) -> None:
+    """Add `scale * one / other` to each tensor. A scale that is a tensor is not read."""
+    if isinstance(scale, Tensor):
+        ones = list(torch._foreach_mul(ones, fit(scale, ones[0])))
+        torch._foreach_addcdiv_(tensors, ones, others)
+    else:
+        torch._foreach_addcdiv_(tensors, ones, others, scale)
+
+
+def foreach_decayed_grads(
+    grads: list[Tensor], params: list[Tensor], weight_decay: float, *, maximize: bool
+) -> list[Tensor]:
+    """Return gradients to descend by, with coupled weight decay. None of them is written."""
+    if maximize:
+        grads = list(torch._foreach_neg(grads))
+    if weight_decay != 0:
+        grads = list(torch._foreach_add(grads, params, alpha=weight_decay))
+    return grads

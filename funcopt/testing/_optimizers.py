@@ -13,6 +13,7 @@ from .._core.types import Optimizer
 from ..optimizers.adam import Adam
 from ..optimizers.adamw import AdamW
 from ..optimizers.lion import Lion
+from ..optimizers.rmsprop import RMSprop
 from ..optimizers.sgd import SGD
 from ..wrappers.best import Best
 from ..wrappers.clip_value import ClipValue
@@ -29,6 +30,7 @@ HALF = (torch.bfloat16, torch.float16)
 _NUMBERS: dict[str, st.SearchStrategy[Any]] = {
     "lr": st.sampled_from([0.1, 1e-3, 0.0, 1.0]),
     "betas": st.sampled_from([(0.9, 0.999), (0.5, 0.75), (0.0, 0.0), (0.9, 0.0), (0.0, 0.99)]),
+    "alpha": st.sampled_from([0.99, 0.9, 0.5]),
     "eps": st.sampled_from([1e-8, 1e-3, 1.0]),
     "momentum": st.sampled_from([0.0, 0.9, 0.5, 1.0]),
     "dampening": st.sampled_from([0.0, 0.25, 1.0]),
@@ -44,7 +46,7 @@ def hyperparameters(
     """The hyperparameters of an optimizer, as keyword arguments.
 
     Args:
-        kind: Its class: `AdamW`, `Adam`, `SGD` or `Lion`.
+        kind: Its class, such as `AdamW` or `SGD`.
         tensor: Whether its numbers may be 0-dim float64 tensors.
     """
     own = {name: _NUMBERS[name] for name in kind.__dataclass_fields__ if name in _NUMBERS}
@@ -126,6 +128,11 @@ def lions(**fixed: Any) -> st.SearchStrategy[Lion]:
     return _built(Lion, fixed)
 
 
+def rmsprops(**fixed: Any) -> st.SearchStrategy[RMSprop]:
+    """`RMSprop` optimizers; the arguments are those of `adamws`."""
+    return _built(RMSprop, fixed)
+
+
 # Wrappers that move each leaf by itself, with a state of numbers and of trees like the parameters,
 # which can be split and joined; a new one joins by one line. (What takes a norm of several elements
 # is ill-conditioned where it is zero, so that no two ways of computing it agree there.)
@@ -149,7 +156,7 @@ def optimizers() -> st.SearchStrategy[Optimizer[Any]]:
     """
     wrappers = st.sampled_from(_WRAPPERS)
     return st.recursive(
-        st.one_of(adamws(), adams(), sgds(), lions()),
+        st.one_of(adamws(), adams(), sgds(), lions(), rmsprops()),
         lambda inner: st.builds(lambda wrap, opt: wrap(opt), wrappers, inner),
         max_leaves=3,
     )

@@ -19,6 +19,7 @@ from .._core.types import Tree
 from ..optimizers.adam import Adam
 from ..optimizers.adamw import AdamW
 from ..optimizers.lion import Lion
+from ..optimizers.rmsprop import RMSprop
 from ..optimizers.sgd import SGD
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "own_update",
     "register",
     "registered",
+    "rmsprop",
     "sgd",
 ]
 
@@ -126,6 +128,23 @@ def lion(opt: Lion, grads: Tree, state: Any, params: Tree) -> tuple[Tree, Any]:
     return _leaf_by_leaf(move, ("lr", "betas", "weight_decay"), opt, grads, state, params)
 
 
+def rmsprop(opt: RMSprop, grads: Tree, state: Any, params: Tree) -> tuple[Tree, Any]:
+    """RMSprop as torch's documentation has it, leaf by leaf."""
+
+    def move(opt: RMSprop, n: _Numbers, row: list[Any]) -> list[Any]:
+        p, g, v, *slots = row
+        g = g + n["weight_decay"] * p
+        v = n["alpha"] * v + (1 - n["alpha"]) * g * g
+        means = [n["alpha"] * slots.pop() + (1 - n["alpha"]) * g] if opt.centered else []
+        spread = (v - means[0] * means[0]).clamp(min=0) if means else v
+        step = g / (spread.sqrt() + n["eps"])
+        buffers = [n["momentum"] * b + step for b in slots]
+        return [p - n["lr"] * (buffers[0] if buffers else step), v, *buffers, *means]
+
+    names = ("lr", "alpha", "eps", "weight_decay", "momentum")
+    return _leaf_by_leaf(move, names, opt, grads, state, params)
+
+
 def _leaf_by_leaf(
     move: _Move, names: Sequence[str], opt: Any, grads: Tree, state: Any, params: Tree
 ) -> tuple[Tree, Any]:
@@ -175,5 +194,5 @@ def _at(given: Any, count: Any) -> Any:
     return given(count) if callable(given) else given
 
 
-for _kind, _oracle in ((AdamW, adamw), (Adam, adam), (SGD, sgd), (Lion, lion)):
+for _kind, _oracle in ((AdamW, adamw), (Adam, adam), (SGD, sgd), (Lion, lion), (RMSprop, rmsprop)):
     register(_kind, _oracle)

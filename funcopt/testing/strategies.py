@@ -26,6 +26,7 @@ from ._optimizers import (
     lions,
     optimizers,
     precisions,
+    rmsprops,
     sgds,
 )
 from ._subject import fields
@@ -44,6 +45,7 @@ __all__ = [
     "params",
     "params_for",
     "precisions",
+    "rmsprops",
     "sgds",
     "shapes",
     "tensors",

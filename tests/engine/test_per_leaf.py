@@ -19,6 +19,7 @@ from funcopt import (
     Members,
     Partition,
     Plateau,
+    RMSprop,
     SkipNonfinite,
     distributed,
     interop,
@@ -59,6 +60,7 @@ MAKES = {
     "Adam, betas and eps": lambda lr: Adam(betas=(lr, 0.99), eps=lr),
     "SGD": lambda lr: SGD(lr=lr, momentum=lr, dampening=0.1),
     "Lion": lambda lr: Lion(lr=lr),
+    "RMSprop": lambda lr: RMSprop(lr=lr),
 }
 
 

@@ -1,9 +1,9 @@
-"""What the tests of SGD, Adam and Lion share: runs, in torch as here, and derivatives."""
+"""What the tests of optimizers share: runs, in torch as here, and derivatives."""
 
 import itertools
 
 import torch
-from torch.func import vmap
+from torch.func import jacrev, jvp, vmap
 
 from funcopt._engine.rule import StepOutputs
 
@@ -114,3 +114,24 @@ def unrolled(build, *, steps=3, kernel="auto"):
         return (weights * param).sum() + sum((pushes[0] * slot for slot in slots), 0.0)
 
     return loss, param, grads
+
+
+def assert_derivatives_are_those_of_differences(build, hyperparams):
+    """By reverse mode to the second order, by forward mode, and by both together."""
+    loss, param, grads = unrolled(build)
+    given = (hyperparams.clone(), param, grads)
+    for tensor in given:
+        tensor.requires_grad_()
+    assert torch.autograd.gradcheck(loss, given, eps=1e-7, atol=1e-4)
+    assert torch.autograd.gradgradcheck(loss, given, eps=1e-7, atol=1e-3)
+    param, grads = param.detach(), grads.detach()
+
+    def of(hyperparams):
+        return loss(hyperparams, param, grads)
+
+    direction = torch.randn(4, dtype=torch.float64)
+    expected = torch.func.grad(of)(hyperparams)
+    assert_close(jvp(of, (hyperparams,), (direction,))[1], expected @ direction, rtol=1e-9)
+    hessian = jacrev(torch.func.grad(of))(hyperparams)
+    forward = jvp(torch.func.grad(of), (hyperparams,), (direction,))[1]
+    assert_close(forward, hessian @ direction, rtol=1e-8, atol=1e-10)

@@ -1,9 +1,9 @@
-"""The kernels of SGD, Adam and Lion with numbers that stay tensors, as counts on a GPU do."""
+"""The kernels of optimizers with numbers that stay tensors, as counts on a GPU do."""
 
 import pytest
 import torch
 
-from funcopt import SGD, Adam, Lion
+from funcopt import SGD, Adam, Lion, RMSprop
 from funcopt._engine import dispatch
 from funcopt._engine.rule import StepInputs
 
@@ -18,6 +18,8 @@ OPTIMIZERS = [
     SGD(momentum=0.9, nesterov=True),
     Adam(weight_decay=0.1, maximize=True),
     Lion(weight_decay=0.1, maximize=True),
+    RMSprop(weight_decay=0.1, maximize=True),
+    RMSprop(momentum=0.9, centered=True),
 ]
 CASES = [(case["opt"], case["step"]) for case in crossed(opt=OPTIMIZERS, step=(1.0, 2.0))]
 

@@ -1,4 +1,4 @@
-"""SGD, Adam and Lion under every law, in every wrapper, and sharded."""
+"""Each optimizer beside AdamW under every law, in every wrapper, and sharded."""
 
 import dataclasses
 import math
@@ -24,6 +24,7 @@ from funcopt import (
     MasterWeights,
     Partition,
     Plateau,
+    RMSprop,
     SkipNonfinite,
     find,
     replace,
@@ -48,6 +49,10 @@ SUBJECTS = {
     "Adam, counts": Adam(betas=(0.5, 0.75), step_per_leaf=True, kernel="plain"),
     "Lion": Lion(lr=0.1, weight_decay=0.1),
     "Lion, tensors": Lion(number(0.1), (0.5, number(0.75)), maximize=True, step_per_leaf=True),
+    "RMSprop": RMSprop(lr=0.1, weight_decay=0.1),
+    "RMSprop, centered": RMSprop(
+        lr=number(0.1), alpha=0.5, momentum=number(0.5), centered=True, step_per_leaf=True
+    ),
 }
 
 
@@ -58,11 +63,18 @@ def test_every_law_holds_or_does_not_apply(name, law, examples):
     assert verdict.status in ("holds", "not applicable"), verdict
 
 
-PLAIN = {"SGD": SGD(lr=0.1), "SGD, momentum": SGD(momentum=0.9), "Adam": Adam(), "Lion": Lion()}
+PLAIN = {
+    "SGD": SGD(lr=0.1),
+    "SGD, momentum": SGD(momentum=0.9),
+    "Adam": Adam(),
+    "Lion": Lion(),
+    "RMSprop": RMSprop(),
+}
 OTHERS_OWN = {
     "SGD": {"decay_is_decoupled", "scale_invariant", "first_step_is_sign"},
     "Adam": {"decay_is_decoupled", "scale_invariant"},
     "Lion": {"matches_torch", "scale_invariant", "first_step_is_sign"},
+    "RMSprop": {"matches_torch", "decay_is_decoupled", "scale_invariant", "first_step_is_sign"},
 }
 
 
@@ -86,7 +98,7 @@ def keeps_digits(opt):
     return not isinstance(opt, Adam) or float(opt.betas[1]) > 0 or float(opt.weight_decay) == 0
 
 
-@pytest.mark.parametrize("kind", ["sgds", "adams", "lions"])
+@pytest.mark.parametrize("kind", ["sgds", "adams", "lions", "rmsprops"])
 def test_whatever_is_done_with_one_its_oracle_agrees(kind, examples):
     strategy = getattr(strategies, kind)(tensor=True).filter(keeps_digits)
     machine = type("Machine", (OptimizerMachine,), {"optimizers": strategy})
@@ -119,6 +131,7 @@ INNER = {
     "SGD, no momentum": SGD(lr=0.1),
     "Adam": Adam(lr=0.1, weight_decay=0.1),
     "Lion": Lion(lr=0.1),
+    "RMSprop": RMSprop(lr=0.1, momentum=0.9, centered=True),
 }
 
 
@@ -175,7 +188,7 @@ def test_a_hyperparameter_is_found_and_replaced_by_its_name(inner):
     assert replace(opt, "lr", 0.2).inner.lr == 0.2
 
 
-@pytest.mark.parametrize("kind", [SGD(momentum=0.9), SGD(), Lion(), Adam()], ids=repr)
+@pytest.mark.parametrize("kind", [SGD(momentum=0.9), SGD(), Lion(), Adam(), RMSprop()], ids=repr)
 def test_one_count_in_a_checkpoint_becomes_that_of_each_leaf_and_back(kind):
     params = {"a": torch.ones(2), "b": torch.ones(3)}
     _, state = run(kind, params, [random_like(params)] * 2)

@@ -20,6 +20,7 @@ from funcopt import (
     Lion,
     Members,
     Partition,
+    RMSprop,
     SkipNonfinite,
     interop,
     members,
@@ -46,6 +47,7 @@ BY_RULE = {
     "SGD": SGD(lr=RATES),
     "SGD, momentum": SGD(lr=RATES, momentum=0.9, dampening=RATES),
     "Lion": Lion(lr=RATES),
+    "RMSprop": RMSprop(lr=RATES),
     "AdamW, by chance": AdamW(lr=RATES, rounding="stochastic", seed=RATES * 1000),
 }
 MAPPED = {
