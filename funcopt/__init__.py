@@ -6,6 +6,7 @@ from types import ModuleType
 from . import extend, members, memory, schedules
 from ._config import show_config
 from ._core.types import Number, Optimizer, ParamsT, Schedule, Tree
+from .optimizers.adagrad import Adagrad, AdagradState
 from .optimizers.adam import Adam, AdamState
 from .optimizers.adamw import AdamW, AdamWState
 from .optimizers.frozen import Frozen
@@ -34,6 +35,8 @@ __all__ = [
     "SGD",
     "Accumulate",
     "AccumulateState",
+    "Adagrad",
+    "AdagradState",
     "Adam",
     "AdamState",
     "AdamW",

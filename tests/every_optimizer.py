@@ -7,6 +7,7 @@ import funcopt
 from funcopt import (
     SGD,
     Accumulate,
+    Adagrad,
     Adam,
     AdamW,
     Best,
@@ -52,6 +53,7 @@ OPTIMIZERS = {
     "Lion": Lion(lr=0.1),
     "RMSprop": RMSprop(lr=0.1),
     "RMSprop, centered": RMSprop(lr=0.1, momentum=0.9, centered=True, weight_decay=0.1),
+    "Adagrad": Adagrad(lr=0.1, lr_decay=0.1, initial_accumulator_value=0.1),
     "Frozen": Frozen(),
     "Partition": Partition({"first": adamw(), "second": adamw(lr=0.01)}, label),
     "Clip": Clip(adamw(), 1.0),

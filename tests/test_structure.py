@@ -91,6 +91,7 @@ FLOORS = [
     "optimizers._adam.triton_round",
     "optimizers._adam.triton_source",
     "optimizers._terms",
+    "optimizers.adagrad",
     "optimizers.adam",
     "optimizers.frozen",
     "optimizers.lion",

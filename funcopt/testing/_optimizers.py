@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.errors import InvalidArgument
 
 from .._core.types import Optimizer
+from ..optimizers.adagrad import Adagrad
 from ..optimizers.adam import Adam
 from ..optimizers.adamw import AdamW
 from ..optimizers.lion import Lion
@@ -30,6 +31,8 @@ HALF = (torch.bfloat16, torch.float16)
 _NUMBERS: dict[str, st.SearchStrategy[Any]] = {
     "lr": st.sampled_from([0.1, 1e-3, 0.0, 1.0]),
     "betas": st.sampled_from([(0.9, 0.999), (0.5, 0.75), (0.0, 0.0), (0.9, 0.0), (0.0, 0.99)]),
+    "lr_decay": st.sampled_from([0.0, 0.1, 1.0]),
+    "initial_accumulator_value": st.sampled_from([0.0, 0.1, 2.0]),
     "alpha": st.sampled_from([0.99, 0.9, 0.5]),
     "eps": st.sampled_from([1e-8, 1e-3, 1.0]),
     "momentum": st.sampled_from([0.0, 0.9, 0.5, 1.0]),
@@ -133,6 +136,11 @@ def rmsprops(**fixed: Any) -> st.SearchStrategy[RMSprop]:
     return _built(RMSprop, fixed)
 
 
+def adagrads(**fixed: Any) -> st.SearchStrategy[Adagrad]:
+    """`Adagrad` optimizers; the arguments are those of `adamws`."""
+    return _built(Adagrad, fixed)
+
+
 # Wrappers that move each leaf by itself, with a state of numbers and of trees like the parameters,
 # which can be split and joined; a new one joins by one line. (What takes a norm of several elements
 # is ill-conditioned where it is zero, so that no two ways of computing it agree there.)
@@ -156,7 +164,7 @@ def optimizers() -> st.SearchStrategy[Optimizer[Any]]:
     """
     wrappers = st.sampled_from(_WRAPPERS)
     return st.recursive(
-        st.one_of(adamws(), adams(), sgds(), lions(), rmsprops()),
+        st.one_of(adamws(), adams(), sgds(), lions(), adagrads(), rmsprops()),
         lambda inner: st.builds(lambda wrap, opt: wrap(opt), wrappers, inner),
         max_leaves=3,
     )

@@ -16,6 +16,7 @@ import torch
 
 from .._core import pytree
 from .._core.types import Tree
+from ..optimizers.adagrad import Adagrad
 from ..optimizers.adam import Adam
 from ..optimizers.adamw import AdamW
 from ..optimizers.lion import Lion
@@ -24,6 +25,7 @@ from ..optimizers.sgd import SGD
 
 __all__ = [
     "Oracle",
+    "adagrad",
     "adam",
     "adamw",
     "lion",
@@ -145,6 +147,20 @@ def rmsprop(opt: RMSprop, grads: Tree, state: Any, params: Tree) -> tuple[Tree, 
     return _leaf_by_leaf(move, names, opt, grads, state, params)
 
 
+def adagrad(opt: Adagrad, grads: Tree, state: Any, params: Tree) -> tuple[Tree, Any]:
+    """Adagrad as torch's documentation has it, leaf by leaf."""
+
+    def move(_opt: Adagrad, n: _Numbers, row: list[Any]) -> list[Any]:
+        p, g, total = row
+        g = g + n["weight_decay"] * p
+        total = total + g * g
+        rate = n["lr"] / (1 + (n["t"] - 1) * n["lr_decay"])
+        return [p - rate * g / (total.sqrt() + n["eps"]), total]
+
+    names = ("lr", "lr_decay", "eps", "weight_decay")
+    return _leaf_by_leaf(move, names, opt, grads, state, params)
+
+
 def _leaf_by_leaf(
     move: _Move, names: Sequence[str], opt: Any, grads: Tree, state: Any, params: Tree
 ) -> tuple[Tree, Any]:
@@ -194,5 +210,12 @@ def _at(given: Any, count: Any) -> Any:
     return given(count) if callable(given) else given
 
 
-for _kind, _oracle in ((AdamW, adamw), (Adam, adam), (SGD, sgd), (Lion, lion), (RMSprop, rmsprop)):
+for _kind, _oracle in (
+    (AdamW, adamw),
+    (Adam, adam),
+    (SGD, sgd),
+    (Lion, lion),
+    (Adagrad, adagrad),
+    (RMSprop, rmsprop),
+):
     register(_kind, _oracle)

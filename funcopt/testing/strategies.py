@@ -20,6 +20,7 @@ from .._core import pytree
 from .._core.types import Tree
 from ._optimizers import (
     HALF,
+    adagrads,
     adams,
     adamws,
     hyperparameters,
@@ -34,6 +35,7 @@ from ._tensors import LAYOUTS, VALUES, build, like
 from ._trees import NODES, assemble
 
 __all__ = [
+    "adagrads",
     "adams",
     "adamws",
     "dtypes",

@@ -14,6 +14,7 @@ import funcopt
 from funcopt import (
     SGD,
     Accumulate,
+    Adagrad,
     Adam,
     AdamW,
     Best,
@@ -80,6 +81,7 @@ VALUES = {
     "SGD": lambda: SGD(rates(), momentum=0.9),
     "Adam": lambda: Adam(rates()),
     "Lion": lambda: Lion(rates()),
+    "Adagrad": lambda: Adagrad(rates()),
     "RMSprop": lambda: RMSprop(rates()),
     "Zero1": lambda: Zero1(Clip(inner(), rates()), None),
     "LocalUpdates": lambda: LocalUpdates(inner(), 2, None),

@@ -10,6 +10,7 @@ from torch.func import grad, vmap
 from funcopt import (
     SGD,
     Accumulate,
+    Adagrad,
     Adam,
     AdamW,
     Clip,
@@ -60,6 +61,7 @@ MAKES = {
     "Adam, betas and eps": lambda lr: Adam(betas=(lr, 0.99), eps=lr),
     "SGD": lambda lr: SGD(lr=lr, momentum=lr, dampening=0.1),
     "Lion": lambda lr: Lion(lr=lr),
+    "Adagrad": lambda lr: Adagrad(lr=lr),
     "RMSprop": lambda lr: RMSprop(lr=lr),
 }
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from funcopt import SGD, Adam, Lion, RMSprop
+from funcopt import SGD, Adagrad, Adam, Lion, RMSprop
 from funcopt._engine import dispatch
 from funcopt._engine.rule import StepInputs
 
@@ -19,6 +19,7 @@ OPTIMIZERS = [
     Adam(weight_decay=0.1, maximize=True),
     Lion(weight_decay=0.1, maximize=True),
     RMSprop(weight_decay=0.1, maximize=True),
+    Adagrad(lr_decay=0.5, weight_decay=0.1, maximize=True),
     RMSprop(momentum=0.9, centered=True),
 ]
 CASES = [(case["opt"], case["step"]) for case in crossed(opt=OPTIMIZERS, step=(1.0, 2.0))]

@@ -10,6 +10,7 @@ from hypothesis.stateful import run_state_machine_as_test
 from funcopt import (
     SGD,
     Accumulate,
+    Adagrad,
     Adam,
     Best,
     Clip,
@@ -50,6 +51,10 @@ SUBJECTS = {
     "Lion": Lion(lr=0.1, weight_decay=0.1),
     "Lion, tensors": Lion(number(0.1), (0.5, number(0.75)), maximize=True, step_per_leaf=True),
     "RMSprop": RMSprop(lr=0.1, weight_decay=0.1),
+    "Adagrad": Adagrad(lr=0.1, weight_decay=0.1),
+    "Adagrad, tensors": Adagrad(
+        number(0.1), number(0.5), 0.0, number(0.1), number(1e-3), maximize=True, step_per_leaf=True
+    ),
     "RMSprop, centered": RMSprop(
         lr=number(0.1), alpha=0.5, momentum=number(0.5), centered=True, step_per_leaf=True
     ),
@@ -69,11 +74,13 @@ PLAIN = {
     "Adam": Adam(),
     "Lion": Lion(),
     "RMSprop": RMSprop(),
+    "Adagrad": Adagrad(),
 }
 OTHERS_OWN = {
     "SGD": {"decay_is_decoupled", "scale_invariant", "first_step_is_sign"},
     "Adam": {"decay_is_decoupled", "scale_invariant"},
     "Lion": {"matches_torch", "scale_invariant", "first_step_is_sign"},
+    "Adagrad": {"matches_torch", "decay_is_decoupled", "scale_invariant", "first_step_is_sign"},
     "RMSprop": {"matches_torch", "decay_is_decoupled", "scale_invariant", "first_step_is_sign"},
 }
 
@@ -98,7 +105,7 @@ def keeps_digits(opt):
     return not isinstance(opt, Adam) or float(opt.betas[1]) > 0 or float(opt.weight_decay) == 0
 
 
-@pytest.mark.parametrize("kind", ["sgds", "adams", "lions", "rmsprops"])
+@pytest.mark.parametrize("kind", ["sgds", "adams", "lions", "rmsprops", "adagrads"])
 def test_whatever_is_done_with_one_its_oracle_agrees(kind, examples):
     strategy = getattr(strategies, kind)(tensor=True).filter(keeps_digits)
     machine = type("Machine", (OptimizerMachine,), {"optimizers": strategy})
@@ -132,6 +139,7 @@ INNER = {
     "Adam": Adam(lr=0.1, weight_decay=0.1),
     "Lion": Lion(lr=0.1),
     "RMSprop": RMSprop(lr=0.1, momentum=0.9, centered=True),
+    "Adagrad": Adagrad(lr=0.1, lr_decay=0.1, initial_accumulator_value=0.5),
 }
 
 
@@ -188,7 +196,9 @@ def test_a_hyperparameter_is_found_and_replaced_by_its_name(inner):
     assert replace(opt, "lr", 0.2).inner.lr == 0.2
 
 
-@pytest.mark.parametrize("kind", [SGD(momentum=0.9), SGD(), Lion(), Adam(), RMSprop()], ids=repr)
+@pytest.mark.parametrize(
+    "kind", [SGD(momentum=0.9), SGD(), Lion(), Adam(), RMSprop(), Adagrad()], ids=repr
+)
 def test_one_count_in_a_checkpoint_becomes_that_of_each_leaf_and_back(kind):
     params = {"a": torch.ones(2), "b": torch.ones(3)}
     _, state = run(kind, params, [random_like(params)] * 2)

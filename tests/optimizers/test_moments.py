@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.func import grad, vmap
 
-from funcopt import SGD, Adam, AdamW, Clip, Compensated, Lion, Partition, RMSprop
+from funcopt import SGD, Adagrad, Adam, AdamW, Clip, Compensated, Lion, Partition, RMSprop
 from funcopt._engine import compensated
 
 from ..cases import assert_close, assert_same_bits, clone, leaves, random_like, tree_map
@@ -15,6 +15,7 @@ KINDS = {
     "Adam": (Adam, {"weight_decay": 0.1}),
     "SGD": (SGD, {"momentum": 0.9, "nesterov": True}),
     "Lion": (Lion, {"weight_decay": 0.1}),
+    "Adagrad": (Adagrad, {"weight_decay": 0.1}),
     "RMSprop": (RMSprop, {"weight_decay": 0.1}),
 }
 

@@ -10,6 +10,7 @@ from torch.func import grad, vmap
 from funcopt import (
     SGD,
     Accumulate,
+    Adagrad,
     Adam,
     AdamW,
     Best,
@@ -47,6 +48,7 @@ BY_RULE = {
     "SGD": SGD(lr=RATES),
     "SGD, momentum": SGD(lr=RATES, momentum=0.9, dampening=RATES),
     "Lion": Lion(lr=RATES),
+    "Adagrad": Adagrad(lr=RATES),
     "RMSprop": RMSprop(lr=RATES),
     "AdamW, by chance": AdamW(lr=RATES, rounding="stochastic", seed=RATES * 1000),
 }
