@@ -11,6 +11,8 @@ from .optimizers.adam import Adam, AdamState
 from .optimizers.adamw import AdamW, AdamWState
 from .optimizers.frozen import Frozen
 from .optimizers.lion import Lion, LionState
+from .optimizers.nadam import NAdam, NAdamState
+from .optimizers.radam import RAdam, RAdamState
 from .optimizers.rmsprop import RMSprop, RMSpropState
 from .optimizers.sgd import SGD, SGDState
 from .wrappers.accumulate import Accumulate, AccumulateState
@@ -63,6 +65,8 @@ __all__ = [
     "MasterWeights",
     "MasterWeightsState",
     "Members",
+    "NAdam",
+    "NAdamState",
     "Number",
     "Optimizer",
     "ParamsT",
@@ -70,6 +74,8 @@ __all__ = [
     "PartitionState",
     "Plateau",
     "PlateauState",
+    "RAdam",
+    "RAdamState",
     "RMSprop",
     "RMSpropState",
     "SGDState",

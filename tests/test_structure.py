@@ -95,6 +95,8 @@ FLOORS = [
     "optimizers.adam",
     "optimizers.frozen",
     "optimizers.lion",
+    "optimizers.nadam",
+    "optimizers.radam",
     "optimizers.rmsprop",
     "optimizers.sgd",
     "schedules._checks",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -65,3 +67,12 @@ def foreach_decayed_grads(
     if weight_decay != 0:
         grads = list(torch._foreach_add(grads, params, alpha=weight_decay))
     return grads
+
+
+def foreach_moments_(
+    exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], grads: list[Tensor], numbers: Any
+) -> None:
+    """Let the running means of gradients and of their squares, as Adam has them, take these."""
+    torch._foreach_lerp_(exp_avgs, grads, 1 - numbers.beta1)
+    torch._foreach_mul_(exp_avg_sqs, numbers.beta2)
+    torch._foreach_addcmul_(exp_avg_sqs, grads, grads, 1 - numbers.beta2)

@@ -77,9 +77,12 @@ def coefficients(numbers: Any, _options: Any) -> Coefficients:
 
 
 def new_moments(
-    grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, own: Coefficients
+    grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, own: Any
 ) -> tuple[Tensor, Tensor]:
-    """Return the two running means after a gradient (negated if maximize)."""
+    """Return the two running means after a gradient (negated if maximize).
+
+    Of the coefficients it takes `beta2`, `gain1` and `gain2`.
+    """
     squares = exp_avg_sq * own.beta2
     if isinstance(own.gain2, Tensor):
         squares = torch.addcmul(squares, grad * own.gain2, grad)

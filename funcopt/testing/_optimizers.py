@@ -14,6 +14,8 @@ from ..optimizers.adagrad import Adagrad
 from ..optimizers.adam import Adam
 from ..optimizers.adamw import AdamW
 from ..optimizers.lion import Lion
+from ..optimizers.nadam import NAdam
+from ..optimizers.radam import RAdam
 from ..optimizers.rmsprop import RMSprop
 from ..optimizers.sgd import SGD
 from ..wrappers.best import Best
@@ -33,6 +35,7 @@ _NUMBERS: dict[str, st.SearchStrategy[Any]] = {
     "betas": st.sampled_from([(0.9, 0.999), (0.5, 0.75), (0.0, 0.0), (0.9, 0.0), (0.0, 0.99)]),
     "lr_decay": st.sampled_from([0.0, 0.1, 1.0]),
     "initial_accumulator_value": st.sampled_from([0.0, 0.1, 2.0]),
+    "momentum_decay": st.sampled_from([4e-3, 0.0, 0.5]),
     "alpha": st.sampled_from([0.99, 0.9, 0.5]),
     "eps": st.sampled_from([1e-8, 1e-3, 1.0]),
     "momentum": st.sampled_from([0.0, 0.9, 0.5, 1.0]),
@@ -141,6 +144,16 @@ def adagrads(**fixed: Any) -> st.SearchStrategy[Adagrad]:
     return _built(Adagrad, fixed)
 
 
+def nadams(**fixed: Any) -> st.SearchStrategy[NAdam]:
+    """`NAdam` optimizers; the arguments are those of `adamws`."""
+    return _built(NAdam, fixed)
+
+
+def radams(**fixed: Any) -> st.SearchStrategy[RAdam]:
+    """`RAdam` optimizers; the arguments are those of `adamws`."""
+    return _built(RAdam, fixed)
+
+
 # Wrappers that move each leaf by itself, with a state of numbers and of trees like the parameters,
 # which can be split and joined; a new one joins by one line. (What takes a norm of several elements
 # is ill-conditioned where it is zero, so that no two ways of computing it agree there.)
@@ -164,7 +177,7 @@ def optimizers() -> st.SearchStrategy[Optimizer[Any]]:
     """
     wrappers = st.sampled_from(_WRAPPERS)
     return st.recursive(
-        st.one_of(adamws(), adams(), sgds(), lions(), adagrads(), rmsprops()),
+        st.one_of(adamws(), adams(), sgds(), lions(), radams(), nadams(), adagrads(), rmsprops()),
         lambda inner: st.builds(lambda wrap, opt: wrap(opt), wrappers, inner),
         max_leaves=3,
     )

@@ -8,6 +8,7 @@ oracle to its own update, run in float64 one tree after the other.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -20,6 +21,8 @@ from ..optimizers.adagrad import Adagrad
 from ..optimizers.adam import Adam
 from ..optimizers.adamw import AdamW
 from ..optimizers.lion import Lion
+from ..optimizers.nadam import NAdam
+from ..optimizers.radam import RAdam
 from ..optimizers.rmsprop import RMSprop
 from ..optimizers.sgd import SGD
 
@@ -29,8 +32,10 @@ __all__ = [
     "adam",
     "adamw",
     "lion",
+    "nadam",
     "oracle_of",
     "own_update",
+    "radam",
     "register",
     "registered",
     "rmsprop",
@@ -161,6 +166,47 @@ def adagrad(opt: Adagrad, grads: Tree, state: Any, params: Tree) -> tuple[Tree, 
     return _leaf_by_leaf(move, names, opt, grads, state, params)
 
 
+def nadam(opt: NAdam, grads: Tree, state: Any, params: Tree) -> tuple[Tree, Any]:
+    """NAdam as torch's documentation has it, leaf by leaf."""
+
+    def move(opt: NAdam, n: _Numbers, row: list[Any]) -> list[Any]:
+        p, g, m, v = row
+        (beta1, beta2), count = n["betas"], int(n["t"])
+        if opt.decoupled_weight_decay:
+            p = p - n["lr"] * n["weight_decay"] * p
+        else:
+            g = g + n["weight_decay"] * p
+        m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g * g
+        mus = [beta1 * (1 - 0.96 ** (i * n["momentum_decay"]) / 2) for i in range(1, count + 2)]
+        by_grad = (1 - mus[-2]) / (1 - math.prod(mus[:-1]))
+        by_mean = mus[-1] / (1 - math.prod(mus))
+        spread = (v / (1 - beta2 ** n["t"])).sqrt() + n["eps"]
+        return [p - n["lr"] * (by_grad * g + by_mean * m) / spread, m, v]
+
+    return _leaf_by_leaf(move, (*_ADAM, "momentum_decay"), opt, grads, state, params)
+
+
+def radam(opt: RAdam, grads: Tree, state: Any, params: Tree) -> tuple[Tree, Any]:
+    """RAdam as torch's documentation has it, leaf by leaf."""
+
+    def move(opt: RAdam, n: _Numbers, row: list[Any]) -> list[Any]:
+        p, g, m, v = row
+        (beta1, beta2), t = n["betas"], n["t"]
+        if opt.decoupled_weight_decay:
+            p = p - n["lr"] * n["weight_decay"] * p
+        else:
+            g = g + n["weight_decay"] * p
+        m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g * g
+        step, rho_inf = n["lr"] * m / (1 - beta1**t), 2 / (1 - beta2) - 1
+        rho = rho_inf - 2 * t * beta2**t / (1 - beta2**t)
+        if rho > 5:
+            squared = (rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho)
+            step = step * squared**0.5 * (1 - beta2**t) ** 0.5 / (v.sqrt() + n["eps"])
+        return [p - step, m, v]
+
+    return _leaf_by_leaf(move, _ADAM, opt, grads, state, params)
+
+
 def _leaf_by_leaf(
     move: _Move, names: Sequence[str], opt: Any, grads: Tree, state: Any, params: Tree
 ) -> tuple[Tree, Any]:
@@ -215,6 +261,8 @@ for _kind, _oracle in (
     (Adam, adam),
     (SGD, sgd),
     (Lion, lion),
+    (RAdam, radam),
+    (NAdam, nadam),
     (Adagrad, adagrad),
     (RMSprop, rmsprop),
 ):

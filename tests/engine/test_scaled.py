@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from funcopt import SGD, Adagrad, Adam, AdamW, Clip, Frozen, Lion, Partition, RMSprop
+from funcopt import SGD, Adagrad, Adam, AdamW, Clip, Frozen, Lion, NAdam, Partition, RAdam, RMSprop
 from funcopt._core.types import own_traits
 from funcopt._engine import scaled
 from funcopt._engine import update as engine
@@ -163,5 +163,5 @@ def test_a_subclass_keeps_its_own_update():
 
 def test_those_who_hand_on_are_known_by_their_very_type():
     assert set(scaled._handing_on) == {Partition}
-    for kind in (AdamW, Adam, Lion, Adagrad, RMSprop, SGD):
+    for kind in (AdamW, Adam, Lion, RAdam, NAdam, Adagrad, RMSprop, SGD):
         assert own_traits(kind()).by_rule

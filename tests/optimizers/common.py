@@ -116,9 +116,9 @@ def unrolled(build, *, steps=3, kernel="auto"):
     return loss, param, grads
 
 
-def assert_derivatives_are_those_of_differences(build, hyperparams):
+def assert_derivatives_are_those_of_differences(build, hyperparams, **options):
     """By reverse mode to the second order, by forward mode, and by both together."""
-    loss, param, grads = unrolled(build)
+    loss, param, grads = unrolled(build, **options)
     given = (hyperparams.clone(), param, grads)
     for tensor in given:
         tensor.requires_grad_()

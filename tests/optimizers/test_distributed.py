@@ -5,7 +5,7 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from funcopt import SGD, Adagrad, Adam, Clip, Lion, RMSprop
+from funcopt import SGD, Adagrad, Adam, Clip, Lion, NAdam, RAdam, RMSprop
 from funcopt.distributed import Zero1
 
 from ..distributed.harness import run_ranks
@@ -17,6 +17,8 @@ OPTIMIZERS = {
     "SGD, counts": SGD(lr=0.1, momentum=0.9, dampening=0.5, step_per_leaf=True),
     "Adam": Adam(lr=0.1, weight_decay=0.1, amsgrad=True),
     "Lion": Lion(lr=0.1, weight_decay=0.1),
+    "RAdam": RAdam(lr=0.1, weight_decay=0.1),
+    "NAdam": NAdam(lr=0.1, weight_decay=0.1),
     "Adagrad": Adagrad(lr=0.1, weight_decay=0.1),
     "RMSprop": RMSprop(lr=0.1, weight_decay=0.1),
 }

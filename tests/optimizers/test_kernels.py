@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from funcopt import SGD, Adagrad, Adam, Lion, RMSprop
+from funcopt import SGD, Adagrad, Adam, Lion, NAdam, RAdam, RMSprop
 from funcopt._engine import dispatch
 from funcopt._engine.rule import StepInputs
 
@@ -19,10 +19,14 @@ OPTIMIZERS = [
     Adam(weight_decay=0.1, maximize=True),
     Lion(weight_decay=0.1, maximize=True),
     RMSprop(weight_decay=0.1, maximize=True),
+    NAdam(weight_decay=0.1, maximize=True),
+    NAdam(weight_decay=0.1, decoupled_weight_decay=True),
+    RAdam(weight_decay=0.1, maximize=True),
+    RAdam(weight_decay=0.1, decoupled_weight_decay=True),
     Adagrad(lr_decay=0.5, weight_decay=0.1, maximize=True),
     RMSprop(momentum=0.9, centered=True),
 ]
-CASES = [(case["opt"], case["step"]) for case in crossed(opt=OPTIMIZERS, step=(1.0, 2.0))]
+CASES = [(case["opt"], case["step"]) for case in crossed(opt=OPTIMIZERS, step=(1.0, 2.0, 7.0))]
 
 
 def inputs_for(opt, step):

@@ -23,8 +23,10 @@ from funcopt import (
     Lookahead,
     LossScale,
     MasterWeights,
+    NAdam,
     Partition,
     Plateau,
+    RAdam,
     RMSprop,
     SkipNonfinite,
     find,
@@ -51,6 +53,14 @@ SUBJECTS = {
     "Lion": Lion(lr=0.1, weight_decay=0.1),
     "Lion, tensors": Lion(number(0.1), (0.5, number(0.75)), maximize=True, step_per_leaf=True),
     "RMSprop": RMSprop(lr=0.1, weight_decay=0.1),
+    "NAdam": NAdam(lr=0.1, weight_decay=0.1),
+    "NAdam, tensors": NAdam(
+        number(0.1), (0.5, number(0.75)), 1e-3, 0.1, number(0.5), True, True, step_per_leaf=True
+    ),
+    "RAdam": RAdam(lr=0.1, weight_decay=0.1),
+    "RAdam, tensors": RAdam(
+        number(0.1), (number(0.5), number(0.75)), 1e-3, 0.1, True, True, step_per_leaf=True
+    ),
     "Adagrad": Adagrad(lr=0.1, weight_decay=0.1),
     "Adagrad, tensors": Adagrad(
         number(0.1), number(0.5), 0.0, number(0.1), number(1e-3), maximize=True, step_per_leaf=True
@@ -74,6 +84,8 @@ PLAIN = {
     "Adam": Adam(),
     "Lion": Lion(),
     "RMSprop": RMSprop(),
+    "NAdam": NAdam(),
+    "RAdam": RAdam(),
     "Adagrad": Adagrad(),
 }
 OTHERS_OWN = {
@@ -81,6 +93,8 @@ OTHERS_OWN = {
     "Adam": {"decay_is_decoupled", "scale_invariant"},
     "Lion": {"matches_torch", "scale_invariant", "first_step_is_sign"},
     "Adagrad": {"matches_torch", "decay_is_decoupled", "scale_invariant", "first_step_is_sign"},
+    "NAdam": {"matches_torch", "decay_is_decoupled", "scale_invariant", "first_step_is_sign"},
+    "RAdam": {"matches_torch", "decay_is_decoupled", "scale_invariant", "first_step_is_sign"},
     "RMSprop": {"matches_torch", "decay_is_decoupled", "scale_invariant", "first_step_is_sign"},
 }
 
@@ -102,10 +116,14 @@ def keeps_digits(opt):
     With weight decay in the gradient, and a second moment of the last gradient alone, a step
     divides by a parameter, which may be next to nothing.
     """
-    return not isinstance(opt, Adam) or float(opt.betas[1]) > 0 or float(opt.weight_decay) == 0
+    if not isinstance(opt, (Adam, NAdam, RAdam)) or getattr(opt, "decoupled_weight_decay", False):
+        return True
+    return float(opt.betas[1]) > 0 or float(opt.weight_decay) == 0
 
 
-@pytest.mark.parametrize("kind", ["sgds", "adams", "lions", "rmsprops", "adagrads"])
+@pytest.mark.parametrize(
+    "kind", ["sgds", "adams", "lions", "rmsprops", "adagrads", "nadams", "radams"]
+)
 def test_whatever_is_done_with_one_its_oracle_agrees(kind, examples):
     strategy = getattr(strategies, kind)(tensor=True).filter(keeps_digits)
     machine = type("Machine", (OptimizerMachine,), {"optimizers": strategy})
@@ -139,6 +157,8 @@ INNER = {
     "Adam": Adam(lr=0.1, weight_decay=0.1),
     "Lion": Lion(lr=0.1),
     "RMSprop": RMSprop(lr=0.1, momentum=0.9, centered=True),
+    "NAdam": NAdam(lr=0.1, weight_decay=0.1),
+    "RAdam": RAdam(lr=0.1, betas=(0.5, 0.9)),
     "Adagrad": Adagrad(lr=0.1, lr_decay=0.1, initial_accumulator_value=0.5),
 }
 
@@ -197,7 +217,9 @@ def test_a_hyperparameter_is_found_and_replaced_by_its_name(inner):
 
 
 @pytest.mark.parametrize(
-    "kind", [SGD(momentum=0.9), SGD(), Lion(), Adam(), RMSprop(), Adagrad()], ids=repr
+    "kind",
+    [SGD(momentum=0.9), SGD(), Lion(), Adam(), RMSprop(), Adagrad(), NAdam(), RAdam()],
+    ids=repr,
 )
 def test_one_count_in_a_checkpoint_becomes_that_of_each_leaf_and_back(kind):
     params = {"a": torch.ones(2), "b": torch.ones(3)}

@@ -4,7 +4,19 @@ import pytest
 import torch
 from torch.func import grad, vmap
 
-from funcopt import SGD, Adagrad, Adam, AdamW, Clip, Compensated, Lion, Partition, RMSprop
+from funcopt import (
+    SGD,
+    Adagrad,
+    Adam,
+    AdamW,
+    Clip,
+    Compensated,
+    Lion,
+    NAdam,
+    Partition,
+    RAdam,
+    RMSprop,
+)
 from funcopt._engine import compensated
 
 from ..cases import assert_close, assert_same_bits, clone, leaves, random_like, tree_map
@@ -15,6 +27,8 @@ KINDS = {
     "Adam": (Adam, {"weight_decay": 0.1}),
     "SGD": (SGD, {"momentum": 0.9, "nesterov": True}),
     "Lion": (Lion, {"weight_decay": 0.1}),
+    "RAdam": (RAdam, {"weight_decay": 0.1}),
+    "NAdam": (NAdam, {"weight_decay": 0.1}),
     "Adagrad": (Adagrad, {"weight_decay": 0.1}),
     "RMSprop": (RMSprop, {"weight_decay": 0.1}),
 }
