@@ -49,6 +49,7 @@ OPTIMIZERS = {
     "AdamW, plain": adamw(kernel="plain"),
     "AdamW, a schedule": adamw(lr=funcopt.schedules.Cosine(0.1, 10, warmup_steps=2)),
     "Adam": Adam(lr=0.1, weight_decay=0.1),
+    "Adam, nesterov": Adam(lr=0.1, weight_decay=0.1, nesterov=True),
     "SGD": SGD(lr=0.1),
     "SGD, momentum": SGD(lr=0.1, momentum=0.9, dampening=0.25, weight_decay=0.1),
     "SGD, nesterov": SGD(lr=0.1, momentum=0.9, nesterov=True, step_per_leaf=True),

@@ -153,12 +153,7 @@ def _hand_over(
             f"wrapper around one, hand over opt.inner and state.inner. The order is to_torch(opt, "
             f"state, params)."
         )
-    if opt.rounding != "nearest":
-        raise ValueError(
-            f"rounding={opt.rounding!r}: torch.optim rounds to the nearest number alone. Hand over "
-            f"the optimizer with rounding='nearest', and its state without the key: "
-            f"state._replace(key=())."
-        )
+    _check_torch_has(kind, opt)
     leaves, structure = flatten_params(params)
     none = pytree.unflatten(structure, [None] * len(leaves))
     prepared = prepare(opt, opt.rule, none, state, params)
@@ -191,6 +186,21 @@ def _hand_over(
         "params": list(range(first, first + len(order))),
         "param_names": [names[index] for index in order],
     }, entries
+
+
+def _check_torch_has(kind: Counterpart, opt: Any) -> None:
+    """Refuse an option that torch has not."""
+    if opt.rule is not kind.rule:
+        raise ValueError(
+            f"{type(opt).__name__}(nesterov=True): torch.optim's has no such option. Hand over "
+            f"dataclasses.replace(opt, nesterov=False), if that is what is meant."
+        )
+    if opt.rounding != "nearest":
+        raise ValueError(
+            f"rounding={opt.rounding!r}: torch.optim rounds to the nearest number alone. Hand over "
+            f"the optimizer with rounding='nearest', and its state without the key: "
+            f"state._replace(key=())."
+        )
 
 
 def _flags(kind: Counterpart, opt: Any, leaves: list[Tensor], count: float) -> dict[str, bool]:

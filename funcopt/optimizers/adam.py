@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from .._core.types import ELEMENTWISE_BY_RULE, Extras, Number, NumberTree, ParamsT, Schedule, Tree
+from .._engine.hyperparameters import check_flag
 from .._engine.prepare import init
 from .._engine.registration import check_fields, register_optimizer
 from .._engine.rule import UpdateRule
 from .._engine.update import update, update_
+from ._adam.nesterov import RuleByOption, looking_ahead
 from ._terms import add_decay
 from .adamw import HYPERPARAMS, SLOTS, Coefficients, coefficients, descend, descend_
 
@@ -102,6 +104,10 @@ class Adam:
         weight_decay: At least 0, times the parameter added to the gradient; likewise.
         amsgrad: Divide by the largest second moment so far.
         maximize: Ascend instead of descending.
+        nesterov: Let the running mean look one gradient ahead: in place of
+            $m_t / (1 - \beta_1^t)$ stands $\beta_1 m_t / (1 - \beta_1^{t+1})
+            + (1 - \beta_1)\,d_t / (1 - \beta_1^t)$, as in `optax.adam`, which torch lacks. Only
+            `"foreach"` and `"plain"` serve it.
         step_per_leaf: Count the updates of each leaf, so that a leaf whose gradient is sometimes
             None has its own bias corrections, as in torch.optim; a schedule then sees each leaf's
             own count. Off: one count for the tree, advanced by every update.
@@ -127,7 +133,7 @@ class Adam:
         {'w': tensor([0.9000, 2.1000])}
     """
 
-    rule: ClassVar[UpdateRule] = _RULE
+    rule: ClassVar[RuleByOption] = RuleByOption(_RULE, looking_ahead(_RULE))
 
     lr: Number | Schedule | NumberTree = 1e-3
     betas: tuple[Number | Schedule | NumberTree, Number | Schedule | NumberTree] = (0.9, 0.999)
@@ -135,6 +141,7 @@ class Adam:
     weight_decay: Number | Schedule | NumberTree = 0.0
     amsgrad: bool = False
     maximize: bool = False
+    nesterov: bool = False
     step_per_leaf: bool = False
     kernel: str = "auto"
     differentiable: bool | None = None
@@ -144,6 +151,7 @@ class Adam:
 
     def __post_init__(self) -> None:
         """Check and normalize every hyperparameter."""
+        check_flag("nesterov", self.nesterov)  # by which the rule is chosen
         check_fields(self)
 
     def init(self, params: Tree) -> AdamState:

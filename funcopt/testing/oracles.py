@@ -102,7 +102,11 @@ def _adam_move(opt: Any, n: _Numbers, row: list[Any], *, decoupled: bool) -> lis
     v = beta2 * v + (1 - beta2) * g * g
     largest = [torch.maximum(own, v) for own in largest]
     spread = ((largest[0] if opt.amsgrad else v) / (1 - beta2 ** n["t"])).sqrt()
-    step = n["lr"] * m / (1 - beta1 ** n["t"]) / (spread + n["eps"])
+    mean = m / (1 - beta1 ** n["t"])
+    if getattr(opt, "nesterov", False):
+        ahead = beta1 * m / (1 - beta1 ** (n["t"] + 1))
+        mean = ahead + (1 - beta1) * g / (1 - beta1 ** n["t"])
+    step = n["lr"] * mean / (spread + n["eps"])
     return [decayed - step, m, v, *largest]
 
 

@@ -287,6 +287,9 @@ def test_a_momentum_of_0_with_a_buffer_is_not_handed_over():
 
 def test_a_lion_has_no_counterpart():
     params = {"a": torch.ones(2)}
+    ahead = Adam(nesterov=True)
+    with pytest.raises(ValueError, match=r"Adam\(nesterov=True\): torch.optim's has no such"):
+        to_torch(ahead, ahead.init(params), params)
     with pytest.raises(TypeError, match="got Lion and LionState"):
         to_torch(Lion(), Lion().init(params), params)
 

@@ -17,6 +17,8 @@ OPTIMIZERS = [
     ),
     SGD(momentum=0.9, nesterov=True),
     Adam(weight_decay=0.1, maximize=True),
+    Adam(weight_decay=0.1, maximize=True, nesterov=True),
+    Adam(amsgrad=True, nesterov=True),
     Lion(weight_decay=0.1, maximize=True),
     RMSprop(weight_decay=0.1, maximize=True),
     NAdam(weight_decay=0.1, maximize=True),

@@ -48,6 +48,8 @@ SUBJECTS = {
     "SGD, tensors": SGD(number(0.1), number(0.9), number(0.3), number(0.1)),
     "SGD, schedules": SGD(lambda n: 0.1 / (1 + n), lambda n: n / (n + 1), 0.5, kernel="foreach"),
     "Adam": Adam(lr=0.1, weight_decay=0.1),
+    "Adam, nesterov": Adam(lr=0.1, weight_decay=0.1, nesterov=True, step_per_leaf=True),
+    "Adam, nesterov, tensors": Adam(number(0.1), (0.5, number(0.75)), amsgrad=True, nesterov=True),
     "Adam, amsgrad": Adam(lr=number(0.1), eps=1e-3, amsgrad=True, maximize=True),
     "Adam, counts": Adam(betas=(0.5, 0.75), step_per_leaf=True, kernel="plain"),
     "Lion": Lion(lr=0.1, weight_decay=0.1),

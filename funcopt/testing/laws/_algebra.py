@@ -84,6 +84,8 @@ _MOMENTS_TOO = {dtype: 64 * ulps for dtype, ulps in ROUNDING.items()}
 def first_step_is_sign(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> None:
     """Without eps and decay, the first step has the size of lr and the sign of the gradient."""
     _only(opt, AdamW, Adam)
+    if getattr(opt, "nesterov", False):
+        raise NotApplicable("with nesterov it looks ahead, so that its first step is larger")
     lr = fixed_lr(opt)
     leaves, structure = pytree.flatten(params)
     paired = pytree.pair(gradient_sequence[0], "grads", structure).leaves
