@@ -171,7 +171,7 @@ def _check_version(d: Mapping[str, Any]) -> None:
     if _FORMAT not in d:
         raise ValueError(
             f"the dict has no entry {_FORMAT!r}: to_state_dict() did not make it. A state dict of "
-            f"torch.optim.AdamW, Adam or SGD is read by from_torch()."
+            f"an optimizer of torch is read by from_torch()."
         )
     version = d[_FORMAT]
     if isinstance(version, Tensor) and version.is_meta:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -10,8 +10,12 @@ import torch
 from torch import Tensor
 
 from .._engine.rule import Slot, UpdateRule
+from ..optimizers.adagrad import Adagrad
 from ..optimizers.adam import Adam
 from ..optimizers.adamw import AdamW
+from ..optimizers.nadam import NAdam, mu_product
+from ..optimizers.radam import RAdam
+from ..optimizers.rmsprop import RMSprop
 from ..optimizers.sgd import SGD, fused_is_wrong
 
 
@@ -30,6 +34,11 @@ class Counterpart(NamedTuple):
     counts: bool = True  # whether torch counts the updates of each parameter, as `step`
     # Whether torch's fused kernel is not to be trusted with a leaf.
     fused_is_wrong: Callable[[Tensor], bool] = lambda _leaf: False
+    flags: Sequence[str] = ("foreach", "fused")  # how a param group of torch's names a kernel
+    alike: Sequence[str] = ("plain", "foreach", "fused")  # the kernels with the same bits
+    more: Sequence[str] = ()  # fields that both have and no step depends on
+    # What torch keeps of each parameter and ours computes from the count, by name.
+    computed: Mapping[str, Callable[[Mapping[str, Any], float], float]] = {}
 
     @property
     def rule(self) -> UpdateRule:
@@ -40,25 +49,55 @@ class Counterpart(NamedTuple):
     @property
     def fields(self) -> list[str]:
         """What ours and a param group of torch's have in common, in the order of our fields."""
-        shared = {own.place[0] for own in self.rule.hyperparams} | set(self.rule.options)
+        numbers = {own.place[0] for own in self.rule.hyperparams}
+        shared = numbers.union(self.rule.options, self.more)
         return [name for name in self.ours.__dataclass_fields__ if name in shared]
 
     @property
     def options(self) -> list[str]:
         """What a param group of torch's must have."""
         others = [name for name in self.constants if name != "decoupled_weight_decay"]
-        return [*self.fields, "foreach", "fused", *others, "differentiable"]
+        return [*self.fields, *self.flags, *others, "differentiable"]
 
     def kept_slots(self, group: Mapping[str, Any]) -> list[Slot]:
         """Return the slots that torch keeps with the options of a param group."""
         return self.rule.kept_slots(SimpleNamespace(**{str(key): group[key] for key in group}))
 
 
+def _mu_product(group: Mapping[str, Any], count: float) -> float:
+    return float(mu_product(count, group["betas"][0], group["momentum_decay"]))
+
+
 COUNTERPARTS = (
     Counterpart(torch.optim.AdamW, AdamW, {"capturable": False, "decoupled_weight_decay": True}),
     Counterpart(torch.optim.Adam, Adam, {"capturable": False, "decoupled_weight_decay": False}),
     Counterpart(torch.optim.SGD, SGD, counts=False, fused_is_wrong=fused_is_wrong),
+    Counterpart(
+        torch.optim.NAdam,
+        NAdam,
+        {"capturable": False},
+        flags=("foreach",),
+        alike=(),
+        computed={"mu_product": _mu_product},
+    ),
+    Counterpart(
+        torch.optim.RAdam, RAdam, {"capturable": False}, flags=("foreach",), alike=("plain",)
+    ),
+    Counterpart(
+        torch.optim.RMSprop,
+        RMSprop,
+        {"capturable": False},
+        flags=("foreach",),
+        alike=("plain", "foreach"),
+    ),
+    Counterpart(
+        torch.optim.Adagrad,
+        Adagrad,
+        alike=("plain", "foreach"),
+        more=("initial_accumulator_value",),
+    ),
 )
+SERVED = "torch.optim.AdamW, Adam, SGD, NAdam, RAdam, RMSprop or Adagrad"
 
 
 def counterpart_of(opt: Any) -> Counterpart | None:
@@ -67,14 +106,18 @@ def counterpart_of(opt: Any) -> Counterpart | None:
 
 
 def counterpart_of_group(group: Mapping[str, Any]) -> Counterpart:
-    """Return whose param group this is most likely: the one of which it lacks least.
+    """Return whose param group this is most likely: the one that differs in the fewest options.
 
     Whether weight decay is coupled decides between those that are alike otherwise.
     """
+    given = _OPTIONS.intersection(group)
 
     def unlike(own: Counterpart) -> tuple[int, bool]:
-        lacking = sum(name not in group for name in own.options)
         decoupled = own.constants.get("decoupled_weight_decay")
-        return lacking, decoupled is not group.get("decoupled_weight_decay", decoupled)
+        differing = given.symmetric_difference((*own.options, *own.constants))
+        return len(differing), decoupled is not group.get("decoupled_weight_decay", decoupled)
 
     return min(COUNTERPARTS, key=unlike)
+
+
+_OPTIONS = {name for own in COUNTERPARTS for name in (*own.options, *own.constants)}

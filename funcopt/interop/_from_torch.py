@@ -1,4 +1,4 @@
-"""From `torch.optim.AdamW`, `Adam` and `SGD` to a value and its state."""
+"""From an optimizer of `torch.optim` to a value and its state."""
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ def from_torch(
     group_names: Sequence[str] | None = None,
     frozen: str | None = None,
 ) -> tuple[Any, Any]:
-    """Take over a run of `torch.optim.AdamW`, `Adam` or `SGD`: return the optimizer and its state.
+    """Take over a run of an optimizer of torch: return the optimizer and its state.
+
+    It may be a `torch.optim.AdamW`, `Adam`, `SGD`, `NAdam`, `RAdam`, `RMSprop` or `Adagrad`.
 
     Of one param group, that is an `AdamW` and its `AdamWState`, say; of several, a `Partition` with
     an optimizer for each, and its `PartitionState`. The label of a group is its own `"name"`, if it
@@ -41,7 +43,8 @@ def from_torch(
     Going on with them gives the bits that torch would have, in float32 and float64, and for complex
     leaves of an `AdamW`, unless the source is capturable (and not fused) or differentiable or has a
     tensor for a hyperparameter: it then computes some of its numbers in another order or in
-    float32, funcopt in float64.
+    float32, funcopt in float64. By rounding alone differ an `NAdam`, whose product of momenta is
+    computed anew, an `RAdam` by foreach, and an `Adagrad` that is fused, which goes on by `"auto"`.
 
     **Torch's `SGD` does not count its updates.** A parameter that has a momentum buffer is taken to
     have had one update, any other none. That is all the equations ask; but a schedule that is put
@@ -91,7 +94,7 @@ def from_torch(
 
     Raises:
         TypeError: If the source is neither, or a hyperparameter or leaf is of the wrong type.
-        ValueError: If the source is none of the three (RAdam, say), if two of its param groups have
+        ValueError: If the source is none of these (Adamax, say), if two of its param groups have
             one name, or one of several is empty; if a parameter is missing, extra, on the meta
             device, or of another shape or dtype, or the order is not certain; if its state is
             incomplete; if counts differ and `step_per_leaf` is False; or if `group_names` are too
@@ -177,7 +180,7 @@ def _take_over(
         moments=moments,
         **{name: _own(name, options[name]) for name in kind.fields},
         step_per_leaf=uneven if step_per_leaf is None else step_per_leaf,
-        kernel=_kernel(options, leaves),
+        kernel=_kernel(kind, options, leaves),
         differentiable=True if options["differentiable"] else None,
     )
     state = opt.init(params)
@@ -208,7 +211,7 @@ def _check_entry(
 ) -> None:
     """Refuse the state of a parameter that is not all there, or not of this parameter."""
     slots = {slot.name for slot in kind.kept_slots(options)}
-    wanted = slots | {"step"} if kind.counts else slots
+    wanted = slots | {"step", *kind.computed} if kind.counts else slots
     if not isinstance(entry, Mapping):
         raise TypeError(
             f"the state for {path()} is of type {type(entry).__name__}: it must be a dict of "
@@ -327,9 +330,11 @@ def _own(name: str, number: Any) -> Any:
     return number.detach().clone().reshape(() if number.numel() == 1 else number.shape)
 
 
-def _kernel(options: Mapping[str, Any], leaves: list[Tensor]) -> str:
-    """The kernel that torch takes, by its own rule."""
-    foreach, fused = options["foreach"], options["fused"]
+def _kernel(kind: Counterpart, options: Mapping[str, Any], leaves: list[Tensor]) -> str:
+    """The kernel that torch takes, by its own rule; ours may have none that is fused."""
+    foreach, fused = options["foreach"], options.get("fused")
+    if fused and "fused" not in kind.rule.kernels:
+        return "auto"
     if foreach is None and fused is None:
         foreach = (
             all(leaf.is_cuda for leaf in leaves)

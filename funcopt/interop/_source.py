@@ -12,11 +12,9 @@ from torch import Tensor
 
 from .._core import pytree
 from ..wrappers.labels import name_leaves
-from ._counterparts import COUNTERPARTS, Counterpart, counterpart_of_group
+from ._counterparts import COUNTERPARTS, SERVED, Counterpart, counterpart_of_group
 from ._getter import unflattened
 from ._peers import advice_on
-
-_SERVED = "torch.optim.AdamW, Adam or SGD"
 
 # The most names in a message.
 _MOST = 5
@@ -43,7 +41,7 @@ def read(source: Any, group_names: Sequence[str] | None) -> Source:
     else:
         ours = isinstance(source, Mapping) and "funcopt.format" in source
         raise TypeError(
-            f"the source is of type {type(source).__name__}: it must be a {_SERVED} or its "
+            f"the source is of type {type(source).__name__}: it must be a {SERVED} or its "
             f"state_dict(), with a dict under 'state' and a list of dicts under 'param_groups'."
             + " What to_state_dict() made is read by from_state_dict()."
             * ours
@@ -61,7 +59,7 @@ def read(source: Any, group_names: Sequence[str] | None) -> Source:
         # One around another, as ZeroRedundancyOptimizer is, shows its groups and not its state.
         raise ValueError(
             f"the source is a {type(source).__name__}, which may keep its state elsewhere. Give "
-            f"the {_SERVED} itself, or the (consolidated) state_dict()."
+            f"the {SERVED} itself, or the (consolidated) state_dict()."
         )
     known = [own for group in groups.values() for own in group["params"]]
     _check_listed(known, state, "group does" if len(groups) == 1 else "groups do")
@@ -126,23 +124,23 @@ def _label(groups: Sequence[Mapping[str, Any]], group_names: Sequence[str] | Non
 
 
 def _check_kind(kind: Counterpart, group: Mapping[str, Any], state: Mapping[Any, Any]) -> None:
-    # Others of a family lack some options: RAdam and NAdam know no amsgrad. What is there beside
-    # them belongs to a scheduler, or to the user.
+    # Others of a family lack some options: Adamax knows no amsgrad. What is there beside them
+    # belongs to a scheduler, or to the user.
     lacking = [name for name in kind.options if name not in group]
     entries = [entry for entry in state.values() if isinstance(entry, Mapping) and entry]
     always = {slot.name for slot in kind.rule.slots if not slot.option}
     if lacking or not all(entry.keys() >= always for entry in entries):
         advice = advice_on(group, entries)
         if advice is not None:
-            raise ValueError(f"the source is not that of a {_SERVED}, but of {advice}")
+            raise ValueError(f"the source is not that of a {SERVED}, but of {advice}")
     if lacking:
         raise ValueError(
             f"the source has no {_some(lacking)} in its param group: it is not that of a "
-            f"{_SERVED}. If an old torch wrote it, load it into that optimizer of a new one first, "
+            f"{SERVED}. If an old torch wrote it, load it into that optimizer of a new one first, "
             f"and take over that."
         )
     wanted = kind.constants.get("decoupled_weight_decay")
-    if group.get("decoupled_weight_decay") is not wanted:
+    if wanted is not None and group.get("decoupled_weight_decay") is not wanted:
         raise ValueError(
             "whether its weight decay is decoupled, the source does not say. If it is an AdamW, "
             "or its weight decay is 0, where the two are the same, set "

@@ -1,4 +1,4 @@
-"""From a value and its state to a state dict of `torch.optim.AdamW`, `Adam` or `SGD`."""
+"""From a value and its state to a state dict of an optimizer of `torch.optim`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .._engine.prepare import flatten_params, prepare
 from ..optimizers.frozen import Frozen
 from ..wrappers.labels import name_leaves
 from ..wrappers.partition import Partition, PartitionState
-from ._counterparts import Counterpart, counterpart_of
+from ._counterparts import SERVED, Counterpart, counterpart_of
 from ._source import within
 
 # From here on float32, in which torch counts, no longer holds every count.
@@ -22,7 +22,10 @@ _FLOAT32_STOPS = 2**24
 
 
 def to_torch(opt: Any, state: Any, params: Tree) -> dict[str, Any]:
-    """Hand a run over to torch: return a state dict that `AdamW`, `Adam` or `SGD` there loads.
+    """Hand a run over to torch: return a state dict that its optimizer of that name loads.
+
+    There are `AdamW`, `Adam`, `SGD`, `NAdam`, `RAdam`, `RMSprop` and `Adagrad`, and the bits of the
+    last four are torch's as far as `from_torch` says.
 
     One of these becomes one param group, a `Partition` one for each of its optimizers, in their
     order, but none for `Frozen()`, whose leaves are then no parameters of torch's optimizer, and
@@ -60,11 +63,11 @@ def to_torch(opt: Any, state: Any, params: Tree) -> dict[str, Any]:
         params: The parameters.
 
     Raises:
-        TypeError: If `opt` or `state` is not that of an AdamW, Adam or SGD, or of a Partition of
-            them. Of a wrapper hand over what is in it: `to_torch(opt.inner, state.inner, params)`.
-        ValueError: If a Partition has an SGD beside one of the others; if an optimizer rounds
-            stochastically; if a hyperparameter is a schedule or stacked, if state and parameters
-            do not match, if two leaves have one name,
+        TypeError: If `opt` or `state` is not that of one of these, or of a Partition of them. Of
+            a wrapper hand over what is in it: `to_torch(opt.inner, state.inner, params)`.
+        ValueError: If a Partition has optimizers with states of several kinds; if an optimizer
+            rounds stochastically, or has an option that torch lacks; if a hyperparameter is a
+            schedule or stacked, if state and parameters do not match, if two leaves have one name,
             if all are frozen, or if torch's kernel of the name that was asked for cannot go on:
             fused where it refuses or is wrong, as above, foreach if `differentiable` is True.
 
@@ -148,10 +151,9 @@ def _hand_over(
     kind = counterpart_of(opt)
     if kind is None or not isinstance(state, kind.rule.state):
         raise TypeError(
-            f"got {type(opt).__name__} and {type(state).__name__}: torch.optim can go on from an "
-            f"AdamW, Adam or SGD, or a Partition of AdamWs, Adams or SGDs, and its state. For a "
-            f"wrapper around one, hand over opt.inner and state.inner. The order is to_torch(opt, "
-            f"state, params)."
+            f"got {type(opt).__name__} and {type(state).__name__}: that is no {SERVED} with its "
+            f"state, nor a Partition of them. For a wrapper around one, hand over opt.inner and "
+            f"state.inner. The order is to_torch(opt, state, params)."
         )
     _check_torch_has(kind, opt)
     leaves, structure = flatten_params(params)
@@ -161,15 +163,17 @@ def _hand_over(
     flags = _flags(kind, opt, leaves, max(counts, default=0.0))
     names, order = name_leaves(structure), pytree.insertion_order(structure)
     entries: dict[int, dict[str, Tensor]] = {}
+    given = {name: _given(name, getattr(opt, name)) for name in kind.fields}
     kept = kind.rule.kept_slots(opt)
     for place, index in enumerate(order, first):
         count = counts[index if opt.step_per_leaf else 0]
         moments = [_copy_like(leaves[index], paired.leaves[index]) for paired in prepared.slots]
         entry = {"step": _step(count)} if kind.counts else {}
+        for name, value_at in kind.computed.items():
+            entry[name] = torch.tensor(value_at(given, count), dtype=torch.float32, device="cpu")
         entry.update(zip((slot.name for slot in kept), moments, strict=True))
         if entry and (count > 0 or any(bool(moment.any()) for moment in moments)):
             entries[place] = entry
-    given = {name: _given(name, getattr(opt, name)) for name in kind.fields}
     for slot in kept:
         if slot not in kind.kept_slots(given):
             raise ValueError(
@@ -218,7 +222,9 @@ def _flags(kind: Counterpart, opt: Any, leaves: list[Tensor], count: float) -> d
             f"dataclasses.replace(opt, kernel='plain'), whose results differ by rounding."
         )
     fused = opt.kernel in ("auto", "native", "triton", "fused") and refused is None
-    return {"foreach": opt.kernel == "foreach", "fused": fused}
+    fused = fused and "fused" in kind.rule.kernels
+    found = {"foreach": opt.kernel == "foreach", "fused": fused}
+    return {name: found[name] for name in kind.flags}
 
 
 def _given(name: str, given: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Runs of torch's Adam and SGD go on as if nothing had been switched, in either direction."""
+"""Runs of torch's optimizers go on as if nothing had been switched, in either direction."""
 
 import dataclasses
 import io
@@ -7,7 +7,21 @@ import pytest
 import torch
 from torch import nn
 
-from funcopt import SGD, Adam, AdamState, AdamW, Frozen, Lion, Partition, PartitionState, SGDState
+from funcopt import (
+    SGD,
+    Adagrad,
+    Adam,
+    AdamState,
+    AdamW,
+    Frozen,
+    Lion,
+    NAdam,
+    Partition,
+    PartitionState,
+    RAdam,
+    RMSprop,
+    SGDState,
+)
 from funcopt.interop import from_torch, to_torch
 
 from ..cases import KERNELS, TORCH_FLAGS, assert_same_bits, random_like
@@ -95,6 +109,87 @@ def test_a_run_goes_on_for_20_steps_after_either_switch(kind, options, kernel, d
     torch_steps(theirs, own, gradients[40:])
     assert_same_bits(detached(back), detached(own))
     assert_same_state(again, back, from_torch(theirs, own)[1], kept)
+
+
+# Each with the kernels that have torch's bits.
+OTHERS = [
+    (RMSprop, torch.optim.RMSprop, {"momentum": 0.9, "centered": True, "maximize": True}, False),
+    (RMSprop, torch.optim.RMSprop, {"weight_decay": 0.1, "alpha": 0.5}, True),
+    (RAdam, torch.optim.RAdam, {"weight_decay": 0.1, "decoupled_weight_decay": True}, False),
+    (RAdam, torch.optim.RAdam, {"betas": (0.5, 0.9), "weight_decay": 0.1}, False),
+    (Adagrad, torch.optim.Adagrad, {"lr_decay": 0.1, "initial_accumulator_value": 0.5}, False),
+    (Adagrad, torch.optim.Adagrad, {"weight_decay": 0.1, "maximize": True}, True),
+    (NAdam, torch.optim.NAdam, {"weight_decay": 0.1, "momentum_decay": 0.1}, False),
+    (NAdam, torch.optim.NAdam, {"decoupled_weight_decay": True, "weight_decay": 0.1}, True),
+]
+
+
+@pytest.mark.parametrize(("kind", "torchs", "options", "foreach"), OTHERS, ids=str)
+def test_a_run_of_the_others_goes_on_after_either_switch(kind, torchs, options, foreach):
+    def assert_same(ours, theirs):
+        if kind is NAdam:  # whose product of momenta torch rounds to float32
+            torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+        else:
+            assert_same_bits(ours, theirs)
+
+    params = drawn(torch.float32)
+    gradients = [random_like(params) for _ in range(60)]
+    own = parameters(params)
+    theirs = torchs(own.items(), lr=0.1, **options, foreach=foreach)
+    torch_steps(theirs, own, gradients[:20])
+    ours = detached(own)
+    opt, state = from_torch(through_a_file(theirs.state_dict()), ours)
+    assert opt == kind(lr=0.1, **options, kernel="foreach" if foreach else "plain")
+    for grads in gradients[20:40]:
+        ours, state = opt.update(grads, state, ours)
+    torch_steps(theirs, own, gradients[20:40])
+    assert_same(ours, detached(own))
+    kept = [slot.name for slot in kind.rule.kept_slots(opt)]
+    if kind is not NAdam:
+        assert_same_state(theirs, own, state, kept)
+    back = parameters(ours)
+    again = torchs(back.items())
+    again.load_state_dict(through_a_file(to_torch(opt, state, ours)))
+    assert again.param_groups[0].keys() == theirs.param_groups[0].keys()
+    entries = [(again.state[back[name]], theirs.state[own[name]]) for name in own]
+    assert all(entry.keys() == expected.keys() for entry, expected in entries)
+    if kind is NAdam:
+        for entry, expected in entries:
+            torch.testing.assert_close(entry["mu_product"], expected["mu_product"])
+    torch_steps(again, back, gradients[40:])
+    torch_steps(theirs, own, gradients[40:])
+    assert_same(detached(back), detached(own))
+
+
+@pytest.mark.parametrize(("kind", "torchs"), dict.fromkeys(own[:2] for own in OTHERS), ids=str)
+def test_a_run_of_the_others_is_handed_over_before_its_first_step(kind, torchs):
+    params = drawn(torch.float32)
+    opt = kind(lr=0.1)
+    own = parameters(params)
+    theirs = torchs(own.items())
+    theirs.load_state_dict(to_torch(opt, opt.init(params), params))
+    gradients = [random_like(params) for _ in range(10)]
+    torch_steps(theirs, own, gradients)
+    state = opt.init(params)
+    for grads in gradients:
+        params, state = opt.update(grads, state, params)
+    torch.testing.assert_close(params, detached(own), rtol=1e-6, atol=1e-6)
+
+
+def test_an_adagrad_that_is_fused_goes_on_by_the_fastest_kernel():
+    params = drawn(torch.float32)
+    own = parameters(params)
+    theirs = torch.optim.Adagrad(own.items(), lr=0.1, fused=True)
+    gradients = [random_like(params) for _ in range(20)]
+    torch_steps(theirs, own, gradients[:10])
+    ours = detached(own)
+    opt, state = from_torch(theirs, own)
+    assert opt == Adagrad(lr=0.1)
+    for grads in gradients[10:]:
+        ours, state = opt.update(grads, state, ours)
+    torch_steps(theirs, own, gradients[10:])
+    torch.testing.assert_close(ours, detached(own), rtol=1e-5, atol=1e-6)
+    assert to_torch(opt, state, ours)["param_groups"][0]["fused"] is False
 
 
 @pytest.mark.parametrize("kind", TORCHS)

@@ -602,7 +602,7 @@ NOT_HANDED = {
     "a partition within": (
         pair(Partition({"z": AdamW()}, lambda name, leaf: "z")),
         None,
-        r"inner\['x'\]: got Partition and PartitionState.*Partition of AdamWs",
+        r"inner\['x'\]: got Partition and PartitionState.*nor a Partition of them",
     ),
     "all frozen": (pair(Frozen(), Frozen()), None, "every optimizer is Frozen"),
     "another's state": (pair(AdamW()), AdamW(), "got Partition and AdamWState"),

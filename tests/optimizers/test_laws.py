@@ -94,10 +94,10 @@ OTHERS_OWN = {
     "SGD": {"decay_is_decoupled", "scale_invariant", "first_step_is_sign"},
     "Adam": {"decay_is_decoupled", "scale_invariant"},
     "Lion": {"matches_torch", "scale_invariant", "first_step_is_sign"},
-    "Adagrad": {"matches_torch", "decay_is_decoupled", "scale_invariant", "first_step_is_sign"},
+    "Adagrad": {"decay_is_decoupled", "scale_invariant", "first_step_is_sign"},
     "NAdam": {"matches_torch", "decay_is_decoupled", "scale_invariant", "first_step_is_sign"},
-    "RAdam": {"matches_torch", "decay_is_decoupled", "scale_invariant", "first_step_is_sign"},
-    "RMSprop": {"matches_torch", "decay_is_decoupled", "scale_invariant", "first_step_is_sign"},
+    "RAdam": {"decay_is_decoupled", "scale_invariant", "first_step_is_sign"},
+    "RMSprop": {"decay_is_decoupled", "scale_invariant", "first_step_is_sign"},
 }
 
 

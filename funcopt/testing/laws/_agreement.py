@@ -61,7 +61,10 @@ def matches_torch(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> None
         # In one layout: torch's fused kernel goes wrong where gradient and parameter differ in it.
         return [None if leaves[i] is None else leaves[i].contiguous() for i in chosen]
 
-    for kernel, flags in _TORCH_FLAGS.items():
+    if not kind.alike:
+        raise NotApplicable(f"torch's {type(opt).__name__} rounds otherwise")
+    for kernel in kind.alike:
+        flags = {name: on for name, on in _TORCH_FLAGS[kernel].items() if name in kind.flags}
         ours = replace(opt, kernel=kernel, step_per_leaf=True)
         theirs = [torch.nn.Parameter(leaf.detach().clone()) for leaf in pick(params)]
         if not theirs:
