@@ -32,6 +32,7 @@ from .wrappers.members import Members
 from .wrappers.partition import Partition, PartitionState
 from .wrappers.plateau import Plateau, PlateauState
 from .wrappers.skip_nonfinite import SkipNonfinite, SkipNonfiniteState
+from .wrappers.transform import Transform, TransformState
 
 __all__ = [
     "SGD",
@@ -82,6 +83,8 @@ __all__ = [
     "Schedule",
     "SkipNonfinite",
     "SkipNonfiniteState",
+    "Transform",
+    "TransformState",
     "Tree",
     "__version__",
     "averaged",

@@ -145,8 +145,10 @@ optimizer as its field `inner`. Its numbers may be tensors and schedules, if the
 number the dtype, the device and the dimensions with which it meets a leaf. Where a wrapper should
 count only if one of its numbers is a schedule, as funcopt's do, `first_count_if_scheduled(self,
 place)` is `()` otherwise, and stays so. An update must come out the same for the same arguments: a
-random number is a function of a key and a count in the state, never of torch's own generator, which
-vmap refuses and which a checkpoint does not hold.
+random number is a function of a key and a count in the state, such as `normal_like` makes, never of
+torch's own generator, which vmap refuses and which a checkpoint does not hold.
+
+Where a function of the gradients is all there is, `funcopt.Transform` makes a wrapper of it.
 '''
 
 from ._core.pytree import tree_map
@@ -168,6 +170,7 @@ from ._engine.checks import check_state
 from ._engine.counts import first_count, next_count
 from ._engine.dispatch import safe_sqrt
 from ._engine.hyperparameters import normalize_fields, numbers_of
+from ._engine.normal import normal_like
 from ._engine.prepare import init
 from ._engine.registration import check_fields, register_optimizer
 from ._engine.rule import Adjoint, Kernel, Slot, StepInputs, StepOutputs, UpdateRule
@@ -207,6 +210,7 @@ __all__ = [
     "gather_gradients",
     "init",
     "next_count",
+    "normal_like",
     "normalize_fields",
     "numbers_of",
     "register_optimizer",

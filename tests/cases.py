@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 import funcopt
+from funcopt import extend
+from funcopt.extend import Traits
 
 KERNELS = ("plain", "foreach", "fused")
 
@@ -29,6 +31,18 @@ OPTIONS = [
         (False, True), (False, True), (0.0, 0.1), (1e-3, 0.3)
     )
 ]
+
+
+def fade(grads: Any, own: Any, params: Any) -> tuple[Any, Any]:
+    """For a `Transform`: gradients that fade, by a count of its own."""
+    share = 1 / (1 + own["step"])
+    faded = extend.tree_map(lambda grad: grad * extend.fit(share, grad), grads)
+    return faded, {"step": own["step"] + 1}
+
+
+def faded(inner: funcopt.Optimizer[Any]) -> funcopt.Transform:
+    """A `Transform` of gradients that fade."""
+    return funcopt.Transform(inner, fade, {"step": 0}, Traits(elementwise=True, linear=True))
 
 
 _INNER = funcopt.AdamW(lr=0.1)
@@ -50,6 +64,7 @@ WRAPPED: dict[str, funcopt.Optimizer[Any]] = {
     "Plateau": funcopt.Plateau(_INNER, patience=0),
     "MasterWeights": funcopt.MasterWeights(_INNER),
     "Compensated": funcopt.Compensated(_INNER),
+    "Transform": faded(_INNER),
     "Partition": funcopt.Partition(
         {"a": _INNER, "b": funcopt.Frozen(), "c": funcopt.Clip(_INNER, 1.0)},
         {"w": "a", "v": "b", "u": "c"},

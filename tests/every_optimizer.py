@@ -31,6 +31,8 @@ from funcopt import (
 )
 from funcopt.distributed import LocalUpdates, Zero1
 
+from .cases import faded
+
 
 def adamw(**options):
     return AdamW(**{"lr": 0.1, "weight_decay": 0.1} | options)
@@ -74,6 +76,7 @@ OPTIMIZERS = {
     "Plateau": Plateau(adamw(), patience=2),
     "MasterWeights": MasterWeights(adamw()),
     "Compensated": Compensated(adamw()),
+    "Transform": faded(adamw()),
     "Zero1": Zero1(adamw(), mesh=None),
     "Zero1, all at once": Zero1(Clip(adamw(), 1.0), mesh=None),
     "LocalUpdates": LocalUpdates(adamw(), every=2, mesh=None, outer_lr=0.7, outer_momentum=0.9),

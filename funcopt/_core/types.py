@@ -258,13 +258,14 @@ def own_traits(opt: object) -> Traits:
     """Return what a class says of itself, without the optimizers inside.
 
     A subclass may do otherwise than what it inherits from. Of that class it has the warnings alone.
+    What is in a field, it was told itself.
     """
     traits = _said.get(type(opt))
     if traits is None:
         said = vars(type(opt))
         given = getattr(opt, "traits", None) or getattr(getattr(opt, "rule", None), "traits", None)
         traits = given if isinstance(given, Traits) else Traits()
-        if "traits" not in said and "rule" not in said:
+        if not {"traits", "rule"} & {*said, *getattr(opt, "__dict__", ())}:
             traits = Traits(**{name: getattr(traits, name) for name in _WARNINGS})
     if getattr(opt, "rounding", "nearest") == "stochastic":
         # Its random bits go by the place of an element in its leaf, and of the leaf in the tree.
@@ -288,8 +289,7 @@ def optimizers_in(opt: Any, *, of_stacks: bool = False) -> Iterator[Any]:
 
 def traits_of(opt: object) -> Traits:
     """Return what holds of an optimizer together with all that are within it."""
-    said = [own_traits(part) for part in optimizers_in(opt)]
-    whole = {}
+    said, whole = [own_traits(part) for part in optimizers_in(opt)], {}
     for name in _NAMES:
         values = [getattr(traits, name) for traits in said]
         whole[name] = True in values if name in _WARNINGS else False not in values

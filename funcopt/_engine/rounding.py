@@ -59,7 +59,7 @@ def random_bits(
     size = math.prod(shape[members:])
     blocks = -(-size // _BLOCK)
     call = torch.arange(blocks * _CALLS, dtype=torch.int64, device=device)
-    key, count = _whole(key, device), _whole(step, device)
+    key, count = whole(key, device), whole(step, device)
     counter = (
         call & _WORD,
         torch.full_like(call, column | leaf << 3),
@@ -74,7 +74,7 @@ def random_bits(
     return flat.reshape((*lead, *shape[members:])).to(torch.int32)
 
 
-def _whole(number: Number, device: torch.device) -> Tensor:
+def whole(number: Number, device: torch.device) -> Tensor:
     """Return a number in int64, with a last dimension of size 1."""
     if isinstance(number, Tensor):
         return number.detach().to(device, torch.int64).unsqueeze(-1)

@@ -23,6 +23,7 @@ from funcopt import (
     ClipValue,
     Frozen,
     Partition,
+    Transform,
     find,
     interop,
     replace,
@@ -30,7 +31,7 @@ from funcopt import (
 from funcopt._engine.registration import register_optimizer
 from funcopt.schedules import Cosine, Linear
 
-from ..cases import Point, assert_same_bits, clone, leaves, tree_map
+from ..cases import Point, assert_same_bits, clone, fade, leaves, tree_map
 
 LABELS = ["decay", "no_decay", "rest"]
 
@@ -531,7 +532,7 @@ def test_every_wrapper_of_the_library_is_walked():
     ]
     assert {Accumulate, Clip, ClipAdaptive, ClipValue, Partition} <= set(wrappers)
     inner = AdamW(lr=Linear(0.0, 1.0, steps=4))
-    required = {Accumulate: (2,), Clip: (1.0,), ClipValue: (1.0,)}
+    required = {Accumulate: (2,), Clip: (1.0,), ClipValue: (1.0,), Transform: (fade,)}
     for wrapper in wrappers:
         if wrapper is Partition:
             opt = Partition({"a": inner}, "a")

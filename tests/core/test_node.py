@@ -35,11 +35,14 @@ from funcopt import (
     RAdam,
     RMSprop,
     SkipNonfinite,
+    Transform,
     decay_label,
     schedules,
 )
 from funcopt._engine.registration import register_optimizer
 from funcopt.distributed import LocalUpdates, Zero1
+
+from ..cases import fade
 
 
 def rates(*values):
@@ -73,6 +76,7 @@ VALUES = {
     "Plateau": lambda: Plateau(inner(), patience=rates(2.0, 3.0)),
     "MasterWeights": lambda: MasterWeights(inner()),
     "Compensated": lambda: Compensated(inner()),
+    "Transform": lambda: Transform(inner(), fade, {"step": rates()}),
     "Partition by tree": lambda: Partition({"a": inner(), "b": Frozen()}, {"w": "a", "v": "b"}),
     "Partition by function": lambda: Partition(
         {"decay": inner(), "no_decay": AdamW()}, decay_label

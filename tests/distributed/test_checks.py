@@ -25,6 +25,8 @@ from funcopt import (
 from funcopt.distributed import LocalUpdates, Zero1, plan
 from funcopt.distributed._fake_world import in_fake_world
 
+from ..cases import faded
+
 
 def wrapper(name, traits):
     """Make the class of a wrapper as one writes it by hand."""
@@ -76,6 +78,7 @@ SERVES = {
     "Lookahead": Lookahead,
     "MasterWeights": MasterWeights,
     "Compensated": Compensated,
+    "Transform": faded,
     "Partition": lambda opt: Partition({"all": opt}, label),
     "Linear": Linear,
 }

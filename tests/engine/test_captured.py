@@ -32,6 +32,7 @@ from funcopt.schedules import Cosine
 from ..cases import (
     assert_close,
     assert_same_bits,
+    faded,
     leaves,
     no_synchronization,
     random_like,
@@ -60,6 +61,7 @@ OPTIMIZERS = {
     "Lookahead that restarts": Lookahead(AdamW(lr=SCHEDULE), every=3, reset_state=True),
     "Best": Best(AdamW(lr=0.1), patience=2),
     "Plateau": Plateau(AdamW(lr=0.1), patience=0),
+    "Transform": faded(AdamW(lr=0.1)),
     "Partition": Partition(
         {"decay": AdamW(lr=0.1), "none": AdamW(lr=0.1, weight_decay=0.0), "rest": Frozen()},
         {"w": "decay", "b": "none", "unused": "rest"},

@@ -23,7 +23,7 @@ from funcopt import (
 from funcopt._engine.dispatch import unserved
 from funcopt.schedules import Cosine
 
-from ..cases import assert_close, tree_map
+from ..cases import assert_close, faded, tree_map
 
 DTYPES = (torch.float64, torch.float32, torch.int64, torch.int32)
 
@@ -190,6 +190,7 @@ COUNTING = {
     "Ema": (Ema(INNER, lambda step: 0.9 * step / (1 + step)), {".inner.step", ".n_averaged"}),
     "Lookahead": (Lookahead(INNER, 2, 0.5), {".inner.step", ".steps_since_sync"}),
     "Best": (Best(INNER), {".inner.step", ".step", ".best_value", ".best_step", ".n_worse"}),
+    "Transform": (faded(INNER), {".inner.step"}),
     "Plateau": (Plateau(INNER), {".inner.step", ".best_value", ".n_worse", ".cooldown_left"}),
     "Partition": (
         Partition({"a": INNER, "b": Frozen()}, {"w": "a", "v": "b"}),

@@ -30,7 +30,7 @@ from funcopt import (
 from funcopt.distributed import LocalUpdates, Zero1, update_in_backward
 from funcopt.wrappers import _finite
 
-from ..cases import assert_close, assert_same_bits, clone, leaves, tree_map
+from ..cases import assert_close, assert_same_bits, clone, faded, leaves, tree_map
 from ..groups import Halved
 
 MOVING = AdamW(lr=0.1)
@@ -48,6 +48,7 @@ WRAPPERS = {
     "Best": lambda opt: Best(opt, patience=2),
     "MasterWeights": MasterWeights,
     "Compensated": Compensated,
+    "Transform": faded,
     "SkipNonfinite": SkipNonfinite,
     "LossScale": lambda opt: LossScale(opt, 2.0, growth_interval=2),
     "LocalUpdates": lambda opt: LocalUpdates(opt, 2, None),

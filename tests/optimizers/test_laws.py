@@ -37,7 +37,7 @@ from funcopt.interop import from_state_dict, to_state_dict
 from funcopt.testing import OptimizerMachine, laws, strategies
 from funcopt.testing._check import check_law
 
-from ..cases import assert_same_bits, clone, random_like
+from ..cases import assert_same_bits, clone, faded, random_like
 from ..testing.test_machine import settings
 from .common import number, run
 
@@ -145,6 +145,7 @@ WRAPPERS = {
     "Plateau": lambda opt: Plateau(opt, patience=0),
     "MasterWeights": MasterWeights,
     "Compensated": Compensated,
+    "Transform": faded,
     "Partition": lambda opt: Partition({"a": opt, "f": Frozen()}, {"w": "a", "h": "a", "z": "f"}),
     "SkipNonfinite": SkipNonfinite,
     "Zero1": lambda opt: Zero1(opt, mesh=None),

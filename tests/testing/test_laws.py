@@ -24,7 +24,7 @@ from funcopt.schedules import Cosine
 from funcopt.testing import laws
 from funcopt.testing._check import check_law
 
-from ..cases import leaves, tree_map
+from ..cases import faded, leaves, tree_map
 
 # A new optimizer or wrapper joins by one line.
 SUBJECTS = {
@@ -66,6 +66,7 @@ SUBJECTS = {
     "MasterWeights, of a Clip, averaged": Ema(MasterWeights(Clip(AdamW(lr=0.1), 0.5)), 0.75),
     "Compensated": Compensated(AdamW(lr=0.1)),
     "Compensated, accumulated": Accumulate(Compensated(AdamW(lr=0.1)), 2),
+    "Transform": faded(AdamW(lr=0.1)),
     "SkipNonfinite": SkipNonfinite(AdamW(lr=0.1)),
     "SkipNonfinite, at most so often": SkipNonfinite(AdamW(amsgrad=True), torch.tensor(2.0)),
     "LossScale": LossScale(AdamW(lr=0.1), init_scale=4.0, growth_interval=1),

@@ -31,7 +31,7 @@ from funcopt import (
 from funcopt._engine import stacked
 from funcopt.schedules import Cosine
 
-from ..cases import assert_same_bits, clone, leaves, random_like, tree_map
+from ..cases import assert_same_bits, clone, faded, leaves, random_like, tree_map
 
 COUNT = 5
 ACTIVE = torch.tensor([True, False, True, True, False])
@@ -64,6 +64,7 @@ MAPPED = {
     "Accumulate": Accumulate(SGD(lr=RATES), every=2),
     "Ema": Ema(SkipNonfinite(SGD(lr=RATES)), 0.9),
     "Compensated": Compensated(AdamW(lr=RATES)),
+    "Transform": faded(SGD(lr=RATES)),
     "Partition": Partition({"w": AdamW(lr=RATES), "b": Frozen()}, {"w": "w", "b": "b", "s": "w"}),
 }
 ALL = BY_RULE | MAPPED
