@@ -18,6 +18,7 @@ from .optimizers.sgd import SGD, SGDState
 from .wrappers.accumulate import Accumulate, AccumulateState
 from .wrappers.averaged import averaged
 from .wrappers.best import Best, BestState
+from .wrappers.cautious import Cautious, CautiousState
 from .wrappers.clip import Clip, ClipState
 from .wrappers.clip_adaptive import ClipAdaptive, ClipAdaptiveState
 from .wrappers.clip_value import ClipValue, ClipValueState
@@ -46,6 +47,8 @@ __all__ = [
     "AdamWState",
     "Best",
     "BestState",
+    "Cautious",
+    "CautiousState",
     "Clip",
     "ClipAdaptive",
     "ClipAdaptiveState",

@@ -121,6 +121,7 @@ FLOORS = [
     "wrappers.partition",
     "wrappers.averaged",
     "wrappers.best",
+    "wrappers.cautious",
     "wrappers.clip",
     "wrappers.clip_adaptive",
     "wrappers.clip_value",

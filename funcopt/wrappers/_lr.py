@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .._core import pytree
 from .._core.tensors import choose
-from .._core.types import TREES, Number
+from .._core.types import TREES, Number, optimizers_in
 from .._core.walk import children, with_children
 from .._engine.registration import is_registered, register_dataclass, without_memory
 from ._scores import read_all
@@ -92,3 +92,26 @@ class ScaledSchedule:
 
     def __call__(self, step: Any) -> Number:
         return scaled(self.schedule(step), self.scale, self.min_lr)
+
+
+def own_rates(opt: Any) -> list[Any]:
+    """Return the learning rates of an optimizer and of those within it, equal numbers once."""
+    rates = [vars(part)["lr"] for part in optimizers_in(opt) if "lr" in vars(part)]
+    numbers = dict.fromkeys(rate for rate in rates if isinstance(rate, float))
+    return [*numbers, *(rate for rate in rates if not isinstance(rate, float))]
+
+
+def the_rate(wrapper: str, inner: Any) -> Any:
+    """Return the learning rate within, by which a wrapper goes, too.
+
+    Raises:
+        ValueError: If there is none, or one for each of several groups or leaves.
+    """
+    rates = own_rates(inner)
+    if len(rates) == 1 and not isinstance(rates[0], TREES):
+        return rates[0]
+    many = f"{len(rates)} learning rates" if len(rates) > 1 else "a learning rate for each leaf"
+    raise ValueError(
+        f"inner={inner!r} has {many if rates else 'no learning rate'}, where {wrapper} takes the "
+        f"one that there is: let it be inside, around each group with an lr of its own."
+    )

@@ -18,6 +18,7 @@ from funcopt import (
     Adam,
     AdamW,
     Best,
+    Cautious,
     Clip,
     ClipAdaptive,
     ClipValue,
@@ -76,6 +77,7 @@ VALUES = {
     "Plateau": lambda: Plateau(inner(), patience=rates(2.0, 3.0)),
     "MasterWeights": lambda: MasterWeights(inner()),
     "Compensated": lambda: Compensated(inner()),
+    "Cautious": lambda: Cautious(inner(), weight_decay=rates()),
     "Transform": lambda: Transform(inner(), fade, {"step": rates()}),
     "Partition by tree": lambda: Partition({"a": inner(), "b": Frozen()}, {"w": "a", "v": "b"}),
     "Partition by function": lambda: Partition(

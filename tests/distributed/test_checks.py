@@ -9,6 +9,7 @@ import torch
 from funcopt import (
     SGD,
     Accumulate,
+    Cautious,
     Clip,
     ClipAdaptive,
     ClipValue,
@@ -69,6 +70,7 @@ DECIDES = {
     "ClipValue": lambda opt: ClipValue(opt, 1.0),
     "SkipNonfinite": SkipNonfinite,
     "LossScale": LossScale,
+    "Cautious": Cautious,
     "Silent": Silent,
     "Elementwise": Elementwise,
 }

@@ -14,6 +14,7 @@ from funcopt import (
     Accumulate,
     AdamW,
     Best,
+    Cautious,
     Clip,
     ClipAdaptive,
     ClipValue,
@@ -61,6 +62,7 @@ OPTIMIZERS = {
     "Lookahead that restarts": Lookahead(AdamW(lr=SCHEDULE), every=3, reset_state=True),
     "Best": Best(AdamW(lr=0.1), patience=2),
     "Plateau": Plateau(AdamW(lr=0.1), patience=0),
+    "Cautious": Cautious(AdamW(lr=0.1), weight_decay=SCHEDULE),
     "Transform": faded(AdamW(lr=0.1)),
     "Partition": Partition(
         {"decay": AdamW(lr=0.1), "none": AdamW(lr=0.1, weight_decay=0.0), "rest": Frozen()},

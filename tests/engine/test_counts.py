@@ -10,6 +10,7 @@ from funcopt import (
     Accumulate,
     AdamW,
     Best,
+    Cautious,
     Clip,
     Ema,
     Frozen,
@@ -190,6 +191,7 @@ COUNTING = {
     "Ema": (Ema(INNER, lambda step: 0.9 * step / (1 + step)), {".inner.step", ".n_averaged"}),
     "Lookahead": (Lookahead(INNER, 2, 0.5), {".inner.step", ".steps_since_sync"}),
     "Best": (Best(INNER), {".inner.step", ".step", ".best_value", ".best_step", ".n_worse"}),
+    "Cautious": (Cautious(INNER), {".inner.step"}),
     "Transform": (faded(INNER), {".inner.step"}),
     "Plateau": (Plateau(INNER), {".inner.step", ".best_value", ".n_worse", ".cooldown_left"}),
     "Partition": (

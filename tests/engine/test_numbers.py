@@ -11,6 +11,7 @@ from torch.func import grad, vmap
 from funcopt import (
     Accumulate,
     AdamW,
+    Cautious,
     Clip,
     ClipAdaptive,
     ClipValue,
@@ -52,6 +53,9 @@ CASES = {
     "every of Lookahead": Case("every", lambda n: Lookahead(INNER, n), 1.0, 2.0, 0.0),
     "alpha": Case("alpha", lambda n: Lookahead(INNER, 2, n), 0.25, 0.75, 1.5),
     "decay": Case("decay", lambda n: Ema(INNER, n), 0.5, 0.75, 1.0),
+    "weight_decay": Case(
+        "weight_decay", lambda n: Cautious(INNER, False, False, n), 0.5, 0.25, -0.5
+    ),
     "max_consecutive": Case("max_consecutive", lambda n: SkipNonfinite(INNER, n), 1.0, 0.0, -1.0),
     "growth_factor": Case(
         "growth_factor", lambda n: LossScale(INNER, 2.0, n, 0.5, 1), 2.0, 3.0, 1.0
@@ -65,7 +69,7 @@ CASES = {
 }
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 # Those that decide what is done, or by how much beside the parameters, and have no derivative.
-SMOOTH = ("max_norm", "max_value", "clipping", "eps", "alpha", "decay")
+SMOOTH = ("max_norm", "max_value", "clipping", "eps", "alpha", "decay", "weight_decay")
 
 
 def switch(case):

@@ -14,6 +14,7 @@ from funcopt import (
     Adam,
     AdamW,
     Best,
+    Cautious,
     Clip,
     Compensated,
     Ema,
@@ -64,6 +65,7 @@ MAPPED = {
     "Accumulate": Accumulate(SGD(lr=RATES), every=2),
     "Ema": Ema(SkipNonfinite(SGD(lr=RATES)), 0.9),
     "Compensated": Compensated(AdamW(lr=RATES)),
+    "Cautious": Cautious(SGD(lr=RATES, momentum=0.9), weight_decay=RATES),
     "Transform": faded(SGD(lr=RATES)),
     "Partition": Partition({"w": AdamW(lr=RATES), "b": Frozen()}, {"w": "w", "b": "b", "s": "w"}),
 }

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..._core import pytree
 from ..._core.types import Tree, optimizers_in, own_traits, traits_of
 from ...interop._counterparts import counterpart_of
+from ...wrappers.cautious import Cautious
 from ...wrappers.compensated import Compensated
 from .._compare import EXACT, ROUNDING, NotApplicable, compare, compare_moved
 from .._subject import (
@@ -113,6 +114,8 @@ def _matches(
     coupled = coarse and not traits_of(opt).leafwise
     if fields(opt, "debias") and any(leaf.itemsize == 2 for leaf in leaves_of(params)):
         raise NotApplicable("its average is wider than the rounded parameters that are averaged")
+    if any(isinstance(part, Cautious) for part in optimizers_in(opt)):
+        raise NotApplicable("a rounding may decide which elements it holds back")
     if _is_compensated(opt) and any(leaf.itemsize == 2 for leaf in leaves_of(params)):
         raise NotApplicable("in float64 it has no compensation, and moves the parameters alone")
     # Moments in float32 are those of gradients that a wrapper has rounded to 16 bits.
