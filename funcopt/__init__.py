@@ -32,6 +32,7 @@ from .wrappers.master_weights import MasterWeights, MasterWeightsState
 from .wrappers.members import Members
 from .wrappers.partition import Partition, PartitionState
 from .wrappers.plateau import Plateau, PlateauState
+from .wrappers.schedule_free import ScheduleFree, ScheduleFreeState
 from .wrappers.skip_nonfinite import SkipNonfinite, SkipNonfiniteState
 from .wrappers.transform import Transform, TransformState
 
@@ -84,6 +85,8 @@ __all__ = [
     "RMSpropState",
     "SGDState",
     "Schedule",
+    "ScheduleFree",
+    "ScheduleFreeState",
     "SkipNonfinite",
     "SkipNonfiniteState",
     "Transform",

@@ -65,6 +65,7 @@ WRAPPED: dict[str, funcopt.Optimizer[Any]] = {
     "MasterWeights": funcopt.MasterWeights(_INNER),
     "Compensated": funcopt.Compensated(_INNER),
     "Transform": faded(_INNER),
+    "ScheduleFree": funcopt.ScheduleFree(_INNER),
     "Cautious": funcopt.Cautious(_INNER, weight_decay=0.5),
     "Partition": funcopt.Partition(
         {"a": _INNER, "b": funcopt.Frozen(), "c": funcopt.Clip(_INNER, 1.0)},

@@ -27,6 +27,7 @@ from funcopt import (
     Plateau,
     RAdam,
     RMSprop,
+    ScheduleFree,
     SkipNonfinite,
     distributed,
 )
@@ -78,6 +79,8 @@ OPTIMIZERS = {
     "MasterWeights": MasterWeights(adamw()),
     "Compensated": Compensated(adamw()),
     "Transform": faded(adamw()),
+    "ScheduleFree": ScheduleFree(adamw(), weight_decay=0.5),
+    "ScheduleFree, a schedule": ScheduleFree(adamw(lr=funcopt.schedules.Linear(0.0, 0.1, 5))),
     "Cautious": Cautious(adamw(weight_decay=0.0)),
     "Cautious, with decay": Cautious(adamw(), rescale=False, weight_decay=0.5),
     "Zero1": Zero1(adamw(), mesh=None),

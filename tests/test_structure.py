@@ -119,6 +119,7 @@ FLOORS = [
     "wrappers.ema",
     "wrappers.labels",
     "wrappers.partition",
+    "wrappers.schedule_free",
     "wrappers.averaged",
     "wrappers.best",
     "wrappers.cautious",

@@ -1,4 +1,4 @@
-"""Reading the average that an `Ema` keeps, at whatever place in a state."""
+"""Reading the average that an `Ema` or `ScheduleFree` keeps, at whatever place in a state."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from .._core.types import ParamsT, Tree
 from .ema import EmaState
 from .labels import name_leaves
 from .partition import PartitionState
+from .schedule_free import ScheduleFreeState
+
+_AVERAGES = EmaState, ScheduleFreeState
 
 
 def averaged(state: Any, params: ParamsT) -> ParamsT:
@@ -20,9 +23,10 @@ def averaged(state: Any, params: ParamsT) -> ParamsT:
     update it is the parameters at `init`.
 
     Args:
-        state: An `EmaState`, or the state of a wrapper with one anywhere inside. Of an `Ema` of an
-            `Ema`, the outer one is read. Of a `Partition` whose groups have an `Ema` each, the
-            averages of all groups are put together; of one group, give its state and its leaves.
+        state: An `EmaState` or `ScheduleFreeState`, or the state of a wrapper with one anywhere
+            inside. Of an `Ema` of another one, the outer one is read. Of a `Partition` whose groups
+            have one each, the averages of all groups are put together; of one group, give its state
+            and its leaves.
         params: The parameters. Their values do not matter, but those of leaves that rest (those of
             `Frozen`) are their average.
 
@@ -31,7 +35,7 @@ def averaged(state: Any, params: ParamsT) -> ParamsT:
         tensors of the state, not copies: they go on to change if `update_` writes into the state.
 
     Raises:
-        ValueError: If the state holds no `EmaState`, or several beside each other; if a group of a
+        ValueError: If the state holds no such state, or several beside each other; if a group of a
             `Partition` has none, and does not rest; or if the average does not match the
             parameters, as that in the buckets of a `Zero1`: give what `gather_state` makes of it.
 
@@ -59,7 +63,8 @@ def averaged(state: Any, params: ParamsT) -> ParamsT:
         )
     leaves, structure = pytree.flatten(params)
     node = found[0]
-    average = node.average if isinstance(node, EmaState) else _joined(node, leaves, structure)
+    one = not isinstance(node, PartitionState)
+    average = node.average if one else _joined(node, leaves, structure)
     averages = pytree.pair(average, "state.average", structure).leaves
     result: ParamsT = pytree.unflatten(
         structure, [own.to(leaf.dtype) for own, leaf in zip(averages, leaves, strict=True)]
@@ -67,12 +72,15 @@ def averaged(state: Any, params: ParamsT) -> ParamsT:
     return result
 
 
-def _with_average(state: Any) -> list[EmaState | PartitionState]:
-    """Return the states of an `Ema`, or of a `Partition` with one in it, that are in no other."""
+def _with_average(state: Any) -> list[Any]:
+    """Return the states with an average, or of a `Partition` with one in it, that are in no other.
+
+    They are those of `Ema` and `ScheduleFree`.
+    """
     return [
         node
-        for node in _outermost(state, EmaState, PartitionState)
-        if isinstance(node, EmaState) or _outermost(node, EmaState)
+        for node in _outermost(state, *_AVERAGES, PartitionState)
+        if isinstance(node, _AVERAGES) or _outermost(node, *_AVERAGES)
     ]
 
 
@@ -112,7 +120,7 @@ def _groups(state: PartitionState) -> _Groups:
     groups = _Groups({}, [], [])
     for label, own in state.inner.items():
         found = _with_average(own)
-        if len(found) == 1 and isinstance(found[0], EmaState):
+        if len(found) == 1 and isinstance(found[0], _AVERAGES):
             groups.averages.update(found[0].average)
         elif len(found) == 1 and isinstance(found[0], PartitionState):
             inside = _groups(found[0])

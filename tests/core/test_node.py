@@ -35,6 +35,7 @@ from funcopt import (
     Plateau,
     RAdam,
     RMSprop,
+    ScheduleFree,
     SkipNonfinite,
     Transform,
     decay_label,
@@ -78,6 +79,7 @@ VALUES = {
     "MasterWeights": lambda: MasterWeights(inner()),
     "Compensated": lambda: Compensated(inner()),
     "Cautious": lambda: Cautious(inner(), weight_decay=rates()),
+    "ScheduleFree": lambda: ScheduleFree(inner(), rates()),
     "Transform": lambda: Transform(inner(), fade, {"step": rates()}),
     "Partition by tree": lambda: Partition({"a": inner(), "b": Frozen()}, {"w": "a", "v": "b"}),
     "Partition by function": lambda: Partition(

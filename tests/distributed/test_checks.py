@@ -20,6 +20,7 @@ from funcopt import (
     MasterWeights,
     Optimizer,
     Partition,
+    ScheduleFree,
     SkipNonfinite,
     extend,
 )
@@ -78,6 +79,7 @@ SERVES = {
     "Accumulate": lambda opt: Accumulate(opt, 2),
     "Ema": Ema,
     "Lookahead": Lookahead,
+    "ScheduleFree": ScheduleFree,
     "MasterWeights": MasterWeights,
     "Compensated": Compensated,
     "Transform": faded,

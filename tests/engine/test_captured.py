@@ -24,6 +24,7 @@ from funcopt import (
     LossScale,
     Partition,
     Plateau,
+    ScheduleFree,
     SkipNonfinite,
 )
 from funcopt._core import transforms
@@ -63,6 +64,7 @@ OPTIMIZERS = {
     "Best": Best(AdamW(lr=0.1), patience=2),
     "Plateau": Plateau(AdamW(lr=0.1), patience=0),
     "Cautious": Cautious(AdamW(lr=0.1), weight_decay=SCHEDULE),
+    "ScheduleFree": ScheduleFree(AdamW(lr=SCHEDULE), weight_decay=0.1),
     "Transform": faded(AdamW(lr=0.1)),
     "Partition": Partition(
         {"decay": AdamW(lr=0.1), "none": AdamW(lr=0.1, weight_decay=0.0), "rest": Frozen()},

@@ -18,6 +18,7 @@ from funcopt import (
     Lookahead,
     MasterWeights,
     Partition,
+    ScheduleFree,
     SkipNonfinite,
 )
 from funcopt._engine import memory
@@ -138,6 +139,7 @@ STATEFUL = {
     "Best": Best(AdamW()),
     "Lookahead": Lookahead(AdamW(), 2),
     "MasterWeights": MasterWeights(AdamW()),
+    "ScheduleFree": ScheduleFree(AdamW()),
     "Compensated": Compensated(AdamW()),
 }
 

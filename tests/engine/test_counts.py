@@ -18,6 +18,7 @@ from funcopt import (
     LossScale,
     Partition,
     Plateau,
+    ScheduleFree,
     SkipNonfinite,
     schedules,
 )
@@ -192,6 +193,7 @@ COUNTING = {
     "Lookahead": (Lookahead(INNER, 2, 0.5), {".inner.step", ".steps_since_sync"}),
     "Best": (Best(INNER), {".inner.step", ".step", ".best_value", ".best_step", ".n_worse"}),
     "Cautious": (Cautious(INNER), {".inner.step"}),
+    "ScheduleFree": (ScheduleFree(INNER), {".inner.step"}),
     "Transform": (faded(INNER), {".inner.step"}),
     "Plateau": (Plateau(INNER), {".inner.step", ".best_value", ".n_worse", ".cooldown_left"}),
     "Partition": (

@@ -18,6 +18,7 @@ from funcopt import (
     Ema,
     Lookahead,
     LossScale,
+    ScheduleFree,
     SkipNonfinite,
     averaged,
     find,
@@ -56,6 +57,10 @@ CASES = {
     "weight_decay": Case(
         "weight_decay", lambda n: Cautious(INNER, False, False, n), 0.5, 0.25, -0.5
     ),
+    "beta": Case("beta", lambda n: ScheduleFree(INNER, n), 0.5, 0.25, 1.5),
+    "decay of ScheduleFree": Case(
+        "weight_decay", lambda n: ScheduleFree(INNER, 0.9, n), 0.5, 0.25, -0.5
+    ),
     "max_consecutive": Case("max_consecutive", lambda n: SkipNonfinite(INNER, n), 1.0, 0.0, -1.0),
     "growth_factor": Case(
         "growth_factor", lambda n: LossScale(INNER, 2.0, n, 0.5, 1), 2.0, 3.0, 1.0
@@ -69,7 +74,7 @@ CASES = {
 }
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 # Those that decide what is done, or by how much beside the parameters, and have no derivative.
-SMOOTH = ("max_norm", "max_value", "clipping", "eps", "alpha", "decay", "weight_decay")
+SMOOTH = ("max_norm", "max_value", "clipping", "eps", "alpha", "decay", "weight_decay", "beta")
 
 
 def switch(case):
@@ -320,6 +325,8 @@ def test_a_function_with_a_tensor_in_it_is_differentiated_too(name):
     state = opt.init(params)
     if name == "alpha":
         state = state._replace(steps_since_sync=torch.ones((), dtype=torch.float64))
+    if name == "beta":  # and so would be what is moved
+        state = state._replace(weight_sum=torch.ones((), dtype=torch.float64))
     if name == "decay":  # with a weight of 0 the first average would be the parameters
         state = state._replace(weight=torch.ones((), dtype=torch.float64))
     moved, new_state = opt.update(grads, state, params)

@@ -18,6 +18,7 @@ from funcopt import (
     MasterWeights,
     Partition,
     Plateau,
+    ScheduleFree,
     SkipNonfinite,
 )
 from funcopt._core.types import ELEMENTWISE, Traits
@@ -69,6 +70,10 @@ SUBJECTS = {
     "Compensated, accumulated": Accumulate(Compensated(AdamW(lr=0.1)), 2),
     "Cautious": Cautious(AdamW(lr=0.1)),
     "Cautious, with decay": Cautious(AdamW(), True, False, lambda n: 1 / (n + 2)),
+    "ScheduleFree": ScheduleFree(AdamW(lr=0.1)),
+    "ScheduleFree, of numbers": ScheduleFree(
+        AdamW(lr=lambda n: 0.1 / (n + 1)), torch.tensor(0.5), lambda n: 1 / (n + 2)
+    ),
     "Transform": faded(AdamW(lr=0.1)),
     "SkipNonfinite": SkipNonfinite(AdamW(lr=0.1)),
     "SkipNonfinite, at most so often": SkipNonfinite(AdamW(amsgrad=True), torch.tensor(2.0)),

@@ -25,6 +25,7 @@ from funcopt import (
     Partition,
     RAdam,
     RMSprop,
+    ScheduleFree,
     SkipNonfinite,
     interop,
     members,
@@ -66,6 +67,7 @@ MAPPED = {
     "Ema": Ema(SkipNonfinite(SGD(lr=RATES)), 0.9),
     "Compensated": Compensated(AdamW(lr=RATES)),
     "Cautious": Cautious(SGD(lr=RATES, momentum=0.9), weight_decay=RATES),
+    "ScheduleFree": ScheduleFree(SGD(lr=RATES), RATES),
     "Transform": faded(SGD(lr=RATES)),
     "Partition": Partition({"w": AdamW(lr=RATES), "b": Frozen()}, {"w": "w", "b": "b", "s": "w"}),
 }
