@@ -106,7 +106,7 @@ __all__ = [
 
 __version__ = "0.1.0"
 
-_LATER = ("distributed", "interop", "testing", "torchscript")
+_LATER = ("compat", "distributed", "interop", "testing", "torchscript")
 
 
 def __dir__() -> list[str]:

@@ -340,6 +340,7 @@ _REMEDIES = {
     "grads": "Give each parameter one gradient under the same key, or None where it has none",
     "state.average": "Make the state with init() from these parameters. Of a Zero1, whose state "
     "lies in buckets, averaged() takes what gather_state() makes of it",
+    "updates": "Give what update() returned for these parameters",
     "labels": "Give each parameter one label under the same key; patterns are compiled: re.compile",
 }
 

@@ -1,0 +1,223 @@
+"""funcopt's optimizers behind the calls of optax and of TorchOpt, for libraries that take theirs.
+
+Both have a pair of functions: `init(params)`, and `update(grads, state, params)`, which returns
+what is to be added to the parameters. An optimizer here returns the new parameters themselves, so
+an update is made of their difference:
+
+    >>> import torch, funcopt
+    >>> from funcopt import compat
+    >>> opt = compat.as_optax(funcopt.SGD(lr=0.5))
+    >>> params = {"w": torch.tensor([1.0, 2.0])}
+    >>> updates, state = opt.update({"w": torch.tensor([1.0, -1.0])}, opt.init(params), params)
+    >>> updates
+    {'w': tensor([-0.5000,  0.5000])}
+    >>> compat.apply_updates(params, updates)
+    {'w': tensor([0.5000, 2.5000])}
+
+**How near the sum is to the new parameters.** For each update there is a note of the parameter that
+it leads to, which is in memory as long as the update. `apply_updates` here takes that one, and so
+gives every bit of it, if the update is the very tensor that `update` returned, not changed since,
+and the parameter the one that was given.
+
+Whoever adds the two, as `apply_updates` of TorchOpt does, has every bit where a parameter keeps its
+sign and changes by a factor of 2 at the most, and where it does not change: there neither the
+difference nor the sum is rounded. Elsewhere both are rounded, and the sum is off by at most
+`eps / 2 * (|new - old| + |new|)`, with `eps` of the dtype. So a parameter that comes close to zero
+in one step from far away is right as measured by where it came from. No update could be added to
+make it exact: there may be none in the dtype. The same sum is made beneath vmap, grad and compile,
+where no tensor outlives its transform, and of updates that were changed in between.
+
+A TorchOpt optimizer changes updates and state in place if told `inplace=True`. Here both are always
+new, so that it takes the state that is returned to go on.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, MutableMapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from ._core import pytree, transforms
+from ._core.types import Optimizer, ParamsT, Tree, check_is_optimizer
+from ._engine.prepare import keep_requiring
+
+__all__ = ["GradientTransformation", "apply_updates", "as_optax", "as_torchopt"]
+
+
+class GradientTransformation(NamedTuple):
+    """A pair of pure functions, as optax and TorchOpt have it.
+
+    Attributes:
+        init: `init(params)` returns the state before the first update.
+        update: `update(grads, state, params)` returns the updates, to be added to the parameters,
+            and the new state. The parameters may be given by name, as with TorchOpt; they must be
+            given. What `update` of an optimizer here may be told besides, such as `value=`, is
+            handed on. `inplace=` is taken, and changes nothing.
+    """
+
+    init: Callable[[Tree], Any]
+    update: Callable[..., tuple[Tree, Any]]
+
+
+class _Goal(NamedTuple):
+    """Where an update leads."""
+
+    new: Tensor
+    old: Tensor
+    versions: tuple[int, ...]  # of these and of the update, when it was made
+
+
+# By the update, as long as there is one. In an attribute it would be saved with the update.
+_goals: MutableMapping[Tensor, _Goal] = WeakTensorKeyDictionary()
+
+
+def as_optax(opt: Optimizer[Any]) -> GradientTransformation:
+    """Return an optimizer as a pair of functions, called as optax's and TorchOpt's are.
+
+    Args:
+        opt: The optimizer, with wrappers and schedules as it may have.
+
+    Returns:
+        The pair. Its updates are trees like the gradients, with 0 for a leaf without one, and None
+        for a leaf at rest (as under `Frozen`) that is no tensor.
+
+    Raises:
+        TypeError: If `opt` is no optimizer. An update raises one if no parameters are given.
+
+    Example:
+        >>> import torch, funcopt
+        >>> from funcopt import compat
+        >>> opt = compat.as_optax(funcopt.Clip(funcopt.AdamW(lr=1e-3), max_norm=1.0))
+        >>> params = torch.ones(2)
+        >>> state = opt.init(params)
+        >>> updates, state = opt.update(torch.ones(2), state, params)
+    """
+    check_is_optimizer("opt", opt)
+
+    def update(grads: Tree, state: Any, params: Tree = None, **extras: Any) -> tuple[Tree, Any]:
+        extras.pop("inplace", None)
+        if params is None:
+            raise TypeError(
+                f"no params: {type(opt).__name__} needs the parameters, of which its updates are "
+                f"the difference. Call update(grads, state, params), or with params=params."
+            )
+        new_params, new_state = opt.update(grads, state, params, **extras)
+        return _difference(new_params, params, grads), new_state
+
+    return GradientTransformation(opt.init, update)
+
+
+def as_torchopt(opt: Optimizer[Any]) -> Any:
+    """Return an optimizer as TorchOpt's functional ones are, such as `torchopt.adam()`.
+
+    If TorchOpt is installed, it is a `torchopt.base.GradientTransformation`, which
+    `torchopt.FuncOptimizer`, `torchopt.Optimizer` and `torchopt.MetaOptimizer` ask for; else a
+    `GradientTransformation` with the same functions, which is enough for whoever only calls them.
+
+    Args:
+        opt: The optimizer.
+
+    Raises:
+        TypeError: As `as_optax`.
+
+    Example:
+        >>> import torch, funcopt
+        >>> from funcopt import compat
+        >>> opt, params = compat.as_torchopt(funcopt.SGD(lr=0.5)), (torch.ones(2),)
+        >>> opt.update((torch.ones(2),), opt.init(params), params=params, inplace=False)[0]
+        (tensor([-0.5000, -0.5000]),)
+    """
+    pair = as_optax(opt)
+    try:
+        theirs = importlib.import_module("torchopt.base")
+    except ImportError:
+        return pair
+    return theirs.GradientTransformation(*pair)
+
+
+def apply_updates(params: ParamsT, updates: Tree) -> ParamsT:
+    """Return the parameters after updates, to the bit as the optimizer made them if it can be.
+
+    See the text of `funcopt.compat`. Where an update has no history, nor has the result; it
+    requires a gradient if the parameter does.
+
+    Args:
+        params: The parameters. They are not changed.
+        updates: What `update` returned: a tree with the same keys, also with None, which leaves a
+            parameter as it is.
+
+    Raises:
+        ValueError: If the trees do not match.
+
+    Example:
+        >>> import torch
+        >>> from funcopt import compat
+        >>> compat.apply_updates({"w": torch.ones(2)}, {"w": torch.full((2,), -0.5)})
+        {'w': tensor([0.5000, 0.5000])}
+    """
+    olds, structure = pytree.flatten(params)
+    found = pytree.pair(updates, "updates", structure).leaves
+    news = [_applied(old, update) for old, update in zip(olds, found, strict=True)]
+    result: ParamsT = pytree.unflatten(structure, news)
+    return result
+
+
+def _difference(new_params: Tree, params: Tree, grads: Tree) -> Tree:
+    """Return what is to be added to parameters: a tree like the gradients, if none is missing."""
+    olds, structure = pytree.flatten(params)
+    news = pytree.pair(new_params, "new_params", structure).leaves
+    updates = [_update(old, new) for old, new in zip(olds, news, strict=True)]
+    if len(pytree.flatten(grads)[0]) == len(updates):
+        return pytree.pair(grads, "grads", structure).rebuild(updates)
+    return pytree.unflatten(structure, updates)
+
+
+def _update(old: Any, new: Any) -> Any:
+    """Return what is to be added to a parameter: where it does not change, a 0 that keeps -0."""
+    if not isinstance(old, Tensor):
+        return None
+    if not (old.is_floating_point() or old.is_complex()):  # at rest
+        return torch.zeros_like(old)
+    if transforms.transformed() or (new.requires_grad and not new.is_leaf):
+        return -(old - new)
+    with torch.no_grad():
+        update = -(old - new)
+        if not old.is_complex():  # also where infinity less infinity would be NaN
+            update = update.masked_fill(new == old, -0.0)
+    if _is_followed(old, new, update):
+        _goals[update] = _Goal(new, old, _versions(new, old, update))
+    return update
+
+
+def _is_followed(*tensors: Tensor) -> bool:
+    """Whether it will be seen if a tensor is written to."""
+    if transforms.tracing() or not transforms.all_plain(tensors):
+        return False
+    return not any(tensor.is_inference() for tensor in tensors)
+
+
+def _still_leads(update: Tensor, goal: _Goal, old: Tensor) -> bool:
+    return goal.old is old and goal.versions == _versions(goal.new, old, update)
+
+
+def _versions(*tensors: Tensor) -> tuple[int, ...]:
+    return tuple(tensor._version for tensor in tensors)
+
+
+def _applied(old: Any, update: Any) -> Any:
+    """Return a parameter after an update."""
+    if update is None:
+        return old
+    goal = None if transforms.tracing() else _goals.get(update)
+    if goal is not None and _still_leads(update, goal, old):
+        return goal.new
+    with torch.set_grad_enabled(
+        torch.is_grad_enabled() and (transforms.transformed() or update.requires_grad)
+    ):
+        new = old + update
+    keep_requiring([new], [old])
+    return new
