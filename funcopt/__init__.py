@@ -14,6 +14,7 @@ from .optimizers.lion import Lion, LionState
 from .optimizers.nadam import NAdam, NAdamState
 from .optimizers.radam import RAdam, RAdamState
 from .optimizers.rmsprop import RMSprop, RMSpropState
+from .optimizers.muon import Muon, MuonState
 from .optimizers.sgd import SGD, SGDState
 from .wrappers.accumulate import Accumulate, AccumulateState
 from .wrappers.averaged import averaged
@@ -25,7 +26,7 @@ from .wrappers.clip_value import ClipValue, ClipValueState
 from .wrappers.compensated import Compensated, CompensatedState
 from .wrappers.ema import Ema, EmaState
 from .wrappers.find_replace import find, replace
-from .wrappers.labels import decay_label
+from .wrappers.labels import decay_label, muon_label
 from .wrappers.lookahead import Lookahead, LookaheadState
 from .wrappers.loss_scale import LossScale, LossScaleState
 from .wrappers.master_weights import MasterWeights, MasterWeightsState
@@ -72,6 +73,8 @@ __all__ = [
     "Members",
     "NAdam",
     "NAdamState",
+    "Muon",
+    "MuonState",
     "Number",
     "Optimizer",
     "ParamsT",
@@ -99,6 +102,7 @@ __all__ = [
     "find",
     "members",
     "memory",
+    "muon_label",
     "replace",
     "schedules",
     "show_config",

@@ -57,6 +57,37 @@ def decay_label(name: str, leaf: Tensor) -> str:
 _own: Any = decay_label  # which as a function has no attributes of its own for a type checker
 _own.possible_labels = ("decay", "no_decay")
 
+_HEAD = re.compile(r"(?<![a-z])(heads?|classifier|unembed|unembedding)(?![a-z])", re.IGNORECASE)
+
+
+def muon_label(name: str, leaf: Tensor) -> str:
+    """Label a leaf `"muon"` or `"adamw"`, by the usual rule of what `Muon` should move.
+
+    The matrices of hidden layers, of two or more dimensions, go to `Muon`. Leaves of less than two
+    dimensions get the other label, and so do these, known by their names: embeddings, by the
+    words of `decay_label`, and last layers, by the words `head`, `heads`, `classifier`, `unembed`
+    and `unembedding` with no letter before or behind, as in `lm_head.weight` or
+    `classifier.2.weight`. Only the name counts: a last layer with another name goes to `Muon`, and
+    a hidden layer that is named `attn.head.weight` does not. Where that is wrong, write a function
+    of your own that calls this one, and let it have `possible_labels`, as this one has.
+
+    Args:
+        name: The leaf's keys joined by dots.
+        leaf: The leaf. Its first dimension must not be one of members, as for `decay_label`.
+
+    Example:
+        >>> import torch, funcopt
+        >>> shapes = {"wte.weight": (9, 4), "h.0.attn.weight": (4, 4), "lm_head.weight": (9, 4)}
+        >>> {name: funcopt.muon_label(name, torch.zeros(shape)) for name, shape in shapes.items()}
+        {'wte.weight': 'adamw', 'h.0.attn.weight': 'muon', 'lm_head.weight': 'adamw'}
+    """
+    by_name = _EMBEDDING.search(name) or _HEAD.search(name)
+    return "adamw" if leaf.ndim < 2 or by_name else "muon"
+
+
+_muon: Any = muon_label
+_muon.possible_labels = ("muon", "adamw")
+
 
 def _possible(labels: Labels) -> Collection[str]:
     """Return the labels that a function says it may give; nothing if it does not say.

@@ -31,6 +31,7 @@ from funcopt import (
     MasterWeights,
     Members,
     NAdam,
+    Muon,
     Partition,
     Plateau,
     RAdam,
@@ -88,6 +89,7 @@ VALUES = {
     "Partition by pattern": lambda: Partition(
         {"a": inner(), "b": Frozen()}, {pattern("w"): "a", pattern(".*"): "b"}
     ),
+    "Muon": lambda: Muon(rates(), ns_coefficients=(3.4, -4.8, torch.tensor(2.0))),
     "SGD": lambda: SGD(rates(), momentum=0.9),
     "Adam": lambda: Adam(rates()),
     "Lion": lambda: Lion(rates()),
