@@ -7,6 +7,7 @@ from . import extend, members, memory, schedules
 from ._config import show_config
 from ._core.types import Number, Optimizer, ParamsT, Schedule, Tree
 from .optimizers.adagrad import Adagrad, AdagradState
+from .optimizers._muon import MuonState
 from .optimizers.adam import Adam, AdamState
 from .optimizers.adamw import AdamW, AdamWState
 from .optimizers.frozen import Frozen
@@ -15,6 +16,7 @@ from .optimizers.nadam import NAdam, NAdamState
 from .optimizers.radam import RAdam, RAdamState
 from .optimizers.rmsprop import RMSprop, RMSpropState
 from .optimizers.muon import Muon, MuonState
+from .optimizers.muon import Muon
 from .optimizers.sgd import SGD, SGDState
 from .wrappers.accumulate import Accumulate, AccumulateState
 from .wrappers.averaged import averaged

@@ -51,6 +51,7 @@ FLOORS = [
     "_dtensor.members",
     "_dtensor.exchange",
     "_dtensor.reductions",
+    "_dtensor.wholes",
     "_engine",
     "_engine.hints",
     "_engine.rule",
@@ -103,6 +104,7 @@ FLOORS = [
     "optimizers.rmsprop",
     "optimizers._newton_schulz",
     "optimizers._terms",
+    "optimizers._muon",
     "optimizers.adam",
     "optimizers.frozen",
     "optimizers.lion",
@@ -359,11 +361,16 @@ def test_few_places_know_collectives_and_no_place_imports_them():
     assert core_places(r"torch\.distributed\.(?!is_)\w+\(|get_group") == {
         "_dtensor.reductions",
         "_dtensor.exchange",
+        "_dtensor.wholes",
     }
     assert core_places(r"torch\.distributed\.is_\w+\(") == {"_dtensor.shards"}
     assert not core_places(r"(?m)^\s*(import|from) torch\.distributed")
     collectives = r"\bdist\.\w+\(|all_gather_|all_to_all_|reduce_scatter_"
-    assert places(collectives) == {"distributed._collectives", "_dtensor.exchange"}
+    assert places(collectives) == {
+        "distributed._collectives",
+        "_dtensor.exchange",
+        "_dtensor.wholes",
+    }
 
 
 def test_every_public_name_is_documented_with_an_example():

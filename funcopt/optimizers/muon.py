@@ -1,159 +1,27 @@
-"""Muon: its state, its equations, its kernel, its rule, and the optimizer as a value."""
+"""Muon: the optimizer as a value."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Unpack
+from typing import ClassVar, Unpack
 
 import torch
-from torch import Tensor
 
 from .._core import pytree
-from .._core.tensors import double, fit
 from .._core.types import (
-    ABOVE_ZERO,
-    AT_LEAST_ZERO,
-    BELOW_ONE,
     Extras,
-    Hyperparam,
     Number,
     NumberTree,
     ParamsT,
-    Range,
     Schedule,
-    Traits,
     Tree,
 )
-from .._engine import kernels
 from .._engine.hyperparameters import check_choice
 from .._engine.prepare import init
 from .._engine.registration import check_fields, register_optimizer
-from .._engine.rule import Slot, StepInputs, UpdateRule
+from .._engine.rule import UpdateRule
 from .._engine.update import update, update_
-from ._newton_schulz import Iteration, orthogonalize, orthogonalize_all, stacks
-from ._terms import add_scaled
-
-
-class MuonState(NamedTuple):
-    """The state of `Muon`: tensors only, in trees of the shape of the parameters.
-
-    Attributes:
-        step: How many updates were made, as in `AdamWState`.
-        momentum_buffer: The running mean of the gradients.
-    """
-
-    step: Tree
-    momentum_buffer: Tree
-
-
-class Coefficients(NamedTuple):
-    """What the numbers of a step come to."""
-
-    lr: Number
-    kept: Number  # what weight decay leaves of a parameter
-    momentum: Number
-    gain: Number  # 1 - momentum
-    a: Number
-    b: Number
-    c: Number
-    eps: Number
-
-
-def coefficients(numbers: Any, _options: Any) -> Coefficients:
-    """Return what the numbers of a step come to, in float64."""
-    _, lr, weight_decay, momentum, a, b, c, eps, *_ = numbers
-    return Coefficients(lr, 1 - lr * weight_decay, momentum, 1 - momentum, a, b, c, eps)
-
-
-def _equations(
-    param: Tensor, grad: Tensor, slots: tuple[Tensor, ...], own: Coefficients, options: Any
-) -> list[Tensor]:
-    """One step of one leaf, in the order of operations of torch.optim.Muon."""
-    momentum_buffer = torch.lerp(slots[0], grad, own.gain)
-    direction = momentum_buffer
-    if options.nesterov:
-        direction = torch.lerp(grad, momentum_buffer, own.momentum)
-    matrix = orthogonalize(_to_orthogonalize(direction, options), _iteration(own, options))
-    step = matrix.to(param.dtype).view_as(param)
-    lr = own.lr * _ratio(matrix.shape, options.adjust_lr_fn)
-    return [add_scaled(param * own.kept, step, -lr), momentum_buffer]
-
-
-def _iteration(own: Coefficients, options: Any) -> Iteration:
-    return Iteration(own.a, own.b, own.c, own.eps, options.ns_steps)
-
-
-def _as_matrix(leaf: Tensor, options: Any) -> Tensor:
-    """See a leaf as one matrix, of as many rows as its first dimension has, or as a stack."""
-    return leaf if options.matrices == "stack" else leaf.flatten(1)
-
-
-def _to_orthogonalize(direction: Tensor, options: Any) -> Tensor:
-    return _as_matrix(direction, options).to(options.ns_dtype or direction.dtype)
-
-
-def _ratio(shape: Sequence[int], adjust_lr_fn: str | None) -> float:
-    """Return what the learning rate is multiplied by for matrices of a shape."""
-    rows, columns = shape[-2:]
-    if adjust_lr_fn == "match_rms_adamw":
-        return 0.2 * math.sqrt(max(rows, columns))
-    return math.sqrt(max(1, rows / max(columns, 1)))
-
-
-def _batched_(inputs: StepInputs, numbers: Any, options: Any) -> None:
-    params, grads, (buffers,), _ = inputs
-    own = coefficients(numbers._make(map(double, numbers)), options)
-    shapes = [_as_matrix(param, options).shape for param in params]
-    dtype = options.ns_dtype or params[0].dtype
-    for indices in stacks(shapes, dtype, params[0].device):
-        directions = [_direction_(grads[i], buffers[i], own, options) for i in indices]
-        made = orthogonalize_all(directions, _iteration(own, options))
-        for index, matrix in zip(indices, made, strict=True):
-            _move_(params[index], matrix, own, options)
-
-
-def _direction_(grad: Tensor, buffer: Tensor, own: Coefficients, options: Any) -> Tensor:
-    """Write the new momentum, and return the matrix that is to be made orthogonal."""
-    buffer.lerp_(grad, own.gain)
-    direction = torch.lerp(grad, buffer, own.momentum) if options.nesterov else buffer
-    return _to_orthogonalize(direction, options)
-
-
-def _move_(param: Tensor, matrix: Tensor, own: Coefficients, options: Any) -> None:
-    """Write the new parameter."""
-    lr = own.lr * _ratio(matrix.shape, options.adjust_lr_fn)
-    step = matrix.to(param.dtype).view_as(param)
-    param.mul_(fit(own.kept, param))
-    if isinstance(lr, Tensor):  # on the device, where its value is not read
-        param.add_(step * fit(-lr, param))
-    else:
-        param.add_(step, alpha=-lr)
-
-
-_FINITE = Range("must be finite", math.isfinite)
-_HYPERPARAMS = (
-    Hyperparam("lr", AT_LEAST_ZERO),
-    Hyperparam("weight_decay", AT_LEAST_ZERO),
-    Hyperparam("momentum", BELOW_ONE),
-    Hyperparam("a", _FINITE, "ns_coefficients[0]"),
-    Hyperparam("b", _FINITE, "ns_coefficients[1]"),
-    Hyperparam("c", _FINITE, "ns_coefficients[2]"),
-    Hyperparam("eps", ABOVE_ZERO),
-)
-_BATCHED = kernels.foreach(_batched_, (), {own.name: own.path for own in _HYPERPARAMS})
-
-_RULE = UpdateRule(
-    state=MuonState,
-    slots=(Slot("momentum_buffer"),),
-    hyperparams=_HYPERPARAMS,
-    options=("nesterov", "ns_steps", "adjust_lr_fn", "ns_dtype", "matrices"),
-    coefficients=coefficients,
-    equations=_equations,
-    kernels={"batched": _BATCHED},
-    traits=Traits(leafwise=True, linear=True, by_rule=True),
-)
+from ._muon import RULE, MuonState, check_matrices, on_matrices
 
 # By the rule of torch: more make no sense, and a learning rate put here would be noticed.
 _MOST_STEPS = 99
@@ -195,6 +63,12 @@ class Muon:
     a symmetric product is made by its half: there only where that was found to leave every bit as
     it is, on other devices always. `kernel="plain"` makes each matrix by itself.
 
+    DTensors are served with the same numbers, though a matrix is seen whole: each is made by one of
+    the processes that have its parts, which are shared out by what they cost. A process sends its
+    parts of the directions, in `ns_dtype`, and gets back its parts of what they come to, by one
+    all-to-all each way; what is whole on every process is made on every one, and not sent. A leaf
+    that is cut along several dimensions of a mesh is gathered by all.
+
     Args:
         lr: Learning rate: at least 0; a number, a 0-dim tensor, or a schedule, as for `AdamW`.
         weight_decay: At least 0, multiplied by the learning rate; likewise, so that it may have a
@@ -232,7 +106,7 @@ class Muon:
         (['w'], ['embed', 'b'])
     """
 
-    rule: ClassVar[UpdateRule] = _RULE
+    rule: ClassVar[UpdateRule] = RULE
 
     lr: Number | Schedule | NumberTree = 1e-3
     weight_decay: Number | Schedule | NumberTree = 0.1
@@ -275,7 +149,7 @@ class Muon:
             TypeError: If a leaf is complex.
             ValueError: If a leaf has fewer than two dimensions.
         """
-        _check_matrices(params)
+        check_matrices(*pytree.flatten(params))
         state: MuonState = init(self, params)
         return state
 
@@ -288,31 +162,12 @@ class Muon:
             TypeError: If a leaf is complex.
             ValueError: If a leaf has fewer than two dimensions.
         """
-        _check_matrices(params)
-        return update(self, grads, state, params)
+        moved: tuple[ParamsT, MuonState] = on_matrices(update, self, grads, state, params)
+        return moved
 
     def update_(
         self, grads: Tree, state: MuonState, params: ParamsT, **extras: Unpack[Extras]
     ) -> tuple[ParamsT, MuonState]:
         """Do the same as `update`, written into `params` and `state`, which are returned."""
-        _check_matrices(params)
-        return update_(self, grads, state, params)
-
-
-def _check_matrices(params: Tree) -> None:
-    """Refuse leaves that are no matrices, nor can be seen as such."""
-    leaves, structure = pytree.flatten(params)
-    for index, leaf in enumerate(leaves):
-        if not isinstance(leaf, Tensor) or leaf.is_nested:  # which are refused with all others
-            continue
-        if leaf.ndim < 2:
-            raise ValueError(
-                f"{pytree.path(structure, 'params', index)} has shape {tuple(leaf.shape)}: Muon "
-                f"moves matrices, which have two dimensions or more. Give it to another optimizer: "
-                f'Partition({{"muon": Muon(), "adamw": AdamW()}}, labels=muon_label).'
-            )
-        if leaf.is_complex():
-            raise TypeError(
-                f"{pytree.path(structure, 'params', index)} has dtype {leaf.dtype}: Muon moves "
-                f"real matrices. Give it to another optimizer, by a Partition."
-            )
+        moved: tuple[ParamsT, MuonState] = on_matrices(update_, self, grads, state, params)
+        return moved
