@@ -172,6 +172,7 @@ FLOORS = [
     "distributed._planned",
     "distributed._plan",
     "distributed._shards",
+    "distributed._leaves",
     "distributed._step",
     "distributed._zero1",
     "distributed._whole",

@@ -202,7 +202,7 @@ def check_distinct(leaves: Sequence[Tensor], path: Callable[[int], str], what: s
         return
     first: dict[int, int] = {}
     for index, pointer in enumerate(pointers):
-        if pointer == 0 or leaves[index].numel() == 0:
+        if pointer == 0 or leaves[index].is_meta or leaves[index].numel() == 0:
             continue
         if pointer in first:
             raise ValueError(

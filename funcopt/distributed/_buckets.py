@@ -24,7 +24,8 @@ class Bucket(NamedTuple):
 
     name: str
     indices: list[int]  # of its leaves, in order
-    offsets: list[int]  # where each of them starts, and where the last one ends
+    offsets: list[int]  # where each of them starts, and where the last one ends; a leaf ends with
+    # zeros if it is shorter than that
 
     @property
     def numel(self) -> int:
@@ -80,12 +81,46 @@ def lay_out(leaves: Sequence[Tensor], order: Sequence[int], bucket_bytes: int) -
     ]
 
 
+def keep_whole(bucket: Bucket, leaves: Sequence[Tensor], ranks: int) -> Bucket:
+    """Return a bucket of which so many equal shares hold whole leaves, about as much in each.
+
+    Between the leaves of two shares there are zeros. Where there are fewer leaves than processes,
+    the last ones have zeros alone.
+    """
+    loads: list[int] = [0] * ranks
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    sizes = {index: count(leaves[index]) for index in bucket.indices}
+    # The largest first, each to who has least: the first of those that have as little.
+    for index in sorted(bucket.indices, key=lambda index: -sizes[index]):
+        rank = min(range(ranks), key=lambda rank: (loads[rank], len(shares[rank])))
+        shares[rank].append(index)
+        loads[rank] += sizes[index]
+    length = max(loads)
+    indices: list[int] = []
+    starts: list[int] = []
+    for rank, own in enumerate(shares):
+        start = rank * length
+        for index in own:
+            starts.append(start)
+            start += sizes[index]
+        indices += own
+    return Bucket(bucket.name, indices, [*starts, length * ranks])
+
+
 def whole(bucket: Bucket, leaves: Sequence[Tensor], length: int) -> Tensor:
     """Return the leaves of a bucket side by side in fresh memory, with zeros up to a length."""
-    flats = [_flat(leaves[index]) for index in bucket.indices]
+    flats = []
+    for index, (begin, end) in zip(bucket.indices, pairwise(bucket.offsets), strict=True):
+        flats += _filled(_flat(leaves[index]), end - begin)
     if length > bucket.numel:
         flats.append(flats[0].new_zeros(length - bucket.numel))
     return torch.cat(flats)
+
+
+def _filled(flat: Tensor, length: int) -> list[Tensor]:
+    """Return a tensor, and zeros that fill it up to a length."""
+    missing = length - flat.numel()
+    return [flat, flat.new_zeros(missing)] if missing > 0 else [flat]
 
 
 def part(bucket: Bucket, leaves: Sequence[Tensor], start: int, stop: int) -> Tensor:
@@ -98,7 +133,8 @@ def part(bucket: Bucket, leaves: Sequence[Tensor], start: int, stop: int) -> Ten
         low, high = max(begin, start), min(end, stop)
         if low < high:
             flat = _flat(leaves[index])
-            pieces.append(flat if high - low == end - begin else flat[low - begin : high - begin])
+            own = flat if high - low == end - begin else flat[low - begin : high - begin]
+            pieces += _filled(own, high - low)
     if not pieces:
         like = leaves[bucket.indices[0]]
         return torch.empty(0, dtype=like.dtype.to_real(), device=like.device)
@@ -114,7 +150,10 @@ def cut(bucket: Bucket, flat: Tensor, likes: Sequence[Tensor]) -> list[Tensor]:
     """
     sizes = [end - begin for begin, end in pairwise(bucket.offsets)]
     parts = torch.unsafe_split_with_sizes(flat[: bucket.numel], sizes)
-    return [_laid_like(own, likes[index]) for own, index in zip(parts, bucket.indices, strict=True)]
+    return [
+        _laid_like(own[: count(likes[index])], likes[index])
+        for own, index in zip(parts, bucket.indices, strict=True)
+    ]
 
 
 def _laid_like(flat: Tensor, like: Tensor) -> Tensor:

@@ -80,11 +80,13 @@ def check_packable(inner: Optimizer[Any]) -> None:
                 f"gradients of all labels goes around that, with gradients that are averaged "
                 f"already: average_gradients(grads, mesh), and Zero1(..., gradients='averaged')."
             )
-        if not traits.packable:
+        if not traits.packable and not traits_of(inner).leafwise:
             raise ValueError(
                 f"inner={inner!r} has a {name}, which does not say that leaves may lie in pieces "
                 f"or side by side (by its traits `elementwise` or `packable`), where the inner "
-                f"optimizer sees buckets of many. Let it be outside, around gradients that are "
+                f"optimizer sees buckets of many; nor do all in it say that they move each leaf by "
+                f"itself (`leafwise`), for which it would see whole leaves, some in each process. "
+                f"Let it be outside, around gradients that are "
                 f"averaged already (average_gradients): {name}(Zero1(..., gradients='averaged')); "
                 f"or say it in its class, if it is so."
             )

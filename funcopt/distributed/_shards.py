@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from .._core import pytree
 from .._core.types import Tree, is_dense, shown_layout
-from ._buckets import Bucket, by_path, is_bucketed, lay_out, part
+from ._buckets import Bucket, by_path, is_bucketed, keep_whole, lay_out, part
 from ._collectives import Ranks
 
 _REMEDY = (
@@ -25,7 +25,8 @@ class Sharding(NamedTuple):
     """How leaves are laid in buckets, and these shared out among processes.
 
     A whole bucket is a tensor of one dimension, of as many elements as its leaves have. It does not
-    depend on the number of processes, so that a checkpoint of it fits any number.
+    depend on the number of processes, so that a checkpoint of it fits any number; but where each
+    share has whole leaves, it does.
     """
 
     buckets: dict[str, Bucket]
@@ -39,12 +40,17 @@ class Sharding(NamedTuple):
         structure: pytree.Structure,
         bucket_bytes: int,
         mesh: DeviceMesh | None,
+        *,
+        by_leaf: bool = False,
     ) -> Sharding:
-        """Lay out these leaves, in the order of their paths."""
-        buckets = {
-            bucket.name: bucket for bucket in lay_out(leaves, by_path(structure), bucket_bytes)
-        }
-        return cls(buckets, Ranks.of(mesh), mesh)
+        """Lay out these leaves, in the order of their paths; by leaf: none in two shares."""
+        ranks, order = Ranks.of(mesh), by_path(structure)
+        if not by_leaf:
+            found = lay_out(leaves, order, bucket_bytes)
+        else:
+            found = lay_out(leaves, order, bucket_bytes * ranks.size)
+            found = [keep_whole(bucket, leaves, ranks.size) for bucket in found]
+        return cls({bucket.name: bucket for bucket in found}, ranks, mesh)
 
     def parts(self, leaves: Sequence[Tensor]) -> dict[str, Tensor]:
         """Return this process's share of each bucket, in fresh memory."""

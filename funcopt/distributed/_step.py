@@ -11,6 +11,7 @@ from .._core import pytree
 from .._core.types import Tree
 from ._buckets import Bucket, cut, part, whole
 from ._collectives import one_ahead, start_all_gather, start_mean
+from ._leaves import OwnLeaves
 from ._shards import Sharding, separate
 
 
@@ -29,6 +30,7 @@ class Step(NamedTuple):
     local: Tree  # and this process's shares of it, in the same memory
     averaged: bool  # the gradients
     by_bucket: bool  # whether the inner optimizer may be given one bucket after another
+    by_leaf: bool  # whether it is given whole leaves
     resting: Collection[int] = ()  # the leaves that it leaves at rest
 
     def move(
@@ -42,7 +44,9 @@ class Step(NamedTuple):
         buckets, ranks = self.sharding.buckets.values(), self.sharding.ranks
         # Without a bucket there is a count to advance all the same.
         moved = (
-            self._by_bucket(update, states, writing)
+            self._by_leaf(update, states, writing)
+            if self.by_leaf
+            else self._by_bucket(update, states, writing)
             if self.by_bucket and buckets
             else self._at_once(update, states)
         )
@@ -85,6 +89,20 @@ class Step(NamedTuple):
             new_state = sharding.local(new_state, "state.inner")
         states.append(new_state)
         yield from (new_params[name].detach() for name in sharding.buckets)
+
+    def _by_leaf(
+        self, update: Callable[..., Any], states: list[Tree], writing: bool
+    ) -> Iterator[Tensor]:
+        """Yield the same for an optimizer that is given the leaves that are whole here."""
+        sharding = self.sharding
+        own = OwnLeaves(sharding, self.leaves, self.structure)
+        grads = own.of(dict(zip(sharding.buckets, self._mean_shares(), strict=True)))
+        shares = sharding.parts(self.leaves)
+        new_params, new_state = update(grads, own.of_state(self.local), own.of(shares))
+        if not writing:
+            shares = own.shares(new_params)
+            states.append(own.shares_of_state(new_state))
+        yield from (shares[name] for name in sharding.buckets)
 
     def _mean_shares(self) -> Iterator[Tensor]:
         """Yield this process's share of the mean gradients, bucket after bucket."""

@@ -48,7 +48,7 @@ def gather_state(opt: Zero1, state: Zero1State, params: Tree) -> Tree:
     """
     check_state(state, Zero1State)
     leaves, structure = flatten_params(params)
-    sharding = Sharding.of(leaves, structure, opt.bucket_bytes, opt.mesh)
+    sharding = opt.sharding(leaves, structure)
     with torch.no_grad():
         sharding.local(state.inner, "state.inner")  # for its checks
         nodes, above = pytree.flatten_above(state.inner, is_bucketed)
@@ -94,7 +94,7 @@ def scatter_state(opt: Zero1, state: Tree, params: Tree) -> Zero1State:
     """
     template = opt.init(params)
     leaves, structure = flatten_params(params)
-    sharding = Sharding.of(leaves, structure, opt.bucket_bytes, opt.mesh)
+    sharding = opt.sharding(leaves, structure)
     nodes, above = pytree.flatten_above(template.inner, is_bucketed)
     try:
         subtrees: list[Any] = above.flatten_up_to(state)

@@ -28,6 +28,7 @@ from ._checks import (
     check_whole,
     check_whole_number,
 )
+from ._leaves import OwnLeaves
 from ._shards import Sharding, join
 from ._step import Step
 
@@ -61,12 +62,18 @@ class Zero1:
     bucket is sent, the next is packed or the last one moved. The new parameters of `update` share
     the storages of their buckets: clone one to keep it alone, or before `resize_`.
 
-    The inner optimizer sees a dict of buckets in place of the tree. One that is `elementwise`, with
-    all that are within it, gets bucket after bucket; any other gets all buckets at once, as
-    DTensors, so that `Zero1(Clip(opt, 1.0))` clips by the norm over all processes. What tells
-    leaves apart must be outside: `Partition({"decay": Zero1(...), ...})`. What clips or skips must
-    be inside: outside, each process would decide by its own gradients. To clip or skip by several
-    groups, average first: see `average_gradients`.
+    An inner optimizer that looks at whole leaves, such as `Muon`, is given some of them in each
+    process, as a dict: then leaves are shared out, as many elements to each process as to the
+    others, or nearly so. Zeros that fill up the shares are sent along, the state is made for so
+    many processes (`gather_state` and `scatter_state` move it to another number), and what looks
+    at all leaves at once, such as `Clip`, must be outside.
+
+    Any other inner optimizer sees a dict of buckets in place of the tree. One that is
+    `elementwise`, with all that are within it, gets bucket after bucket; any other gets all buckets
+    at once, as DTensors, so that `Zero1(Clip(opt, 1.0))` clips by the norm over all processes. What
+    tells leaves apart must be outside: `Partition({"decay": Zero1(...), ...})`. What clips or skips
+    must be inside: outside, each process would decide by its own gradients. To clip or skip by
+    several groups, or around what sees whole leaves, average first: see `average_gradients`.
 
     All processes must call `update` alike. If one of them finds a fault, it alone raises, and the
     others wait for it: let whatever started them end them together, as torchrun does.
@@ -132,9 +139,15 @@ class Zero1:
         """
         check_untransformed(type(self).__name__, self, params)
         leaves, structure = self._leaves(params)
-        sharding = Sharding.of(leaves, structure, self.bucket_bytes, self.mesh)
+        sharding = self.sharding(leaves, structure)
         with torch.no_grad():
-            return Zero1State(sharding.distributed(self.inner.init(sharding.parts(leaves))))
+            shares = sharding.parts(leaves)
+            if self.by_leaf:
+                own = OwnLeaves(sharding, leaves, structure)
+                inner = own.shares_of_state(self.inner.init(own.of(shares)))
+            else:
+                inner = self.inner.init(shares)
+            return Zero1State(sharding.distributed(inner))
 
     def update(
         self, grads: Tree, state: Zero1State, params: ParamsT, **extras: Unpack[Extras]
@@ -181,6 +194,16 @@ class Zero1:
             for index, leaf in step.moved(bucket, flat):
                 write(step.leaves[index], leaf)
 
+    @property
+    def by_leaf(self) -> bool:
+        """Whether the inner optimizer has to see whole leaves."""
+        return not traits_of(self.inner).packable
+
+    def sharding(self, leaves: list[Tensor], structure: pytree.Structure) -> Sharding:
+        """Return how these leaves are shared out."""
+        own = leaves, structure, self.bucket_bytes, self.mesh
+        return Sharding.of(*own, by_leaf=self.by_leaf)
+
     def _leaves(self, params: Tree) -> tuple[list[Tensor], pytree.Structure]:
         leaves, structure = flatten_params(params)
         check_whole(leaves, structure, self.mesh, self.inner)
@@ -196,7 +219,7 @@ class Zero1:
             gradients = gradients._replace(paired=zeros)
         check_gradients(gradients.leaves, structure)
         check_unrecorded(self, gradients, state)
-        sharding = Sharding.of(leaves, structure, self.bucket_bytes, self.mesh)
+        sharding = self.sharding(leaves, structure)
         # An optimizer around this one may have taken them apart, for DTensors that lie elsewhere.
         inner = wholes_in(state.inner)
         with torch.no_grad():
@@ -210,5 +233,6 @@ class Zero1:
             local,
             averaged=self.gradients == "averaged",
             by_bucket=traits_of(self.inner).elementwise,
+            by_leaf=self.by_leaf,
             resting=gradients.resting,
         )
