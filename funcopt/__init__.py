@@ -6,17 +6,16 @@ from types import ModuleType
 from . import extend, members, memory, schedules
 from ._config import show_config
 from ._core.types import Number, Optimizer, ParamsT, Schedule, Tree
-from .optimizers.adagrad import Adagrad, AdagradState
 from .optimizers._muon import MuonState
+from .optimizers.adagrad import Adagrad, AdagradState
 from .optimizers.adam import Adam, AdamState
 from .optimizers.adamw import AdamW, AdamWState
 from .optimizers.frozen import Frozen
 from .optimizers.lion import Lion, LionState
+from .optimizers.muon import Muon
 from .optimizers.nadam import NAdam, NAdamState
 from .optimizers.radam import RAdam, RAdamState
 from .optimizers.rmsprop import RMSprop, RMSpropState
-from .optimizers.muon import Muon, MuonState
-from .optimizers.muon import Muon
 from .optimizers.sgd import SGD, SGDState
 from .wrappers.accumulate import Accumulate, AccumulateState
 from .wrappers.averaged import averaged
@@ -73,10 +72,10 @@ __all__ = [
     "MasterWeights",
     "MasterWeightsState",
     "Members",
-    "NAdam",
-    "NAdamState",
     "Muon",
     "MuonState",
+    "NAdam",
+    "NAdamState",
     "Number",
     "Optimizer",
     "ParamsT",
