@@ -8,6 +8,7 @@ from ._config import show_config
 from ._core.types import Number, Optimizer, ParamsT, Schedule, Tree
 from .optimizers._muon import MuonState
 from .optimizers.adagrad import Adagrad, AdagradState
+from ._pure.optimizer import Pure, PureState, pure
 from .optimizers.adam import Adam, AdamState
 from .optimizers.adamw import AdamW, AdamWState
 from .optimizers.frozen import Frozen
@@ -87,6 +88,8 @@ __all__ = [
     "RAdamState",
     "RMSprop",
     "RMSpropState",
+    "Pure",
+    "PureState",
     "SGDState",
     "Schedule",
     "ScheduleFree",
@@ -104,6 +107,7 @@ __all__ = [
     "members",
     "memory",
     "muon_label",
+    "pure",
     "replace",
     "schedules",
     "show_config",

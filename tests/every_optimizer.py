@@ -3,6 +3,8 @@
 import dataclasses
 import math
 
+import torch
+
 import funcopt
 from funcopt import (
     SGD,
@@ -85,6 +87,7 @@ OPTIMIZERS = {
     "ScheduleFree, a schedule": ScheduleFree(adamw(lr=funcopt.schedules.Linear(0.0, 0.1, 5))),
     "Cautious": Cautious(adamw(weight_decay=0.0)),
     "Cautious, with decay": Cautious(adamw(), rescale=False, weight_decay=0.5),
+    "pure": funcopt.pure(torch.optim.NAdam, lr=0.1, weight_decay=0.1),
     "Zero1": Zero1(adamw(), mesh=None),
     "Zero1, all at once": Zero1(Clip(adamw(), 1.0), mesh=None),
     "LocalUpdates": LocalUpdates(adamw(), every=2, mesh=None, outer_lr=0.7, outer_momentum=0.9),

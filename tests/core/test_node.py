@@ -97,6 +97,7 @@ VALUES = {
     "NAdam": lambda: NAdam(rates()),
     "Adagrad": lambda: Adagrad(rates()),
     "RMSprop": lambda: RMSprop(rates()),
+    "pure": lambda: funcopt.pure(torch.optim.Adam, lr=rates(), betas=(0.5, 0.9)),
     "Zero1": lambda: Zero1(Clip(inner(), rates()), None),
     "LocalUpdates": lambda: LocalUpdates(inner(), 2, None),
     "Constant": lambda: schedules.Constant(rates()),

@@ -1,0 +1,1 @@
+"""Tests of `funcopt._pure`."""
