@@ -219,7 +219,8 @@ def _pull_back_equations(
 ) -> tuple[list[Tensor | None], list[list[Tensor | None]]]:
     """Return the cotangents of numbers and leaves: those of all results go back together."""
     wanted = [name for name in needs._fields if getattr(needs, name) is True]
-    columns = [list(column) for column in kept]
+    columns = [list(map(_of_now, column)) for column in kept]
+    numbers = numbers._make(map(_of_now, numbers))
 
     def step(own: list[Tensor], leaves: list[Tensor]) -> list[Tensor]:
         inputs = StepInputs.of(list(_cut(leaves, len(columns))))
@@ -236,6 +237,15 @@ def _pull_back_equations(
     by_number, by_leaf = pull_back(given)
     found = dict(zip(wanted, by_number, strict=True))
     return [found.get(name) for name in numbers._fields[:-1]], list(_cut(by_leaf, len(columns)))
+
+
+def _of_now(kept: Any) -> Any:
+    """Return a tensor that was kept, out of what is left of a transform that is over.
+
+    It may be wrapped for a level that has ended, as where what `torch.func.vjp` returned is called.
+    An operator takes no notice; a transform within which it is used would not know the level.
+    """
+    return kept.view_as(kept) if isinstance(kept, Tensor) and transforms.transformed() else kept
 
 
 def _with_dim_of_vmap(number: Number, dim: int | None) -> Number:

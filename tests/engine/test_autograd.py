@@ -18,7 +18,7 @@ from torch.func import (
 )
 
 import funcopt
-from funcopt import AdamW, AdamWState
+from funcopt import Adam, AdamW, AdamWState
 
 from .. import oracle
 from ..cases import KERNELS, assert_close, random_like, tree_map
@@ -430,3 +430,23 @@ def test_a_member_alone_in_the_last_chunk_agrees_with_the_others_to_the_rounding
     whole = vmap(update, in_dims=dims)(opt, grads, state, params)
     chunked = vmap(update, in_dims=dims, chunk_size=chunk_size)(opt, grads, state, params)
     assert_close(chunked, whole, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", [AdamW, Adam])
+def test_what_vjp_has_returned_is_differentiated_again(kind):
+    """By then what the step has kept is wrapped for a transform that is over."""
+    start = torch.randn(3, dtype=torch.float64)
+
+    def after(lr):
+        opt = kind(lr=lr)
+        params, state = start, opt.init(start)
+        for _ in range(3):
+            params, state = opt.update(grad(lambda p: p.pow(4).sum())(params), state, params)
+        return params.square().sum()
+
+    def slope(lr):
+        value, pull_back = vjp(after, lr)
+        return pull_back(torch.ones_like(value))[0]
+
+    lr = torch.tensor(0.05, dtype=torch.float64)
+    assert_close(grad(slope)(lr), grad(grad(after))(lr))
