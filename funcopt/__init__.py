@@ -9,6 +9,7 @@ from ._core.types import Number, Optimizer, ParamsT, Schedule, Tree
 from .optimizers._muon import MuonState
 from .optimizers.adagrad import Adagrad, AdagradState
 from ._pure.optimizer import Pure, PureState, pure
+from ._unroll import unroll
 from .optimizers.adam import Adam, AdamState
 from .optimizers.adamw import AdamW, AdamWState
 from .optimizers.frozen import Frozen
@@ -111,6 +112,7 @@ __all__ = [
     "replace",
     "schedules",
     "show_config",
+    "unroll",
 ]
 
 __version__ = "0.1.0"

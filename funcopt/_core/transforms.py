@@ -19,7 +19,7 @@ import operator
 from collections import deque
 from collections.abc import Callable, Iterable
 from contextvars import ContextVar
-from itertools import repeat
+from itertools import chain, repeat
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -147,6 +147,7 @@ def stand_in(device: torch.device) -> torch.device:
     return torch.device("cpu") if device.type == "meta" and _onlookers.get() else device
 
 
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
 # Whether any transform of `torch.func` is under way (vmap, grad, jvp, functionalize, ...).
 transformed = torch._C._are_functorch_transforms_active
 
@@ -179,6 +180,12 @@ def _is_dual(tensor: Tensor) -> bool:
 
 
 _unpack_dual: Any = forward_ad.unpack_dual  # which torch leaves untyped
+
+
+def beneath(tensor: Tensor) -> Tensor | None:
+    """Return the tensor that a transform has wrapped in this one, None if none has."""
+    wrapped = _RULED is not None and is_functorch_wrapped_tensor(tensor)
+    return get_unwrapped(tensor) if wrapped else None
 
 
 def has_derivative(tensor: Tensor) -> bool:
@@ -293,21 +300,15 @@ def values_at_hand(tensor: Tensor) -> list[float] | None:
     if not tensor.is_cpu or type(tensor) not in _PLAIN:
         return None
     values = tensor.tolist()
-    return _flat(values) if isinstance(values, list) else [values]
-
-
-def _flat(values: list[Any]) -> list[float]:
-    if not values or not isinstance(values[0], list):
-        return values
-    return [value for part in values for value in _flat(part)]
+    values = values if isinstance(values, list) else [values]
+    while values and isinstance(values[0], list):
+        values = list(chain.from_iterable(values))
+    return values
 
 
 def all_plain(tensors: Iterable[Tensor]) -> bool:
     """Whether tensors are just tensors: no fake, sharded or otherwise overriding subclass."""
     return _PLAIN.issuperset(map(type, tensors))
-
-
-_PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 
 # Functions in C, so that an interrupt (Ctrl-C) comes before or after, and finds them done or not.
@@ -351,15 +352,13 @@ def uncompiled(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R
     return result
 
 
-def _any_autocast() -> bool:
-    return any(map(torch.is_autocast_enabled, _AUTOCAST_DEVICES))
-
-
 _AUTOCAST_DEVICES = ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "maia", "xla")
 
 # Whether operators cast what they are given, on any device, in this thread. One private question
 # takes a tenth of a microsecond, the public one for each device a whole one.
-autocasting: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", _any_autocast)
+autocasting: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", None) or (
+    lambda: any(map(torch.is_autocast_enabled, _AUTOCAST_DEVICES))
+)
 
 
 def without_autocast(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:

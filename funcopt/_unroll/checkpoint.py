@@ -1,0 +1,128 @@
+"""A function of tensors of which autograd keeps the inputs alone.
+
+When a derivative goes back through it, the function is called once more, and differentiated there
+and then. What goes back is a function of tensors, too, and is wrapped in the same way. So the
+second derivative needs no more memory than the first, and there is one of every order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.func import vjp, vmap
+
+from .._core import transforms
+
+Function: TypeAlias = Callable[..., tuple[Tensor, ...]]
+"""A pure function from tensors to a tuple of tensors."""
+
+
+class _Checkpoint(torch.autograd.Function):
+    """The arguments are the function, then its inputs; the results are those of the function."""
+
+    @staticmethod
+    def forward(function: Function, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return _each_by_itself(inputs, function(*inputs))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG004
+        ctx.function, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        inputs = ctx.saved_tensors
+        wanted = [index for index in range(len(inputs)) if ctx.needs_input_grad[1 + index]]
+        given = [index for index, own in enumerate(cotangents) if own is not None]
+        if not given:
+            return (None,) * (1 + len(inputs))
+        known = [own for own in cotangents if own is not None]
+        found: tuple[Tensor | None, ...] | None = None
+        if not torch.is_grad_enabled() and not transforms.transformed():
+            found = _pull_back_once(ctx.function, inputs, wanted, given, known)
+        if found is None:
+            pull_back = partial(_pull_back, ctx.function, len(inputs), wanted, given)
+            found = checkpoint(pull_back, *inputs, *known)
+        by_index = dict(zip(wanted, found, strict=True))
+        return (None, *map(by_index.get, range(len(inputs))))
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], function: Function, *inputs: Tensor
+    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        mapped: Any = vmap(function, in_dims=tuple(in_dims[1:]), randomness=info.randomness)
+        results = checkpoint(mapped, *inputs)
+        return results, (0,) * len(results)
+
+
+# torch leaves `apply` untyped.
+checkpoint: Callable[..., tuple[Tensor, ...]] = _Checkpoint.apply
+
+
+def _pull_back(
+    function: Function, count: int, wanted: list[int], given: list[int], *tensors: Tensor
+) -> tuple[Tensor, ...]:
+    """Return the cotangents of the wanted inputs from the inputs and those of the given results."""
+    inputs, cotangents = tensors[:count], tensors[count:]
+
+    def restricted(*own: Tensor) -> tuple[Tensor, ...]:
+        full = list(inputs)
+        for index, tensor in zip(wanted, own, strict=True):
+            full[index] = tensor
+        results = function(*full)
+        return tuple(results[index] for index in given)
+
+    differentiate: Any = vjp  # which is typed as if it always returned auxiliary output
+    _, back = differentiate(restricted, *(inputs[index] for index in wanted))
+    # Freed as it goes back: it is not needed twice.
+    found: tuple[Tensor, ...] = back(cotangents, retain_graph=False)
+    return found
+
+
+def _pull_back_once(
+    function: Function,
+    inputs: Sequence[Tensor],
+    wanted: list[int],
+    given: list[int],
+    cotangents: list[Tensor],
+) -> tuple[Tensor | None, ...] | None:
+    """Return the same by plain autograd, which takes half the time and cannot go back again.
+
+    The function is given copies, which are no leaves: an update at leaves would not be recorded for
+    their sake. None where a result has no history at all, as of an update that plain autograd was
+    told not to record: then only a transform can tell.
+    """
+    with torch.enable_grad():
+        leaves = {index: inputs[index].detach().requires_grad_() for index in wanted}
+        full = [
+            leaves[index].clone() if index in leaves else tensor
+            for index, tensor in enumerate(inputs)
+        ]
+        results = function(*full)
+    chosen = [results[index] for index in given]
+    if any(result.grad_fn is None for result in chosen):
+        return None
+    own = list(leaves.values())
+    found: tuple[Tensor | None, ...] = torch.autograd.grad(
+        chosen, own, cotangents, allow_unused=True
+    )
+    return found
+
+
+def _each_by_itself(inputs: Iterable[Tensor], results: Iterable[Tensor]) -> tuple[Tensor, ...]:
+    """Return the results, with a view of each that is an input or another result.
+
+    Else autograd takes it for one that was changed in place, or refuses to save it.
+    """
+    seen = set(map(id, inputs))
+    own = []
+    for result in results:
+        tensor = result.view_as(result) if id(result) in seen else result
+        seen.add(id(tensor))
+        own.append(tensor)
+    return tuple(own)
