@@ -6,10 +6,10 @@ from types import ModuleType
 from . import extend, members, memory, schedules
 from ._config import show_config
 from ._core.types import Number, Optimizer, ParamsT, Schedule, Tree
-from .optimizers._muon import MuonState
-from .optimizers.adagrad import Adagrad, AdagradState
 from ._pure.optimizer import Pure, PureState, pure
 from ._unroll import unroll
+from .optimizers._muon import MuonState
+from .optimizers.adagrad import Adagrad, AdagradState
 from .optimizers.adam import Adam, AdamState
 from .optimizers.adamw import AdamW, AdamWState
 from .optimizers.frozen import Frozen
@@ -85,12 +85,12 @@ __all__ = [
     "PartitionState",
     "Plateau",
     "PlateauState",
+    "Pure",
+    "PureState",
     "RAdam",
     "RAdamState",
     "RMSprop",
     "RMSpropState",
-    "Pure",
-    "PureState",
     "SGDState",
     "Schedule",
     "ScheduleFree",
