@@ -36,5 +36,12 @@ def test_nothing_is_imported_but_funcopt_and_optree_and_small_parts():
 
 def test_dir_shows_public_names_and_parts_alone():
     shown = dir(funcopt)
-    assert set(shown) == {*funcopt.__all__, "distributed", "interop", "testing", "torchscript"}
+    assert set(shown) == {
+        *funcopt.__all__,
+        "compat",
+        "distributed",
+        "interop",
+        "testing",
+        "torchscript",
+    }
     assert all(hasattr(funcopt, name) for name in shown)
