@@ -178,30 +178,33 @@ class _FirstValues(dict[str, Any]):
             self[name] = value
 
 
+# Such that nothing that is computed of them is the same, nor anything divided by 0.
+_ONE_GRADIENT, _ANOTHER = 1.0, -2.0
+
+
 def _watched(kind: Kind, params: list[Tensor], values: Mapping[str, Any]) -> list[LeafState]:
     """Return what is first put into the state; zeros, not made yet, for what is a gradient's."""
-    stand_ins = [torch.zeros_like(p, requires_grad=False) for p in params]
-    if transforms.transformed():
-        stand_ins = [torch.zeros(p.shape, dtype=p.dtype, device=p.device) for p in params]
-    zeros, ones = (_first_values(kind, stand_ins, values, gradient) for gradient in (0, 1))
-    found = _first_values(kind, params, values, 0)
-    return [_first(*own) for own in zip(found, zeros, ones, strict=True)]
+    stand_ins = [torch.ones(p.shape, dtype=p.dtype, device=p.device) for p in params]
+    one = _first_values(kind, stand_ins, values, _ONE_GRADIENT)
+    other = _first_values(kind, stand_ins, values, _ANOTHER)
+    found = _first_values(kind, params, values, _ONE_GRADIENT)
+    return [_first(*own) for own in zip(found, one, other, strict=True)]
 
 
-def _first(found: Mapping[str, Any], zero: Mapping[str, Any], one: Mapping[str, Any]) -> LeafState:
+def _first(found: Mapping[str, Any], one: Mapping[str, Any], other: Mapping[str, Any]) -> LeafState:
     slots, numbers, made = {}, {}, {}
     for name, value in found.items():
         if not isinstance(value, Tensor):
             numbers[name] = _as_tensor(name, value)
             continue
         slots[name] = value
-        if name not in one or not _are_alike(zero[name], one[name]):
+        if name not in one or name not in other or not _are_alike(one[name], other[name]):
             slots[name], made[name] = torch.zeros_like(value), _not_yet()
     return LeafState(slots, numbers, made)
 
 
 def _are_alike(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and torch.equal(one.nan_to_num(), other.nan_to_num())
+    return one.shape == other.shape and torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
 
 
 def _first_values(
@@ -216,7 +219,10 @@ def _first_values(
         param.grad = torch.full_like(param, gradient)
     opt.state.update(watched)
     before = outside_of_state(opt)
-    opt.step()
+    try:
+        opt.step()
+    except Exception as error:
+        raise RuntimeError(explained(kind, error)) from error
     check_keeps_nothing_else(opt, before)
     return [watched[param].first for param in own]
 

@@ -37,10 +37,9 @@ class Leaves(NamedTuple):
     states: list[LeafState]
 
     @property
-    def tensors(self) -> list[Tensor]:
-        """All tensors of them."""
-        found, _ = pytree.flatten(self)
-        return [leaf for leaf in found if isinstance(leaf, Tensor)]
+    def kept(self) -> list[Tensor]:
+        """All tensors of the states."""
+        return [own for state in self.states for field in state for own in field.values()]
 
 
 def for_each_member(function: Callable[..., R], *trees: Tree) -> R:
@@ -82,16 +81,17 @@ def stepped(
         ValueError: If a number is none, or has a derivative that the class would lose.
     """
     values = numbers_after(kind, hyperparameters, count)
-    others, _ = pytree.flatten((leaves.states, list(values.values())))
-    given = [grad for grad in leaves.grads if grad is not None]
+    numbers = [own for own in pytree.flatten(values)[0] if isinstance(own, Tensor)]
+    given, others = [grad for grad in leaves.grads if grad is not None], [*leaves.kept, *numbers]
     choice = values.get("differentiable") if "differentiable" in hyperparameters else None
-    tensors = [*leaves.tensors, *(own for own in others if isinstance(own, Tensor))]
+    tensors = [*leaves.params, *given, *others]
     with recording(leaves.params, given, others, choice):
         recorded = torch.is_grad_enabled()
-        if transforms.transformed():  # where a tensor does not say whether it has a derivative
-            recorded = recorded and any(map(may_have_derivative, tensors))
         forward = transforms.needs_plain_operators(tensors) and not transforms.observed()
-        followed = recorded or forward or any(map(may_have_derivative, tensors))
+        followed = recorded or forward
+        if transforms.transformed():  # where a tensor does not say whether it has a derivative
+            touched = any(map(may_have_derivative, tensors))
+            recorded, followed = recorded and touched, forward or touched
         if recorded or forward:
             values = in_plain_operators(kind, values, forward=forward)
         elif followed:  # members of a vmap, perhaps, in which no value can be read

@@ -64,8 +64,9 @@ def gather_states(
                 f"{root} is {kind_of(trees)}: it must be a dict of trees, by name. Make the state "
                 f"with init() of this optimizer."
             )
-        paired = {name: _pair(own, f"{root}[{name!r}]", params) for name, own in trees.items()}
-        fields.append(paired)
+        fields.append(
+            {n: _pair(own, f"{root}[{n!r}]", params, structure) for n, own in trees.items()}
+        )
     for root, field in zip(_ROOTS, fields, strict=True):
         for name, own in field.items():
             like = root == _ROOTS[0] and is_elementwise(kind) and name not in _SCALARS
@@ -108,10 +109,12 @@ def _is_absent(leaf: object) -> bool:
     return type(leaf) is tuple and not leaf
 
 
-def _pair(tree: Tree, root: str, params: Tree) -> pytree.Paired:
-    """Pair a tree with the parameters, of which `()` may stand for a leaf."""
+def _pair(tree: Tree, root: str, params: Tree, structure: pytree.Structure) -> pytree.Paired:
+    """Pair a tree with the parameters, in which `()` may stand for a leaf."""
+    leaves, own = pytree.flatten(tree)
+    if pytree.same(own, structure):
+        return pytree.Paired(leaves, own, None)
     leaves, own = pytree.flatten_above(tree, _is_absent)
-    _, structure = pytree.flatten(params)
     if not any(map(_is_absent, leaves)):
         return pytree.pair(tree, root, structure)
     outer, whole = pytree.flatten_above(params, _is_absent)

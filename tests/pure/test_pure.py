@@ -7,6 +7,8 @@ import re
 import pytest
 import torch
 from torch import optim
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.func import grad, vmap
 
 from funcopt import Accumulate, Clip, Members, Partition, PureState, pure
@@ -16,6 +18,7 @@ from funcopt.testing import check_optimizer, laws
 
 from .. import pure_table
 from ..cases import assert_same_bits, clone, random_like, tree_map
+from ..distributed.harness import run_ranks
 
 KINDS = [
     "Adadelta",
@@ -509,21 +512,69 @@ def test_a_derivative_that_the_class_would_lose_is_refused(kind):
         opt.update(torch.ones(2, 2).requires_grad_(), state, params)
 
 
+class Reading(Numbered):
+    """Says that it can be differentiated, and reads a value."""
+
+    def __init__(self, params, lr=0.1, differentiable=False):
+        optim.Optimizer.__init__(self, params, {"lr": lr, "differentiable": differentiable})
+
+    def step(self):
+        for p in self.param_groups[0]["params"]:
+            p.sub_(p.grad, alpha=1 / p.grad.abs().max().item())
+
+
 def test_the_function_that_stands_in_the_way_is_named():
-    opt, params = pure(optim.Rprop), torch.randn(2, 3)
+    opt, params = pure(Reading), torch.randn(2, 3)
     state = vmap(opt.init)(params)
 
     def loss(own):
         return vmap(opt.update)(own, state, params)[0].sum()
 
     with pytest.raises(
-        RuntimeError, match=r"torch.optim.rprop._single_tensor_rprop, line \d+, stands"
+        RuntimeError, match=r"Reading cannot be followed here: .*\.step, line \d+, st"
     ):
         grad(loss)(torch.ones(2, 3))
-    tracked = torch.tensor(0.1, requires_grad=True)
-    sgd = pure(optim.Adagrad, lr=tracked)
+
+
+def test_a_derivative_of_a_number_that_the_class_reads_is_refused():
+    params = torch.randn(2, 3)
+    opt = pure(optim.Adagrad, lr=torch.tensor(0.1, requires_grad=True))
     with pytest.raises(ValueError, match="lr is a tensor that may have a derivative"):
-        sgd.update(params, pure(optim.Adagrad).init(params), params)
+        opt.update(params, pure(optim.Adagrad).init(params), params)
+
+
+def test_nothing_is_written_where_the_class_fails_at_a_later_leaf():
+    opt, params = pure(optim.Adafactor), {"a": torch.ones(2), "b": torch.ones(0)}
+    state, grads = opt.init(params), {"a": torch.ones(2), "b": torch.ones(0)}
+    before = clone((params, state))
+    with pytest.raises(RuntimeError, match=r"_single_tensor_adafactor, line \d+: float division"):
+        opt.update_(grads, state, params)
+    assert_same_bits((params, state), before)
+
+
+def _sharded(rank):
+    mesh = init_device_mesh("cpu", (2,))
+
+    def distributed(tree):
+        return {key: distribute_tensor(leaf, mesh, [Shard(0)]) for key, leaf in tree.items()}
+
+    for kind, options in ((optim.NAdam, {}), (optim.SGD, {"momentum": 0.9})):
+        opt = pure(kind, lr=0.1, **options)
+        params = {"w": torch.arange(12.0).reshape(6, 2), "b": torch.ones(3)}
+        gradients = [tree_map(lambda leaf, n=n: (leaf + n).sin(), params) for n in range(3)]
+        expected, _ = run(opt, params, gradients)
+        found, state = run(opt, distributed(params), list(map(distributed, gradients)))
+        assert_same_bits({key: leaf.full_tensor() for key, leaf in found.items()}, expected)
+        slot = min(state.slots)
+        assert state.slots[slot]["w"].placements == (Shard(0),)
+    opt, own = pure(optim.Muon), distributed({"w": torch.ones(4, 2)})
+    state = opt.init(own)
+    with pytest.raises(TypeError, match="Pure does not say that it works on parts of leaves"):
+        opt.update(own, state, own)
+
+
+def test_elementwise_classes_move_the_parts_of_sharded_leaves():
+    run_ranks(2, _sharded)
 
 
 def test_an_update_in_place_under_a_transform_is_refused():
