@@ -29,6 +29,58 @@ where no tensor outlives its transform, and of updates that were changed in betw
 
 A TorchOpt optimizer changes updates and state in place if told `inplace=True`. Here both are always
 new, so that it takes the state that is returned to go on.
+
+**What stands for what of optax.** Where its chains put small transforms one after another, here a
+wrapper is around an optimizer: `chain(clip_by_global_norm(1.0), adamw(lr))` is
+`Clip(AdamW(lr), 1.0)`.
+
+| optax | funcopt |
+|---|---|
+| `adam`, `amsgrad`, `scale_by_adam`, `scale_by_amsgrad` | `Adam`, with `amsgrad=True` |
+| `adamw` | `AdamW` |
+| `sgd`, `trace` | `SGD`, with `momentum=` and `nesterov=` |
+| `lion`, `scale_by_lion` | `Lion` |
+| `sign_sgd`, `scale_by_sign`, `centralize`, `add_noise`, `noisy_sgd` | `Transform`: the examples |
+| `signum` | the example of `extend` |
+| `stateless`, `stateless_with_tree_map`, `zero_nans`, `scale`, `clip_by_block_rms` | `Transform` |
+| `chain`, `named_chain`, `identity` | wrappers, one in another |
+| `add_decayed_weights` | `weight_decay=` |
+| `scale_by_learning_rate`, `scale_by_schedule` | `lr=`, a number, tensor or schedule |
+| `inject_hyperparams`, `inject_stateful_hyperparams` | tensors for numbers, and `replace` |
+| `clip` | `ClipValue` |
+| `clip_by_global_norm` | `Clip` |
+| `adaptive_grad_clip` | `ClipAdaptive` |
+| `apply_every`, `MultiSteps` | `Accumulate` |
+| `apply_if_finite`, `skip_not_finite` | `SkipNonfinite` |
+| `conditionally_transform`, `conditionally_mask`, `skip_large_updates` | `active=` of an update |
+| `ema` | `Ema`, of the parameters; of gradients, `SGD` with `momentum=` and `dampening=` |
+| `lookahead` | `Lookahead` |
+| `masked`, `partition`, `multi_transform`, `selective_transform` | `Partition` |
+| `set_to_zero`, `freeze` | `Frozen` |
+| `monitor`, `measure_with_ema`, `snapshot` | the state has names: `find` |
+| `flatten` | what is elementwise goes through all leaves at once anyway |
+| `with_extra_args_support` | `active=` and `value=` of an update |
+| `contrib.reduce_on_plateau` | `Plateau` |
+| `contrib.schedule_free` | `ScheduleFree` |
+| `contrib.schedule_free_sgd`, `contrib.schedule_free_adamw` | `ScheduleFree(SGD(lr))`, of `Adam` |
+| `contrib.schedule_free_eval_params` | `averaged` |
+| `contrib.split_real_and_imaginary` | nothing: complex leaves are pairs of real numbers here |
+
+**What is not here.** Each of the following, and the `scale_by` transform that it is made of, would
+be a rule of one's own, as `extend` shows: `adabelief`, `adadelta`, `adafactor`, `adagrad`,
+`adamax`, `adamaxw`, `adan`, `fromage`, `lamb`, `lars`, `nadam`, `nadamw`, `novograd`,
+`optimistic_adam`, `optimistic_adam_v2`, `optimistic_gradient_descent`, `radam`, `rmsprop`, `rprop`,
+`sm3`, `yogi`, `contrib.acprop`, `contrib.ademamix`, `contrib.simplified_ademamix`,
+`contrib.adopt`, `contrib.cocob`, `contrib.galore`, `contrib.madgrad`, `contrib.muon` and
+`contrib.normalize`. What changes the update of an optimizer would be a wrapper of one's own:
+`normalize_by_update_norm`, `scale_by_trust_ratio`, `scale_by_param_block_norm`,
+`scale_by_param_block_rms`, `keep_params_nonnegative`. Of what searches for a learning rate or
+evaluates the loss, nothing is here: `lbfgs`, `polyak_sgd`, `scale_by_distance_over_gradients`,
+`scale_by_zoom_linesearch`, `scale_by_backtracking_linesearch`, `contrib.dadapt_adamw`,
+`contrib.dog`, `contrib.dowg`, `contrib.mechanize`, `contrib.momo`, `contrib.momo_adam`,
+`contrib.prodigy`, `contrib.sam`, `contrib.sophia`, `contrib.hutchinson_estimator_diag_hessian`. For
+`contrib.dpsgd`, `contrib.differentially_private_aggregate`, `per_example_global_norm_clip` and
+`per_example_layer_norm_clip`, a `vmap` of `grad` gives the gradients of each example.
 """
 
 from __future__ import annotations

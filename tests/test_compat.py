@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import math
+import re
 import sys
 import types
 from typing import NamedTuple
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch.func import grad, vmap
 
+import funcopt
 from funcopt import SGD, Adam, AdamW, Clip, Frozen, Partition, Plateau, compat
 from funcopt.schedules import Linear
 
@@ -281,6 +283,47 @@ def installed(name):
     return pytest.mark.skipif(
         importlib.util.find_spec(name) is None, reason=f"{name} is not installed"
     )
+
+
+TABLE, NOT_HERE = compat.__doc__.partition("**What stands for")[2].split("**What is not here.**")
+ROWS = re.findall(r"^\| (.*) \| (.*) \|$", TABLE, re.MULTILINE)[1:]
+# What the table names besides: arguments, and what is of torch.
+ARGUMENTS = {
+    "weight_decay",
+    "lr",
+    "momentum",
+    "dampening",
+    "nesterov",
+    "amsgrad",
+    "active",
+    "value",
+}
+
+
+def names_in(text):
+    return set(re.findall(r"`([\w.]+)[=(`]", text))
+
+
+def test_what_stands_for_something_of_optax_is_there():
+    assert len(ROWS) > 25
+    for _, ours in ROWS:
+        for name in names_in(ours) - ARGUMENTS:
+            assert hasattr(funcopt, name), name
+
+
+def test_what_is_named_of_optax_is_there_and_every_transform_of_it_is_named():
+    optax = pytest.importorskip("optax", reason="optax comes with the extra `benchmark` alone")
+    named = names_in(NOT_HERE) - {"extend", "scale_by", "vmap", "grad"}
+    named = named.union(*(names_in(theirs) for theirs, _ in ROWS))
+    for name in named:
+        base, _, own = name.rpartition(".")
+        assert hasattr(getattr(optax, base) if base else optax, own), name
+    for prefix, module in (("", optax), ("contrib.", optax.contrib)):
+        for name, function in vars(module).items():
+            returns = str(getattr(function, "__annotations__", {}).get("return"))
+            own = not name.startswith(("_", "scale_by_"))
+            if own and name.islower() and "GradientTransformation" in returns:
+                assert prefix + name in named, name
 
 
 def loss(params, batch):
