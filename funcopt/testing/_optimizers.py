@@ -25,6 +25,7 @@ from ..wrappers.ema import Ema
 from ..wrappers.lookahead import Lookahead
 from ..wrappers.master_weights import MasterWeights
 from ..wrappers.plateau import Plateau
+from ..wrappers.schedule_free import ScheduleFree
 from ..wrappers.skip_nonfinite import SkipNonfinite
 
 HALF = (torch.bfloat16, torch.float16)
@@ -163,6 +164,7 @@ _WRAPPERS = (
     partial(Ema, decay=0.75),
     partial(Ema, decay=0.5, debias=False),
     partial(Lookahead, every=2),
+    ScheduleFree,
     Plateau,
     MasterWeights,
     Compensated,
