@@ -45,6 +45,7 @@ FLOORS = [
     "_core.transforms",
     "_core.types",
     "_core.pytree",
+    "_core.show",
     "_core.tensors",
     "_core.walk",
     "_dtensor",

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from .._core import pytree, transforms
+from .._core import pytree, show, transforms
 from .._core.types import (
     Hyperparam,
     Range,
@@ -40,7 +40,8 @@ def register_optimizer(cls: type[OptimizerT]) -> type[OptimizerT]:
     methods run with autocast turned off, and those that update are given the local parts of
     DTensors in place of these, if its `traits` allow it. One with a field `inner` leaves at rest
     what that one does. A wrong call of the class names the arguments there are, and says where
-    parameters go.
+    parameters go. It shows itself by what differs from the default, unless it has a `__repr__` of
+    its own.
 
     Returns:
         The class, so that this can stand above its definition.
@@ -54,6 +55,8 @@ def register_optimizer(cls: type[OptimizerT]) -> type[OptimizerT]:
     wrap_methods(cls)
     remember_traits(cls)
     dataclass.__getstate__ = without_memory
+    if show.is_generated(cls.__repr__):
+        dataclass.__repr__ = show.show_optimizer
     if "inner" in fields:
         leaves_at_rest(cls, lambda opt, leaves, own: at_rest(opt.inner, leaves, own))
         dataclass.__init__ = _checking_order(dataclass.__init__)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .._core import pytree, transforms
+from .._core.show import state_class
 from .._core.types import Extras, ParamsT, Traits, Tree
 from .._engine.checks import check_state
 from .._engine.counts import device_for_count, first_count, next_count
@@ -38,6 +39,7 @@ from .step import Leaves, for_each_member, step_, stepped
 from .trees import States, gather_states
 
 
+@state_class
 class PureState(NamedTuple):
     """The state of `pure`: what the class keeps in `state[param]`, in trees like the parameters.
 

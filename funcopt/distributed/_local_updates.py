@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from .._core import pytree, transforms
+from .._core.show import state_class
 from .._core.tensors import compute_dtype, write
 from .._core.types import (
     AT_LEAST_ZERO,
@@ -34,6 +35,7 @@ from ._checks import check_mesh, check_unrecorded, check_untransformed
 from ._sync import Outer, Sync
 
 
+@state_class
 class LocalUpdatesState(NamedTuple):
     """The state of `LocalUpdates`.
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from .._core import pytree, transforms
+from .._core.show import state_class
 from .._core.tensors import write
 from .._core.types import Extras, Optimizer, ParamsT, Traits, Tree, check_is_optimizer, traits_of
 from .._dtensor.shards import wholes_in, work_on
@@ -33,6 +34,7 @@ from ._shards import Sharding, join
 from ._step import Step
 
 
+@state_class
 class Zero1State(NamedTuple):
     """The state of `Zero1`.
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .._core import pytree, transforms
+from .._core.show import state_class
 from .._core.tensors import double, fit
 from .._core.types import (
     ABOVE_ZERO,
@@ -32,6 +33,7 @@ from ._newton_schulz import Iteration, orthogonalize, orthogonalize_all, stacks
 from ._terms import add_scaled
 
 
+@state_class
 class MuonState(NamedTuple):
     """The state of `Muon`: tensors only, in trees of the shape of the parameters.
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .._core.pytree import tree_map
+from .._core.show import state_class
 from .._core.tensors import double, fit, view_as_complex_like, view_as_real
 from .._core.types import (
     AT_LEAST_ZERO,
@@ -31,6 +32,7 @@ from .._engine.update import update, update_
 from ._terms import add_decay, add_quotient, foreach_add_quotients_, foreach_decayed_grads
 
 
+@state_class
 class AdagradState(NamedTuple):
     """The state of `Adagrad`: tensors only, in trees of the shape of the parameters.
 

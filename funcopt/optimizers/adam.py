@@ -8,6 +8,7 @@ from typing import Any, ClassVar, NamedTuple, Unpack
 import torch
 from torch import Tensor
 
+from .._core.show import state_class
 from .._core.types import ELEMENTWISE_BY_RULE, Extras, Number, NumberTree, ParamsT, Schedule, Tree
 from .._engine.hyperparameters import check_flag
 from .._engine.prepare import init
@@ -19,6 +20,7 @@ from ._terms import add_decay
 from .adamw import HYPERPARAMS, SLOTS, Coefficients, coefficients, descend, descend_
 
 
+@state_class
 class AdamState(NamedTuple):
     """The state of `Adam`: tensors only, in trees of the shape of the parameters.
 

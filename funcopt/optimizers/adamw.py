@@ -8,6 +8,7 @@ from typing import Any, ClassVar, NamedTuple, Unpack
 import torch
 from torch import Tensor
 
+from .._core.show import state_class
 from .._core.types import (
     AT_LEAST_ZERO,
     BELOW_ONE,
@@ -27,6 +28,7 @@ from .._engine.rule import Slot, UpdateRule
 from .._engine.update import update, update_
 
 
+@state_class
 class AdamWState(NamedTuple):
     """The state of `AdamW`: tensors only, in trees of the shape of the parameters.
 

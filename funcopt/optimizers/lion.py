@@ -8,6 +8,7 @@ from typing import Any, ClassVar, NamedTuple, Unpack
 import torch
 from torch import Tensor
 
+from .._core.show import state_class
 from .._core.tensors import double, fit
 from .._core.types import (
     AT_LEAST_ZERO,
@@ -28,6 +29,7 @@ from .._engine.rule import Slot, StepInputs, UpdateRule
 from .._engine.update import update, update_
 
 
+@state_class
 class LionState(NamedTuple):
     """The state of `Lion`: tensors only, in trees of the shape of the parameters.
 

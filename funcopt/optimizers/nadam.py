@@ -9,6 +9,7 @@ from typing import Any, ClassVar, NamedTuple, Unpack
 import torch
 from torch import Tensor
 
+from .._core.show import state_class
 from .._core.tensors import double, fit
 from .._core.types import (
     AT_LEAST_ZERO,
@@ -37,6 +38,7 @@ from ._terms import (
 from .adamw import HYPERPARAMS, new_moments
 
 
+@state_class
 class NAdamState(NamedTuple):
     """The state of `NAdam`: tensors only, in trees of the shape of the parameters.
 

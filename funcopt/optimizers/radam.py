@@ -8,6 +8,7 @@ from typing import Any, ClassVar, NamedTuple, Unpack
 import torch
 from torch import Tensor
 
+from .._core.show import state_class
 from .._core.tensors import choose, double, fit
 from .._core.types import (
     ELEMENTWISE_BY_RULE,
@@ -28,6 +29,7 @@ from ._terms import add_decay, foreach_decayed_grads, foreach_moments_
 from .adamw import HYPERPARAMS, new_moments
 
 
+@state_class
 class RAdamState(NamedTuple):
     """The state of `RAdam`: tensors only, in trees of the shape of the parameters.
 

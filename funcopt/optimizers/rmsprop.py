@@ -8,6 +8,7 @@ from typing import Any, ClassVar, NamedTuple, Unpack
 import torch
 from torch import Tensor
 
+from .._core.show import state_class
 from .._core.tensors import double
 from .._core.types import (
     AT_LEAST_ZERO,
@@ -38,6 +39,7 @@ from ._terms import (
 )
 
 
+@state_class
 class RMSpropState(NamedTuple):
     """The state of `RMSprop`: tensors only, in trees of the shape of the parameters.
 

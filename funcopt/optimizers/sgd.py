@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .._core import transforms
+from .._core.show import state_class
 from .._core.tensors import double, fit, is_narrow
 from .._core.types import (
     AT_LEAST_ZERO,
@@ -31,6 +32,7 @@ from .._engine.update import update, update_
 from ._terms import add_decay, add_scaled
 
 
+@state_class
 class SGDState(NamedTuple):
     """The state of `SGD`: tensors only, in trees of the shape of the parameters.
 

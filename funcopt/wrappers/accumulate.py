@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .._core import pytree, tensors, transforms
+from .._core.show import state_class
 from .._core.tensors import compute_dtype, write
 from .._core.types import (
     COUNT,
@@ -47,6 +48,7 @@ from ._shared import (
 )
 
 
+@state_class
 class AccumulateState(NamedTuple):
     """The state of `Accumulate`, in which `acc_grads` has the shape of the parameters.
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .._core import pytree
+from .._core.show import state_class
 from .._core.tensors import choose, write
 from .._core.types import (
     AT_LEAST_ZERO,
@@ -42,6 +43,7 @@ from ._shared import (
 )
 
 
+@state_class
 class BestState(NamedTuple):
     """The state of `Best`. Its own numbers are on the GPU if all parameters are on one.
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .._core import pytree
+from .._core.show import state_class
 from .._core.tensors import compute_dtype, fit, view_as_complex_like, view_as_real, write
 from .._core.types import (
     AT_LEAST_ZERO,
@@ -47,6 +48,7 @@ _LEAST = 1e-3
 _DECAY, _LR = Hyperparam("weight_decay", AT_LEAST_ZERO), Hyperparam("lr", AT_LEAST_ZERO)
 
 
+@state_class
 class CautiousState(NamedTuple):
     """The state of `Cautious`.
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .._core import tensors, transforms
+from .._core.show import state_class
 from .._core.tensors import choose
 from .._core.types import (
     AT_LEAST_ZERO,
@@ -51,6 +52,7 @@ _NONFINITE = ("propagate", "skip")
 _EPS = 1e-6
 
 
+@state_class
 class ClipState(NamedTuple):
     """The state of `Clip`.
 

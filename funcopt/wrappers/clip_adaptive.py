@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .._core import pytree, transforms
+from .._core.show import state_class
 from .._core.tensors import compute_dtype, differentiable_norm, fit, is_narrow, vector_norm
 from .._core.types import (
     AT_LEAST_ZERO,
@@ -43,6 +44,7 @@ from ._shared import (
 _LEAST = 1e-6
 
 
+@state_class
 class ClipAdaptiveState(NamedTuple):
     """The state of `ClipAdaptive`.
 

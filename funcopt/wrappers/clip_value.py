@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .._core import transforms
+from .._core.show import state_class
 from .._core.tensors import is_mapped, view_as_complex_like, view_as_real
 from .._core.types import (
     AT_LEAST_ZERO,
@@ -37,6 +38,7 @@ from ._shared import (
 )
 
 
+@state_class
 class ClipValueState(NamedTuple):
     """The state of `ClipValue`.
 

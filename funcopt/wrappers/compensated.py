@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .._core import pytree
+from .._core.show import state_class
 from .._core.tensors import compute_dtype, is_narrow, write
 from .._core.types import ELEMENTWISE, Extras, Optimizer, ParamsT, Traits, Tree, check_is_optimizer
 from .._dtensor.shards import stand_for
@@ -22,6 +23,7 @@ from ._shadow_params import ShadowParams, own_dtype
 from ._shared import gather_gradients, gather_params, records
 
 
+@state_class
 class CompensatedState(NamedTuple):
     """The state of `Compensated`, in which `compensation` has the shape of the parameters.
 

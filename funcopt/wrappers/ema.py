@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .._core import pytree
+from .._core.show import state_class
 from .._core.tensors import compute_dtype, write
 from .._core.types import (
     BELOW_ONE,
@@ -31,6 +32,7 @@ from ._shadow_params import ShadowParams, copy_params
 from ._shared import check_scalar, gather_gradients, known_value, records
 
 
+@state_class
 class EmaState(NamedTuple):
     """The state of `Ema`, in which `average` has the shape of the parameters.
 

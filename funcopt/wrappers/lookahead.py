@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .._core import pytree
+from .._core.show import state_class
 from .._core.tensors import write
 from .._core.types import (
     COUNT,
@@ -47,6 +48,7 @@ from ._shared import (
 )
 
 
+@state_class
 class LookaheadState(NamedTuple):
     """The state of `Lookahead`.
 

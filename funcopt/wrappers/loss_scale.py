@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .._core import transforms
+from .._core.show import state_class
 from .._core.types import (
     COUNT,
     Extras,
@@ -49,6 +50,7 @@ from ._shared import (
 )
 
 
+@state_class
 class LossScaleState(NamedTuple):
     """The state of `LossScale`. Its own tensors are where the parameters are.
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, NamedTuple, Unpack
 import torch
 
 from .._core import pytree
+from .._core.show import state_class
 from .._core.tensors import compute_dtype, write
 from .._core.types import ELEMENTWISE, Extras, Optimizer, ParamsT, Traits, Tree, check_is_optimizer
 from .._engine.checks import check_state
@@ -19,6 +20,7 @@ from ._shadow_params import ShadowParams, copy_params
 from ._shared import gather_gradients, records
 
 
+@state_class
 class MasterWeightsState(NamedTuple):
     """The state of `MasterWeights`, in which `master` has the shape of the parameters.
 

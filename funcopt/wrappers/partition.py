@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NamedTuple, Unpack
 from torch import Tensor
 
 from .._core import pytree
+from .._core.show import state_class
 from .._core.types import (
     Extras,
     Optimizer,
@@ -30,6 +31,7 @@ from ._together import Update, update_together_
 from .labels import Labels, check_labels, label_leaves, name_leaves, patterns_in
 
 
+@state_class
 class PartitionState(NamedTuple):
     """The state of `Partition`.
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .._core import transforms
+from .._core.show import state_class
 from .._core.tensors import choose
 from .._core.types import (
     AT_LEAST_ZERO,
@@ -43,6 +44,7 @@ from ._shared import (
 )
 
 
+@state_class
 class PlateauState(NamedTuple):
     """The state of `Plateau`. Its own tensors are on the GPU if all parameters are on one.
 

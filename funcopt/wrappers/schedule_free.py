@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .._core import pytree, tensors
+from .._core.show import state_class
 from .._core.tensors import choose, compute_dtype, fit, write
 from .._core.types import (
     AT_LEAST_ZERO,
@@ -44,6 +45,7 @@ from ._shared import (
 )
 
 
+@state_class
 class ScheduleFreeState(NamedTuple):
     """The state of `ScheduleFree`. Its trees are in float32 for 16-bit parameters.
 

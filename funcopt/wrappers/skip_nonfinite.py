@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .._core import transforms
+from .._core.show import state_class
 from .._core.types import (
     Extras,
     Hyperparam,
@@ -42,6 +43,7 @@ from ._shared import (
 )
 
 
+@state_class
 class SkipNonfiniteState(NamedTuple):
     """The state of `SkipNonfinite`. Its own tensors are where the parameters are.
 

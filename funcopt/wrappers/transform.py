@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .._core import pytree, transforms
+from .._core.show import state_class
 from .._core.tensors import write
 from .._core.types import Extras, Optimizer, ParamsT, Traits, Tree, check_is_optimizer, kind_of
 from .._engine.checks import check_no_history, check_state, is_like
@@ -26,6 +27,7 @@ from ._shared import (
 )
 
 
+@state_class
 class TransformState(NamedTuple):
     """The state of `Transform`.
 
