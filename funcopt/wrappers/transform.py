@@ -14,7 +14,7 @@ from .._core import pytree, transforms
 from .._core.show import state_class
 from .._core.tensors import write
 from .._core.types import Extras, Optimizer, ParamsT, Traits, Tree, check_is_optimizer, kind_of
-from .._engine.checks import check_no_history, check_state, is_like
+from .._engine.checks import check_dense, check_no_history, check_state, is_like
 from .._engine.hyperparameters import check_takes, short
 from .._engine.registration import register_optimizer
 from ._shared import (
@@ -190,6 +190,15 @@ class Transform:
 
     def _gather(self, grads: Tree, state: TransformState, params: Tree) -> Gradients:
         check_state(state, TransformState)
+        own, structure = pytree.flatten(state.own)
+        path = partial(pytree.path, structure, "state.own")
+        for index, leaf in enumerate(own):
+            if not isinstance(leaf, Tensor):
+                raise TypeError(
+                    f"{path(index)} is {kind_of(leaf)}: the state of a function is made of "
+                    f"tensors. Make the state with init() of this optimizer."
+                )
+        check_dense(own, path)
         return gather_gradients(self, grads, params)
 
     def _call(

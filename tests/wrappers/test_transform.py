@@ -330,3 +330,11 @@ def test_numbers_of_the_first_state_are_tensors():
         state.own,
         {"key": torch.tensor(7.0).double(), "step": torch.tensor(0.0).double()},
     )
+
+
+@both_ways
+def test_a_state_with_something_else_in_it_is_refused_by_its_path(method):
+    params, state = params_of(), NOISY.init(params_of())
+    for wrong in (7, state.own["key"].to_sparse()):
+        with pytest.raises(TypeError, match=r"^state\.own\['key'\] (is of type int|has layout)"):
+            getattr(NOISY, method)(params, state._replace(own={**state.own, "key": wrong}), params)
