@@ -30,6 +30,41 @@ from funcopt.testing._check import check_law
 from .cases import assert_close, assert_same_bits
 
 
+class FactoredState(NamedTuple):
+    step: Any
+    rows: Any
+    columns: Any
+
+
+def by_rows_and_columns(param, grad, slots, numbers, options):
+    """Gradients of two dimensions, divided by means of their squares over rows and columns."""
+    if grad.ndim != 2:
+        return [param - numbers.lr * grad, *slots]
+    squares = grad.square()
+    rows = torch.lerp(slots[0], squares.mean(1, keepdim=True), 0.5)
+    columns = torch.lerp(slots[1], squares.mean(0, keepdim=True), 0.5)
+    step = grad / ((rows @ columns / rows.mean()).sqrt() + 1e-3)
+    return [param - numbers.lr * step, rows, columns]
+
+
+@extend.register_optimizer
+@dataclass(frozen=True)
+class Factored:
+    rule: ClassVar[extend.UpdateRule] = extend.UpdateRule(
+        state=FactoredState,
+        slots=(
+            extend.Slot("rows", shape_of=lambda own: (own[0], 1) if len(own) == 2 else (0,)),
+            extend.Slot("columns", shape_of=lambda own: (1, own[1]) if len(own) == 2 else (0,)),
+        ),
+        hyperparams=(extend.Hyperparam("lr", extend.AT_LEAST_ZERO),),
+        equations=by_rows_and_columns,
+        traits=extend.Traits(leafwise=True),
+    )
+    lr: Number | Schedule = 0.1
+    __post_init__ = extend.check_fields
+    init, update, update_ = extend.init, extend.update, extend.update_
+
+
 class SignumState(NamedTuple):
     step: Any
     momentum: Any
@@ -171,6 +206,61 @@ def test_it_compiles_to_one_graph():
     state = opt.init(w)
     step = torch.compile(opt.update, fullgraph=True, backend="aot_eager")
     assert_same_bits(step(w, state, w), opt.update(w, state, w))
+
+
+def factored_by_hand(w, steps):
+    rows, columns = torch.zeros(len(w), 1).to(w.dtype), torch.zeros(1, w.shape[1]).to(w.dtype)
+    for g in steps:
+        rows = (rows + g.square().mean(1, keepdim=True)) / 2
+        columns = (columns + g.square().mean(0, keepdim=True)) / 2
+        w = w - 0.1 * g / ((rows @ columns / rows.mean()).sqrt() + 1e-3)
+    return w, rows, columns
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("lay", [lambda w: w, lambda w: w.t().contiguous().t()], ids=["rows", "t"])
+def test_a_slot_may_have_another_shape_than_its_parameter(lay, in_place):
+    w, b = torch.randn(3, 4), torch.randn(5)
+    steps = [(torch.randn(3, 4), torch.randn(5)) for _ in range(4)]
+    given = [{"w": lay(g), "b": h} for g, h in steps]
+    params, state = run(Factored(), {"w": lay(w.clone()), "b": b.clone()}, given, in_place)
+    expected, rows, columns = factored_by_hand(w, [g for g, _ in steps])
+    assert_close(params["w"], expected)
+    assert_close((state.rows["w"], state.columns["w"]), (rows, columns))
+    assert state.rows["b"].shape == state.columns["b"].shape == (0,)
+    assert_close(params["b"], b - 0.1 * sum(h for _, h in steps))
+
+
+def test_slots_of_other_shapes_are_mapped_over_and_differentiated_and_compiled():
+    w, steps = torch.randn(6, 3, 4, dtype=torch.float64), [torch.randn(6, 3, 4).double()] * 2
+    mapped = vmap(lambda w, *steps: run(Factored(), w, steps)[0])(w, *steps)
+    alone = [run(Factored(), w[i], [g[i] for g in steps])[0] for i in range(6)]
+    assert_close(mapped, torch.stack(alone))
+
+    def moved(g):
+        return run(Factored(), w[0], [g, 2 * g])[0]
+
+    assert torch.autograd.gradcheck(moved, steps[0][0].clone().requires_grad_())
+    step = torch.compile(Factored().update, fullgraph=True, backend="aot_eager")
+    given = steps[0][0], Factored().init(w[0]), w[0]
+    assert_close(step(*given), Factored().update(*given))
+
+
+def test_a_slot_of_a_wrong_shape_is_refused_also_after_steps_on_such_tensors():
+    w, g = torch.randn(3, 4), torch.randn(3, 4)
+    state = Factored().init(w)
+    wrong = state._replace(rows=torch.zeros(3, 4), columns=torch.zeros(3, 4))
+    whole = AdamW().init(w)
+    for _ in range(2):
+        Factored().update(g, state, w)
+        AdamW(moments=None).update(g, whole, w)
+        with pytest.raises(
+            ValueError,
+            match=r"state.rows: shape \(3, 4\), and beside this parameter it must be \(3, 1",
+        ):
+            Factored().update(g, wrong, w)
+        with pytest.raises(ValueError, match=r"state.exp_avg: shape"):
+            AdamW().update(g, whole._replace(exp_avg=state.rows, exp_avg_sq=state.columns), w)
 
 
 WRAPPED = {

@@ -108,6 +108,7 @@ def check_alike(
     path: Callable[[int], str],
     what: str,
     dtype_of: Callable[[torch.dtype], torch.dtype] = _same,
+    shape_of: Callable[[torch.Size], Sequence[int]] = tuple,
 ) -> None:
     """Refuse gradients or moments that are not like their parameters, but for a dtype of theirs."""
     if (shards := sharding()) is not None:
@@ -117,14 +118,17 @@ def check_alike(
             isinstance(leaf, Tensor)
             and leaf.layout is torch.strided
             and not leaf.is_nested
-            and leaf.shape == param.shape
+            and leaf.shape == (param.shape if shape_of is tuple else tuple(shape_of(param.shape)))
             and leaf.dtype == dtype_of(param.dtype)
             and leaf.device == param.device
         ):
-            _refuse_unlike(leaf, param, path(index), what, dtype_of(param.dtype))
+            shape = torch.Size(shape_of(param.shape))
+            _refuse_unlike(leaf, param, path(index), what, dtype_of(param.dtype), shape)
 
 
-def _refuse_unlike(leaf: Any, param: Tensor, path: str, what: str, dtype: torch.dtype) -> None:
+def _refuse_unlike(
+    leaf: Any, param: Tensor, path: str, what: str, dtype: torch.dtype, shape: torch.Size
+) -> None:
     if not isinstance(leaf, Tensor):
         raise TypeError(f"{path} is {kind_of(leaf)}: {what} must be a tensor.")
     if not is_dense(leaf):
@@ -139,14 +143,14 @@ def _refuse_unlike(leaf: Any, param: Tensor, path: str, what: str, dtype: torch.
             f"moments={leaf.dtype}, make the state with its init(), or convert this one with .to()."
         )
     for name in ("shape", "dtype", "device"):
-        own, wanted = getattr(leaf, name), getattr(param, name)
+        own, wanted = getattr(leaf, name), shape if name == "shape" else getattr(param, name)
         if own != wanted and (name != "dtype" or leaf.dtype != dtype):
             remedy = _REMEDIES[name]
+            like = wanted == getattr(param, name)
+            has = "the parameter has" if like else "and beside this parameter it must be"
             if what == "a moment" and name == "shape":
                 remedy += of_members()
-            raise ValueError(
-                f"{path}: {name} {shown(own)}, the parameter has {shown(wanted)}. {remedy}"
-            )
+            raise ValueError(f"{path}: {name} {shown(own)}, {has} {shown(wanted)}. {remedy}")
 
 
 _REMEDIES = {

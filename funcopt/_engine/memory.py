@@ -156,6 +156,8 @@ def _map(
 
 
 def _in_layout_of(tensor: Tensor, param: Tensor) -> Tensor:
+    if tensor.shape != param.shape:  # a slot of a rule that is served by its equations alone
+        return tensor.clone() if tensor.is_neg() else tensor
     if tensor.stride() == param.stride() and not tensor.is_neg():
         return tensor
     return torch.empty_like(param, dtype=tensor.dtype).copy_(tensor)
@@ -267,7 +269,13 @@ def layout_of(inputs: StepInputs) -> Layout:
 def _learn(inputs: StepInputs) -> Layout:
     global _recent  # noqa: PLW0603  # replaced whole, so that threads need no lock
     layout = _survey(inputs)
-    unchanged = guard(list(chain(*inputs.columns)))
+    # Slots of other shapes are looked at each time: who knows tensors by their looks asks for none.
+    alike = all(
+        one.shape == param.shape
+        for column in inputs.slots
+        for one, param in zip(column, inputs.params, strict=True)
+    )
+    unchanged = guard(list(chain(*inputs.columns))) if alike else None
     if unchanged is not None:
         entry = _Known(tuple(map(len, inputs.columns)), unchanged, layout)
         _recent = (entry, *_recent[: _REMEMBERED - 1])

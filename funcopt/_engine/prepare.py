@@ -60,7 +60,13 @@ def _zeros(
     slot: Slot, moments: torch.dtype | str | None, params: list[Tensor], own: pytree.Structure
 ) -> Tree:
     """Return a slot of parameters before the first update."""
-    made = [torch.zeros_like(p, dtype=slot_dtype(slot, moments, p.dtype)) for p in params]
+    made = []
+    for param in params:
+        dtype = slot_dtype(slot, moments, param.dtype)
+        if slot.shape_of is tuple:
+            made.append(torch.zeros_like(param, dtype=dtype))
+        else:
+            made.append(param.new_zeros(slot.shape_of(param.shape), dtype=dtype))
     return pytree.unflatten(own, made)
 
 
@@ -287,7 +293,7 @@ def _check(
     for slot, paired in zip(setup.slots, kept, strict=True):
         path = partial(pytree.path, structure, f"state.{slot.name}")
         dtype_of = partial(slot_dtype, slot, setup.options.moments)
-        check_alike(paired.leaves, params.leaves, path, "a moment", dtype_of)
+        check_alike(paired.leaves, params.leaves, path, "a moment", dtype_of, slot.shape_of)
 
 
 def is_followed(prepared: Prepared, options: Any, numbers: list[Any]) -> bool:

@@ -189,6 +189,8 @@ class Results:
             *(
                 [
                     like._replace(dtype=tensor.dtype)
+                    if tuple(tensor.shape) == like.shape
+                    else _Like.of(tensor)
                     for like, tensor in zip(likes, slot, strict=True)
                 ]
                 for slot in slots

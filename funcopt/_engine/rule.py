@@ -84,6 +84,8 @@ class StepOutputs(NamedTuple):
 
 
 _NUMBERS = (int, float)  # False is one, too
+_FLOAT = frozenset((float,))
+_CAREFUL = Traits()
 
 
 class Slot(NamedTuple):
@@ -94,11 +96,14 @@ class Slot(NamedTuple):
         option: The field of the optimizer that must be neither False nor 0 for the slot to be
             kept; always kept if it is empty. Where it is not kept, the state holds `()`.
         is_moment: Whether its dtype is what `moments` says; else it is the parameter's.
+        shape_of: `shape_of(shape)` returns its shape beside a parameter of a shape; by default the
+            same. Another one is only for a rule that is not elementwise.
     """
 
     name: str
     option: str = ""
     is_moment: bool = True
+    shape_of: Callable[[torch.Size], Sequence[int]] = tuple
 
     def is_kept(self, opt: Any) -> bool:
         """Whether an optimizer keeps this slot."""
@@ -219,10 +224,10 @@ class Setup(NamedTuple):
     trees: tuple[int, ...]
 
     def keeps(self, dtypes: Iterable[tuple[torch.dtype, ...]]) -> bool:
-        """Whether slots beside parameters are as the optimizer keeps them: of all these dtypes."""
+        """Whether slots like their parameters, of all these dtypes, are as it keeps them."""
         moments = self.options.moments
         return all(
-            dtype is slot_dtype(slot, moments, param)
+            dtype is slot_dtype(slot, moments, param) and slot.shape_of is tuple
             for param, *kept in dtypes
             for slot, dtype in zip(self.slots, kept, strict=True)
         )
@@ -236,8 +241,6 @@ _COMMON = {
     "differentiable": None,
     "step_per_leaf": False,
 }
-
-_CAREFUL = Traits()
 
 
 @dataclass(frozen=True, eq=False)
@@ -395,6 +398,3 @@ def _loaded(value: Any) -> Any:
 def is_read(numbers: Any) -> bool:
     """Whether all numbers are Python numbers."""
     return _FLOAT.issuperset(map(type, numbers))
-
-
-_FLOAT = frozenset((float,))
