@@ -287,12 +287,11 @@ def test_it_moves_the_same_within_each_wrapper(wrap, in_place):
     assert_close(run(wrap(Signum()), copy, steps, in_place)[0], expected)
 
 
-@pytest.mark.parametrize("kind", [Whole, Unsaid])
-def test_without_the_trait_buckets_are_refused_with_its_name(kind):
+def test_without_a_trait_that_says_how_leaves_are_shared_out_zero1_refuses_with_their_names():
     with pytest.raises(ValueError, match=r"`elementwise` or `packable`.*gradients='averaged'"):
-        Zero1(kind(), None)
+        Zero1(Unsaid(), None)
     with pytest.raises(ValueError, match="`elementwise` or `packable`"):
-        Zero1(Clip(kind(), 1.0), None)
+        Zero1(Clip(Unsaid(), 1.0), None)
 
 
 def scale_of(kind):

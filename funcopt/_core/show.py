@@ -6,31 +6,26 @@ import dataclasses
 import html
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
-
-T = TypeVar("T")
 
 _MOST_NUMBERS = 16  # of a tensor that is shown by its numbers
 _MOST_ENTRIES = 8  # of a dict, list or tuple
 
 
-def state_class(cls: type[T]) -> type[T]:
-    """Let the states of a class show shapes where tensors are large, and be loaded from files.
+def let_optimizers_show(cls: Any) -> None:
+    """Give a dataclass a `__repr__` that names what is not the default, unless it has its own."""
+    code = getattr(getattr(cls.__repr__, "__wrapped__", None), "__code__", None)
+    if code is not None and code.co_filename == "<string>":  # which dataclasses made
+        cls.__repr__ = show_optimizer
 
-    The class is a NamedTuple. `torch.load(weights_only=True)` reads it from now on, since what it
-    holds is but trees of tensors.
 
-    Returns:
-        The class, so that this can stand above its definition.
-    """
-    shown: Any = cls  # which is more than its type says
-    shown.__repr__ = show
-    shown._repr_html_ = _table
+def let_states_show(cls: Any) -> None:
+    """Let a NamedTuple show shapes, and torch load it without asking what it is."""
+    cls.__repr__, cls._repr_html_ = show, _table
     torch.serialization.add_safe_globals([cls])
-    return cls
 
 
 def show_optimizer(opt: Any) -> str:
@@ -41,12 +36,6 @@ def show_optimizer(opt: Any) -> str:
         if field.repr and not _is_default(value, field):
             parts.append(show(value) if field.name == "inner" else f"{field.name}={show(value)}")
     return f"{type(opt).__name__}({', '.join(parts)})"
-
-
-def is_generated(method: Any) -> bool:
-    """Whether a `__repr__` is one that dataclasses make, and nobody's own."""
-    code = getattr(getattr(method, "__wrapped__", None), "__code__", None)
-    return code is not None and code.co_filename == "<string>"
 
 
 def _is_default(value: Any, field: dataclasses.Field[Any]) -> bool:

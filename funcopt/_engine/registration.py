@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from .._core import pytree, show, transforms
+from .._core import pytree, transforms
 from .._core.types import (
     Hyperparam,
     Range,
@@ -30,6 +30,7 @@ from .hyperparameters import (
 from .rule import UpdateRule
 
 OptimizerT = TypeVar("OptimizerT")
+StateT = TypeVar("StateT")
 
 
 def register_optimizer(cls: type[OptimizerT]) -> type[OptimizerT]:
@@ -46,6 +47,8 @@ def register_optimizer(cls: type[OptimizerT]) -> type[OptimizerT]:
     Returns:
         The class, so that this can stand above its definition.
     """
+    from .._core import show  # noqa: PLC0415  # apart, as it has no part in an update
+
     dataclass: Any = cls  # which is more than its type says
     fields = [field.name for field in dataclasses.fields(dataclass)]
     advice = "Parameters are given to init(): opt = {}; state = opt.init(params)."
@@ -55,11 +58,21 @@ def register_optimizer(cls: type[OptimizerT]) -> type[OptimizerT]:
     wrap_methods(cls)
     remember_traits(cls)
     dataclass.__getstate__ = without_memory
-    if show.is_generated(cls.__repr__):
-        dataclass.__repr__ = show.show_optimizer
+    show.let_optimizers_show(cls)
     if "inner" in fields:
         leaves_at_rest(cls, lambda opt, leaves, own: at_rest(opt.inner, leaves, own))
         dataclass.__init__ = _checking_order(dataclass.__init__)
+    return cls
+
+
+def state_class(cls: type[StateT]) -> type[StateT]:
+    """Let states, NamedTuples of trees, show shapes where tensors are large.
+
+    `torch.load(weights_only=True)` reads them from now on. Returns the class.
+    """
+    from .._core import show  # noqa: PLC0415  # as above
+
+    show.let_states_show(cls)
     return cls
 
 

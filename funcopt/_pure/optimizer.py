@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from .._core import pytree, transforms
-from .._core.show import state_class
 from .._core.types import Extras, ParamsT, Traits, Tree
 from .._engine.checks import check_state
 from .._engine.counts import device_for_count, first_count, next_count
 from .._engine.prepare import check_untied, keep_requiring
-from .._engine.registration import register_optimizer
+from .._engine.registration import register_optimizer, state_class
 from ..wrappers._in_float32 import check_params_inplace
 from ..wrappers._shared import (
     Gradients,

@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from .._core import pytree, transforms
-from .._core.show import state_class
 from .._core.tensors import compute_dtype, write
 from .._core.types import (
     AT_LEAST_ZERO,
@@ -29,7 +28,7 @@ from .._core.types import (
 from .._engine.checks import check_state
 from .._engine.hyperparameters import check_flag, normalize
 from .._engine.prepare import keep_requiring
-from .._engine.registration import register_optimizer
+from .._engine.registration import register_optimizer, state_class
 from ..wrappers._shared import check_scalar, gather_gradients, gather_params, read
 from ._checks import check_mesh, check_unrecorded, check_untransformed
 from ._sync import Outer, Sync

@@ -10,14 +10,13 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from .._core import pytree, transforms
-from .._core.show import state_class
 from .._core.tensors import write
 from .._core.types import Extras, Optimizer, ParamsT, Traits, Tree, check_is_optimizer, traits_of
 from .._dtensor.shards import wholes_in, work_on
 from .._engine.checks import check_state
 from .._engine.hyperparameters import check_choice
 from .._engine.prepare import flatten_params, keep_requiring
-from .._engine.registration import register_optimizer
+from .._engine.registration import register_optimizer, state_class
 from ..wrappers._shared import gather_gradients
 from ._checks import (
     check_gradients,

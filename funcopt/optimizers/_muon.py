@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from .._core import pytree, transforms
-from .._core.show import state_class
 from .._core.tensors import double, fit
 from .._core.types import (
     ABOVE_ZERO,
@@ -28,6 +27,7 @@ from .._core.types import (
 )
 from .._dtensor.shards import Place, current_parts
 from .._engine import kernels
+from .._engine.registration import state_class
 from .._engine.rule import Slot, StepInputs, UpdateRule
 from ._newton_schulz import Iteration, orthogonalize, orthogonalize_all, stacks
 from ._terms import add_scaled

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from .._core.pytree import tree_map
-from .._core.show import state_class
 from .._core.tensors import double, fit, view_as_complex_like, view_as_real
 from .._core.types import (
     AT_LEAST_ZERO,
@@ -26,7 +25,7 @@ from .._engine import kernels
 from .._engine.dispatch import safe_sqrt
 from .._engine.hyperparameters import normalize
 from .._engine.prepare import init
-from .._engine.registration import check_fields, register_optimizer
+from .._engine.registration import check_fields, register_optimizer, state_class
 from .._engine.rule import Slot, StepInputs, UpdateRule
 from .._engine.update import update, update_
 from ._terms import add_decay, add_quotient, foreach_add_quotients_, foreach_decayed_grads

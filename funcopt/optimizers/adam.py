@@ -8,11 +8,10 @@ from typing import Any, ClassVar, NamedTuple, Unpack
 import torch
 from torch import Tensor
 
-from .._core.show import state_class
 from .._core.types import ELEMENTWISE_BY_RULE, Extras, Number, NumberTree, ParamsT, Schedule, Tree
 from .._engine.hyperparameters import check_flag
 from .._engine.prepare import init
-from .._engine.registration import check_fields, register_optimizer
+from .._engine.registration import check_fields, register_optimizer, state_class
 from .._engine.rule import UpdateRule
 from .._engine.update import update, update_
 from ._adam.nesterov import RuleByOption, looking_ahead

@@ -8,7 +8,6 @@ from typing import Any, ClassVar, NamedTuple, Unpack
 import torch
 from torch import Tensor
 
-from .._core.show import state_class
 from .._core.tensors import double, fit
 from .._core.types import (
     AT_LEAST_ZERO,
@@ -24,7 +23,7 @@ from .._core.types import (
 )
 from .._engine import kernels
 from .._engine.prepare import init
-from .._engine.registration import check_fields, register_optimizer
+from .._engine.registration import check_fields, register_optimizer, state_class
 from .._engine.rule import Slot, StepInputs, UpdateRule
 from .._engine.update import update, update_
 

@@ -8,7 +8,6 @@ from typing import Any, ClassVar, NamedTuple, Unpack
 import torch
 from torch import Tensor
 
-from .._core.show import state_class
 from .._core.tensors import choose, double, fit
 from .._core.types import (
     ELEMENTWISE_BY_RULE,
@@ -22,7 +21,7 @@ from .._core.types import (
 from .._engine import kernels
 from .._engine.dispatch import safe_sqrt
 from .._engine.prepare import init
-from .._engine.registration import check_fields, register_optimizer
+from .._engine.registration import check_fields, register_optimizer, state_class
 from .._engine.rule import Slot, StepInputs, UpdateRule
 from .._engine.update import update, update_
 from ._terms import add_decay, foreach_decayed_grads, foreach_moments_

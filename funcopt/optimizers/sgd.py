@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from .._core import transforms
-from .._core.show import state_class
 from .._core.tensors import double, fit, is_narrow
 from .._core.types import (
     AT_LEAST_ZERO,
@@ -26,7 +25,7 @@ from .._core.types import (
 )
 from .._engine import kernels
 from .._engine.prepare import init
-from .._engine.registration import check_fields, register_optimizer
+from .._engine.registration import check_fields, register_optimizer, state_class
 from .._engine.rule import Slot, StepInputs, UpdateRule
 from .._engine.update import update, update_
 from ._terms import add_decay, add_scaled

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from .._core import pytree, tensors, transforms
-from .._core.show import state_class
 from .._core.tensors import compute_dtype, write
 from .._core.types import (
     COUNT,
@@ -28,7 +27,7 @@ from .._core.types import (
 from .._engine.checks import check_state, is_like
 from .._engine.counts import next_count
 from .._engine.hyperparameters import normalize_fields, numbers_of
-from .._engine.registration import register_optimizer
+from .._engine.registration import register_optimizer, state_class
 from .._engine.update_if import update_if, update_if_
 from ._shadow_params import ShadowParams
 from ._shared import (

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from .._core import pytree
-from .._core.show import state_class
 from .._core.tensors import choose, write
 from .._core.types import (
     AT_LEAST_ZERO,
@@ -30,7 +29,7 @@ from .._engine.checks import check_state
 from .._engine.counts import device_for_count, first_count, fresh
 from .._engine.extras import goes_by_value
 from .._engine.hyperparameters import check_choice, normalize_fields, numbers_of
-from .._engine.registration import register_optimizer
+from .._engine.registration import register_optimizer, state_class
 from .._engine.update_if import choose_each, copies
 from ._scores import MODES, PATIENCE, check_scores, is_better, read_all, worst
 from ._shadow_params import ShadowParams, own_dtype

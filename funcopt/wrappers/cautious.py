@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from .._core import pytree
-from .._core.show import state_class
 from .._core.tensors import compute_dtype, fit, view_as_complex_like, view_as_real, write
 from .._core.types import (
     AT_LEAST_ZERO,
@@ -28,7 +27,7 @@ from .._engine.checks import check_state
 from .._engine.counts import next_count
 from .._engine.hyperparameters import check_flag, normalize_fields, numbers_of
 from .._engine.prepare import keep_requiring
-from .._engine.registration import register_optimizer
+from .._engine.registration import register_optimizer, state_class
 from .._engine.update_if import copies
 from ._lr import the_rate
 from ._shared import (

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from .._core import tensors, transforms
-from .._core.show import state_class
 from .._core.tensors import choose
 from .._core.types import (
     AT_LEAST_ZERO,
@@ -29,7 +28,7 @@ from .._dtensor.reductions import over_shards
 from .._engine.checks import check_state
 from .._engine.counts import next_count
 from .._engine.hyperparameters import check_choice, normalize, normalize_fields, numbers_of
-from .._engine.registration import register_optimizer
+from .._engine.registration import register_optimizer, state_class
 from .._engine.update_if import hands_on_condition, update_by_kernel, update_if, update_if_
 from ._finite import device_for_state, zeros_unless
 from ._shared import (

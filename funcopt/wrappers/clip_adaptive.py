@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from .._core import pytree, transforms
-from .._core.show import state_class
 from .._core.tensors import compute_dtype, differentiable_norm, fit, is_narrow, vector_norm
 from .._core.types import (
     AT_LEAST_ZERO,
@@ -28,7 +27,7 @@ from .._dtensor.shards import whole_of
 from .._engine.checks import check_state
 from .._engine.counts import next_count
 from .._engine.hyperparameters import normalize_fields, numbers_of
-from .._engine.registration import register_optimizer
+from .._engine.registration import register_optimizer, state_class
 from ._shared import (
     Gradients,
     check_wrapper_inplace,

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from .._core import transforms
-from .._core.show import state_class
 from .._core.tensors import is_mapped, view_as_complex_like, view_as_real
 from .._core.types import (
     AT_LEAST_ZERO,
@@ -26,7 +25,7 @@ from .._core.types import (
 from .._engine.checks import check_state
 from .._engine.counts import next_count
 from .._engine.hyperparameters import normalize_fields, numbers_of
-from .._engine.registration import register_optimizer
+from .._engine.registration import register_optimizer, state_class
 from ._shared import (
     Gradients,
     check_wrapper_inplace,

@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 
 from .._core import pytree
-from .._core.show import state_class
 from .._core.tensors import compute_dtype, is_narrow, write
 from .._core.types import ELEMENTWISE, Extras, Optimizer, ParamsT, Traits, Tree, check_is_optimizer
 from .._dtensor.shards import stand_for
 from .._engine.checks import check_state
 from .._engine.compensated import as_one, remember, update_compensated
 from .._engine.prepare import keep_requiring, may_recall
-from .._engine.registration import register_optimizer
+from .._engine.registration import register_optimizer, state_class
 from ._in_float32 import check_params_inplace, widened
 from ._shadow_params import ShadowParams, own_dtype
 from ._shared import gather_gradients, gather_params, records

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from .._core import pytree
-from .._core.show import state_class
 from .._core.tensors import compute_dtype, write
 from .._core.types import (
     BELOW_ONE,
@@ -27,7 +26,7 @@ from .._core.types import (
 from .._engine.checks import check_state
 from .._engine.counts import device_for_count, first_count, fresh
 from .._engine.hyperparameters import check_flag, normalize_fields, numbers_of
-from .._engine.registration import register_optimizer
+from .._engine.registration import register_optimizer, state_class
 from ._shadow_params import ShadowParams, copy_params
 from ._shared import check_scalar, gather_gradients, known_value, records
 

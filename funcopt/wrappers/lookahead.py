@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from .._core import pytree
-from .._core.show import state_class
 from .._core.tensors import write
 from .._core.types import (
     COUNT,
@@ -31,7 +30,7 @@ from .._engine.counts import next_count
 from .._engine.extras import keep_value
 from .._engine.hyperparameters import check_flag, normalize_fields, numbers_of
 from .._engine.prepare import keep_requiring
-from .._engine.registration import register_optimizer
+from .._engine.registration import register_optimizer, state_class
 from .._engine.update_if import choose_each, copies
 from ._shadow_params import ShadowParams, copy_params, own_dtype
 from ._shared import (

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from .._core import transforms
-from .._core.show import state_class
 from .._core.types import (
     COUNT,
     Extras,
@@ -34,7 +33,7 @@ from .._engine.hyperparameters import (
     number_at,
     numbers_of,
 )
-from .._engine.registration import register_optimizer
+from .._engine.registration import register_optimizer, state_class
 from .._engine.update_if import update_if, update_if_
 from ._finite import all_finite_everywhere, decide, device_for_state, zeros_unless
 from ._shared import (

@@ -9,12 +9,11 @@ from typing import Any, ClassVar, NamedTuple, Unpack
 import torch
 
 from .._core import pytree
-from .._core.show import state_class
 from .._core.tensors import compute_dtype, write
 from .._core.types import ELEMENTWISE, Extras, Optimizer, ParamsT, Traits, Tree, check_is_optimizer
 from .._engine.checks import check_state
 from .._engine.prepare import keep_requiring
-from .._engine.registration import register_optimizer
+from .._engine.registration import register_optimizer, state_class
 from ._in_float32 import check_params_inplace, widened
 from ._shadow_params import ShadowParams, copy_params
 from ._shared import gather_gradients, records

@@ -10,7 +10,6 @@ from typing import Any, ClassVar, NamedTuple, Unpack
 from torch import Tensor
 
 from .._core import pytree
-from .._core.show import state_class
 from .._core.types import (
     Extras,
     Optimizer,
@@ -25,7 +24,7 @@ from .._core.types import (
 from .._dtensor.shards import whole_of
 from .._engine.checks import check_dense, check_state
 from .._engine.prepare import check_untied
-from .._engine.registration import register_optimizer
+from .._engine.registration import register_optimizer, state_class
 from .._engine.scaled import hands_on
 from ._together import Update, update_together_
 from .labels import Labels, check_labels, label_leaves, name_leaves, patterns_in

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from .._core import transforms
-from .._core.show import state_class
 from .._core.tensors import choose
 from .._core.types import (
     AT_LEAST_ZERO,
@@ -29,7 +28,7 @@ from .._engine.checks import check_state
 from .._engine.counts import device_for_count, fresh, next_count
 from .._engine.extras import goes_by_value
 from .._engine.hyperparameters import check_choice, normalize_fields, numbers_of
-from .._engine.registration import register_optimizer
+from .._engine.registration import register_optimizer, state_class
 from ._lr import learning_rates, with_scaled_lr
 from ._scores import MODES, PATIENCE, check_scores, is_better, read_all, worst
 from ._shared import (

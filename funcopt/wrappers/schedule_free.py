@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from .._core import pytree, tensors
-from .._core.show import state_class
 from .._core.tensors import choose, compute_dtype, fit, write
 from .._core.types import (
     AT_LEAST_ZERO,
@@ -30,7 +29,7 @@ from .._engine.checks import check_state
 from .._engine.counts import device_for_count, first_count, fresh, next_count
 from .._engine.hyperparameters import normalize_fields, numbers_of
 from .._engine.prepare import keep_requiring
-from .._engine.registration import register_optimizer
+from .._engine.registration import register_optimizer, state_class
 from ._in_float32 import check_params_inplace, widened
 from ._lr import own_rates, the_rate
 from ._shadow_params import ShadowParams, copy_params

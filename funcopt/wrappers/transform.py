@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from .._core import pytree, transforms
-from .._core.show import state_class
 from .._core.tensors import write
 from .._core.types import Extras, Optimizer, ParamsT, Traits, Tree, check_is_optimizer, kind_of
 from .._engine.checks import check_dense, check_no_history, check_state, is_like
 from .._engine.hyperparameters import check_takes, short
-from .._engine.registration import register_optimizer
+from .._engine.registration import register_optimizer, state_class
 from ._shared import (
     Gradients,
     check_wrapper_inplace,
