@@ -81,7 +81,7 @@ def _equations(
 
 
 def _iteration(own: Coefficients, options: Any) -> Iteration:
-    return Iteration(own.a, own.b, own.c, own.eps, options.ns_steps)
+    return Iteration(own.a, own.b, own.c, own.eps, options.ns_steps, options.gram)
 
 
 def _matrix_shape(shape: torch.Size, options: Any) -> torch.Size:
@@ -211,7 +211,7 @@ RULE = UpdateRule(
     state=MuonState,
     slots=(Slot("momentum_buffer"),),
     hyperparams=_HYPERPARAMS,
-    options=("nesterov", "ns_steps", "adjust_lr_fn", "ns_dtype", "matrices"),
+    options=("nesterov", "ns_steps", "adjust_lr_fn", "ns_dtype", "matrices", "gram"),
     coefficients=coefficients,
     equations=_equations,
     kernels={"batched": kernels.foreach(_batched_, (), _PATHS)},

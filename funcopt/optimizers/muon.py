@@ -83,6 +83,10 @@ class Muon:
             for that of the leaf (float32 for one in 16 bits).
         matrices: `"flatten"` sees a leaf of more than two dimensions as one matrix, `"stack"` as
             one for each index of all but the last two dimensions.
+        gram: Make most of the iterations on the Gram matrix $X X^\top$, which takes about half the
+            products for matrices of four times as many columns as rows, or the reverse, and is left
+            alone for those that are less than one and a half times as long as wide. It is another
+            rounding of the same: not torch's bits, nor those of another kernel.
         step_per_leaf: Count the updates of each leaf; a schedule then sees each leaf's own count.
             Off: one count for the tree, advanced by every update.
         kernel: `"auto"` takes the fastest that is right for the tensors; `"batched"` and `"plain"`
@@ -122,6 +126,7 @@ class Muon:
     adjust_lr_fn: str | None = None
     ns_dtype: torch.dtype | None = torch.bfloat16
     matrices: str = "flatten"
+    gram: bool = False
     step_per_leaf: bool = False
     kernel: str = "auto"
     differentiable: bool | None = None

@@ -85,6 +85,41 @@ def test_a_step_has_singular_values_near_one():
     assert values.max() < 1.3
 
 
+def directions(param, opt):
+    """What the first step of a matrix is, of a learning rate of 1."""
+    moved, _ = opt.update(param, opt.init(param), torch.zeros_like(param))
+    return moved.double()
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("shape", [(30, 60), (60, 30), (40, 60), (260, 1100), (2, 30, 60)])
+def test_by_the_gram_matrix_it_is_the_same_but_for_rounding(shape, kernel):
+    """In bfloat16 about as near to float64 as by torch's order: singular values from 1 to 1e-4."""
+    left, _, right = torch.linalg.svd(torch.randn(shape), full_matrices=False)
+    param = left * torch.logspace(0, -4, min(shape[-2:])) @ right
+    options = {"lr": 1.0, "matrices": "stack", "weight_decay": 0.0}
+    exact = directions(param.double(), Muon(**options, ns_dtype=None))
+    single = directions(param, Muon(**options, ns_dtype=None, gram=True, kernel=kernel))
+    assert_close(single, exact, rtol=0, atol=1e-4)
+    ours = directions(param, Muon(**options, gram=True, kernel=kernel))
+    theirs = directions(param, Muon(**options))
+    assert not torch.equal(ours, theirs)
+    assert (ours - exact).norm() < 1.3 * (theirs - exact).norm()
+
+
+def test_by_the_gram_matrix_matrices_that_are_almost_square_have_torchs_bits():
+    params = [torch.randn(6, 8), torch.randn(8, 6), torch.randn(300, 400)]
+    gradients = [random_like(params)]
+    assert_same_bits(run(Muon(gram=True), params, gradients), run(Muon(), params, gradients))
+
+
+@pytest.mark.parametrize("ns_steps", [1, 2, 3, 4, 6])
+def test_by_the_gram_matrix_any_number_of_iterations_is_the_same(ns_steps):
+    param, options = torch.randn(4, 9, dtype=torch.float64), {"ns_dtype": None, "lr": 1.0}
+    ours = directions(param, Muon(**options, ns_steps=ns_steps, gram=True))
+    assert_close(ours, directions(param, Muon(**options, ns_steps=ns_steps)), rtol=1e-9, atol=1e-10)
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_a_leaf_of_more_dimensions_is_one_matrix_or_a_stack_of_them(kernel):
     param, gradient = torch.randn(2, 6, 2, 3, 5).unbind()
@@ -191,15 +226,15 @@ def test_a_vmap_is_a_loop(opt):
         assert_close(tree_map(member, (params, state)), single, rtol=1e-4, atol=1e-5)
 
 
-def test_derivatives_go_through_the_iterations():
+@pytest.mark.parametrize("gram", [False, True])
+def test_derivatives_go_through_the_iterations(gram):
+    options = {"ns_steps": 2, "ns_dtype": None, "gram": gram}
     params, grads = torch.randn(2, 3, dtype=torch.float64), torch.randn(2, 2, 3).double()
     weights = torch.randn(2, 3, dtype=torch.float64)
 
     def loss(numbers, param, first, second):
         lr, decay, momentum, a, eps = numbers.unbind()
-        opt = Muon(
-            lr, decay, momentum, ns_coefficients=(a, -2.0, 0.5), eps=eps, ns_steps=2, ns_dtype=None
-        )
+        opt = Muon(lr, decay, momentum, ns_coefficients=(a, -2.0, 0.5), eps=eps, **options)
         moved, state = run(opt, param, [first, second])
         return (weights * moved).sum() + state.momentum_buffer.square().sum()
 
