@@ -10,10 +10,12 @@ tenth is trained once more from there, in new objects, and the script exits with
 that gives the same weights and losses to the bit. (On several threads torch's own forward pass was
 seen to round differently once in a hundred runs: OMP_NUM_THREADS=1 keeps it from that.) Then the
 same training runs with torch.optim: the script prints by how much losses and weights differ, and
-draws both curves and the learning rate.
+draws both curves and the learning rate. With --muon it trains once more, with Muon for the matrices
+of the blocks, at the same learning rate, and prints both losses side by side.
 
     pip install "funcopt[examples]"
     python examples/char_lm.py
+    python examples/char_lm.py --muon
     python examples/char_lm.py --checkpoint out/char_lm.pt  # again, after a stop, to go on
     python examples/char_lm.py --steps 6 --layers 1 --width 32 --context 32
 """
@@ -58,7 +60,7 @@ LENGTH, TEMPERATURE = 500, 0.6
 EARLY, ALLOWED = 5, 1e-3
 
 # Flags that change nothing of a run.
-FILES = ("checkpoint", "output")
+FILES = ("checkpoint", "output", "muon")
 
 # A run is trained in so many legs; at the end of each it is judged and saved.
 LEGS = 10
@@ -84,16 +86,25 @@ class Run(NamedTuple):
     judged: list[Judged]
 
 
-def optimizer(options: Options) -> funcopt.Accumulate:
+def optimizer(options: Options, *, muon: bool = False) -> funcopt.Accumulate:
     lr = learning_rate(options)
-    groups = {
+    groups: dict[str, funcopt.Optimizer[Any]] = {
         "decay": funcopt.AdamW(lr=lr, weight_decay=DECAY),
         "no_decay": funcopt.AdamW(lr=lr, weight_decay=0.0),
     }
-    in_groups = funcopt.Partition(groups, labels=funcopt.decay_label)
+    if muon:  # whose steps are as large as AdamW's at the same learning rate
+        groups["muon"] = funcopt.Muon(lr, DECAY, adjust_lr_fn="match_rms_adamw")
+    in_groups = funcopt.Partition(groups, labels=label_with_muon if muon else funcopt.decay_label)
     averaging = funcopt.Ema(funcopt.Clip(in_groups, max_norm=MAX_NORM), decay=AVERAGE)
     # Outermost, so that all else happens once for each mean: when the weights really move.
     return funcopt.Accumulate(averaging, every=options.every)
+
+
+def label_with_muon(name: str, leaf: Tensor) -> str:
+    """Label the matrices of the blocks `"muon"`; the last layer is one more that is none."""
+    last = name.startswith("read.")
+    by_muon = not last and funcopt.muon_label(name, leaf) == "muon"
+    return "muon" if by_muon else funcopt.decay_label(name, leaf)
 
 
 def learning_rate(options: Options) -> schedules.Cosine:
@@ -105,15 +116,16 @@ def warmup(options: Options) -> int:
     return max(1, options.steps // 16)
 
 
-def train(run: Run, stop: int, data: Data, options: Options) -> Run:
+def train(run: Run, stop: int, data: Data, options: Options, *, muon: bool = False) -> Run:
     """Train until so many updates are made in all. What the run holds is written over."""
-    opt, network = optimizer(options), build(data, options)
+    opt, network = optimizer(options, muon=muon), build(data, options)
     params, state, losses = run.params, run.state, list(run.losses)
 
     def loss_of(params: Params, windows: Tensor) -> Tensor:
         return loss_in(partial(functional_call, network, params), windows, options)
 
-    for starts in bar(data.starts[len(losses) : stop], "funcopt", len(losses)):
+    name = "with Muon" if muon else "funcopt"
+    for starts in bar(data.starts[len(losses) : stop], name, len(losses)):
         total = 0.0
         for windows in data.windows(starts):
             grads, loss = grad_and_value(loss_of)(params, windows)
@@ -277,9 +289,19 @@ def train_in_legs(data: Data, options: Options, file: Path) -> Run:
     return run
 
 
-def new_run(data: Data, options: Options) -> Run:
+def train_with_muon(data: Data, options: Options) -> Run:
+    """Train once more, with Muon, judged as often."""
+    run = judge(new_run(data, options, muon=True), data, options)
+    for leg in range(1, LEGS + 1):
+        stop = options.steps * leg // LEGS
+        if stop > len(run.losses):
+            run = judge(train(run, stop, data, options, muon=True), data, options)
+    return run
+
+
+def new_run(data: Data, options: Options, *, muon: bool = False) -> Run:
     params = weights(build(data, options))
-    return Run(params, optimizer(options).init(params), [], [])
+    return Run(params, optimizer(options, muon=muon).init(params), [], [])
 
 
 def tensors(run: Run) -> Params:
@@ -380,6 +402,12 @@ def print_results(run: Run, data: Data, options: Options) -> None:
     print(textwrap.indent(written(funcopt.averaged(run.state, run.params), data, options), "  | "))
 
 
+def print_beside(run: Run, with_muon: Run) -> None:
+    print("\nLoss of the averaged weights after so many updates, with AdamW alone and with Muon:\n")
+    for alone, other in zip(run.judged, with_muon.judged, strict=True):
+        print(f"  {alone.step:6}  {alone.averaged:8.3f}  {other.averaged:8.3f}")
+
+
 def by_frequency(data: Data) -> float:
     """Return the loss of who knows nothing but how often each character occurs."""
     counts = torch.bincount(data.training, minlength=len(data.characters)) + 1
@@ -440,6 +468,7 @@ def parse_options() -> Options:
     add("--batch-size", type=int, default=16, help="windows of text in a minibatch")
     add_flags_of_the_network(parser)
     add("--bf16", action="store_true", help="compute losses and gradients by autocast to bfloat16")
+    add("--muon", action="store_true", help="train once more with Muon, and print both losses")
     add("--checkpoint", type=Path, help="a file to go on from if it exists, and to write to")
     add("--output", type=Path, default="out/char_lm.png", help="the picture, a PNG")
     options = parser.parse_args()
@@ -486,6 +515,8 @@ def main() -> None:
     compare(run, losses, params)
     print_results(run, data, options)
     draw(run, losses, data, options)
+    if options.muon:
+        print_beside(run, train_with_muon(data, options))
     print(f"\nThe losses and the learning rate are in {options.output}.")
 
 
