@@ -8,7 +8,8 @@ import torch
 
 import funcopt
 from funcopt import SGD, AdamW, Clip, Frozen, Members, Partition
-from funcopt._core.show import show, state_class
+from funcopt._core.show import show
+from funcopt._engine.registration import state_class
 
 from ..cases import assert_same_bits
 from ..every_optimizer import OPTIMIZERS
