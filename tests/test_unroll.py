@@ -175,6 +175,30 @@ def test_gradients_are_those_of_the_loop(name, keep, loss, params):
     assert_close([leaf.grad for leaf in leaves], [whole[0], *whole[1].values()])
 
 
+@pytest.mark.parametrize("kind", [funcopt.AdamW, funcopt.Adam])
+def test_segments_within_segments_are_differentiated(kind, loss, params):
+    """Of 150 steps there are parts of parts of parts, with what is left of transforms between."""
+
+    def after(lr, keep):
+        def step(carry, i):
+            params, state = carry
+            opt = kind(lr=dict.fromkeys(params, lr * (1 + i / 150)))
+            return opt.update(grad(loss)(params), state, params), None
+
+        return loss(unroll(step, (params, kind().init(params)), 150, keep=keep)[0][0])
+
+    assert_close(grad(after)(RATE / 50, "log"), grad(after)(RATE / 50, "all"))
+    own, whole = (grad(grad(lambda lr, k=k: after(lr, k)))(RATE / 50) for k in ("log", "all"))
+    assert_close(own, whole, rtol=1e-6, atol=0)
+    assert_close(
+        *(vmap(grad(lambda lr, k=k: after(lr, k)))(RATE[None] / 50) for k in ("log", "all"))
+    )
+    leaves = [(RATE / 50).requires_grad_() for _ in range(2)]
+    for leaf, keep in zip(leaves, ("log", "all"), strict=True):
+        after(leaf, keep).backward()
+    assert_close(leaves[0].grad, leaves[1].grad)
+
+
 def test_gradients_are_those_of_differences(loss, params):
     def after(lr):
         return train(funcopt.AdamW(lr=lr), loss, params, keep="sqrt")

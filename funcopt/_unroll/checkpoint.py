@@ -36,12 +36,12 @@ class _Checkpoint(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        inputs = ctx.saved_tensors
+        inputs = list(map(_of_now, ctx.saved_tensors))
         wanted = [index for index in range(len(inputs)) if ctx.needs_input_grad[1 + index]]
         given = [index for index, own in enumerate(cotangents) if own is not None]
         if not given:
             return (None,) * (1 + len(inputs))
-        known = [own for own in cotangents if own is not None]
+        known = [_of_now(own) for own in cotangents if own is not None]
         found: tuple[Tensor | None, ...] | None = None
         if not torch.is_grad_enabled() and not transforms.transformed():
             found = _pull_back_once(ctx.function, inputs, wanted, given, known)
@@ -112,6 +112,14 @@ def _pull_back_once(
         chosen, own, cotangents, allow_unused=True
     )
     return found
+
+
+def _of_now(tensor: Tensor) -> Tensor:
+    """Return a tensor out of what is left of a transform that is over, by which it may be wrapped.
+
+    That is so where what `vjp` has returned is called. Operators take no notice, and all else does.
+    """
+    return tensor if transforms.beneath(tensor) is None else tensor.view_as(tensor)
 
 
 def _each_by_itself(inputs: Iterable[Tensor], results: Iterable[Tensor]) -> tuple[Tensor, ...]:
