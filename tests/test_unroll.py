@@ -199,6 +199,27 @@ def test_segments_within_segments_are_differentiated(kind, loss, params):
     assert_close(leaves[0].grad, leaves[1].grad)
 
 
+def test_what_a_step_was_like_within_segments_is_no_other_steps_look():
+    """A step is remembered by its look, and what a transform has left would have one of its own."""
+    start = {"w": torch.randn(8, 4), "b": torch.zeros(4)}
+    inputs = torch.randn(16, 8)
+
+    def after(lr, steps, keep):
+        def step(carry, i):
+            params, state = carry
+            opt = funcopt.AdamW(lr=dict.fromkeys(params, lr * 1.0))
+            loss = lambda p: (inputs @ p["w"] + p["b"]).tanh().square().mean()  # noqa: E731
+            return opt.update(grad(loss)(params), state, params), None
+
+        carry = start, funcopt.AdamW().init(start)
+        return unroll(step, carry, steps, keep=keep)[0][0]["w"].square().sum()
+
+    lr = torch.tensor(1e-3)
+    for steps in (50, 100, 60):
+        own, whole = (grad(after)(lr, steps, keep) for keep in ("log", "all"))
+        assert_close(own, whole)
+
+
 def test_gradients_are_those_of_differences(loss, params):
     def after(lr):
         return train(funcopt.AdamW(lr=lr), loss, params, keep="sqrt")
