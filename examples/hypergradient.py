@@ -361,7 +361,8 @@ def draw_schedules(axes: Axes, learned: Learned, steps: int) -> None:
         label = "before" if index == 0 else "after" if index == last else None
         axes.plot(places, hyper.schedule.exp(), color=color, label=label)
     axes.set_yscale("log")
-    axes.legend(frameon=False)
+    axes.margins(y=0.2)  # the legend stands above the curves
+    axes.legend(frameon=False, loc="upper left", ncols=2)
     axes.set(xlabel="step", ylabel="learning rate", title="The schedule, update by update")
 
 
