@@ -9,6 +9,7 @@ from ._core.types import Number, Optimizer, ParamsT, Schedule, Tree
 from ._pure.optimizer import Pure, PureState, pure
 from ._unroll import unroll
 from .optimizers._muon import MuonState
+from .optimizers.adafactor import Adafactor, AdafactorState
 from .optimizers.adagrad import Adagrad, AdagradState
 from .optimizers.adam import Adam, AdamState
 from .optimizers.adamw import AdamW, AdamWState
@@ -44,6 +45,8 @@ __all__ = [
     "SGD",
     "Accumulate",
     "AccumulateState",
+    "Adafactor",
+    "AdafactorState",
     "Adagrad",
     "AdagradState",
     "Adam",

@@ -9,6 +9,7 @@ import funcopt
 from funcopt import (
     SGD,
     Accumulate,
+    Adafactor,
     Adagrad,
     Adam,
     AdamW,
@@ -67,6 +68,8 @@ OPTIMIZERS = {
     "NAdam": NAdam(lr=0.1, weight_decay=0.1),
     "RAdam": RAdam(lr=0.1, betas=(0.5, 0.9), weight_decay=0.1, decoupled_weight_decay=True),
     "Muon": Partition({"muon": Muon(lr=0.1), "adamw": adamw()}, funcopt.muon_label),
+    "Adafactor": Adafactor(lr=0.1, weight_decay=0.1),
+    "Adafactor, an eps of its own": Adafactor(lr=0.1, eps=(1e-30, 1e-3), step_per_leaf=True),
     "Frozen": Frozen(),
     "Partition": Partition({"first": adamw(), "second": adamw(lr=0.01)}, label),
     "Clip": Clip(adamw(), 1.0),

@@ -9,6 +9,7 @@ import torch
 from torch.func import grad, jvp, vmap
 
 from funcopt import (
+    SGD,
     Accumulate,
     AdamW,
     Clip,
@@ -27,7 +28,7 @@ from funcopt.distributed import LocalUpdates, Zero1
 from funcopt.testing import check_optimizer, laws
 from funcopt.testing._check import check_law
 
-from .cases import assert_close, assert_same_bits
+from .cases import assert_close, assert_same_bits, clone
 
 
 class FactoredState(NamedTuple):
@@ -206,6 +207,53 @@ def test_it_compiles_to_one_graph():
     state = opt.init(w)
     step = torch.compile(opt.update, fullgraph=True, backend="aot_eager")
     assert_same_bits(step(w, state, w), opt.update(w, state, w))
+
+
+class RealState(NamedTuple):
+    step: Any
+    momentum: Any
+
+
+@extend.register_optimizer
+@dataclass(frozen=True)
+class RealOnly:
+    rule: ClassVar[extend.UpdateRule] = extend.UpdateRule(
+        state=RealState,
+        slots=(extend.Slot("momentum"),),
+        hyperparams=(extend.Hyperparam("lr", extend.AT_LEAST_ZERO),),
+        equations=lambda p, g, slots, numbers, options: [p - numbers.lr * g, slots[0] + g],
+        traits=extend.Traits(elementwise=True, linear=True, by_rule=True),
+        real_only=True,
+    )
+    lr: Number | Schedule = 0.1
+    __post_init__ = extend.check_fields
+    init, update, update_ = extend.init, extend.update, extend.update_
+
+
+REFUSED = (
+    r"params\['z'\] has dtype torch.complex64: RealOnly moves real leaves alone. Leave the comp"
+)
+
+
+@pytest.mark.parametrize("opt", [RealOnly(), Clip(RealOnly(), 1.0)], ids=["bare", "Clip"])
+def test_complex_leaves_are_refused_with_their_path_by_who_is_real_only(opt):
+    params = {"w": torch.ones(2), "z": torch.ones(2, dtype=torch.complex64)}
+    with pytest.raises(TypeError, match=REFUSED):
+        opt.init(params)
+    grads, before = clone(params), clone(params)
+    other = SGD(momentum=0.9)
+    state = other.init(params)
+    for _ in range(3):  # after which leaves like these are known
+        other.update_(grads, state, params)
+    params = clone(before)
+    own = RealState(torch.zeros((), dtype=torch.float64), clone(grads))
+    for update in (RealOnly().update, RealOnly().update_):
+        with pytest.raises(TypeError, match=REFUSED):
+            update(grads, own, params)
+        assert_same_bits(params, before)
+    real = {"w": torch.ones(2)}
+    moved, _ = opt.update(real, opt.init(real), real)
+    assert (moved["w"] < 1).all()
 
 
 def factored_by_hand(w, steps):

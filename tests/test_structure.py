@@ -100,6 +100,7 @@ FLOORS = [
     "optimizers._adam.triton_source",
     "optimizers._newton_schulz",
     "optimizers._muon",
+    "optimizers.adafactor",
     "optimizers.adagrad",
     "optimizers.adam",
     "optimizers.frozen",

@@ -48,6 +48,8 @@ def init(opt: Any, params: Tree) -> Any:
     rule: UpdateRule = opt.rule
     setup = rule.setup_of(opt)
     leaves, structure = flatten_params(params)
+    if rule.real_only:
+        _check_real(leaves, structure, opt)
     slots = [_zeros(slot, setup.options.moments, leaves, structure) for slot in setup.slots]
     place = device_for_count(leaves)
     step: Tree = first_count(place)
@@ -63,11 +65,24 @@ def _zeros(
     made = []
     for param in params:
         dtype = slot_dtype(slot, moments, param.dtype)
-        if slot.shape_of is tuple:
+        shape = torch.Size(slot.shape_of(param.shape))
+        if shape == param.shape:
             made.append(torch.zeros_like(param, dtype=dtype))
         else:
-            made.append(param.new_zeros(slot.shape_of(param.shape), dtype=dtype))
+            made.append(param.new_zeros(shape, dtype=dtype))
     return pytree.unflatten(own, made)
+
+
+def _check_real(leaves: list[Tensor], structure: pytree.Structure, opt: object) -> None:
+    """Refuse complex parameters, which the rule of this optimizer does not serve."""
+    for index, leaf in enumerate(leaves):
+        if leaf.is_complex():
+            name, path = type(opt).__name__, pytree.path(structure, "params", index)
+            raise TypeError(
+                f"{path} has dtype {leaf.dtype}: {name} moves real leaves alone. Leave the complex "
+                f"ones to another optimizer, by a Partition; or make leaves of real and imaginary "
+                f"parts, by torch.view_as_real."
+            )
 
 
 def check_untied(leaves: list[Tensor], structure: pytree.Structure) -> None:
@@ -158,7 +173,8 @@ def prepare(opt: Any, rule: UpdateRule, grads: Tree, state: Any, params: Tree) -
     per_leaf = setup.options.step_per_leaf
     trees = trees_of(opt, rule, setup.kept, grads, state, params)
     tracing = transforms.tracing()
-    prepared = None if tracing else _prepare_known(setup, trees, state, per_leaf)
+    known_by_looks = not tracing and not rule.real_only  # others may take complex leaves
+    prepared = None if not known_by_looks else _prepare_known(setup, trees, state, per_leaf)
     if prepared is not None:
         return prepared
     leaves, structure = pytree.flatten(params)
@@ -172,9 +188,11 @@ def prepare(opt: Any, rule: UpdateRule, grads: Tree, state: Any, params: Tree) -
     all_active = len(active) == len(leaves)
     columns = [_take(paired.leaves, active) for paired in (own, gradients, *kept)]
     inputs = StepInputs.of(columns, None if all_active else active)
-    layout = known(inputs) if all_active and not tracing and _agree(inputs) else None
+    layout = known(inputs) if all_active and known_by_looks and _agree(inputs) else None
     if layout is None or not setup.keeps(layout.dtypes):
         _check(own, gradients, kept, setup, active)
+        if rule.real_only:
+            _check_real(leaves, structure, opt)
         layout = None if tracing else layout_of(inputs)
     watched = _is_watched(inputs, counts)
     key = key_of(state, watched=watched)

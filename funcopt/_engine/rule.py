@@ -85,7 +85,6 @@ class StepOutputs(NamedTuple):
 
 _NUMBERS = (int, float)  # False is one, too
 _FLOAT = frozenset((float,))
-_CAREFUL = Traits()
 
 
 class Slot(NamedTuple):
@@ -266,6 +265,7 @@ class UpdateRule:
         adjoint: The derivative by hand, or where to import it from; else it is that of the
             equations.
         traits: What may be done with its leaves; none is the careful answer.
+        real_only: Whether complex leaves are refused, with their path.
 
     Example:
         >>> from funcopt import SGD
@@ -282,7 +282,8 @@ class UpdateRule:
     options: tuple[str, ...] = ()
     kernels: Mapping[str, Kernel | str] = field(default_factory=dict)
     adjoint: Adjoint | str | None = None
-    traits: Traits = _CAREFUL
+    traits: Traits = field(default_factory=Traits)
+    real_only: bool = False
 
     numbers: Callable[..., Any] = field(init=False, repr=False)
     paths: Mapping[str, str] = field(init=False, repr=False)
@@ -333,9 +334,8 @@ class UpdateRule:
 
     def state_of(self, setup: Setup, kept: Iterable[Any], key: Any) -> Any:
         """Return the state of a count, of the slots that are kept, and of a key; () is none."""
-        step, *slots = kept
-        own = iter(slots)
-        state = self.state(step, *[next(own) if is_kept else () for is_kept in setup.kept])
+        own = iter(kept)
+        state = self.state(next(own), *[next(own) if is_kept else () for is_kept in setup.kept])
         return state if type(key) is tuple else state._replace(key=key)
 
     def set_up(self, opt: Any) -> Setup:

@@ -344,7 +344,8 @@ def _find_routine(
         return None
     trees, count = trees_of(opt, rule, setup.kept, grads, state, params), state.step
     if (
-        transforms.transformed()
+        rule.real_only  # other optimizers may have known complex leaves by these looks
+        or transforms.transformed()
         or transforms.observed()
         or not is_plain_count(count)
         or (options.rounding == "stochastic" and not is_plain_key(state))

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.errors import InvalidArgument
 
 from .._core.types import Optimizer
+from ..optimizers.adafactor import Adafactor
 from ..optimizers.adagrad import Adagrad
 from ..optimizers.adam import Adam
 from ..optimizers.adamw import AdamW
@@ -38,6 +39,8 @@ _NUMBERS: dict[str, st.SearchStrategy[Any]] = {
     "initial_accumulator_value": st.sampled_from([0.0, 0.1, 2.0]),
     "momentum_decay": st.sampled_from([4e-3, 0.0, 0.5]),
     "alpha": st.sampled_from([0.99, 0.9, 0.5]),
+    "beta2_decay": st.sampled_from([-0.8, -0.5, 0.0]),
+    "d": st.sampled_from([1.0, 2.0]),
     "eps": st.sampled_from([1e-8, 1e-3, 1.0]),
     "momentum": st.sampled_from([0.0, 0.9, 0.5, 1.0]),
     "dampening": st.sampled_from([0.0, 0.25, 1.0]),
@@ -45,6 +48,8 @@ _NUMBERS: dict[str, st.SearchStrategy[Any]] = {
 }
 # Lion moves each element by lr itself.
 _LION_LR = st.sampled_from([1e-2, 1e-4, 0.0, 1.0])
+# A pair, of which the first may be that of the dtype.
+_ADAFACTOR_EPS = st.sampled_from([(None, 1e-3), (1e-30, 1e-3), (1e-3, 1.0)])
 
 
 def hyperparameters(
@@ -59,6 +64,8 @@ def hyperparameters(
     own = {name: _NUMBERS[name] for name in kind.__dataclass_fields__ if name in _NUMBERS}
     if kind is Lion:
         own["lr"] = _LION_LR
+    if kind is Adafactor:
+        own["eps"] = _ADAFACTOR_EPS
     if tensor:
         own = {name: st.one_of(drawn, drawn.map(_as_tensor)) for name, drawn in own.items()}
     flags = {name: st.booleans() for name in (*kind.rule.options, "step_per_leaf")}
@@ -90,6 +97,8 @@ def precisions(*, half: bool = True, stochastic: bool = True) -> st.SearchStrate
 def _as_tensor(value: Any) -> Any:
     if isinstance(value, tuple):
         return tuple(map(_as_tensor, value))
+    if value is None:
+        return None
     return torch.tensor(value, dtype=torch.float64, device="cpu")
 
 
@@ -153,6 +162,14 @@ def nadams(**fixed: Any) -> st.SearchStrategy[NAdam]:
 def radams(**fixed: Any) -> st.SearchStrategy[RAdam]:
     """`RAdam` optimizers; the arguments are those of `adamws`."""
     return _built(RAdam, fixed)
+
+
+def adafactors(**fixed: Any) -> st.SearchStrategy[Adafactor]:
+    """`Adafactor` optimizers; the arguments are those of `adamws`.
+
+    `optimizers` draws none, as the parameters of whoever draws from it may be complex.
+    """
+    return _built(Adafactor, fixed)
 
 
 # Wrappers that move each leaf by itself, with a state of numbers and of trees like the parameters,

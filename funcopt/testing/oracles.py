@@ -17,6 +17,7 @@ import torch
 
 from .._core import pytree
 from .._core.types import Tree
+from ..optimizers.adafactor import Adafactor
 from ..optimizers.adagrad import Adagrad
 from ..optimizers.adam import Adam
 from ..optimizers.adamw import AdamW
@@ -28,6 +29,7 @@ from ..optimizers.sgd import SGD
 
 __all__ = [
     "Oracle",
+    "adafactor",
     "adagrad",
     "adam",
     "adamw",
@@ -211,6 +213,36 @@ def radam(opt: RAdam, grads: Tree, state: Any, params: Tree) -> tuple[Tree, Any]
     return _leaf_by_leaf(move, _ADAM, opt, grads, state, params)
 
 
+def adafactor(opt: Adafactor, grads: Tree, state: Any, params: Tree) -> tuple[Tree, Any]:
+    """Adafactor as torch's documentation has it, leaf by leaf."""
+
+    def move(_opt: Adafactor, n: _Numbers, row: list[Any]) -> list[Any]:
+        p, g, r, c, v = row
+        eps1, eps2 = n["eps"]
+        least = torch.finfo(p.dtype).eps if eps1 is None else eps1
+        beta2 = 1 - n["t"] ** n["beta2_decay"]
+        alpha = max(eps2, _size(p)) * min(n["lr"], n["t"] ** -0.5)
+        if p.ndim > 1:
+            rows, columns = p.shape[-2:]
+            r = beta2 * r + (1 - beta2) * (g * g).sum(-1, keepdim=True) / max(columns, 1)
+            c = beta2 * c + (1 - beta2) * (g * g).sum(-2, keepdim=True) / max(rows, 1)
+            spread = r @ c / (r.sum(-2, keepdim=True) / max(rows, 1)).clamp(min=least)
+        else:
+            v = beta2 * v + (1 - beta2) * g * g
+            spread = v
+        u = g / spread.sqrt().clamp(min=least)
+        step = alpha * u / max(1, _size(u) / n["d"])
+        return [p - n["lr"] * n["weight_decay"] * p - step, r, c, v]
+
+    names = ("lr", "beta2_decay", "eps", "d", "weight_decay")
+    return _leaf_by_leaf(move, names, opt, grads, state, params)
+
+
+def _size(leaf: Any) -> Any:
+    """The root mean square of a leaf."""
+    return (leaf.norm() / max(leaf.numel(), 1) ** 0.5).item()
+
+
 def _leaf_by_leaf(
     move: _Move, names: Sequence[str], opt: Any, grads: Tree, state: Any, params: Tree
 ) -> tuple[Tree, Any]:
@@ -268,6 +300,7 @@ for _kind, _oracle in (
     (RAdam, radam),
     (NAdam, nadam),
     (Adagrad, adagrad),
+    (Adafactor, adafactor),
     (RMSprop, rmsprop),
 ):
     register(_kind, _oracle)

@@ -17,9 +17,10 @@ from hypothesis.errors import InvalidArgument
 from torch import Tensor
 
 from .._core import pytree
-from .._core.types import Tree
+from .._core.types import Tree, optimizers_in
 from ._optimizers import (
     HALF,
+    adafactors,
     adagrads,
     adams,
     adamws,
@@ -37,6 +38,7 @@ from ._tensors import LAYOUTS, VALUES, build, like
 from ._trees import NODES, assemble
 
 __all__ = [
+    "adafactors",
     "adagrads",
     "adams",
     "adamws",
@@ -233,7 +235,8 @@ def params(
 def params_for(opt: Any, **options: Any) -> st.SearchStrategy[Tree]:
     """Trees of parameters that an optimizer takes.
 
-    They have no complex leaf if it keeps moments in 16 bits, in which there is no complex dtype.
+    They have no complex leaf if it keeps moments in 16 bits, in which there is no complex dtype, or
+    if its rule is `real_only`, or that of an optimizer within it.
 
     Args:
         opt: The optimizer.
@@ -244,7 +247,9 @@ def params_for(opt: Any, **options: Any) -> st.SearchStrategy[Tree]:
         >>> from funcopt.testing import strategies
         >>> drawn = strategies.params_for(funcopt.AdamW(moments=torch.bfloat16))
     """
-    if any(moments in HALF for moments in fields(opt, "moments")):
+    rules = [getattr(part, "rule", None) for part in optimizers_in(opt)]
+    real_only = any(getattr(rule, "real_only", False) for rule in rules)
+    if real_only or any(moments in HALF for moments in fields(opt, "moments")):
         options = {"dtype": dtypes(complex=False), **options}
     return params(**options)
 

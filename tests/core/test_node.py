@@ -14,6 +14,7 @@ import funcopt
 from funcopt import (
     SGD,
     Accumulate,
+    Adafactor,
     Adagrad,
     Adam,
     AdamW,
@@ -98,6 +99,8 @@ VALUES = {
     "Adagrad": lambda: Adagrad(rates()),
     "RMSprop": lambda: RMSprop(rates()),
     "pure": lambda: funcopt.pure(torch.optim.Adam, lr=rates(), betas=(0.5, 0.9)),
+    "Adafactor": lambda: Adafactor(rates()),
+    "Adafactor, tensors": lambda: Adafactor(rates(), eps=(rates(), torch.tensor(0.1))),
     "Zero1": lambda: Zero1(Clip(inner(), rates()), None),
     "LocalUpdates": lambda: LocalUpdates(inner(), 2, None),
     "Constant": lambda: schedules.Constant(rates()),

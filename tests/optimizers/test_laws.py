@@ -10,6 +10,7 @@ from hypothesis.stateful import run_state_machine_as_test
 from funcopt import (
     SGD,
     Accumulate,
+    Adafactor,
     Adagrad,
     Adam,
     Best,
@@ -69,6 +70,11 @@ SUBJECTS = {
     "Adagrad, tensors": Adagrad(
         number(0.1), number(0.5), 0.0, number(0.1), number(1e-3), maximize=True, step_per_leaf=True
     ),
+    "Adafactor": Adafactor(lr=0.1, weight_decay=0.1),
+    "Adafactor, tensors": Adafactor(
+        number(0.1), number(-0.5), (number(1e-30), 1e-2), 2.0, number(0.1), step_per_leaf=True
+    ),
+    "Adafactor, stochastic": Adafactor(moments=None, rounding="stochastic", maximize=True),
     "RMSprop, centered": RMSprop(
         lr=number(0.1), alpha=0.5, momentum=number(0.5), centered=True, step_per_leaf=True
     ),
@@ -91,11 +97,19 @@ PLAIN = {
     "NAdam": NAdam(),
     "RAdam": RAdam(),
     "Adagrad": Adagrad(),
+    "Adafactor": Adafactor(),
 }
 OTHERS_OWN = {
     "SGD": {"decay_is_decoupled", "scale_invariant", "first_step_is_sign"},
     "Adam": {"decay_is_decoupled", "scale_invariant"},
     "Lion": {"matches_torch", "scale_invariant", "first_step_is_sign"},
+    "Adafactor": {
+        "matches_torch",
+        "elements_are_independent",
+        "decay_is_decoupled",
+        "scale_invariant",
+        "first_step_is_sign",
+    },
     "Adagrad": {"decay_is_decoupled", "scale_invariant", "first_step_is_sign"},
     "NAdam": {"matches_torch", "decay_is_decoupled", "scale_invariant", "first_step_is_sign"},
     "RAdam": {"decay_is_decoupled", "scale_invariant", "first_step_is_sign"},
@@ -134,6 +148,15 @@ def test_whatever_is_done_with_one_its_oracle_agrees(kind, examples):
     run_state_machine_as_test(machine, settings=settings(examples(by_night=600)))
 
 
+def test_whatever_is_done_with_an_adafactor_its_oracle_agrees(examples):
+    members = {
+        "optimizers": strategies.adafactors(tensor=True),
+        "params_strategy": strategies.params(dtype=torch.float64),
+    }
+    machine = type("Machine", (OptimizerMachine,), members)
+    run_state_machine_as_test(machine, settings=settings(examples(by_night=600)))
+
+
 WRAPPERS = {
     "Accumulate": lambda opt: Accumulate(opt, every=2),
     "Clip": lambda opt: Clip(opt, 1.0),
@@ -168,6 +191,7 @@ INNER = {
     "NAdam": NAdam(lr=0.1, weight_decay=0.1),
     "RAdam": RAdam(lr=0.1, betas=(0.5, 0.9)),
     "Adagrad": Adagrad(lr=0.1, lr_decay=0.1, initial_accumulator_value=0.5),
+    "Adafactor": Adafactor(lr=0.1, weight_decay=0.1),
 }
 
 
@@ -184,6 +208,8 @@ def tree():
 def test_in_a_wrapper_update_is_update_in_place_and_checkpoints_return(wrapper, inner):
     opt = WRAPPERS[wrapper](INNER[inner])
     params = tree()
+    if INNER[inner].rule.real_only and wrapper != "Partition":
+        del params["z"]
     gradients = [random_like(params) for _ in range(5)]
     pure, state = run(opt, params, gradients)
     in_place, state_in_place = run(opt, clone(params), gradients, "update_")
@@ -226,7 +252,7 @@ def test_a_hyperparameter_is_found_and_replaced_by_its_name(inner):
 
 @pytest.mark.parametrize(
     "kind",
-    [SGD(momentum=0.9), SGD(), Lion(), Adam(), RMSprop(), Adagrad(), NAdam(), RAdam()],
+    [SGD(momentum=0.9), SGD(), Lion(), Adam(), RMSprop(), Adagrad(), NAdam(), RAdam(), Adafactor()],
     ids=repr,
 )
 def test_one_count_in_a_checkpoint_becomes_that_of_each_leaf_and_back(kind):

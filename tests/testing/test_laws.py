@@ -5,6 +5,7 @@ import torch
 
 from funcopt import (
     Accumulate,
+    Adafactor,
     AdamW,
     Best,
     Cautious,
@@ -136,6 +137,20 @@ def test_who_claims_more_than_16_bits_keep_is_found():
     found = check_law(laws.moments_follow_gradients, claims, shrink=False)
     assert found.status == "fails"
     assert "got a mean of 0.984375, expected 1" in found.detail  # where the first moment stops
+
+
+def test_at_a_kink_there_is_no_derivative_to_judge():
+    """A second gradient like the first makes the root mean square of the step 1, its bound."""
+    one = torch.ones(3)
+    with pytest.raises(laws.NotApplicable, match="slopes to both sides differ"):
+        laws.gradient_matches_differences(Adafactor(), one, [one, one])
+    laws.gradient_matches_differences(Adafactor(), one, [one, 2 * one])
+    laws.gradient_matches_differences(Adafactor(), one, [2 * one, one])
+
+
+def test_moments_without_elements_are_not_judged():
+    for law in (laws.moments_follow_gradients, laws.moments_have_room):
+        law(Adafactor(), torch.ones(3), [torch.ones(3)] * 2)
 
 
 def test_moments_in_16_bits_rounded_to_the_nearest_are_not_judged():

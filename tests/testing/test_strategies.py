@@ -8,7 +8,7 @@ import torch
 from hypothesis import HealthCheck, find, given, settings
 from hypothesis.errors import InvalidArgument
 
-from funcopt import AdamW, MasterWeights, Optimizer
+from funcopt import Adafactor, AdamW, MasterWeights, Optimizer
 from funcopt._core import pytree
 from funcopt.testing import strategies
 from funcopt.testing._tensors import LAYOUTS, VALUES
@@ -147,6 +147,11 @@ def test_optimizers_are_drawn_in_every_precision():
     nearest = seen(strategies.precisions(half=False, stochastic=False), 50)
     assert {own["moments"] for own in nearest} == {"auto", None, torch.float32}
     assert {own["rounding"] for own in nearest} == {"nearest"}
+
+
+def test_for_an_optimizer_of_real_leaves_alone_no_parameter_is_complex():
+    drawn = seen(strategies.params_for(MasterWeights(Adafactor())), 100)
+    assert not any(leaf.is_complex() for tree in drawn for leaf in pytree.flatten(tree)[0])
 
 
 def test_beside_moments_in_16_bits_no_parameter_is_complex():

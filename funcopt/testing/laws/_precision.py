@@ -237,12 +237,18 @@ def _states(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> list[Tree]
 
 
 def _by_path(state: Tree) -> dict[str, Tensor]:
-    """Return what the state has like the parameters, by its path: no count, no key."""
+    """Return what the state has like the parameters, by its path: no count, no key.
+
+    Nor what has no elements, as factors of a second moment beside a vector, which have no mean.
+    """
     leaves, structure = pytree.flatten(state)
     return {
         path: leaf
         for path, leaf in zip(pytree.paths(structure, "state"), leaves, strict=True)
-        if isinstance(leaf, Tensor) and leaf.ndim == 1 and leaf.is_floating_point()
+        if isinstance(leaf, Tensor)
+        and leaf.ndim == 1
+        and leaf.numel() > 0
+        and leaf.is_floating_point()
     }
 
 

@@ -110,7 +110,11 @@ def gradient_is_finite(opt: Any, params: Tree, gradient_sequence: list[Tree]) ->
 
 
 def gradient_matches_differences(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> None:
-    """The derivative along a direction is the limit of differences, in reverse and forward mode."""
+    """The derivative along a direction is the limit of differences, in reverse and forward mode.
+
+    A problem at a kink, where the limits from both sides differ, has no derivative to judge: as
+    where the larger of two numbers is taken, and they are equal.
+    """
     after = _differentiable(opt, params, gradient_sequence)
     wide = cast(params, torch.float64)
     sequence = [cast(grads, torch.float64) for grads in gradient_sequence]
@@ -128,10 +132,25 @@ def gradient_matches_differences(opt: Any, params: Tree, gradient_sequence: list
     ):
         allowed = 1e-5 * (1 + difference.abs())
         if not bool((slope - difference).abs() <= allowed):
+            if bool(_jump(along, h) > allowed):
+                raise NotApplicable("its slopes to both sides differ: it has no derivative there")
             raise LawBroken(
                 f"gradient_matches_differences ({mode} mode): step {len(sequence)}, the sum of "
                 f"squares of params: got {slope.item():.9g}, expected {difference.item():.9g}"
             )
+
+
+def _jump(along: Callable[[Tensor], Tensor], h: float) -> Tensor:
+    """Return how far the slopes to both sides of 1 differ; 0 if they meet as they are taken nearer.
+
+    Where a slope changes gradually, their difference falls with the distance; at a kink it stays.
+    """
+    one = torch.ones((), dtype=torch.float64, device="cpu")
+    wide, near = (
+        ((along(one + size) - 2 * along(one) + along(one - size)) / size).abs()
+        for size in (h, h / 10)
+    )
+    return near if bool(near > wide / 2) else torch.zeros_like(near)
 
 
 def _differentiable(
