@@ -186,6 +186,8 @@ def _init(opt: Pure, params: Tree) -> PureState:
 
     def of_member(hyperparameters: Mapping[str, Any], params: list[Tensor]) -> list[LeafState]:
         values = numbers_after(opt.kind, hyperparameters, step)
+        if is_scheduled(opt.kind, "momentum", hyperparameters.get("momentum")):
+            values["momentum"] = 0.5  # so that there is a buffer, also if it begins with 0
         with torch.no_grad():
             return initial(opt.kind, params, values, partial(pytree.path, structure, "params"))
 

@@ -40,6 +40,9 @@ class LeafState(NamedTuple):
         """
         tensors = {name: own for name, own in kept.items() if isinstance(own, Tensor)}
         others = {name: own for name, own in kept.items() if name not in tensors}
+        # What a first step is to make, and did not, as of SGD while its momentum is 0.
+        waiting = self.made.keys() - tensors.keys()
+        tensors |= {name: self.slots[name] for name in waiting}
         if tensors.keys() != self.slots.keys() or others.keys() != self.numbers.keys():
             names = sorted(kept.keys() ^ (self.slots.keys() | self.numbers.keys()))
             raise RuntimeError(
@@ -57,8 +60,34 @@ class LeafState(NamedTuple):
             if own.stride() != old.stride() and not transforms.transformed():
                 tensors[name] = torch.empty_like(old).copy_(own)  # not as the gradient lies
         numbers = {name: _as_tensor(name, own) for name, own in others.items()}
-        made = {name: torch.ones_like(own) for name, own in self.made.items()}
+        made = {n: own if n in waiting else torch.ones_like(own) for n, own in self.made.items()}
         return LeafState(tensors, numbers, made)
+
+
+def check_has_state(kind: Kind, values: Mapping[str, Any], states: Sequence[LeafState]) -> None:
+    """Refuse states to which one of torch's classes would add something during its step.
+
+    They would be found out when the step was made, and in place it would be half-written then.
+
+    Raises:
+        RuntimeError: If a leaf has no state, or SGD with momentum no buffer.
+    """
+    if not is_of_torch(kind):
+        return
+    is_sgd = issubclass(kind, optim.SGD)
+    if is_sgd and _is_zero(values.get("momentum", 0)):
+        return
+    for own in states:
+        if "momentum_buffer" not in own.slots if is_sgd else not own.slots:
+            missing = "momentum_buffer" if is_sgd else "what it goes by"
+            raise RuntimeError(
+                f"{name_of(kind)} looks for {missing} in the state of a parameter, which has none. "
+                f"Make the state with init() of this optimizer."
+            )
+
+
+def _is_zero(number: object) -> bool:
+    return isinstance(number, int | float) and number == 0
 
 
 def is_made(state: LeafState) -> bool:

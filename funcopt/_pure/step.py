@@ -24,7 +24,13 @@ from .source import (
     name_of,
     numbers_after,
 )
-from .state import LeafState, check_keeps_nothing_else, is_made, outside_of_state
+from .state import (
+    LeafState,
+    check_has_state,
+    check_keeps_nothing_else,
+    is_made,
+    outside_of_state,
+)
 
 R = TypeVar("R")
 
@@ -194,6 +200,7 @@ def _run(
     """Let the class make its step in these very tensors; return the states after it."""
     if not params:
         return []
+    check_has_state(kind, values, states)
     followed_sgd = followed and issubclass(kind, optim.SGD)
     kept = [dict(own.slots) if followed_sgd else own.as_kept() for own in states]
     firsts = [followed_sgd and not is_made(own) for own in states]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from .._core import pytree
@@ -76,6 +77,8 @@ def gather_states(
                 check_alike(own.leaves, leaves, path, "what is kept of it")
             else:
                 _check(own.leaves, path, single=is_number)
+            if is_number and root == _ROOTS[0]:
+                _check_counts(own.leaves, leaves, path)
     rows = zip(*(_rows(field, len(leaves)) for field in fields), strict=True)
     return States([LeafState(*row) for row in rows], fields)
 
@@ -102,6 +105,25 @@ def _check(column: Sequence[Any], path: Callable[[int], str], *, single: bool) -
             raise ValueError(
                 f"{path(index)} has shape {tuple(leaf.shape)}: it must have shape ().{of_members()}"
                 f" A state that vmap(init) made belongs to vmap(update)."
+            )
+
+
+def _check_counts(
+    column: Sequence[Any], params: Sequence[Tensor], path: Callable[[int], str]
+) -> None:
+    """Refuse numbers at which a class would fail when it has moved other leaves already."""
+    for index, (own, param) in enumerate(zip(column, params, strict=True)):
+        if _is_absent(own):
+            continue
+        if own.is_complex() or own.dtype is torch.bool:
+            raise ValueError(
+                f"{path(index)} has dtype {own.dtype}: it must be a real number, such "
+                f"as init() makes."
+            )
+        if own.device not in (param.device, torch.device("cpu")):
+            raise ValueError(
+                f"{path(index)} is on {own.device}, and its parameter on {param.device}: it must "
+                f"be there or on the CPU, as init() makes it."
             )
 
 

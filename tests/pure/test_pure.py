@@ -552,6 +552,77 @@ def test_nothing_is_written_where_the_class_fails_at_a_later_leaf():
     assert_same_bits((params, state), before)
 
 
+@pytest.mark.parametrize(
+    ("opt", "other"),
+    [
+        (pure(optim.Adam), pure(optim.SGD)),
+        (pure(optim.RMSprop), pure(optim.SGD)),
+        (pure(optim.SGD, momentum=0.9), pure(optim.SGD)),
+    ],
+    ids=["Adam", "RMSprop", "SGD with momentum"],
+)
+def test_nothing_is_written_where_a_state_lacks_what_the_class_goes_by(opt, other):
+    params = {"a": torch.ones(2), "b": torch.ones(3)}
+    state, grads = other.init(params), clone(params)
+    for update in (opt.update, opt.update_):
+        with pytest.raises(RuntimeError, match="in the state of a parameter, which has none"):
+            update(grads, state, params)
+    assert_same_bits(params, grads)
+
+
+@pytest.mark.parametrize(
+    ("count", "message"),
+    [
+        (torch.tensor(True), "has dtype torch.bool: it must be a real number"),
+        (torch.tensor(1j), "has dtype torch.complex64: it must be a real number"),
+        (torch.tensor(1.0, device="meta"), "is on meta, and its parameter on cpu"),
+    ],
+    ids=["bool", "complex", "elsewhere"],
+)
+def test_nothing_is_written_where_the_count_of_a_later_leaf_is_none(count, message):
+    opt, params = pure(optim.Adam, foreach=False), {"a": torch.ones(2), "b": torch.ones(3)}
+    state = opt.init(params)
+    state.slots["step"]["b"] = count
+    grads, first = clone(params), clone(state.slots["exp_avg"])
+    for update in (opt.update, opt.update_):
+        with pytest.raises(ValueError, match=re.escape(f"state.slots['step']['b'] {message}")):
+            update(grads, state, params)
+    assert_same_bits((params, state.slots["exp_avg"]), (grads, first))
+
+
+@pytest.mark.parametrize("kind", [optim.SGD, optim.RMSprop])
+def test_a_momentum_that_begins_with_0_has_the_bits_of_the_class(kind):
+    opt = pure(kind, lr=0.1, momentum=lambda count: 0.0 if count < 2 else 0.5)
+    params = own = torch.randn(3)
+    state = opt.init(params)
+    theirs = torch.nn.Parameter(params.clone())
+    peer = kind([theirs], lr=0.1)
+    if kind is optim.RMSprop:  # which makes its buffer at the first step, or never
+        peer.state[theirs] = {
+            "step": torch.tensor(0.0),
+            "square_avg": torch.zeros(3),
+            "momentum_buffer": torch.zeros(3),
+        }
+    in_place, written = params.clone(), opt.init(params)
+    for count in range(4):
+        grads = torch.randn(3)
+        peer.param_groups[0]["momentum"] = 0.0 if count < 2 else 0.5
+        theirs.grad = grads
+        peer.step()
+        own, state = opt.update(grads, state, own)
+        opt.update_(grads, written, in_place)
+        assert_same_bits((own, in_place), (theirs.detach(), theirs.detach()))
+        if kind is optim.SGD:
+            assert state.made["momentum_buffer"].item() is (count >= 2)
+
+
+def test_a_buffer_that_a_momentum_of_0_has_no_use_for_stays():
+    params = torch.ones(2)
+    state = pure(optim.SGD, momentum=0.9).init(params)
+    new_params, new_state = pure(optim.SGD, lr=0.5).update(params, state, params)
+    assert_same_bits((new_params, new_state), (torch.full((2,), 0.5), state))
+
+
 def _sharded(rank):
     mesh = init_device_mesh("cpu", (2,))
 
