@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,6 +29,7 @@ from .source import (
     Kind,
     check_hyperparameters,
     check_kind,
+    defaults_of,
     is_scheduled,
     name_of,
     numbers_after,
@@ -143,6 +145,22 @@ class Pure:
     def __repr__(self) -> str:
         given = [f"{name}={value!r}" for name, value in self.hyperparameters.items()]
         return f"pure({', '.join([name_of(self.kind), *given])})"
+
+    @property
+    def lr(self) -> Any:
+        """The learning rate of the class: a number, a tensor or a schedule; None if it has none."""
+        lr = self._value("lr")
+        return float(lr) if isinstance(lr, int) else lr
+
+    @property
+    def maximize(self) -> bool:
+        """Whether the class ascends."""
+        return bool(self._value("maximize"))
+
+    def _value(self, name: str) -> Any:
+        default = defaults_of(self.kind).get(name)
+        value = self.hyperparameters.get(name, default)
+        return None if value is inspect.Parameter.empty else value
 
     @property
     def traits(self) -> Traits:

@@ -96,9 +96,19 @@ class ScaledSchedule:
 
 def own_rates(opt: Any) -> list[Any]:
     """Return the learning rates of an optimizer and of those within it, equal numbers once."""
-    rates = [vars(part)["lr"] for part in optimizers_in(opt) if "lr" in vars(part)]
+    found = [_own_rate(part) for part in optimizers_in(opt)]
+    rates = [rate for rate in found if rate is not None]
     numbers = dict.fromkeys(rate for rate in rates if isinstance(rate, float))
     return [*numbers, *(rate for rate in rates if not isinstance(rate, float))]
+
+
+def _own_rate(part: Any) -> Any:
+    """Return the learning rate of one optimizer itself, None if it has none.
+
+    Of a class of torch it is among its hyperparameters. That of a wrapper is another's.
+    """
+    fields = vars(part)
+    return part.lr if "hyperparameters" in fields else fields.get("lr")
 
 
 def the_rate(wrapper: str, inner: Any) -> Any:

@@ -17,6 +17,7 @@ from funcopt import (
     MasterWeights,
     Partition,
     Plateau,
+    pure,
 )
 from funcopt._core.types import traits_of
 from funcopt.schedules import Linear
@@ -315,3 +316,29 @@ def test_decay_takes_the_one_learning_rate_that_there_is(inner, found):
     Cautious(inner)
     same = Partition({"w": SGD(lr=0.1), "b": Adam(lr=0.1)}, {"w": "w", "b": "b"})
     assert Cautious(same, weight_decay=0.1).lr == 0.1
+
+
+@both_ways
+def test_a_class_of_torch_that_ascends_is_held_back_where_its_update_goes_down(method):
+    params = {"w": torch.tensor([1.0, 2.0])}
+    grads = {"w": torch.tensor([0.5, -0.5])}
+    opt = Cautious(pure(torch.optim.SGD, lr=0.5, maximize=True))
+    moved, _ = getattr(opt, method)(grads, opt.init(params), clone(params))
+    assert_same_bits(moved, {"w": torch.tensor([1.25, 1.75])})
+
+
+def test_a_class_of_torch_that_ascends_beside_one_that_descends_is_refused():
+    up, down = pure(torch.optim.SGD, maximize=True), pure(torch.optim.SGD)
+    with pytest.raises(ValueError, match="maximizes in one part and minimizes in another"):
+        Cautious(Partition({"up": up, "down": down}, lambda name, leaf: "up"))
+
+
+def test_weight_decay_goes_by_the_learning_rate_of_a_class_of_torch():
+    params = random_like(params_of())
+    grads, own = random_like(params), {"lr": 0.1, "momentum": 0.9}
+    expected = Cautious(SGD(**own), weight_decay=0.5)
+    found = Cautious(pure(torch.optim.SGD, **own), weight_decay=0.5)
+    assert_same_bits(
+        found.update(grads, found.init(params), params)[0],
+        expected.update(grads, expected.init(params), params)[0],
+    )

@@ -21,6 +21,7 @@ from funcopt import (
     ScheduleFreeState,
     averaged,
     interop,
+    pure,
 )
 from funcopt._core.types import traits_of
 from funcopt.schedules import Linear
@@ -344,3 +345,24 @@ def test_traits_are_those_of_each_element_by_itself():
     assert traits_of(ScheduleFree(SGD())).elementwise
     assert traits_of(ScheduleFree(SGD())).linear
     assert isinstance(ScheduleFree(SGD()).init(torch.ones(2)), ScheduleFreeState)
+
+
+@both_ways
+@pytest.mark.parametrize("lr", [0.1, 1, Linear(0.0, 0.1, 3)], ids=["number", "int", "schedule"])
+def test_weights_go_by_the_learning_rate_of_a_class_of_torch(method, lr):
+    ours = ScheduleFree(SGD(lr=lr), weight_decay=0.1)
+    theirs = ScheduleFree(pure(torch.optim.SGD, lr=lr), weight_decay=0.1)
+    params = params_of()
+    expected, found = clone(params), clone(params)
+    state, own = ours.init(expected), theirs.init(found)
+    for _ in range(4):
+        grads = random_like(params)
+        expected, state = ours.update(grads, state, expected)
+        found, own = getattr(theirs, method)(grads, own, found)
+        assert_same_bits(found, expected)
+    assert_same_bits((own.weight_sum, own.average), (state.weight_sum, state.average))
+
+
+def test_the_learning_rate_of_a_class_of_torch_may_be_its_default():
+    opt = ScheduleFree(pure(torch.optim.Adam), weight_decay=0.1)
+    assert opt.lr == 1e-3
