@@ -174,6 +174,7 @@ def bad_trees_raise(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> No
     given = {"a": leaves[0] if leaves else ones(2), "b": ones(2, 3), "c": ones(2, 3)}
     grads = {name: torch.full_like(leaf, i + 1.0) for i, (name, leaf) in enumerate(given.items())}
     state = opt.init(given)
+    _check_takes(opt, clone(grads), clone(given))
     bad = {
         "a missing key": {name: grads[name] for name in ("a", "b")},
         "an extra key": {**grads, "d": ones(2)},
@@ -199,3 +200,13 @@ def bad_trees_raise(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> No
     except Exception:  # to be that strict is to be right, too
         return
     compare("bad_trees_raise", 1, "params", moved, opt.update(grads, state, given)[0], ROUNDING)
+
+
+def _check_takes(opt: Any, grads: Tree, params: Tree) -> None:
+    """Tell apart an optimizer that raises whatever it is given."""
+    try:
+        opt.update(grads, opt.init(params), params)
+    except Exception as error:
+        raise NotApplicable(
+            f"it raises for right gradients, too: {type(error).__name__}: {error}"
+        ) from error
