@@ -73,7 +73,7 @@ def _equations(
     direction = momentum_buffer
     if options.nesterov:
         direction = torch.lerp(grad, momentum_buffer, own.momentum)
-    matrix = _as_matrix(direction, options).to(options.ns_dtype or direction.dtype)
+    matrix = _as_matrix(direction, options).to(_dtype_to_divide_in(direction, options))
     matrix = orthogonalize(matrix, _iteration(own, options))
     step = matrix.to(param.dtype).view_as(param)
     lr = own.lr * _ratio(matrix.shape, options.adjust_lr_fn)
@@ -81,7 +81,18 @@ def _equations(
 
 
 def _iteration(own: Coefficients, options: Any) -> Iteration:
-    return Iteration(own.a, own.b, own.c, own.eps, options.ns_steps, options.gram)
+    late = torch.float16 if options.ns_dtype is torch.float16 else None
+    return Iteration(own.a, own.b, own.c, own.eps, options.ns_steps, options.gram, late)
+
+
+def _dtype_to_divide_in(direction: Tensor, options: Any) -> torch.dtype:
+    """Return the dtype in which a matrix is divided by its norm.
+
+    As in torch that of the iterations; but in float16 small gradients would be 0, and the norm of
+    large ones infinite.
+    """
+    own = None if options.ns_dtype is torch.float16 else options.ns_dtype
+    return own or direction.dtype
 
 
 def _matrix_shape(shape: torch.Size, options: Any) -> torch.Size:
@@ -120,7 +131,7 @@ def _direction_(grad: Tensor, buffer: Tensor, own: Coefficients, options: Any) -
     """Write the new momentum, and return what is to be made orthogonal."""
     buffer.lerp_(grad, own.gain)
     direction = torch.lerp(grad, buffer, own.momentum) if options.nesterov else buffer
-    return direction.to(options.ns_dtype or direction.dtype)
+    return direction.to(_dtype_to_divide_in(direction, options))
 
 
 def _move_(
@@ -171,7 +182,7 @@ def _orthogonal(own: Coefficients, options: Any, leaves: list[Tensor]) -> list[T
         matrices = [_as_matrix(leaves[index], options) for index in indices]
         made = orthogonalize_all(matrices, _iteration(own, options))
         for index, matrix in zip(indices, made, strict=True):
-            results[index] = matrix.reshape(leaves[index].shape)
+            results[index] = matrix.to(leaves[index].dtype).reshape(leaves[index].shape)
     return results
 
 
@@ -217,6 +228,7 @@ RULE = UpdateRule(
     equations=_equations,
     kernels={"batched": kernels.foreach(_batched_, (), _PATHS)},
     traits=Traits(leafwise=True, shardable=True, linear=True),
+    real_only=True,
 )
 
 # What moves DTensors: the same but for the way in which matrices are made orthogonal.
@@ -266,9 +278,4 @@ def check_matrices(leaves: Sequence[Any], structure: pytree.Structure) -> None:
                 f"{pytree.path(structure, 'params', index)} has shape {tuple(leaf.shape)}: Muon "
                 f"moves matrices, which have two dimensions or more. Give it to another optimizer: "
                 f'Partition({{"muon": Muon(), "adamw": AdamW()}}, labels=muon_label).'
-            )
-        if leaf.is_complex():
-            raise TypeError(
-                f"{pytree.path(structure, 'params', index)} has dtype {leaf.dtype}: Muon moves "
-                f"real matrices. Give it to another optimizer, by a Partition."
             )

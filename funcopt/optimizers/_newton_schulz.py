@@ -38,13 +38,14 @@ class Iteration(NamedTuple):
     eps: Number  # the least that a matrix is divided by
     steps: int
     gram: bool  # whether a wide matrix is seen by way of its Gram matrix
+    dtype: torch.dtype | None = None  # of the iterations, if not that of the matrix
 
 
 def orthogonalize(matrix: Tensor, own: Iteration) -> Tensor:
     """Return a matrix, or each of a stack of them, made nearly orthogonal, by plain operators."""
     tall = matrix.size(-2) > matrix.size(-1)
     wide = matrix.mT if tall else matrix
-    wide = wide / _at_least(_norm(wide), own.eps)
+    wide = _normalized(wide, _norm(wide), own)
     wide = _iterated(wide, own, _product)
     return wide.mT if tall else wide
 
@@ -100,6 +101,12 @@ def _norm(matrix: Tensor) -> Tensor:
     if transforms.followed((matrix,)):
         return differentiable_norm(matrix, 2.0, dims)
     return vector_norm(matrix, 2.0, dims, keepdim=dims is not None)
+
+
+def _normalized(matrix: Tensor, norm: Tensor, own: Iteration) -> Tensor:
+    """Return matrices divided by their norms, in the dtype of the iterations."""
+    made = matrix / _at_least(norm, own.eps)
+    return made if own.dtype is None else made.to(own.dtype)
 
 
 def _at_least(norm: Tensor, eps: Number) -> Tensor:
@@ -165,7 +172,7 @@ def _of_one(matrix: Tensor, own: Any) -> Tensor:
         return orthogonalize(matrix, own)
     tall = matrix.size(-2) > matrix.size(-1)
     wide = matrix.mT if tall else matrix
-    wide = wide / _at_least(_norm(wide), own.eps)
+    wide = _normalized(wide, _norm(wide), own)
     # The matrices of a leaf that is a stack, each by itself.
     several = [_iterated(one, own, _by_half) for one in wide.reshape(-1, *wide.shape[-2:])]
     made = several[0] if wide.ndim == 2 else torch.stack(several).view_as(wide)
@@ -184,7 +191,7 @@ def _of_stack(matrices: Sequence[Tensor], own: Any) -> Sequence[Tensor]:
     stack = torch.stack(list(matrices))
     tall = stack.size(-2) > stack.size(-1)
     wide = stack.mT if tall else stack
-    wide = wide / _at_least(norms, own.eps)[:, None, None]
+    wide = _normalized(wide, norms[:, None, None], own)
     wide = _iterated(wide, own, _product)
     return (wide.mT if tall else wide).unbind()
 

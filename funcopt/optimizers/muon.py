@@ -65,9 +65,9 @@ class Muon:
 
     DTensors are served with the same numbers, though a matrix is seen whole: each is made by one of
     the processes that have its parts, which are shared out by what they cost. A process sends its
-    parts of the directions, in `ns_dtype`, and gets back its parts of what they come to, by one
-    all-to-all each way; what is whole on every process is made on every one, and not sent. A leaf
-    that is cut along several dimensions of a mesh is gathered by all.
+    parts of the directions, in `ns_dtype` if that is not float16, and gets back its parts of what
+    they come to, by one all-to-all each way; what is whole on every process is made on every one,
+    and not sent. A leaf that is cut along several dimensions of a mesh is gathered by all.
 
     Args:
         lr: Learning rate: at least 0; a number, a 0-dim tensor, or a schedule, as for `AdamW`.
@@ -80,7 +80,8 @@ class Muon:
         ns_steps: How many iterations to make: from 1 to 99.
         adjust_lr_fn: `"original"` or None for the first $r$, `"match_rms_adamw"` for the second.
         ns_dtype: The dtype of the iterations: `torch.bfloat16`, as in torch, another one, or None
-            for that of the leaf (float32 for one in 16 bits).
+            for that of the leaf (float32 for one in 16 bits). A matrix is divided by its norm in
+            this dtype, as in torch; for `torch.float16`, which has no room for squares, before.
         matrices: `"flatten"` sees a leaf of more than two dimensions as one matrix, `"stack"` as
             one for each index of all but the last two dimensions.
         gram: Make most of the iterations on the Gram matrix $X X^\top$, which takes about half the

@@ -26,6 +26,7 @@ OPTIONS = {
     "plain": {"kernel": "plain", "nesterov": False, "adjust_lr_fn": "match_rms_adamw"},
     "numbers": {"lr": torch.tensor(0.1), "weight_decay": lambda step: 0.1 / (1 + step)},
     "trees": {"lr": {f"w{i}": 0.1 / (1 + i) for i in range(len(SHAPES))}, "step_per_leaf": True},
+    "float16": {"ns_dtype": torch.float16},
     "16 bits": {"moments": torch.bfloat16, "ns_dtype": None, "matrices": "stack"},
 }
 

@@ -1,5 +1,6 @@
 """Muon: torch's bits, its map by hand, stacked leaves, derivatives, and what it refuses."""
 
+import dataclasses
 import math
 
 import pytest
@@ -353,3 +354,17 @@ def test_muon_label_goes_by_dimensions_and_names():
     assert muon_label("h.0.attn.bias", torch.zeros(2)) == "adamw"
     assert muon_label("conv.weight", torch.zeros(2, 2, 3, 3)) == "muon"
     assert muon_label.possible_labels == ("muon", "adamw")
+
+
+@pytest.mark.parametrize("kernel", ["batched", "plain"])
+@pytest.mark.parametrize("size", [1e-6, 1e-4, 1.0, 1e6])
+def test_iterations_in_float16_are_as_near_for_small_and_large_gradients(kernel, size):
+    params = {"w": torch.zeros(3, 4), "v": torch.zeros(6, 2)}
+    grads = {name: torch.randn_like(leaf) * size for name, leaf in params.items()}
+    opt = Muon(lr=1.0, weight_decay=0.0, eps=1e-12, ns_dtype=torch.float32, kernel=kernel)
+    expected, _ = opt.update(grads, opt.init(params), params)
+    narrow = dataclasses.replace(opt, eps=1e-7, ns_dtype=torch.float16)
+    for method in (narrow.update, narrow.update_):
+        found, _ = method(grads, narrow.init(params), clone(params))
+        for name, leaf in expected.items():
+            assert (found[name] - leaf).norm() < 1e-2 * leaf.norm()
