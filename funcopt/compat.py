@@ -86,7 +86,7 @@ evaluates the loss, nothing is here: `lbfgs`, `polyak_sgd`, `scale_by_distance_o
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -94,7 +94,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ._core import pytree, transforms
-from ._core.types import Optimizer, ParamsT, Tree, check_is_optimizer
+from ._core.types import Optimizer, ParamsT, Tree, check_is_optimizer, kind_of
 from ._engine.prepare import keep_requiring
 
 __all__ = ["GradientTransformation", "apply_updates", "as_optax", "as_torchopt"]
@@ -194,8 +194,8 @@ def as_torchopt(opt: Optimizer[Any]) -> Any:
 def apply_updates(params: ParamsT, updates: Tree) -> ParamsT:
     """Return the parameters after updates, to the bit as the optimizer made them if it can be.
 
-    See the text of `funcopt.compat`. Where an update has no history, nor has the result; it
-    requires a gradient if the parameter does.
+    See the text of `funcopt.compat`. The result is new, in the dtype of the parameter. Where an
+    update has no history, nor has the result; it requires a gradient if the parameter does.
 
     Args:
         params: The parameters. They are not changed.
@@ -203,7 +203,8 @@ def apply_updates(params: ParamsT, updates: Tree) -> ParamsT:
             parameter as it is.
 
     Raises:
-        ValueError: If the trees do not match.
+        TypeError: If an update, or what it is added to, is no tensor.
+        ValueError: If the trees do not match, or the shapes of a parameter and its update.
 
     Example:
         >>> import torch
@@ -213,6 +214,7 @@ def apply_updates(params: ParamsT, updates: Tree) -> ParamsT:
     """
     olds, structure = pytree.flatten(params)
     found = pytree.pair(updates, "updates", structure).leaves
+    _check_updates(olds, found, structure)
     news = [_applied(old, update) for old, update in zip(olds, found, strict=True)]
     result: ParamsT = pytree.unflatten(structure, news)
     return result
@@ -236,13 +238,18 @@ def _update(old: Any, new: Any) -> Any:
         return torch.zeros_like(old)
     if transforms.transformed() or (new.requires_grad and not new.is_leaf):
         return -(old - new)
-    with torch.no_grad():
-        update = -(old - new)
-        if not old.is_complex():  # also where infinity less infinity would be NaN
-            update = update.masked_fill(new == old, -0.0)
+    update = _plain_update(old, new)
     if _is_followed(old, new, update):
         _goals[update] = _Goal(new, old, _versions(new, old, update))
     return update
+
+
+@torch.no_grad()
+def _plain_update(old: Tensor, new: Tensor) -> Tensor:
+    update = -(old - new)
+    if old.is_complex():
+        return update
+    return update.masked_fill(new == old, -0.0)  # also where infinity less infinity would be NaN
 
 
 def _is_followed(*tensors: Tensor) -> bool:
@@ -260,16 +267,54 @@ def _versions(*tensors: Tensor) -> tuple[int, ...]:
     return tuple(tensor._version for tensor in tensors)
 
 
+@torch.no_grad()
+def _with_bits_of(sums: Tensor, update: Tensor, goal: _Goal) -> Tensor:
+    """Return the new parameter, where an update still is the one that leads there, else the sum.
+
+    What is written by way of `.data` or of numpy is seen by no count of versions.
+    """
+    leads = _bits(update) == _bits(_plain_update(goal.old, goal.new))
+    if sums.is_complex():
+        leads = leads.all(-1)
+    return torch.where(leads, goal.new, sums)
+
+
+_WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    real = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+    return real.contiguous().view(_WORDS[real.element_size()])
+
+
+def _check_updates(olds: Sequence[Any], updates: Sequence[Any], structure: Any) -> None:
+    """Refuse what cannot be added without broadcasting."""
+    for index, (old, update) in enumerate(zip(olds, updates, strict=True)):
+        if update is None:
+            continue
+        for root, own in (("params", old), ("updates", update)):
+            if not isinstance(own, Tensor):
+                raise TypeError(
+                    f"{pytree.path(structure, root, index)} is {kind_of(own)}: it must be a "
+                    f"tensor. None for an update leaves a parameter as it is."
+                )
+        if old.shape != update.shape:
+            raise ValueError(
+                f"{pytree.path(structure, 'updates', index)}: shape {tuple(update.shape)}, the "
+                f"parameter has {tuple(old.shape)}. Nothing is broadcast: give both the same shape."
+            )
+
+
 def _applied(old: Any, update: Any) -> Any:
     """Return a parameter after an update."""
     if update is None:
         return old
     goal = None if transforms.tracing() else _goals.get(update)
-    if goal is not None and _still_leads(update, goal, old):
-        return goal.new
     with torch.set_grad_enabled(
         torch.is_grad_enabled() and (transforms.transformed() or update.requires_grad)
     ):
-        new = old + update
+        new = (old + update).to(old.dtype)
+    if goal is not None and _still_leads(update, goal, old):
+        new = _with_bits_of(new, update, goal)
     keep_requiring([new], [old])
     return new

@@ -130,7 +130,9 @@ def test_a_leaf_without_a_gradient_and_one_at_rest_get_an_update_of_zero():
         assert_same_bits({**found, "w": params["w"]}, params)
 
 
-@pytest.mark.parametrize("change", ["scaled", "written", "of others", "parameter written", "used"])
+@pytest.mark.parametrize(
+    "change", ["scaled", "written", "by data", "by numpy", "of others", "parameter written"]
+)
 def test_what_was_changed_since_is_added(change):
     old, new = torch.tensor([1.0, 3.0]), torch.tensor([1e-9, 3.5])
     updates, _ = compat.as_optax(Told(new)).update(old, (), old)
@@ -138,13 +140,49 @@ def test_what_was_changed_since_is_added(change):
         updates = updates * 0.5
     elif change == "written":
         updates.mul_(0.5)
+    elif change == "by data":  # which no count of versions sees
+        updates.data.mul_(0.5)
+    elif change == "by numpy":
+        updates.numpy()[:] *= 0.5
     elif change == "of others":
         old = old.clone()
-    elif change == "parameter written":
-        old.add_(1.0)
     else:
-        compat.apply_updates(old, updates).zero_()
+        old.add_(1.0)
     assert torch.equal(compat.apply_updates(old, updates), old + updates)
+
+
+def test_a_parameter_written_by_data_is_what_is_added_to():
+    old, new = torch.tensor([1.0, 3.0]), torch.tensor([1e-9, 3.5])
+    updates, _ = compat.as_optax(Told(new)).update(old, (), old)
+    old.data.mul_(2.0)
+    assert torch.equal(compat.apply_updates(old, updates), old + updates)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
+def test_updates_may_be_applied_twice_to_tensors_of_their_own(dtype):
+    old, new = torch.tensor([1.0, 3.0], dtype=dtype), torch.tensor([1e-9, 3.5], dtype=dtype)
+    updates, _ = compat.as_optax(Told(new)).update(old, (), old)
+    compat.apply_updates(old, updates).zero_()
+    assert_same_bits(compat.apply_updates(old, updates), torch.tensor([1e-9, 3.5], dtype=dtype))
+
+
+def test_the_dtype_of_a_parameter_stays():
+    found = compat.apply_updates(torch.ones(2, dtype=torch.bfloat16), torch.ones(2))
+    assert_same_bits(found, torch.full((2,), 2.0, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize(
+    ("params", "updates", "error", "message"),
+    [
+        (torch.ones(4), torch.ones(3, 4), ValueError, "updates['w']: shape (3, 4), the parameter"),
+        (torch.ones(4), 1.0, TypeError, "updates['w'] is of type float"),
+        (1.0, torch.ones(4), TypeError, "params['w'] is of type float"),
+    ],
+    ids=["broadcast", "no update", "no parameter"],
+)
+def test_what_cannot_be_added_is_refused(params, updates, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        compat.apply_updates({"w": params}, {"w": updates})
 
 
 def test_updates_are_saved_without_what_they_lead_to():
