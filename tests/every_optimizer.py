@@ -68,9 +68,7 @@ OPTIMIZERS = {
     "NAdam": NAdam(lr=0.1, weight_decay=0.1),
     "RAdam": RAdam(lr=0.1, betas=(0.5, 0.9), weight_decay=0.1, decoupled_weight_decay=True),
     # In 16 bits, kernels that stack matrices and the equations round otherwise.
-    "Muon": Partition(
-        {"muon": Muon(lr=0.1, ns_dtype=None), "adamw": adamw()}, funcopt.muon_label
-    ),
+    "Muon": Partition({"muon": Muon(lr=0.1, ns_dtype=None), "adamw": adamw()}, funcopt.muon_label),
     "Adafactor": Adafactor(lr=0.1, weight_decay=0.1),
     "Adafactor, an eps of its own": Adafactor(lr=0.1, eps=(1e-30, 1e-3), step_per_leaf=True),
     "Frozen": Frozen(),

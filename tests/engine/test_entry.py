@@ -70,7 +70,9 @@ def test_the_table_has_every_optimizer():
 
 
 def is_real_only(opt):
-    return any(getattr(getattr(part, "rule", None), "real_only", False) for part in optimizers_in(opt))
+    return any(
+        getattr(getattr(part, "rule", None), "real_only", False) for part in optimizers_in(opt)
+    )
 
 
 SERVED = [
