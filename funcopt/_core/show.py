@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import html
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from typing import Any
 
@@ -59,8 +59,9 @@ def show(value: Any) -> str:
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         fields = zip(value._fields, value, strict=True)
         return f"{type(value).__name__}({', '.join(f'{name}={show(own)}' for name, own in fields)})"
-    if type(value) is dict:
-        return "{" + _listed(f"{key!r}: {show(own)}" for key, own in value.items()) + "}"
+    if type(value) in (dict, OrderedDict):
+        listed = "{" + _listed(f"{key!r}: {show(own)}" for key, own in value.items()) + "}"
+        return listed if type(value) is dict else f"OrderedDict({listed})"
     if type(value) is list:
         return "[" + _listed(map(show, value)) + "]"
     if type(value) is tuple and value:

@@ -1,6 +1,7 @@
 """How optimizers and states show themselves, and that states are loaded from files as they are."""
 
 import io
+from collections import OrderedDict
 from typing import NamedTuple
 
 import pytest
@@ -69,6 +70,11 @@ def test_a_notebook_shows_what_a_state_takes():
     assert (
         f"<td>all</td><td>6</td><td>1,208</td><td>float32, float64</td><td>{taken:,}</td>" in table
     )
+
+
+def test_an_ordered_dict_shows_shapes_too():
+    state = SGD(momentum=0.9).init(OrderedDict(w=torch.ones(20, 30)))
+    assert "momentum_buffer=OrderedDict({'w': float32[20, 30]})" in repr(state)
 
 
 def test_what_a_table_says_is_escaped():
