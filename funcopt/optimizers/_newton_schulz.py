@@ -98,7 +98,7 @@ def _product(left: Tensor, right: Tensor, *rest: Any) -> Tensor:
 def _norm(matrix: Tensor) -> Tensor:
     """Return the Frobenius norm of each matrix, in a shape that divides them."""
     dims = None if matrix.ndim == 2 else (-2, -1)
-    if transforms.followed((matrix,)):
+    if transforms.transformed() or transforms.has_derivative(matrix):
         return differentiable_norm(matrix, 2.0, dims)
     return vector_norm(matrix, 2.0, dims, keepdim=dims is not None)
 

@@ -288,6 +288,18 @@ def test_every_law_holds_or_does_not_apply(opt):
     assert report.ok, str(report)
 
 
+def test_the_norm_has_the_same_bits_whether_or_not_autograd_could_follow():
+    opt = Muon(lr=0.1, ns_dtype=None, matrices="stack", nesterov=False)
+    for _ in range(20):
+        params, grads = {"w": torch.randn(2, 3, 2)}, {"w": torch.randn(2, 3, 2)}
+        expected = opt.update(grads, opt.init(params), params)
+        with torch.no_grad():
+            assert_same_bits(opt.update(grads, opt.init(params), params), expected)
+        state = opt.init(params)  # which no step has seen yet, so that all is checked
+        opt.update_(grads, state, params)
+        assert_same_bits((params, state), expected)
+
+
 def test_leaves_that_are_no_matrices_are_refused_with_path_and_remedy():
     opt = Muon()
     message = r"params\['b'\] has shape \(3,\): Muon moves matrices.*Partition.*labels=muon_label"
