@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from .._core.types import Tree
 from . import strategies
 from ._adapters import subject_of
-from ._compare import NotApplicable
+from ._compare import LawBroken, NotApplicable
 from ._progress import shown
 from ._report import Report, Verdict, own_lines
 from ._subject import leaves_of
@@ -238,11 +238,19 @@ class _Search:
 
 
 def _broken(law: Law, problem: Problem, error: Exception) -> Verdict:
-    status = "fails" if isinstance(error, AssertionError) else "error"
+    status = "fails" if isinstance(error, AssertionError) and _is_of(law, error) else "error"
     detail = str(error) if status == "fails" else f"{type(error).__name__}: {error}"
     first_line = next(iter(detail.splitlines()), type(error).__name__)
     place = own_lines(error)[-1:] if status == "error" else []
     return Verdict(law.__name__, status, first_line, problem, error, "".join(place))
+
+
+def _is_of(law: Law, error: AssertionError) -> bool:
+    """Whether it is the law that is broken, not an assertion of the optimizer's own."""
+    lines, code = own_lines(error), getattr(law, "__code__", None)
+    return isinstance(error, LawBroken) or (
+        code is None or not lines or lines[-1].startswith(f"at {code.co_filename}:")
+    )
 
 
 def _judge(

@@ -184,3 +184,12 @@ def test_progress_in_a_terminal_without_tqdm_is_a_line_for_each_law(monkeypatch)
     monkeypatch.setattr(sys, "stderr", Terminal())
     list(shown(FEW, "AdamW", True))
     assert sys.stderr.getvalue().splitlines()[2] == "AdamW: law 3 of 3, vmap_is_loop"
+
+
+def test_an_assertion_of_the_optimizer_is_an_error_of_its_own_and_not_a_broken_law():
+    class Refusing(Descent):
+        def update(self, grads, state, params):
+            raise AssertionError("no such gradient")
+
+    (verdict,) = check_optimizer(Refusing(), laws=["deterministic"], max_examples=3).verdicts
+    assert (verdict.status, verdict.detail) == ("error", "AssertionError: no such gradient")
