@@ -110,8 +110,17 @@ def _ratio(shape: Sequence[int], adjust_lr_fn: str | None) -> float:
     """Return what the learning rate is multiplied by for matrices of a shape."""
     rows, columns = shape[-2:]
     if adjust_lr_fn == "match_rms_adamw":
-        return 0.2 * math.sqrt(max(rows, columns))
-    return math.sqrt(max(1, rows / max(columns, 1)))
+        return 0.2 * _root(_larger(rows, columns))
+    return _root(_larger(1, rows / _larger(columns, 1)))
+
+
+_larger: Any = torch.sym_max  # which torch leaves untyped
+
+
+def _root(number: float) -> float:
+    """Return a root, also of what is traced for every size: `math.sqrt` would see one size."""
+    root: float = math.sqrt(number) if isinstance(number, (int, float)) else number**0.5
+    return root
 
 
 def _batched_(inputs: StepInputs, numbers: Any, options: Any) -> None:
