@@ -1,0 +1,1 @@
+../../examples/sixteen_bits.py

@@ -1,0 +1,1 @@
+../../examples/zero1.py
