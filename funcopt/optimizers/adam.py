@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Unpack
+from typing import Any, ClassVar, Literal, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
@@ -144,10 +144,10 @@ class Adam:
     maximize: bool = False
     nesterov: bool = False
     step_per_leaf: bool = False
-    kernel: str = "auto"
+    kernel: Literal["auto", "native", "fused", "foreach", "plain"] = "auto"
     differentiable: bool | None = None
-    moments: torch.dtype | str | None = "auto"
-    rounding: str = "nearest"
+    moments: torch.dtype | Literal["auto"] | None = "auto"
+    rounding: Literal["nearest", "stochastic"] = "nearest"
     seed: Number = 0
 
     def __post_init__(self) -> None:

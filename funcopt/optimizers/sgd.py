@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Unpack
+from typing import Any, ClassVar, Literal, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
@@ -240,10 +240,10 @@ class SGD:
     nesterov: bool = False
     maximize: bool = False
     step_per_leaf: bool = False
-    kernel: str = "auto"
+    kernel: Literal["auto", "native", "fused", "foreach", "plain"] = "auto"
     differentiable: bool | None = None
-    moments: torch.dtype | str | None = "auto"
-    rounding: str = "nearest"
+    moments: torch.dtype | Literal["auto"] | None = "auto"
+    rounding: Literal["nearest", "stochastic"] = "nearest"
     seed: Number = 0
 
     def __post_init__(self) -> None:

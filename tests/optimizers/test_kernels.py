@@ -1,9 +1,11 @@
 """The kernels of optimizers with numbers that stay tensors, as counts on a GPU do."""
 
+from typing import get_args, get_type_hints
+
 import pytest
 import torch
 
-from funcopt import SGD, Adagrad, Adam, Lion, NAdam, RAdam, RMSprop
+from funcopt import SGD, Adagrad, Adam, AdamW, Lion, NAdam, RAdam, RMSprop
 from funcopt._engine import dispatch
 from funcopt._engine.rule import StepInputs
 
@@ -62,3 +64,9 @@ def test_fused_sgd_without_dampening_takes_a_count_that_is_not_read(step):
     moved = StepInputs.of(clone(list(inputs.columns)))
     rule.kernel("fused").step_(moved, rule.numbers(number(step), 0.1, 0.9, 0.0, 0.1), options)
     assert_close(list(moved.targets.columns), list(expected.columns), rtol=1e-12)
+
+
+@pytest.mark.parametrize("optimizer", [SGD, Adam, AdamW, Lion])
+def test_type_checkers_know_the_kernels_that_the_rule_has(optimizer):
+    known = get_args(get_type_hints(optimizer)["kernel"])
+    assert known == optimizer.rule.kernel_names
