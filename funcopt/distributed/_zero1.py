@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Unpack
+from typing import Any, Literal, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
@@ -115,7 +115,7 @@ class Zero1:
     inner: Optimizer[Any]
     mesh: DeviceMesh | None
     bucket_bytes: int = 25 * 2**20
-    gradients: str = "local"
+    gradients: Literal["local", "averaged"] = "local"
 
     @property
     def traits(self) -> Traits:

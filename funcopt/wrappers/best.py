@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Unpack
+from typing import Any, ClassVar, Literal, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
@@ -141,7 +141,7 @@ class Best:
     )
 
     inner: Optimizer[Any]
-    mode: str = "min"
+    mode: Literal["min", "max"] = "min"
     patience: Number | Schedule | None = None
     threshold: Number | Schedule = 0.0
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Unpack
+from typing import Any, ClassVar, Literal, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
@@ -127,7 +127,7 @@ class Clip:
     inner: Optimizer[Any]
     max_norm: Number | Schedule
     norm_type: float = 2.0
-    nonfinite: str = "propagate"
+    nonfinite: Literal["propagate", "skip"] = "propagate"
 
     @property
     def traits(self) -> Traits:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Unpack
+from typing import Any, ClassVar, Literal, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
@@ -154,11 +154,11 @@ class Plateau:
     )
 
     inner: Optimizer[Any]
-    mode: str = "min"
+    mode: Literal["min", "max"] = "min"
     factor: Number | Schedule = 0.1
     patience: Number | Schedule = 10
     threshold: Number | Schedule = 1e-4
-    threshold_mode: str = "rel"
+    threshold_mode: Literal["rel", "abs"] = "rel"
     cooldown: Number | Schedule = 0
     min_lr: Number | Schedule = 0.0
 
