@@ -4,7 +4,8 @@ How to write one is said in `funcopt.extend`; `clip_value.py` is the shortest on
 its own. For a new one, besides its file here and its tests in `tests/wrappers/`:
 
 - `funcopt/__init__.py` exports it and its state;
-- README has it in the table of wrappers, CHANGELOG among what is new;
+- `docs/guides/wrappers.md` has it in its table, `docs/api/wrappers.md` has it with its state,
+  CHANGELOG says that it is new;
 - `tests/every_optimizer.py` has one of it, on which what is true of every optimizer is tested;
 - `tests/cases.py`, `tests/core/test_node.py`, `tests/core/test_find_replace.py` and
   `tests/optimizers/test_laws.py` have it among wrapped optimizers;

@@ -226,5 +226,5 @@ def test_a_rank_killed_while_it_saves_leaves_what_was_saved_before(tmp_path, vic
 
 
 def newest_whole(directory: pathlib.Path) -> pathlib.Path:
-    """As the README says: what is whole has its metadata, which are written last."""
+    """As the guide says: what is whole has its metadata, which are written last."""
     return max((path.parent for path in directory.glob("*/.metadata")), key=lambda p: int(p.name))
