@@ -235,9 +235,9 @@ def page(results: dict[str, dict[str, Any]]) -> str:
                     f"`{law}`" + (f" ({reason})" if reason else "")
                 )
                 if status == "fails":
-                    notes.append(f"- `{name}`, `{law}`: {detail}\n  `{example}`")
+                    notes.append(f"- `{name}`, `{law}`: `{detail}`\n  `{example}`")
                 else:
-                    notes.append(f"- `{name}`, `{law}`: it raises {detail}")
+                    notes.append(f"- `{name}`, `{law}`: it raises `{detail}`")
         cells = [f"`{name}`", version, own["how"], str(len(held)), ", ".join(broken)]
         rows.append("| " + " | ".join([*cells, ", ".join(meant)]) + " |")
     head = [

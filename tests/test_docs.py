@@ -28,7 +28,7 @@ MODULES = [
     *(
         f"funcopt.{name}"
         for name in (
-            *("distributed", "extend", "interop", "members", "memory", "schedules"),
+            *("compat", "distributed", "extend", "interop", "members", "memory", "schedules"),
             *("testing", "testing.laws", "testing.oracles", "testing.strategies", "torchscript"),
         )
     ),

@@ -20,8 +20,8 @@ def test_the_page_has_a_row_for_each_and_the_example_of_what_fails_alone():
     )
     assert "| `some.Lion` | 1.2 | pure | 1 | `goes_downhill`, `deterministic` |  |" in text
     assert "| `other.Lion` |  |  |  |  | not installed, so not checked |" in text
-    assert "`some.Lion`, `goes_downhill`: goes_downhill: step 1, params\n  `({'p0'" in text
-    assert "- `some.Lion`, `deterministic`: it raises IndexError\n" in text
+    assert "`some.Lion`, `goes_downhill`: `goes_downhill: step 1, params`\n  `({'p0'" in text
+    assert "- `some.Lion`, `deterministic`: it raises `IndexError`\n" in text
 
 
 def test_what_differs_by_design_is_told_apart_from_a_fault():
