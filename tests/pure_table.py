@@ -124,6 +124,23 @@ def is_mapped(name: str, options: dict[str, Any]) -> bool:
     return True
 
 
+def is_compiled(name: str, options: dict[str, Any]) -> bool:
+    """Whether a compiled loop, whose graph the update is left out of, keeps the bits."""
+    opt, params = funcopt.pure(kind_of(name), **options), params_for(name)
+    gradients = [random_like(params) for _ in range(2)]
+
+    def loop(state: Any, params: Any) -> Any:
+        for grads in gradients:
+            doubled = tree_map(lambda grad: grad * 2, grads)
+            params, state = opt.update(doubled, state, params)
+        return params, state
+
+    torch.compiler.reset()
+    state = opt.init(params)
+    assert_same_bits(torch.compile(loop, backend="eager")(state, params), loop(state, params))
+    return True
+
+
 def _stacked(trees: list[Any]) -> Any:
     return tree_map(lambda *leaves: torch.stack(leaves), *trees)
 
@@ -203,6 +220,7 @@ def keeps_derivative_of_lr(name: str, options: dict[str, Any]) -> bool:
 COLUMNS: dict[str, Callable[[str, dict[str, Any]], bool]] = {
     "bits": has_bits,
     "vmap": is_mapped,
+    "compiled": is_compiled,
     "reverse mode": _derivative(_in_reverse),
     "forward mode": _derivative(lambda loss: jvp(loss, (_POINT,), (_POINT + 1,))[1]),
     "vmap of it": _derivative(lambda loss: vmap(grad(loss))(_POINT.expand(2))[1]),
@@ -241,7 +259,8 @@ def table() -> str:
         "on the CPU, with the options that torch's own tests give each class. A dot: it is right. "
         "Nothing: it is refused, with an error that says why. Bits are those of 20 steps of the "
         "class, out of place and in place; those of a member of a vmap are those that it has "
-        "alone. Derivatives are held to differences.",
+        "alone. A compiled loop leaves an update out of its graph. Derivatives are held to "
+        "differences.",
         "",
         f"| Class | Options | {' | '.join(COLUMNS)} |",
         "|---|---" + "|---" * len(COLUMNS) + "|",
