@@ -37,7 +37,11 @@ wrapper is around an optimizer: `chain(clip_by_global_norm(1.0), adamw(lr))` is
 | optax | funcopt |
 |---|---|
 | `adam`, `amsgrad`, `scale_by_adam`, `scale_by_amsgrad` | `Adam`, with `amsgrad=True` |
-| `adamw` | `AdamW` |
+| `adamw` | `AdamW`; for its mask, a tree of numbers as `weight_decay=` |
+| `nadam` | `Adam(nesterov=True)` |
+| `adafactor`, `contrib.muon` | `Adafactor`, `Muon`, with the equations and defaults of torch |
+| `adagrad`, `radam`, `rmsprop` | `Adagrad`, `RAdam`, `RMSprop`, likewise |
+| `adadelta`, `adamax`, `rprop` | `pure(torch.optim.Adadelta)`, and so on, likewise |
 | `sgd`, `trace` | `SGD`, with `momentum=` and `nesterov=` |
 | `lion`, `scale_by_lion` | `Lion` |
 | `sign_sgd`, `scale_by_sign`, `centralize`, `add_noise`, `noisy_sgd` | `Transform`: the examples |
@@ -67,12 +71,11 @@ wrapper is around an optimizer: `chain(clip_by_global_norm(1.0), adamw(lr))` is
 | `contrib.split_real_and_imaginary` | nothing: complex leaves are pairs of real numbers here |
 
 **What is not here.** Each of the following, and the `scale_by` transform that it is made of, would
-be a rule of one's own, as `extend` shows: `adabelief`, `adadelta`, `adafactor`, `adagrad`,
-`adamax`, `adamaxw`, `adan`, `fromage`, `lamb`, `lars`, `nadam`, `nadamw`, `novograd`,
-`optimistic_adam`, `optimistic_adam_v2`, `optimistic_gradient_descent`, `radam`, `rmsprop`, `rprop`,
-`sm3`, `yogi`, `contrib.acprop`, `contrib.ademamix`, `contrib.simplified_ademamix`,
-`contrib.adopt`, `contrib.cocob`, `contrib.galore`, `contrib.madgrad`, `contrib.muon` and
-`contrib.normalize`. What changes the update of an optimizer would be a wrapper of one's own:
+be a rule of one's own, as `extend` shows: `adabelief`, `adamaxw`, `adan`, `fromage`,
+`lamb`, `lars`, `nadamw`, `novograd`, `optimistic_adam`, `optimistic_adam_v2`,
+`optimistic_gradient_descent`, `sm3`, `yogi`, `contrib.acprop`, `contrib.ademamix`,
+`contrib.simplified_ademamix`, `contrib.adopt`, `contrib.cocob`, `contrib.galore`, `contrib.madgrad`
+and `contrib.normalize`. What changes the update of an optimizer would be a wrapper of one's own:
 `normalize_by_update_norm`, `scale_by_trust_ratio`, `scale_by_param_block_norm`,
 `scale_by_param_block_rms`, `keep_params_nonnegative`. Of what searches for a learning rate or
 evaluates the loss, nothing is here: `lbfgs`, `polyak_sgd`, `scale_by_distance_over_gradients`,
