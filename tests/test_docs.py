@@ -4,6 +4,7 @@ import gc
 import importlib
 import pathlib
 import re
+import sys
 import tomllib
 from types import ModuleType
 
@@ -45,10 +46,14 @@ def python_blocks(page):
 
 def run(page, blocks):
     """Return the names that the blocks of a page define."""
-    namespace = {"__name__": "page"}
-    for number, block in enumerate(blocks, 1):
-        exec(compile(block, f"{page}, python block {number}", "exec"), namespace)
-    return namespace
+    module = ModuleType("page")
+    sys.modules["page"] = module  # torch.compile imports the module of a class that it traces
+    try:
+        for number, block in enumerate(blocks, 1):
+            exec(compile(block, f"{page}, python block {number}", "exec"), vars(module))
+    finally:
+        del sys.modules["page"]
+    return vars(module)
 
 
 def anchors(path):
