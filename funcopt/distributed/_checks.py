@@ -71,6 +71,7 @@ def check_packable(inner: Optimizer[Any]) -> None:
                 f"buckets of many. Give each number an optimizer of its own, outside: "
                 f'Partition({{"decay": Zero1(...), ...}}, labels).'
             )
+        _check_shapes_of_state(inner, opt)
         if traits.tells_leaves_apart:
             raise ValueError(
                 f"inner={inner!r} has a {name}, which tells leaves apart (its trait "
@@ -90,6 +91,16 @@ def check_packable(inner: Optimizer[Any]) -> None:
                 f"averaged already (average_gradients): {name}(Zero1(..., gradients='averaged')); "
                 f"or say it in its class, if it is so."
             )
+
+
+def _check_shapes_of_state(inner: Any, opt: Any) -> None:
+    rule = getattr(opt, "rule", None)
+    if rule is not None and any(slot.shape_of is not tuple for slot in rule.slots):
+        raise ValueError(
+            f"inner={inner!r} has a {type(opt).__name__}, whose state has other shapes than the "
+            f"leaves, where shares of buckets hold what has the shape of a leaf. Let it be without "
+            f"Zero1, with gradients that are averaged before: average_gradients(grads, mesh)."
+        )
 
 
 def check_kept(

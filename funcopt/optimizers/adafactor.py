@@ -23,11 +23,12 @@ from .._core.types import (
 )
 from .._engine.dispatch import safe_sqrt
 from .._engine.prepare import init
-from .._engine.registration import check_fields, register_optimizer
+from .._engine.registration import check_fields, register_optimizer, state_class
 from .._engine.rule import Slot, UpdateRule
 from .._engine.update import update, update_
 
 
+@state_class
 class AdafactorState(NamedTuple):
     """The state of `Adafactor`: tensors only, in trees of the structure of the parameters.
 

@@ -77,6 +77,15 @@ def test_an_ordered_dict_shows_shapes_too():
     assert "momentum_buffer=OrderedDict({'w': float32[20, 30]})" in repr(state)
 
 
+def test_every_public_state_shows_itself_so():
+    modules = (funcopt, funcopt.distributed)
+    states = [
+        own for module in modules for name, own in vars(module).items() if name.endswith("State")
+    ]
+    assert len(states) > 20
+    assert all(hasattr(own, "_repr_html_") for own in states)
+
+
 def test_what_a_table_says_is_escaped():
     @state_class
     class Named(NamedTuple):

@@ -9,6 +9,7 @@ import torch
 from funcopt import (
     SGD,
     Accumulate,
+    Adafactor,
     Cautious,
     Clip,
     ClipAdaptive,
@@ -178,7 +179,7 @@ def test_a_plan_puts_optimizers_on_a_mesh_and_refuses_them_there():
 REFUSED_INSIDE = [
     (lambda: Partition({"all": SGD()}, label), r"`tells_leaves_apart`.*average_gradients"),
     (lambda: Accumulate(SGD(step_per_leaf=True), 2), "step_per_leaf=True.*Leave it out"),
-    (lambda: ClipAdaptive(SGD()), r"`elementwise` or `packable`.*average_gradients"),
+    (Adafactor, r"state has other shapes than the leaves.*average_gradients"),
     (lambda: Silent(SGD()), r"a Silent, which.*`elementwise` or `packable`"),
     (lambda: LocalUpdates(SGD(), 2, None), "its trait `sends`.*around Zero1"),
 ]

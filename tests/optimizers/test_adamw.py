@@ -303,10 +303,10 @@ def test_a_schedule_works_under_vmap_with_a_step_of_each_members_own():
 # A value.
 
 
-def test_the_repr_shows_every_hyperparameter_and_rebuilds_the_value():
+def test_the_repr_shows_what_was_given_and_rebuilds_the_value():
     opt = AdamW(lr=0.1, betas=[0.8, 0.9], amsgrad=True)
     assert eval(repr(opt), {"AdamW": AdamW}) == opt
-    assert all(field.name in repr(opt) for field in dataclasses.fields(opt))
+    assert repr(opt) == "AdamW(lr=0.1, betas=(0.8, 0.9), amsgrad=True)"
 
 
 @pytest.mark.parametrize(

@@ -227,8 +227,8 @@ def test_in_a_wrapper_update_is_update_in_place_and_checkpoints_return(wrapper, 
 
 
 @pytest.mark.parametrize("wrapper", ["Zero1", "Zero1, all at once"])
-def test_an_optimizer_that_sees_leaves_whole_is_refused_where_they_are_cut(wrapper):
-    with pytest.raises(ValueError, match="does not say that leaves may lie in pieces"):
+def test_an_optimizer_whose_state_has_shapes_of_its_own_is_refused_where_leaves_are_shared(wrapper):
+    with pytest.raises(ValueError, match="whose state has other shapes than the leaves"):
         WRAPPERS[wrapper](INNER["Adafactor"])
 
 

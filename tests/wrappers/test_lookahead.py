@@ -307,4 +307,4 @@ def test_stacked_numbers_need_a_vmap():
     for opt, name in ((Lookahead(AdamW(), two), "every"), (Lookahead(AdamW(), 2, two), "alpha")):
         with pytest.raises(ValueError, match=rf"{name} has shape \(2,\)"):
             opt.update(params, opt.init(params), params)
-    assert "every=4," in repr(Lookahead(AdamW(), 4.0))
+    assert repr(Lookahead(AdamW(), 4.0)) == "Lookahead(AdamW(), every=4)"
