@@ -224,13 +224,14 @@ class _Checked(NamedTuple):
         members: How many there are.
         versions: The tensors among them, each with its version.
         numbers: Their values, read where all members have the same.
-        plans: The last plan made with them out of place, and in place: for what, and its parts.
+        plans: Plans made with them: by whether in place and by where numbers are, for which leaves
+            and options, and their parts.
     """
 
     members: int
     versions: list[tuple[Tensor, int]]
     numbers: list[Number]
-    plans: list[tuple[Any, list[dispatch.Part]] | None]
+    plans: dict[Any, tuple[Layout, Any, list[dispatch.Part]]]
 
     def hold(self, members: int) -> bool:
         """Whether they are as they were."""
@@ -244,15 +245,14 @@ def _plan(
 ) -> dispatch.Plan:
     """Decide who moves what; as last time, if it was asked of such leaves and numbers then."""
     checked: _Checked | None = vars(opt).get("_checked")
-    kinds = [n.device if isinstance(n, Tensor) else None for n in numbers]
+    kinds = (in_place, *[n.device if isinstance(n, Tensor) else None for n in numbers])
     if checked is not None and not isinstance(numbers.key, Tensor):
-        last = checked.plans[in_place]
-        if last is not None and last[0][0] is stack.layout and last[0][1:] == (options, kinds):
-            return [(part, numbers) for part in last[1]]
+        last = checked.plans.get(kinds)
+        if last is not None and last[0] is stack.layout and last[1] == options:
+            return [(part, numbers) for part in last[2]]
     plan = dispatch.plan(rule, stack.inputs, numbers, options, stack.layout, in_place=in_place)
     if checked is not None:
-        made_for = stack.layout, options, kinds
-        checked.plans[in_place] = made_for, [part for part, _ in plan]
+        checked.plans[kinds] = stack.layout, options, [part for part, _ in plan]
     return plan
 
 
@@ -282,7 +282,7 @@ def _hyperparams(rule: UpdateRule, opt: Any, count: Tensor) -> list[Number] | No
         isinstance(given, (float, Tensor)) for given in rule.hyperparams_of(opt)
     ):
         versions = [(tensor, tensor._version) for tensor in tensors]
-        checked = _Checked(len(count), versions, read, [None, None])
+        checked = _Checked(len(count), versions, read, {})
         object.__setattr__(opt, "_checked", checked)
     return read
 
