@@ -173,8 +173,7 @@ def prepare(opt: Any, rule: UpdateRule, grads: Tree, state: Any, params: Tree) -
     per_leaf = setup.options.step_per_leaf
     trees = trees_of(opt, rule, setup.kept, grads, state, params)
     tracing = transforms.tracing()
-    known_by_looks = not tracing and not rule.real_only  # others may take complex leaves
-    prepared = None if not known_by_looks else _prepare_known(setup, trees, state, per_leaf)
+    prepared = None if tracing else _prepare_known(rule, setup, trees, state, per_leaf)
     if prepared is not None:
         return prepared
     leaves, structure = pytree.flatten(params)
@@ -188,8 +187,8 @@ def prepare(opt: Any, rule: UpdateRule, grads: Tree, state: Any, params: Tree) -
     all_active = len(active) == len(leaves)
     columns = [_take(paired.leaves, active) for paired in (own, gradients, *kept)]
     inputs = StepInputs.of(columns, None if all_active else active)
-    layout = known(inputs) if all_active and known_by_looks and _agree(inputs) else None
-    if layout is None or not setup.keeps(layout.dtypes):
+    layout = known(inputs) if all_active and not tracing and _agree(inputs) else None
+    if layout is None or not _is_served(rule, setup, layout):
         _check(own, gradients, kept, setup, active)
         if rule.real_only:
             _check_real(leaves, structure, opt)
@@ -260,12 +259,19 @@ def may_recall() -> bool:
     return not transforms.transformed() and not transforms.observed()
 
 
-def _prepare_known(setup: Setup, trees: list[Tree], state: Any, per_leaf: bool) -> Prepared | None:
+def _is_served(rule: UpdateRule, setup: Setup, layout: Layout) -> bool:
+    """Whether an optimizer takes leaves of this layout, which another one may have checked."""
+    return setup.keeps(layout.dtypes) and (layout.real or not rule.real_only)
+
+
+def _prepare_known(
+    rule: UpdateRule, setup: Setup, trees: list[Tree], state: Any, per_leaf: bool
+) -> Prepared | None:
     recalled = recall(trees)
     if recalled is None:
         return None
     inputs, structure, layout, _ = recalled
-    if not setup.keeps(layout.dtypes):
+    if not _is_served(rule, setup, layout):
         return None
     params, *kept = [pytree.Paired(c, structure, None) for c in inputs.targets.columns]
     counts = gather_counts(state.step, structure if per_leaf else None)

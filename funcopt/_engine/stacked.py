@@ -84,7 +84,6 @@ def _is_served(opt: Any, rule: UpdateRule, state: Any, active: Tensor | None) ->
     if (
         not own_traits(opt).by_rule
         or not rule.traits.elementwise
-        or rule.real_only
         or transforms.transformed()
         or transforms.observed()
         or rule.setup_of(opt).options.differentiable

@@ -344,8 +344,7 @@ def _find_routine(
         return None
     trees, count = trees_of(opt, rule, setup.kept, grads, state, params), state.step
     if (
-        rule.real_only  # other optimizers may have known complex leaves by these looks
-        or transforms.transformed()
+        transforms.transformed()
         or transforms.observed()
         or not is_plain_count(count)
         or (options.rounding == "stochastic" and not is_plain_key(state))
