@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, Unpack
@@ -169,32 +169,27 @@ class Pure:
 
     def init(self, params: Tree) -> PureState:
         """Return the state before the first update: what the class keeps before its first step."""
-        if transforms.compiling():
-            made: PureState = transforms.uncompiled(_init, self, params)
-            return made
-        return _init(self, params)
+        made: PureState = _beside_graphs(_init, self, params)
+        return made
 
     def update(
         self, grads: Tree, state: PureState, params: ParamsT, **extras: Unpack[Extras]
     ) -> tuple[ParamsT, PureState]:
         """Return the new parameters and the new state, in fresh memory."""
-        if transforms.compiling():
-            made: tuple[ParamsT, PureState] = transforms.uncompiled(
-                _update, self, grads, state, params
-            )
-            return made
-        return _update(self, grads, state, params)
+        made: tuple[ParamsT, PureState] = _beside_graphs(_update, self, grads, state, params)
+        return made
 
     def update_(
         self, grads: Tree, state: PureState, params: ParamsT, **extras: Unpack[Extras]
     ) -> tuple[ParamsT, PureState]:
         """Do the same as `update`, written into `params` and `state`, which are returned."""
-        if transforms.compiling():
-            made: tuple[ParamsT, PureState] = transforms.uncompiled(
-                _update_, self, grads, state, params
-            )
-            return made
-        return _update_(self, grads, state, params)
+        made: tuple[ParamsT, PureState] = _beside_graphs(_update_, self, grads, state, params)
+        return made
+
+
+def _beside_graphs(function: Callable[..., Any], *args: Any) -> Any:
+    """Call a function, outside of the graph where one is being compiled."""
+    return transforms.uncompiled(function, *args) if transforms.compiling() else function(*args)
 
 
 def _init(opt: Pure, params: Tree) -> PureState:
@@ -247,10 +242,3 @@ def _gather(opt: Pure, grads: Tree, state: Any, params: Tree) -> tuple[Gradients
     gradients = gather_gradients(opt, grads, params)
     own, structure = gradients.params, gradients.structure
     return gradients, gather_states(opt.kind, state, params, own, structure)
-
-
-def _tensors_in(opt: Pure) -> dict[str, Tensor]:
-    """Return the hyperparameters that are tensors, by path."""
-    leaves, structure = pytree.flatten(opt.hyperparameters)
-    paths = pytree.paths(structure, "hyperparameters")
-    return {p: own for p, own in zip(paths, leaves, strict=True) if isinstance(own, Tensor)}

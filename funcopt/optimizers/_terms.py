@@ -25,6 +25,14 @@ def add_decay(grad: Tensor, param: Tensor, weight_decay: Number) -> Tensor:
     return grad
 
 
+def with_decay(param: Tensor, grad: Tensor, own: Any, options: Any) -> tuple[Tensor, Tensor]:
+    """Return a parameter and the gradient to descend by, with decoupled or coupled weight decay."""
+    grad = -grad if options.maximize else grad
+    if options.decoupled_weight_decay:
+        return param * own.decay, grad
+    return param, add_decay(grad, param, own.weight_decay)
+
+
 def add_product(tensor: Tensor, one: Tensor, other: Tensor, scale: Number) -> Tensor:
     """Return `tensor + scale * one * other`, by one operator as `add_scaled`."""
     if isinstance(scale, Tensor):
@@ -66,6 +74,17 @@ def foreach_decayed_grads(
         grads = list(torch._foreach_neg(grads))
     if weight_decay != 0:
         grads = list(torch._foreach_add(grads, params, alpha=weight_decay))
+    return grads
+
+
+def foreach_with_decay_(
+    params: list[Tensor], grads: list[Tensor], decay: Number, weight_decay: float, options: Any
+) -> list[Tensor]:
+    """Return gradients to descend by, as `with_decay`; decoupled decay is written into params."""
+    coupled = 0.0 if options.decoupled_weight_decay else weight_decay
+    grads = foreach_decayed_grads(grads, params, coupled, maximize=options.maximize)
+    if options.decoupled_weight_decay:
+        torch._foreach_mul_(params, fit(decay, params[0]))
     return grads
 
 

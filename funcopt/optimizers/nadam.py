@@ -28,11 +28,11 @@ from .._engine.registration import check_fields, register_optimizer, state_class
 from .._engine.rule import Slot, StepInputs, UpdateRule
 from .._engine.update import update, update_
 from ._terms import (
-    add_decay,
     add_quotient,
     foreach_add_quotients_,
-    foreach_decayed_grads,
     foreach_moments_,
+    foreach_with_decay_,
+    with_decay,
 )
 from .adamw import HYPERPARAMS, new_moments
 
@@ -146,11 +146,7 @@ def _equations(
     param: Tensor, grad: Tensor, slots: tuple[Tensor, ...], own: Coefficients, options: Any
 ) -> list[Tensor]:
     """One step of one leaf, in the order of operations of torch.optim's single-tensor NAdam."""
-    grad = -grad if options.maximize else grad
-    if options.decoupled_weight_decay:
-        param = param * own.decay
-    else:
-        grad = add_decay(grad, param, own.weight_decay)
+    param, grad = with_decay(param, grad, own, options)
     exp_avg, exp_avg_sq = new_moments(grad, slots[0], slots[1], own)
     denominator = safe_sqrt(exp_avg_sq / own.correction2) + own.eps
     param = add_quotient(param, grad, denominator, own.descent_by_grad)
@@ -161,10 +157,7 @@ def _equations(
 def _foreach_(inputs: StepInputs, numbers: Any, options: Any) -> None:
     params, grads, (exp_avgs, exp_avg_sqs), _ = inputs
     own = coefficients(numbers._make(map(double, numbers)), options)
-    coupled = 0.0 if options.decoupled_weight_decay else numbers.weight_decay
-    grads = foreach_decayed_grads(grads, params, coupled, maximize=options.maximize)
-    if options.decoupled_weight_decay:
-        torch._foreach_mul_(params, fit(own.decay, params[0]))
+    grads = foreach_with_decay_(params, grads, own.decay, numbers.weight_decay, options)
     foreach_moments_(exp_avgs, exp_avg_sqs, grads, numbers)
     denominators = list(torch._foreach_div(exp_avg_sqs, fit(own.correction2, params[0])))
     torch._foreach_sqrt_(denominators)

@@ -24,7 +24,7 @@ from .._engine.prepare import init
 from .._engine.registration import check_fields, register_optimizer, state_class
 from .._engine.rule import Slot, StepInputs, UpdateRule
 from .._engine.update import update, update_
-from ._terms import add_decay, foreach_decayed_grads, foreach_moments_
+from ._terms import foreach_moments_, foreach_with_decay_, with_decay
 from .adamw import HYPERPARAMS, new_moments
 
 
@@ -92,11 +92,7 @@ def _equations(
     param: Tensor, grad: Tensor, slots: tuple[Tensor, ...], own: Coefficients, options: Any
 ) -> list[Tensor]:
     """One step of one leaf, in the order of operations of torch.optim's single-tensor RAdam."""
-    grad = -grad if options.maximize else grad
-    if options.decoupled_weight_decay:
-        param = param * own.decay
-    else:
-        grad = add_decay(grad, param, own.weight_decay)
+    param, grad = with_decay(param, grad, own, options)
     exp_avg, exp_avg_sq = new_moments(grad, slots[0], slots[1], own)
     step = exp_avg / own.correction1 * own.lr
     if isinstance(own.is_rectified, Tensor):
@@ -114,10 +110,7 @@ def _foreach_(inputs: StepInputs, numbers: Any, options: Any) -> None:
     params, grads, (exp_avgs, exp_avg_sqs), _ = inputs
     unfitted = coefficients(numbers._make(map(double, numbers)), options)
     own = Coefficients(*(fit(number, params[0]) for number in unfitted))
-    coupled = 0.0 if options.decoupled_weight_decay else numbers.weight_decay
-    grads = foreach_decayed_grads(grads, params, coupled, maximize=options.maximize)
-    if options.decoupled_weight_decay:
-        torch._foreach_mul_(params, own.decay)
+    grads = foreach_with_decay_(params, grads, own.decay, numbers.weight_decay, options)
     foreach_moments_(exp_avgs, exp_avg_sqs, grads, numbers)
     steps = list(torch._foreach_div(exp_avgs, own.correction1))
     torch._foreach_mul_(steps, own.lr)

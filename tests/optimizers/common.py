@@ -36,6 +36,38 @@ def fresh_step(kernel, inputs, numbers, options):
     return outputs
 
 
+def assert_16_bit_steps_match(opt, oracle, dtype, steps):
+    """Hold steps of leaves in 16 bits to an oracle in float64, each from where the last one led."""
+    for size in (1, 33):
+        param = torch.randn(size).to(dtype)
+        state = opt.init(param)
+        for _ in range(steps):
+            gradient = torch.randn(size).to(dtype)
+            wide = tree_map(torch.Tensor.double, state)
+            expected = oracle(opt, gradient.double(), wide, param.double())
+            param, state = opt.update(gradient, state, param)
+            found = param.double(), tree_map(torch.Tensor.double, state)
+            assert_close(found, expected, rtol=torch.finfo(dtype).eps, atol=1e-4)
+
+
+def run_with_skipped_leaves(torchs, opt):
+    """Return parameters of torch and ours, and our state, after steps that leave leaves out."""
+    params = [torch.randn(3), torch.randn(2), torch.randn(4)]
+    theirs = [torch.nn.Parameter(param.clone()) for param in params]
+    torch_opt, state = torchs(theirs), opt.init(params)
+    for i in range(12):
+        skipped = [(i + j) % 3 == 0 or j == 2 for j in range(3)]
+        grads = [
+            None if skip else torch.randn_like(param)
+            for skip, param in zip(skipped, params, strict=True)
+        ]
+        for param, own in zip(theirs, grads, strict=True):
+            param.grad = None if own is None else own.clone()
+        torch_opt.step()
+        params, state = opt.update(grads, state, params)
+    return [param.detach() for param in theirs], params, state
+
+
 def assert_torchs_bits(ours, torchs, options, kernel, dtype):
     """Hold 100 steps of `update` and of `update_` to torch's; return the states of both."""
     params = [torch.randn(shape, dtype=dtype) for shape in SHAPES]

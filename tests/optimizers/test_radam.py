@@ -1,5 +1,7 @@
 """RAdam: torch's bits, its first steps by hand, and its derivatives."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch.func import grad
@@ -7,14 +9,16 @@ from torch.func import grad
 from funcopt import RAdam
 from funcopt.testing import oracles
 
-from ..cases import assert_close, assert_same_bits, random_like, tree_map
+from ..cases import assert_close, assert_same_bits, random_like
 from .common import (
+    assert_16_bit_steps_match,
     assert_derivatives_are_those_of_differences,
     assert_torchs_bits,
     assert_vmap_is_loop,
     crossed,
     number,
     run,
+    run_with_skipped_leaves,
 )
 
 KERNELS = ("plain", "foreach")
@@ -69,35 +73,16 @@ def test_the_first_steps_are_as_by_hand():
 @pytest.mark.parametrize("kernel", ["auto", *KERNELS])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bit_leaves_are_computed_in_float32(dtype, kernel):
-    for size in (1, 33):
-        param = torch.randn(size).to(dtype)
-        opt = RAdam(lr=0.1, weight_decay=0.1, kernel=kernel)
-        state = opt.init(param)
-        for _ in range(9):
-            gradient = torch.randn(size).to(dtype)
-            wide = tree_map(torch.Tensor.double, state)
-            expected = oracles.radam(opt, gradient.double(), wide, param.double())
-            param, state = opt.update(gradient, state, param)
-            found = param.double(), tree_map(torch.Tensor.double, state)
-            assert_close(found, expected, rtol=torch.finfo(dtype).eps, atol=1e-4)
+    opt = RAdam(lr=0.1, weight_decay=0.1, kernel=kernel)
+    assert_16_bit_steps_match(opt, oracles.radam, dtype, 9)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_step_per_leaf_counts_skipped_leaves_as_torch_does(kernel):
-    params = [torch.randn(3), torch.randn(2), torch.randn(4)]
-    gradients = [
-        [None if (i + j) % 3 == 0 or j == 2 else torch.randn_like(p) for j, p in enumerate(params)]
-        for i in range(12)
-    ]
-    theirs = [torch.nn.Parameter(param.clone()) for param in params]
-    torchs = torch.optim.RAdam(theirs, lr=0.1, weight_decay=0.1, foreach=False)
-    for grads in gradients:
-        for param, own in zip(theirs, grads, strict=True):
-            param.grad = None if own is None else own.clone()
-        torchs.step()
+    torchs = partial(torch.optim.RAdam, lr=0.1, weight_decay=0.1, foreach=False)
     opt = RAdam(lr=0.1, weight_decay=0.1, kernel=kernel, step_per_leaf=True)
-    ours, state = run(opt, params, gradients)
-    assert_same_bits(ours, [param.detach() for param in theirs])
+    theirs, ours, state = run_with_skipped_leaves(torchs, opt)
+    assert_same_bits(ours, theirs)
     assert [int(step) for step in state.step] == [8, 8, 0]
 
 

@@ -6,8 +6,9 @@ import torch
 from funcopt import RMSprop
 from funcopt.testing import oracles
 
-from ..cases import assert_close, assert_same_bits, random_like, tree_map
+from ..cases import assert_close, assert_same_bits, random_like
 from .common import (
+    assert_16_bit_steps_match,
     assert_derivatives_are_those_of_differences,
     assert_torchs_bits,
     assert_vmap_is_loop,
@@ -73,17 +74,8 @@ def test_a_variance_below_zero_by_rounding_is_zero(kernel):
 @pytest.mark.parametrize("kernel", ["auto", *KERNELS])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bit_leaves_are_computed_in_float32(dtype, kernel):
-    for size in (1, 33):
-        param = torch.randn(size).to(dtype)
-        opt = RMSprop(lr=0.1, weight_decay=0.1, momentum=0.9, kernel=kernel)
-        state = opt.init(param)
-        for _ in range(3):
-            gradient = torch.randn(size).to(dtype)
-            wide = tree_map(torch.Tensor.double, state)
-            expected = oracles.rmsprop(opt, gradient.double(), wide, param.double())
-            param, state = opt.update(gradient, state, param)
-            found = param.double(), tree_map(torch.Tensor.double, state)
-            assert_close(found, expected, rtol=torch.finfo(dtype).eps, atol=1e-4)
+    opt = RMSprop(lr=0.1, weight_decay=0.1, momentum=0.9, kernel=kernel)
+    assert_16_bit_steps_match(opt, oracles.rmsprop, dtype, 3)
 
 
 def test_tensors_and_schedules_give_the_bits_of_the_numbers():
