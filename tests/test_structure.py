@@ -47,6 +47,7 @@ FLOORS = [
     "_core.pytree",
     "_core.show",
     "_core.tensors",
+    "_core.torch_names",
     "_core.walk",
     "_dtensor",
     "_dtensor.shards",

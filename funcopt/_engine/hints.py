@@ -11,6 +11,8 @@ from torch import Tensor
 
 def hint_for(name: str, value: object, owner: str) -> str:
     """Return what to do with several numbers, or with parameters where torch takes them."""
+    if isinstance(value, bool):
+        return " For a mask, give each leaf its number: 0.1, say, for True and 0.0 for False."
     if isinstance(value, str):
         return ""
     parts = list(value.values()) if isinstance(value, Mapping) else value

@@ -134,6 +134,13 @@ def _check_schedule(name: str, value: Callable[..., Any]) -> None:
     if isinstance(value, type):
         raise TypeError(f"{name} is the class {value.__name__}: give an instance of it.")
     check_takes(name, value, 1, "a schedule is called with the count of updates made so far")
+    code = getattr(value, "__code__", None)
+    if code is not None and code.co_varnames[:1] == ("params",):  # as optax calls one for a mask
+        raise TypeError(
+            f"{name}={short(value)} takes params, and a schedule is called with the count of "
+            f"updates made so far. To give each leaf a number of its own, call the function "
+            f"yourself: {name}=function(params)."
+        )
 
 
 def check_takes(name: str, function: Callable[..., Any], count: int, rule: str) -> None:

@@ -47,7 +47,7 @@ def register_optimizer(cls: type[OptimizerT]) -> type[OptimizerT]:
     Returns:
         The class, so that this can stand above its definition.
     """
-    from .._core import show  # noqa: PLC0415  # apart, as it has no part in an update
+    from .._core import show, torch_names  # noqa: PLC0415  # apart, as no update needs them
 
     dataclass: Any = cls  # which is more than its type says
     fields = [field.name for field in dataclasses.fields(dataclass)]
@@ -59,6 +59,7 @@ def register_optimizer(cls: type[OptimizerT]) -> type[OptimizerT]:
     remember_traits(cls)
     dataclass.__getstate__ = without_memory
     show.let_optimizers_show(cls)
+    torch_names.refuse_names_of_torch(cls)
     if "inner" in fields:
         leaves_at_rest(cls, lambda opt, leaves, own: at_rest(opt.inner, leaves, own))
         dataclass.__init__ = _checking_order(dataclass.__init__)

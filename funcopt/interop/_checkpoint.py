@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -118,7 +118,8 @@ def from_state_dict(template: StateT, d: Mapping[str, Tensor], *, strict: bool =
         shown = faults if len(faults) <= _MOST else [*faults[:_MOST], f"... ({len(faults)} in all)"]
         raise ValueError(
             "\n  ".join(["the dict does not fit the template:", *shown])
-            + "\nMake the template with init() of the same optimizer from the same parameters."
+            + f"\nMake the template with init() of the same optimizer from the same parameters."
+            f"{_advice(wanted, d)}"
         )
     _, structure = pytree.flatten(template)
     with torch.no_grad():
@@ -212,6 +213,30 @@ def _differences(key: str, entry: Any, leaf: Tensor) -> Iterator[str]:
         yield f"{key}: dtype {entry.dtype}, the template has {expected.dtype}"
     if entry.is_meta:
         yield f"{key}: on the meta device, where it holds no values"
+
+
+def _advice(wanted: dict[str, Tensor], d: Mapping[str, Any]) -> str:
+    """Return what else to do where a dict is of members, or where one side has a wrapper more."""
+    pairs = [(_real(leaf), d[key]) for key, leaf in wanted.items() if key in d]
+    pairs = [pair for pair in pairs if isinstance(pair[1], Tensor) and is_dense(pair[1])]
+    both = [(own.shape, entry.shape) for own, entry in pairs if own.shape != entry.shape]
+    of_members = {there[0] for own, there in both if there[1:] == own and len(there) > 0}
+    if both and len(of_members) == 1 and all(there[1:] == own for own, there in both):
+        return (
+            f" The dict is of {of_members.pop()} members: a template for these is made by "
+            f"torch.func.vmap(opt.init)(params), or by init() of Members(opt)."
+        )
+    extra, missing = d.keys() - wanted.keys() - {_FORMAT}, wanted.keys() - d.keys()
+    if any(_within(key, missing) for key in extra):
+        return " The dict is of one with a wrapper more: its entries begin with .inner."
+    if any(_within(key, extra) for key in missing):
+        return " The template is of one with a wrapper more: its entries begin with .inner."
+    return ""
+
+
+def _within(key: str, others: Collection[str]) -> bool:
+    """Whether one of the other keys is this one without a wrapper."""
+    return any(key.replace(".inner", "", 1) == other for other in others)
 
 
 def _filled(leaf: Tensor, entry: Tensor | None) -> Tensor:

@@ -193,6 +193,16 @@ def test_arguments_of_another_library_are_an_error_that_says_what_there_is(build
     assert "opt.init(params)" in str(refused.value)
 
 
+def test_the_function_of_a_mask_is_not_taken_for_a_schedule():
+    def decay_of(params):
+        return 0.1
+
+    with pytest.raises(TypeError, match=r"weight_decay=function\(params\)"):
+        AdamW(weight_decay=decay_of)
+    with pytest.raises(TypeError, match=r"weight_decay\['b'\]=False: .*0\.1, say, for True"):
+        AdamW(weight_decay={"w": 0.1, "b": False})
+
+
 def test_a_schedule_of_any_kind_that_takes_the_count_is_kept():
     for schedule in (math.exp, max, functools.partial(max, 0.0), lambda step, *rest: 0.1):
         assert AdamW(lr=schedule).lr is schedule

@@ -469,3 +469,23 @@ def test_a_state_dict_that_torch_2_13_wrote_is_read():
         assert torch.equal(state.exp_avg[name], torch.full((2, 2), one))
         assert torch.equal(state.exp_avg_sq[name], torch.full((2, 2), square))
         assert torch.equal(state.max_exp_avg_sq[name], torch.full((2, 2), square))
+
+
+def test_a_dict_of_members_says_how_a_template_for_them_is_made():
+    params = {"w": torch.ones(3, 2), "b": torch.ones(3)}
+    d = to_state_dict(torch.func.vmap(AdamW().init)(params))
+    one = {name: leaf[0] for name, leaf in params.items()}
+    with pytest.raises(ValueError, match=r"of 3 members: .* torch\.func\.vmap\(opt\.init\)"):
+        from_state_dict(AdamW().init(one), d)
+    with pytest.raises(ValueError, match=r"from the same parameters\.$"):
+        from_state_dict(AdamW().init({"w": torch.ones(3, 2), "b": torch.ones(4)}), d)
+
+
+@pytest.mark.parametrize("root", [lambda state: state, lambda state: {"state": state}])
+def test_a_wrapper_more_on_either_side_is_named(root):
+    params = {"w": torch.ones(2)}
+    plain, wrapped = root(AdamW().init(params)), root(Ema(AdamW(), 0.9).init(params))
+    with pytest.raises(ValueError, match=r"The dict is of one with a wrapper more"):
+        from_state_dict(plain, to_state_dict(wrapped))
+    with pytest.raises(ValueError, match=r"The template is of one with a wrapper more"):
+        from_state_dict(wrapped, to_state_dict(plain))
