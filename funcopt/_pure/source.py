@@ -284,10 +284,10 @@ def _can_be_read(number: Tensor) -> bool:
 
 def explained(kind: Kind, error: Exception) -> str:
     where = _function_in_the_way(kind, error.__traceback__)
-    reason = str(error).strip().partition("\n")[0] or type(error).__name__
+    reason = sentence(error)
     if isinstance(error, KeyError):
         return (
-            f"{name_of(kind)} looks for {reason} in the state of a parameter ({where}), which has "
+            f"{name_of(kind)} looks for {error} in the state of a parameter ({where}), which has "
             f"none. Make the state with init() of this optimizer."
         )
     if transforms.transformed() or transforms.observed():
@@ -296,6 +296,12 @@ def explained(kind: Kind, error: Exception) -> str:
             f"the update outside of the transform, or take an optimizer of funcopt."
         )
     return f"{name_of(kind)} failed in {where}: {reason}"
+
+
+def sentence(error: Exception) -> str:
+    """Return the first line of what an error says, with a full stop, which torch leaves out."""
+    reason = str(error).strip().partition("\n")[0] or type(error).__name__
+    return reason if reason.endswith((".", "!", "?")) else f"{reason}."
 
 
 def _function_in_the_way(kind: Kind, trace: TracebackType | None) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor, optim
 
 from .._core import pytree, transforms
 from .._core.types import Tree, kind_of
-from .source import Kind, build, explained, is_of_torch, name_of
+from .source import Kind, build, explained, is_of_torch, name_of, sentence
 
 
 class LeafState(NamedTuple):
@@ -157,9 +157,13 @@ def initial(
 def _of_torch(kind: Kind, param: Tensor, values: Mapping[str, Any], path: str) -> LeafState:
     """Return what a class of torch makes for a parameter.
 
-    Of the gradient it looks at the kind alone, in place of which there is the parameter itself.
+    Of the gradient it looks at the kind alone, in place of which there is the parameter itself. A
+    momentum that is a tensor may be filled with another, and differ between members: what there
+    is for it is there if it is 0, too.
     """
     param.grad = param.detach()
+    if isinstance(values.get("momentum"), Tensor):
+        values = {**values, "momentum": _SOME_MOMENTUM}
     try:
         opt = build(kind, [param], values)
         initialize: Any = opt._init_group  # type: ignore[attr-defined]
@@ -169,8 +173,8 @@ def _of_torch(kind: Kind, param: Tensor, values: Mapping[str, Any], path: str) -
         if transforms.transformed():
             raise RuntimeError(explained(kind, error)) from error
         raise ValueError(
-            f"{name_of(kind)} refuses {path}: {error} Let another optimizer move what it does not "
-            f"take: Partition({{'some': pure(...), 'others': ...}}, labels)."
+            f"{name_of(kind)} refuses {path}: {sentence(error)} Let another optimizer move what it "
+            f"does not take: Partition({{'some': pure(...), 'others': ...}}, labels)."
         ) from error
     param.grad = None
     slots, made = {name: own.clone() for name, own in opt.state[param].items()}, {}
@@ -178,6 +182,9 @@ def _of_torch(kind: Kind, param: Tensor, values: Mapping[str, Any], path: str) -
         slots["momentum_buffer"] = torch.zeros_like(param)
         made["momentum_buffer"] = _not_yet()
     return LeafState(slots, {}, made)
+
+
+_SOME_MOMENTUM = 0.5
 
 
 def _not_yet() -> Tensor:

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.func import grad, vmap
 
-from funcopt import Accumulate, Clip, Members, Partition, PureState, pure
+from funcopt import Accumulate, Clip, Members, Partition, PureState, members, pure
 from funcopt._core.types import Traits
 from funcopt.interop import from_state_dict, to_state_dict
 from funcopt.testing import check_optimizer, laws
@@ -618,6 +618,24 @@ def test_a_momentum_that_begins_with_0_has_the_bits_of_the_class(kind):
         assert_same_bits((own, in_place), (theirs.detach(), theirs.detach()))
         if kind is optim.SGD:
             assert state.made["momentum_buffer"].item() is (count >= 2)
+
+
+@pytest.mark.parametrize("kind", [optim.SGD, optim.RMSprop])
+def test_members_of_which_some_have_a_momentum_of_0_have_the_bits_of_the_class(kind):
+    momenta = [0.0, 0.5]
+    sweep = members.stack([pure(kind, lr=0.1, momentum=own) for own in momenta])
+    first = params = {"w": torch.randn(2, 3)}
+    state = vmap(lambda opt, params: opt.init(params))(sweep, params)
+    gradients = [{"w": torch.randn(2, 3)} for _ in range(3)]
+    for grads in gradients:
+        params, state = vmap(lambda opt, *trees: opt.update(*trees))(sweep, grads, state, params)
+    for index, momentum in enumerate(momenta):
+        theirs = torch.nn.Parameter(first["w"][index].clone())
+        peer = kind([theirs], lr=0.1, momentum=momentum)
+        for grads in gradients:
+            theirs.grad = grads["w"][index].clone()
+            peer.step()
+        assert_same_bits(params["w"][index], theirs.detach())
 
 
 def test_a_buffer_that_a_momentum_of_0_has_no_use_for_stays():
