@@ -5,6 +5,7 @@ from types import ModuleType
 
 from . import extend, members, memory, schedules
 from ._config import show_config
+from ._core.inner import OptimizerLike
 from ._core.types import Number, Optimizer, ParamsT, Schedule, Tree
 from ._pure.optimizer import Pure, PureState, pure
 from ._unroll import unroll
@@ -83,6 +84,7 @@ __all__ = [
     "NAdamState",
     "Number",
     "Optimizer",
+    "OptimizerLike",
     "ParamsT",
     "Partition",
     "PartitionState",

@@ -40,10 +40,11 @@ ROOMS = [
 # Likewise, room by room: a module may import only what stands before it.
 FLOORS = [
     "_core",
+    "_core.types",
+    "_core.inner",
     "_core.old_dynamo",
     "_core.uncompiled",
     "_core.transforms",
-    "_core.types",
     "_core.pytree",
     "_core.show",
     "_core.tensors",

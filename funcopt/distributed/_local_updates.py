@@ -5,13 +5,14 @@ from __future__ import annotations
 import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Unpack
+from typing import ClassVar, Generic, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from .._core import pytree, transforms
+from .._core.inner import InnerStateT, InnerT_co, OptimizerLike
 from .._core.tensors import compute_dtype, write
 from .._core.types import (
     AT_LEAST_ZERO,
@@ -19,8 +20,8 @@ from .._core.types import (
     COUNT,
     Extras,
     Hyperparam,
-    Optimizer,
     ParamsT,
+    StateT,
     Traits,
     Tree,
     check_is_optimizer,
@@ -35,7 +36,7 @@ from ._sync import Outer, Sync
 
 
 @state_class
-class LocalUpdatesState(NamedTuple):
+class LocalUpdatesState(NamedTuple, Generic[InnerStateT]):
     """The state of `LocalUpdates`.
 
     Attributes:
@@ -50,12 +51,12 @@ class LocalUpdatesState(NamedTuple):
     steps_since_sync: Tensor
     anchor: Tree
     momentum_buffer: Tree
-    inner: Any
+    inner: InnerStateT
 
 
 @register_optimizer
 @dataclass(frozen=True)
-class LocalUpdates:
+class LocalUpdates(Generic[InnerT_co]):
     r"""Train on each process by itself, and average the parameters in every `every`-th update.
 
     Each process gives the gradients of its own data, not averaged; between two syncs nothing is
@@ -124,7 +125,7 @@ class LocalUpdates:
         Hyperparam("outer_momentum", BELOW_ONE),
     )
 
-    inner: Optimizer[Any]
+    inner: InnerT_co
     every: int
     mesh: DeviceMesh | None
     outer_lr: float = 1.0
@@ -157,7 +158,7 @@ class LocalUpdates:
         check_flag("nesterov", self.nesterov)
         check_mesh(self.mesh)
 
-    def init(self, params: Tree) -> LocalUpdatesState:
+    def init(self: LocalUpdates[OptimizerLike[StateT]], params: Tree) -> LocalUpdatesState[StateT]:
         """Return the state before the first update. Nothing is sent."""
         leaves, structure, _ = gather_params(self, params)
         anchor: Tree = ()
@@ -173,8 +174,12 @@ class LocalUpdates:
         return LocalUpdatesState(count, anchor, buffer, self.inner.init(params))
 
     def update(
-        self, grads: Tree, state: LocalUpdatesState, params: ParamsT, **extras: Unpack[Extras]
-    ) -> tuple[ParamsT, LocalUpdatesState]:
+        self: LocalUpdates[OptimizerLike[StateT]],
+        grads: Tree,
+        state: LocalUpdatesState[StateT],
+        params: ParamsT,
+        **extras: Unpack[Extras],
+    ) -> tuple[ParamsT, LocalUpdatesState[StateT]]:
         """Return this process's new parameters, the same on all after a sync, and the new state.
 
         Raises:
@@ -196,8 +201,12 @@ class LocalUpdates:
         return new_params, LocalUpdatesState(count, *sync.trees, inner)
 
     def update_(
-        self, grads: Tree, state: LocalUpdatesState, params: ParamsT, **extras: Unpack[Extras]
-    ) -> tuple[ParamsT, LocalUpdatesState]:
+        self: LocalUpdates[OptimizerLike[StateT]],
+        grads: Tree,
+        state: LocalUpdatesState[StateT],
+        params: ParamsT,
+        **extras: Unpack[Extras],
+    ) -> tuple[ParamsT, LocalUpdatesState[StateT]]:
         """Do the same as `update` in place."""
         if transforms.compiling():
             return transforms.uncompiled(self.update_, grads, state, params)

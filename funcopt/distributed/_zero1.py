@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Unpack
+from typing import Generic, Literal, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from .._core import pytree, transforms
+from .._core.inner import InnerStateT, InnerT_co, OptimizerLike
 from .._core.tensors import write
-from .._core.types import Extras, Optimizer, ParamsT, Traits, Tree, check_is_optimizer, traits_of
+from .._core.types import (
+    Extras,
+    ParamsT,
+    StateT,
+    Traits,
+    Tree,
+    check_is_optimizer,
+    traits_of,
+)
 from .._dtensor.shards import wholes_in, work_on
 from .._engine.checks import check_state
 from .._engine.hyperparameters import check_choice
@@ -34,7 +43,7 @@ from ._step import Step
 
 
 @state_class
-class Zero1State(NamedTuple):
+class Zero1State(NamedTuple, Generic[InnerStateT]):
     """The state of `Zero1`.
 
     Attributes:
@@ -43,12 +52,12 @@ class Zero1State(NamedTuple):
             process holds its share; without a mesh, a tensor.
     """
 
-    inner: Any
+    inner: InnerStateT
 
 
 @register_optimizer
 @dataclass(frozen=True)
-class Zero1:
+class Zero1(Generic[InnerT_co]):
     r"""Share the state and the arithmetic of an optimizer out among processes, as in ZeRO-1.
 
     Each of $W$ processes has all parameters, and keeps $1/W$ of the state. In an update it gets the
@@ -112,7 +121,7 @@ class Zero1:
         {'bucket 0': tensor([ 1.0000,  0.5000, -0.5000])}
     """
 
-    inner: Optimizer[Any]
+    inner: InnerT_co
     mesh: DeviceMesh | None
     bucket_bytes: int = 25 * 2**20
     gradients: Literal["local", "averaged"] = "local"
@@ -130,7 +139,7 @@ class Zero1:
         check_whole_number("bucket_bytes", self.bucket_bytes)
         check_choice("gradients", self.gradients, ("local", "averaged"))
 
-    def init(self, params: Tree) -> Zero1State:
+    def init(self: Zero1[OptimizerLike[StateT]], params: Tree) -> Zero1State[StateT]:
         """Return the state before the first update, of which this process holds its share.
 
         Raises:
@@ -151,8 +160,12 @@ class Zero1:
             return Zero1State(sharding.distributed(inner))
 
     def update(
-        self, grads: Tree, state: Zero1State, params: ParamsT, **extras: Unpack[Extras]
-    ) -> tuple[ParamsT, Zero1State]:
+        self: Zero1[OptimizerLike[StateT]],
+        grads: Tree,
+        state: Zero1State[StateT],
+        params: ParamsT,
+        **extras: Unpack[Extras],
+    ) -> tuple[ParamsT, Zero1State[StateT]]:
         """Return the new parameters, the same on every process, and the new state.
 
         Raises:
@@ -169,8 +182,12 @@ class Zero1:
         return pytree.unflatten(step.structure, news), Zero1State(inner)
 
     def update_(
-        self, grads: Tree, state: Zero1State, params: ParamsT, **extras: Unpack[Extras]
-    ) -> tuple[ParamsT, Zero1State]:
+        self: Zero1[OptimizerLike[StateT]],
+        grads: Tree,
+        state: Zero1State[StateT],
+        params: ParamsT,
+        **extras: Unpack[Extras],
+    ) -> tuple[ParamsT, Zero1State[StateT]]:
         """Do the same as `update` in place."""
         if transforms.compiling():
             return transforms.uncompiled(self.update_, grads, state, params)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Unpack
+from typing import ClassVar, Generic, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
 
 from .._core import pytree, tensors, transforms
+from .._core.inner import InnerStateT, InnerT_co, OptimizerLike
 from .._core.tensors import compute_dtype, write
 from .._core.types import (
     COUNT,
@@ -16,9 +17,9 @@ from .._core.types import (
     Extras,
     Hyperparam,
     Number,
-    Optimizer,
     ParamsT,
     Schedule,
+    StateT,
     Traits,
     Tree,
     check_is_optimizer,
@@ -48,7 +49,7 @@ from ._shared import (
 
 
 @state_class
-class AccumulateState(NamedTuple):
+class AccumulateState(NamedTuple, Generic[InnerStateT]):
     """The state of `Accumulate`, in which `acc_grads` has the shape of the parameters.
 
     Attributes:
@@ -67,13 +68,13 @@ class AccumulateState(NamedTuple):
     mini_step: Tensor
     acc_grads: Tree
     given: Tensor
-    inner: Any
+    inner: InnerStateT
     step: Tree = ()
 
 
 @register_optimizer
 @dataclass(frozen=True)
-class Accumulate:
+class Accumulate(Generic[InnerT_co]):
     r"""Sum the gradients of `every` calls, and update with their mean in the last of them.
 
     $$ \theta_{t + n} = \mathrm{inner}\Big(\frac{1}{n} \sum_{i=1}^{n} g_{t + i},\ \theta_t\Big) $$
@@ -123,7 +124,7 @@ class Accumulate:
 
     hyperparams: ClassVar[tuple[Hyperparam, ...]] = (Hyperparam("every", COUNT),)
 
-    inner: Optimizer[Any]
+    inner: InnerT_co
     every: Number | Schedule
 
     def __post_init__(self) -> None:
@@ -131,7 +132,7 @@ class Accumulate:
         check_is_optimizer("inner", self.inner)
         normalize_fields(self, self.hyperparams)
 
-    def init(self, params: Tree) -> AccumulateState:
+    def init(self: Accumulate[OptimizerLike[StateT]], params: Tree) -> AccumulateState[StateT]:
         """Return the state before the first update: an empty sum, and the inner state."""
         leaves, structure, _ = gather_params(self, params)
         zeros = [torch.zeros_like(leaf, dtype=compute_dtype(leaf.dtype)) for leaf in leaves]
@@ -145,8 +146,12 @@ class Accumulate:
         )
 
     def update(
-        self, grads: Tree, state: AccumulateState, params: ParamsT, **extras: Unpack[Extras]
-    ) -> tuple[ParamsT, AccumulateState]:
+        self: Accumulate[OptimizerLike[StateT]],
+        grads: Tree,
+        state: AccumulateState[StateT],
+        params: ParamsT,
+        **extras: Unpack[Extras],
+    ) -> tuple[ParamsT, AccumulateState[StateT]]:
         """Return the new parameters and the new state, in fresh memory.
 
         A gradient of None adds nothing. A leaf that had none in all calls has none for the inner
@@ -168,8 +173,12 @@ class Accumulate:
         return new_params, AccumulateState(mini_step, acc_grads, given, inner, step)
 
     def update_(
-        self, grads: Tree, state: AccumulateState, params: ParamsT, **extras: Unpack[Extras]
-    ) -> tuple[ParamsT, AccumulateState]:
+        self: Accumulate[OptimizerLike[StateT]],
+        grads: Tree,
+        state: AccumulateState[StateT],
+        params: ParamsT,
+        **extras: Unpack[Extras],
+    ) -> tuple[ParamsT, AccumulateState[StateT]]:
         """Do the same in place. A call that completes the sum allocates the mean, others none."""
         call, numbers = _gather(self, grads, state, params)
         own, sums_before = own_tensors(state, "given", "mini_step"), call.acc_grads.leaves

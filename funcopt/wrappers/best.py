@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple, Unpack
+from typing import ClassVar, Generic, Literal, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
 
 from .._core import pytree
+from .._core.inner import InnerStateT, InnerT_co, OptimizerLike
 from .._core.tensors import choose, write
 from .._core.types import (
     AT_LEAST_ZERO,
@@ -18,9 +19,9 @@ from .._core.types import (
     Extras,
     Hyperparam,
     Number,
-    Optimizer,
     ParamsT,
     Schedule,
+    StateT,
     Traits,
     Tree,
     check_is_optimizer,
@@ -43,7 +44,7 @@ from ._shared import (
 
 
 @state_class
-class BestState(NamedTuple):
+class BestState(NamedTuple, Generic[InnerStateT]):
     """The state of `Best`. Its own numbers are on the GPU if all parameters are on one.
 
     Attributes:
@@ -65,13 +66,13 @@ class BestState(NamedTuple):
     n_worse: Tensor
     stopped: Tensor
     step: Tensor
-    inner: Any
+    inner: InnerStateT
     value: Tree = ()
 
 
 @register_optimizer
 @dataclass(frozen=True)
-class Best:
+class Best(Generic[InnerT_co]):
     r"""Keep the parameters that had the best score so far, and count how long ago that was.
 
     The score is given to the update as `value=`, such as a validation loss. It is the score of the
@@ -140,7 +141,7 @@ class Best:
         Hyperparam("threshold", AT_LEAST_ZERO),
     )
 
-    inner: Optimizer[Any]
+    inner: InnerT_co
     mode: Literal["min", "max"] = "min"
     patience: Number | Schedule | None = None
     threshold: Number | Schedule = 0.0
@@ -153,7 +154,7 @@ class Best:
             object.__setattr__(self, "patience", math.inf)
         normalize_fields(self, self.hyperparams)
 
-    def init(self, params: Tree) -> BestState:
+    def init(self: Best[OptimizerLike[StateT]], params: Tree) -> BestState[StateT]:
         """Return the state before the first update: these parameters, with the worst score."""
         own = gather_params(self, params)
         place = device_for_count(own.moving)
@@ -169,8 +170,12 @@ class Best:
         )
 
     def update(
-        self, grads: Tree, state: BestState, params: ParamsT, **extras: Unpack[Extras]
-    ) -> tuple[ParamsT, BestState]:
+        self: Best[OptimizerLike[StateT]],
+        grads: Tree,
+        state: BestState[StateT],
+        params: ParamsT,
+        **extras: Unpack[Extras],
+    ) -> tuple[ParamsT, BestState[StateT]]:
         """Return the new parameters and the new state, which may hold those that were given."""
         kept, numbers, told = self._gather(grads, state, params)
         with torch.no_grad():
@@ -191,8 +196,12 @@ class Best:
         )
 
     def update_(
-        self, grads: Tree, state: BestState, params: ParamsT, **extras: Unpack[Extras]
-    ) -> tuple[ParamsT, BestState]:
+        self: Best[OptimizerLike[StateT]],
+        grads: Tree,
+        state: BestState[StateT],
+        params: ParamsT,
+        **extras: Unpack[Extras],
+    ) -> tuple[ParamsT, BestState[StateT]]:
         """Do the same as `update` in place. Nothing is copied unless there is a new best."""
         kept, numbers, told = self._gather(grads, state, params)
         kept.check_wrapper_inplace(numbers, own_tensors(state, *_NUMBERS))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Unpack
+from typing import Any, Generic, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
 
 from .._core import pytree
+from .._core.inner import InnerStateT, InnerT_co, OptimizerLike
 from .._core.tensors import compute_dtype, fit, view_as_complex_like, view_as_real, write
 from .._core.types import (
     AT_LEAST_ZERO,
@@ -18,6 +19,7 @@ from .._core.types import (
     Optimizer,
     ParamsT,
     Schedule,
+    StateT,
     Traits,
     Tree,
     check_is_optimizer,
@@ -48,7 +50,7 @@ _DECAY, _LR = Hyperparam("weight_decay", AT_LEAST_ZERO), Hyperparam("lr", AT_LEA
 
 
 @state_class
-class CautiousState(NamedTuple):
+class CautiousState(NamedTuple, Generic[InnerStateT]):
     """The state of `Cautious`.
 
     Attributes:
@@ -57,13 +59,13 @@ class CautiousState(NamedTuple):
             shape (), on the GPU if all parameters are on one, else on the CPU; else `()`.
     """
 
-    inner: Any
+    inner: InnerStateT
     step: Tree = ()
 
 
 @register_optimizer
 @dataclass(frozen=True)
-class Cautious:
+class Cautious(Generic[InnerT_co]):
     r"""Hold back elements of an update that go against the gradient, and decay those that shrink.
 
     With the parameters $\theta$, what the inner optimizer makes of them $\theta'$, the update
@@ -123,7 +125,7 @@ class Cautious:
         {'w': tensor([0.5200, 0.9000])}
     """
 
-    inner: Optimizer[Any]
+    inner: InnerT_co
     mask: bool = True
     rescale: bool = True
     weight_decay: Number | Schedule = 0.0
@@ -164,14 +166,18 @@ class Cautious:
                 f"around each."
             )
 
-    def init(self, params: Tree) -> CautiousState:
+    def init(self: Cautious[OptimizerLike[StateT]], params: Tree) -> CautiousState[StateT]:
         """Return the state before the first update: the inner state."""
         inner = self.inner.init(params)
         return CautiousState(inner, first_count_if_scheduled(self, device_of_tensors(params)))
 
     def update(
-        self, grads: Tree, state: CautiousState, params: ParamsT, **extras: Unpack[Extras]
-    ) -> tuple[ParamsT, CautiousState]:
+        self: Cautious[OptimizerLike[StateT]],
+        grads: Tree,
+        state: CautiousState[StateT],
+        params: ParamsT,
+        **extras: Unpack[Extras],
+    ) -> tuple[ParamsT, CautiousState[StateT]]:
         """Return the new parameters and the new state, in fresh memory."""
         gradients, numbers = self._gather(grads, state, params)
         recorded = records(self, gradients, state, numbers)
@@ -187,8 +193,12 @@ class Cautious:
         return new_params, CautiousState(inner, next_count(state.step))
 
     def update_(
-        self, grads: Tree, state: CautiousState, params: ParamsT, **extras: Unpack[Extras]
-    ) -> tuple[ParamsT, CautiousState]:
+        self: Cautious[OptimizerLike[StateT]],
+        grads: Tree,
+        state: CautiousState[StateT],
+        params: ParamsT,
+        **extras: Unpack[Extras],
+    ) -> tuple[ParamsT, CautiousState[StateT]]:
         """Do the same in place, but for a copy of the old parameters."""
         gradients, numbers = self._gather(grads, state, params)
         check_wrapper_inplace(numbers, own_tensors(state), gradients)

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple, Unpack
+from typing import ClassVar, Generic, Literal, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
 
 from .._core import tensors, transforms
+from .._core.inner import InnerStateT, InnerT_co, OptimizerLike
 from .._core.tensors import choose
 from .._core.types import (
     AT_LEAST_ZERO,
     Extras,
     Hyperparam,
     Number,
-    Optimizer,
     ParamsT,
     Range,
     Schedule,
+    StateT,
     Traits,
     Tree,
     check_is_optimizer,
@@ -52,7 +53,7 @@ _EPS = 1e-6
 
 
 @state_class
-class ClipState(NamedTuple):
+class ClipState(NamedTuple, Generic[InnerStateT]):
     """The state of `Clip`.
 
     Attributes:
@@ -64,7 +65,7 @@ class ClipState(NamedTuple):
     """
 
     norm: Tensor
-    inner: Any
+    inner: InnerStateT
     step: Tree = ()
 
 
@@ -75,7 +76,7 @@ _NORM_TYPE = Hyperparam(
 
 @register_optimizer
 @dataclass(frozen=True)
-class Clip:
+class Clip(Generic[InnerT_co]):
     r"""Scale all gradients down together, so that their norm is at most `max_norm`, then update.
 
     With the gradients $g_i$ of all leaves, and $c$ for `max_norm`,
@@ -124,7 +125,7 @@ class Clip:
 
     hyperparams: ClassVar[tuple[Hyperparam, ...]] = (Hyperparam("max_norm", AT_LEAST_ZERO),)
 
-    inner: Optimizer[Any]
+    inner: InnerT_co
     max_norm: Number | Schedule
     norm_type: float = 2.0
     nonfinite: Literal["propagate", "skip"] = "propagate"
@@ -145,14 +146,18 @@ class Clip:
         if self.nonfinite != "propagate":
             check_overflow_is_seen(f"Clip(nonfinite={self.nonfinite!r})", self.inner)
 
-    def init(self, params: Tree) -> ClipState:
+    def init(self: Clip[OptimizerLike[StateT]], params: Tree) -> ClipState[StateT]:
         """Return the state before the first update: a norm of 0 and the inner state."""
         norm = _zero_norm(gather_params(self, params).moving)
         return ClipState(norm, self.inner.init(params), first_count_if_scheduled(self, norm.device))
 
     def update(
-        self, grads: Tree, state: ClipState, params: ParamsT, **extras: Unpack[Extras]
-    ) -> tuple[ParamsT, ClipState]:
+        self: Clip[OptimizerLike[StateT]],
+        grads: Tree,
+        state: ClipState[StateT],
+        params: ParamsT,
+        **extras: Unpack[Extras],
+    ) -> tuple[ParamsT, ClipState[StateT]]:
         """Return the new parameters and state. A gradient of None adds nothing to the norm."""
         gradients, numbers = self._gather(grads, state, params)
         norm = _norm(gradients, self.norm_type, state.norm)
@@ -169,8 +174,12 @@ class Clip:
         return new_params, ClipState(found, inner, next_count(state.step, should_update))
 
     def update_(
-        self, grads: Tree, state: ClipState, params: ParamsT, **extras: Unpack[Extras]
-    ) -> tuple[ParamsT, ClipState]:
+        self: Clip[OptimizerLike[StateT]],
+        grads: Tree,
+        state: ClipState[StateT],
+        params: ParamsT,
+        **extras: Unpack[Extras],
+    ) -> tuple[ParamsT, ClipState[StateT]]:
         """Do the same as `update` in place."""
         gradients, numbers = self._gather(grads, state, params)
         check_wrapper_inplace(numbers, own_tensors(state, "norm"), gradients)

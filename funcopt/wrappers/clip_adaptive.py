@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Unpack
+from typing import Any, ClassVar, Generic, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
 
 from .._core import pytree, transforms
+from .._core.inner import InnerStateT, InnerT_co, OptimizerLike
 from .._core.tensors import compute_dtype, differentiable_norm, fit, is_narrow, vector_norm
 from .._core.types import (
     AT_LEAST_ZERO,
     Extras,
     Hyperparam,
     Number,
-    Optimizer,
     ParamsT,
     Schedule,
+    StateT,
     Traits,
     Tree,
     check_is_optimizer,
@@ -44,7 +45,7 @@ _LEAST = 1e-6
 
 
 @state_class
-class ClipAdaptiveState(NamedTuple):
+class ClipAdaptiveState(NamedTuple, Generic[InnerStateT]):
     """The state of `ClipAdaptive`.
 
     Attributes:
@@ -53,13 +54,13 @@ class ClipAdaptiveState(NamedTuple):
             shape (), on the GPU if all parameters are on one, else on the CPU; else `()`.
     """
 
-    inner: Any
+    inner: InnerStateT
     step: Tree = ()
 
 
 @register_optimizer
 @dataclass(frozen=True)
-class ClipAdaptive:
+class ClipAdaptive(Generic[InnerT_co]):
     r"""Hold the gradient of each unit to a fraction of the norm of its parameters, then update.
 
     A unit $i$ is one index of a leaf's first dimension: what leads to one output of a linear layer
@@ -113,7 +114,7 @@ class ClipAdaptive:
         Hyperparam("eps", AT_LEAST_ZERO),
     )
 
-    inner: Optimizer[Any]
+    inner: InnerT_co
     clipping: Number | Schedule = 0.01
     eps: Number | Schedule = 1e-3
 
@@ -122,14 +123,18 @@ class ClipAdaptive:
         check_is_optimizer("inner", self.inner)
         normalize_fields(self, self.hyperparams)
 
-    def init(self, params: Tree) -> ClipAdaptiveState:
+    def init(self: ClipAdaptive[OptimizerLike[StateT]], params: Tree) -> ClipAdaptiveState[StateT]:
         """Return the state before the first update: the inner state."""
         inner = self.inner.init(params)
         return ClipAdaptiveState(inner, first_count_if_scheduled(self, device_of_tensors(params)))
 
     def update(
-        self, grads: Tree, state: ClipAdaptiveState, params: ParamsT, **extras: Unpack[Extras]
-    ) -> tuple[ParamsT, ClipAdaptiveState]:
+        self: ClipAdaptive[OptimizerLike[StateT]],
+        grads: Tree,
+        state: ClipAdaptiveState[StateT],
+        params: ParamsT,
+        **extras: Unpack[Extras],
+    ) -> tuple[ParamsT, ClipAdaptiveState[StateT]]:
         """Return the new parameters and the new state, in fresh memory."""
         gradients, numbers = self._gather(grads, state, params)
         with torch.set_grad_enabled(records(self, gradients, state, numbers)):
@@ -138,8 +143,12 @@ class ClipAdaptive:
         return new_params, ClipAdaptiveState(inner, next_count(state.step))
 
     def update_(
-        self, grads: Tree, state: ClipAdaptiveState, params: ParamsT, **extras: Unpack[Extras]
-    ) -> tuple[ParamsT, ClipAdaptiveState]:
+        self: ClipAdaptive[OptimizerLike[StateT]],
+        grads: Tree,
+        state: ClipAdaptiveState[StateT],
+        params: ParamsT,
+        **extras: Unpack[Extras],
+    ) -> tuple[ParamsT, ClipAdaptiveState[StateT]]:
         """Do the same in place, but for the clipped gradients, which are copies."""
         gradients, numbers = self._gather(grads, state, params)
         check_wrapper_inplace(numbers, own_tensors(state), gradients)

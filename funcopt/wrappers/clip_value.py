@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Unpack
+from typing import ClassVar, Generic, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
 
 from .._core import transforms
+from .._core.inner import InnerStateT, InnerT_co, OptimizerLike
 from .._core.tensors import is_mapped, view_as_complex_like, view_as_real
 from .._core.types import (
     AT_LEAST_ZERO,
     Extras,
     Hyperparam,
     Number,
-    Optimizer,
     ParamsT,
     Schedule,
+    StateT,
     Traits,
     Tree,
     check_is_optimizer,
@@ -38,7 +39,7 @@ from ._shared import (
 
 
 @state_class
-class ClipValueState(NamedTuple):
+class ClipValueState(NamedTuple, Generic[InnerStateT]):
     """The state of `ClipValue`.
 
     Attributes:
@@ -47,13 +48,13 @@ class ClipValueState(NamedTuple):
             (), on the GPU if all parameters are on one, else on the CPU; else `()`.
     """
 
-    inner: Any
+    inner: InnerStateT
     step: Tree = ()
 
 
 @register_optimizer
 @dataclass(frozen=True)
-class ClipValue:
+class ClipValue(Generic[InnerT_co]):
     r"""Hold each element of the gradients between `-max_value` and `max_value`, then update.
 
     $$ g' = \min(\max(g, -c), c) $$
@@ -83,7 +84,7 @@ class ClipValue:
 
     hyperparams: ClassVar[tuple[Hyperparam, ...]] = (Hyperparam("max_value", AT_LEAST_ZERO),)
 
-    inner: Optimizer[Any]
+    inner: InnerT_co
     max_value: Number | Schedule
 
     def __post_init__(self) -> None:
@@ -91,14 +92,18 @@ class ClipValue:
         check_is_optimizer("inner", self.inner)
         normalize_fields(self, self.hyperparams)
 
-    def init(self, params: Tree) -> ClipValueState:
+    def init(self: ClipValue[OptimizerLike[StateT]], params: Tree) -> ClipValueState[StateT]:
         """Return the state before the first update: the inner state."""
         inner = self.inner.init(params)
         return ClipValueState(inner, first_count_if_scheduled(self, device_of_tensors(params)))
 
     def update(
-        self, grads: Tree, state: ClipValueState, params: ParamsT, **extras: Unpack[Extras]
-    ) -> tuple[ParamsT, ClipValueState]:
+        self: ClipValue[OptimizerLike[StateT]],
+        grads: Tree,
+        state: ClipValueState[StateT],
+        params: ParamsT,
+        **extras: Unpack[Extras],
+    ) -> tuple[ParamsT, ClipValueState[StateT]]:
         """Return the new parameters and the new state, in fresh memory."""
         gradients, numbers = self._gather(grads, state, params)
         clipped = _clip(gradients, **numbers)
@@ -106,8 +111,12 @@ class ClipValue:
         return new_params, ClipValueState(inner, next_count(state.step))
 
     def update_(
-        self, grads: Tree, state: ClipValueState, params: ParamsT, **extras: Unpack[Extras]
-    ) -> tuple[ParamsT, ClipValueState]:
+        self: ClipValue[OptimizerLike[StateT]],
+        grads: Tree,
+        state: ClipValueState[StateT],
+        params: ParamsT,
+        **extras: Unpack[Extras],
+    ) -> tuple[ParamsT, ClipValueState[StateT]]:
         """Do the same in place, but for the clipped gradients, which are copies."""
         gradients, numbers = self._gather(grads, state, params)
         check_wrapper_inplace(numbers, own_tensors(state), gradients)

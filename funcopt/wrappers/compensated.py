@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Unpack
+from typing import Any, ClassVar, Generic, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
 
 from .._core import pytree
+from .._core.inner import InnerStateT, InnerT_co, OptimizerLike
 from .._core.tensors import compute_dtype, is_narrow, write
-from .._core.types import ELEMENTWISE, Extras, Optimizer, ParamsT, Traits, Tree, check_is_optimizer
+from .._core.types import (
+    ELEMENTWISE,
+    Extras,
+    ParamsT,
+    StateT,
+    Traits,
+    Tree,
+    check_is_optimizer,
+)
 from .._dtensor.shards import stand_for
 from .._engine.checks import check_state
 from .._engine.compensated import as_one, remember, update_compensated
@@ -23,7 +32,7 @@ from ._shared import gather_gradients, gather_params, records
 
 
 @state_class
-class CompensatedState(NamedTuple):
+class CompensatedState(NamedTuple, Generic[InnerStateT]):
     """The state of `Compensated`, in which `compensation` has the shape of the parameters.
 
     Attributes:
@@ -33,13 +42,13 @@ class CompensatedState(NamedTuple):
             stays 0 beside leaves that are not in 16 bits, or at rest (as under `Frozen`).
     """
 
-    inner: Any
+    inner: InnerStateT
     compensation: Tree
 
 
 @register_optimizer
 @dataclass(frozen=True)
-class Compensated:
+class Compensated(Generic[InnerT_co]):
     r"""Move 16-bit parameters in float32, and keep what rounding loses in 16 bits beside them.
 
     Parameter $\theta$ and compensation $c$ together are a number of about twice the digits. With
@@ -95,13 +104,13 @@ class Compensated:
 
     traits: ClassVar[Traits] = dataclasses.replace(ELEMENTWISE, small_steps_add_up=True)
 
-    inner: Optimizer[Any]
+    inner: InnerT_co
 
     def __post_init__(self) -> None:
         """Check that there is an optimizer."""
         check_is_optimizer("inner", self.inner)
 
-    def init(self, params: Tree) -> CompensatedState:
+    def init(self: Compensated[OptimizerLike[StateT]], params: Tree) -> CompensatedState[StateT]:
         """Return the state before the first update: zeros, and the inner state for float32."""
         leaves, structure, resting = gather_params(self, params)
         zeros = [torch.zeros_like(leaf) for leaf in leaves]
@@ -113,8 +122,12 @@ class Compensated:
         return CompensatedState(inner, pytree.unflatten(structure, zeros))
 
     def update(
-        self, grads: Tree, state: CompensatedState, params: ParamsT, **extras: Unpack[Extras]
-    ) -> tuple[ParamsT, CompensatedState]:
+        self: Compensated[OptimizerLike[StateT]],
+        grads: Tree,
+        state: CompensatedState[StateT],
+        params: ParamsT,
+        **extras: Unpack[Extras],
+    ) -> tuple[ParamsT, CompensatedState[StateT]]:
         """Return the new parameters and the new state, in fresh memory."""
         made = self._at_once(grads, state, params, in_place=False)
         if made is not None:
@@ -143,8 +156,12 @@ class Compensated:
         )
 
     def update_(
-        self, grads: Tree, state: CompensatedState, params: ParamsT, **extras: Unpack[Extras]
-    ) -> tuple[ParamsT, CompensatedState]:
+        self: Compensated[OptimizerLike[StateT]],
+        grads: Tree,
+        state: CompensatedState[StateT],
+        params: ParamsT,
+        **extras: Unpack[Extras],
+    ) -> tuple[ParamsT, CompensatedState[StateT]]:
         """Do the same in place, but for sums and gradients in float32, which are copies."""
         if self._at_once(grads, state, params, in_place=True) is not None:
             return params, state

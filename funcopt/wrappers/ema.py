@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Unpack
+from typing import ClassVar, Generic, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
 
 from .._core import pytree
+from .._core.inner import InnerStateT, InnerT_co, OptimizerLike
 from .._core.tensors import compute_dtype, write
 from .._core.types import (
     BELOW_ONE,
@@ -16,9 +17,9 @@ from .._core.types import (
     Extras,
     Hyperparam,
     Number,
-    Optimizer,
     ParamsT,
     Schedule,
+    StateT,
     Traits,
     Tree,
     check_is_optimizer,
@@ -32,7 +33,7 @@ from ._shared import check_scalar, gather_gradients, known_value, records
 
 
 @state_class
-class EmaState(NamedTuple):
+class EmaState(NamedTuple, Generic[InnerStateT]):
     """The state of `Ema`, in which `average` has the shape of the parameters.
 
     Attributes:
@@ -49,12 +50,12 @@ class EmaState(NamedTuple):
     n_averaged: Tensor
     weight: Tensor
     average: Tree
-    inner: Any
+    inner: InnerStateT
 
 
 @register_optimizer
 @dataclass(frozen=True)
-class Ema:
+class Ema(Generic[InnerT_co]):
     r"""Average the parameters after each inner update, exponentially, in the state.
 
     With decay $d$ and the parameters $\theta_t$ after update $t$,
@@ -110,7 +111,7 @@ class Ema:
 
     hyperparams: ClassVar[tuple[Hyperparam, ...]] = (Hyperparam("decay", BELOW_ONE),)
 
-    inner: Optimizer[Any]
+    inner: InnerT_co
     decay: Number | Schedule = 0.999
     debias: bool = True
 
@@ -120,7 +121,7 @@ class Ema:
         normalize_fields(self, self.hyperparams)
         check_flag("debias", self.debias)
 
-    def init(self, params: Tree) -> EmaState:
+    def init(self: Ema[OptimizerLike[StateT]], params: Tree) -> EmaState[StateT]:
         """Return the state before the first update: the parameters for an average."""
         average, leaves = copy_params(self, params, compute_dtype)
         count = first_count(device_for_count(leaves))
@@ -128,8 +129,12 @@ class Ema:
         return EmaState(count, weight, average, self.inner.init(params))
 
     def update(
-        self, grads: Tree, state: EmaState, params: ParamsT, **extras: Unpack[Extras]
-    ) -> tuple[ParamsT, EmaState]:
+        self: Ema[OptimizerLike[StateT]],
+        grads: Tree,
+        state: EmaState[StateT],
+        params: ParamsT,
+        **extras: Unpack[Extras],
+    ) -> tuple[ParamsT, EmaState[StateT]]:
         """Return the new parameters and the new state, which says whether it is debiased."""
         average, numbers = self._gather(grads, state, params)
         recorded = records(self, average.gradients, state, numbers)
@@ -141,8 +146,12 @@ class Ema:
         return new_params, EmaState(count, weight, average.paired.rebuild(moved), inner)
 
     def update_(
-        self, grads: Tree, state: EmaState, params: ParamsT, **extras: Unpack[Extras]
-    ) -> tuple[ParamsT, EmaState]:
+        self: Ema[OptimizerLike[StateT]],
+        grads: Tree,
+        state: EmaState[StateT],
+        params: ParamsT,
+        **extras: Unpack[Extras],
+    ) -> tuple[ParamsT, EmaState[StateT]]:
         """Do the same as `update` in place."""
         average, numbers = self._gather(grads, state, params)
         own = {"state.weight": state.weight, "state.n_averaged": state.n_averaged}

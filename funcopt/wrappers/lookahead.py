@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Unpack
+from typing import ClassVar, Generic, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
 
 from .._core import pytree
+from .._core.inner import InnerStateT, InnerT_co, OptimizerLike
 from .._core.tensors import write
 from .._core.types import (
     COUNT,
@@ -18,9 +19,9 @@ from .._core.types import (
     Extras,
     Hyperparam,
     Number,
-    Optimizer,
     ParamsT,
     Schedule,
+    StateT,
     Traits,
     Tree,
     check_is_optimizer,
@@ -48,7 +49,7 @@ from ._shared import (
 
 
 @state_class
-class LookaheadState(NamedTuple):
+class LookaheadState(NamedTuple, Generic[InnerStateT]):
     """The state of `Lookahead`.
 
     Attributes:
@@ -63,13 +64,13 @@ class LookaheadState(NamedTuple):
 
     steps_since_sync: Tensor
     slow_params: Tree
-    inner: Any
+    inner: InnerStateT
     step: Tree = ()
 
 
 @register_optimizer
 @dataclass(frozen=True)
-class Lookahead:
+class Lookahead(Generic[InnerT_co]):
     r"""Go `every` steps with the inner optimizer, and come back part of the way.
 
     The parameters are the fast ones $\theta$, which the inner optimizer moves. In every $k$-th
@@ -128,7 +129,7 @@ class Lookahead:
         Hyperparam("alpha", FRACTION),
     )
 
-    inner: Optimizer[Any]
+    inner: InnerT_co
     every: Number | Schedule = 5
     alpha: Number | Schedule = 0.5
     reset_state: bool = False
@@ -139,7 +140,7 @@ class Lookahead:
         normalize_fields(self, self.hyperparams)
         check_flag("reset_state", self.reset_state)
 
-    def init(self, params: Tree) -> LookaheadState:
+    def init(self: Lookahead[OptimizerLike[StateT]], params: Tree) -> LookaheadState[StateT]:
         """Return the state before the first update, when slow and fast parameters are the same."""
         slow_params, _ = copy_params(self, params, own_dtype)
         count = torch.zeros((), dtype=torch.float64, device=device_of_counts(self.every))
@@ -147,8 +148,12 @@ class Lookahead:
         return LookaheadState(count, slow_params, self.inner.init(params), step)
 
     def update(
-        self, grads: Tree, state: LookaheadState, params: ParamsT, **extras: Unpack[Extras]
-    ) -> tuple[ParamsT, LookaheadState]:
+        self: Lookahead[OptimizerLike[StateT]],
+        grads: Tree,
+        state: LookaheadState[StateT],
+        params: ParamsT,
+        **extras: Unpack[Extras],
+    ) -> tuple[ParamsT, LookaheadState[StateT]]:
         """Return the new fast parameters and the new state. Gradients are at the fast ones."""
         slow, numbers = self._gather(grads, state, params)
         recorded = records(self, slow.gradients, state, numbers)
@@ -171,8 +176,12 @@ class Lookahead:
         return new_params, LookaheadState(count, new_slow_params, inner, next_count(state.step))
 
     def update_(
-        self, grads: Tree, state: LookaheadState, params: ParamsT, **extras: Unpack[Extras]
-    ) -> tuple[ParamsT, LookaheadState]:
+        self: Lookahead[OptimizerLike[StateT]],
+        grads: Tree,
+        state: LookaheadState[StateT],
+        params: ParamsT,
+        **extras: Unpack[Extras],
+    ) -> tuple[ParamsT, LookaheadState[StateT]]:
         """Do the same as `update` in place."""
         slow, numbers = self._gather(grads, state, params)
         slow.check_wrapper_inplace(numbers, own_tensors(state, "steps_since_sync"))

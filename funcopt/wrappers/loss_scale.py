@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Unpack
+from typing import ClassVar, Generic, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
 
 from .._core import transforms
+from .._core.inner import InnerStateT, InnerT_co, OptimizerLike
 from .._core.types import (
     COUNT,
     Extras,
     Hyperparam,
     Number,
-    Optimizer,
     ParamsT,
     Range,
     Schedule,
+    StateT,
     Traits,
     Tree,
     check_is_optimizer,
@@ -50,7 +51,7 @@ from ._shared import (
 
 
 @state_class
-class LossScaleState(NamedTuple):
+class LossScaleState(NamedTuple, Generic[InnerStateT]):
     """The state of `LossScale`. Its own tensors are where the parameters are.
 
     Attributes:
@@ -64,7 +65,7 @@ class LossScaleState(NamedTuple):
 
     scale: Tensor
     growth_tracker: Tensor
-    inner: Any
+    inner: InnerStateT
     step: Tree = ()
 
 
@@ -79,7 +80,7 @@ _INIT_SCALE = Hyperparam(
 
 @register_optimizer
 @dataclass(frozen=True)
-class LossScale:
+class LossScale(Generic[InnerT_co]):
     r"""Update with the gradients of a scaled loss, and find the scale for the next one.
 
     In float16, small gradients vanish, unless the loss is multiplied by a large number. That is
@@ -160,7 +161,7 @@ class LossScale:
         Hyperparam("growth_interval", COUNT),
     )
 
-    inner: Optimizer[Any]
+    inner: InnerT_co
     init_scale: Number = 2.0**16
     growth_factor: Number | Schedule = 2.0
     backoff_factor: Number | Schedule = 0.5
@@ -172,7 +173,7 @@ class LossScale:
         object.__setattr__(self, "init_scale", normalize(_INIT_SCALE, self.init_scale))
         normalize_fields(self, self.hyperparams)
 
-    def init(self, params: Tree) -> LossScaleState:
+    def init(self: LossScale[OptimizerLike[StateT]], params: Tree) -> LossScaleState[StateT]:
         """Return the state before the first update: the first scale and the inner state.
 
         Raises:
@@ -191,8 +192,12 @@ class LossScale:
         )
 
     def update(
-        self, grads: Tree, state: LossScaleState, params: ParamsT, **extras: Unpack[Extras]
-    ) -> tuple[ParamsT, LossScaleState]:
+        self: LossScale[OptimizerLike[StateT]],
+        grads: Tree,
+        state: LossScaleState[StateT],
+        params: ParamsT,
+        **extras: Unpack[Extras],
+    ) -> tuple[ParamsT, LossScaleState[StateT]]:
         """Return the new parameters and the new state, in fresh memory.
 
         The gradients are those of the loss times `state.scale`. A skipped step has the derivative
@@ -214,8 +219,12 @@ class LossScale:
         )
 
     def update_(
-        self, grads: Tree, state: LossScaleState, params: ParamsT, **extras: Unpack[Extras]
-    ) -> tuple[ParamsT, LossScaleState]:
+        self: LossScale[OptimizerLike[StateT]],
+        grads: Tree,
+        state: LossScaleState[StateT],
+        params: ParamsT,
+        **extras: Unpack[Extras],
+    ) -> tuple[ParamsT, LossScaleState[StateT]]:
         """Do the same as `update` in place."""
         gradients, numbers = self._gather(grads, state, params)
         check_wrapper_inplace(numbers, own_tensors(state, "scale", "growth_tracker"), gradients)

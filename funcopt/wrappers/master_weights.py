@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Unpack
+from typing import ClassVar, Generic, NamedTuple, Unpack
 
 import torch
 
 from .._core import pytree
+from .._core.inner import InnerStateT, InnerT_co, OptimizerLike
 from .._core.tensors import compute_dtype, write
-from .._core.types import ELEMENTWISE, Extras, Optimizer, ParamsT, Traits, Tree, check_is_optimizer
+from .._core.types import (
+    ELEMENTWISE,
+    Extras,
+    ParamsT,
+    StateT,
+    Traits,
+    Tree,
+    check_is_optimizer,
+)
 from .._engine.checks import check_state
 from .._engine.prepare import keep_requiring
 from .._engine.registration import register_optimizer, state_class
@@ -20,7 +29,7 @@ from ._shared import gather_gradients, records
 
 
 @state_class
-class MasterWeightsState(NamedTuple):
+class MasterWeightsState(NamedTuple, Generic[InnerStateT]):
     """The state of `MasterWeights`, in which `master` has the shape of the parameters.
 
     Attributes:
@@ -30,13 +39,13 @@ class MasterWeightsState(NamedTuple):
             That of a leaf at rest (as under `Frozen`) is a copy of that leaf.
     """
 
-    inner: Any
+    inner: InnerStateT
     master: Tree
 
 
 @register_optimizer
 @dataclass(frozen=True)
-class MasterWeights:
+class MasterWeights(Generic[InnerT_co]):
     r"""Move 16-bit parameters in float32: in copies, of which they are the rounded values.
 
     With the master weights $m$, the gradients $g$ at the parameters $\theta$, and the state $s$ of
@@ -92,20 +101,26 @@ class MasterWeights:
 
     traits: ClassVar[Traits] = dataclasses.replace(ELEMENTWISE, small_steps_add_up=True)
 
-    inner: Optimizer[Any]
+    inner: InnerT_co
 
     def __post_init__(self) -> None:
         """Check that there is an optimizer."""
         check_is_optimizer("inner", self.inner)
 
-    def init(self, params: Tree) -> MasterWeightsState:
+    def init(
+        self: MasterWeights[OptimizerLike[StateT]], params: Tree
+    ) -> MasterWeightsState[StateT]:
         """Return the state before the first update: copies, and the inner state made for them."""
         master, _ = copy_params(self, params, compute_dtype)
         return MasterWeightsState(self.inner.init(master), master)
 
     def update(
-        self, grads: Tree, state: MasterWeightsState, params: ParamsT, **extras: Unpack[Extras]
-    ) -> tuple[ParamsT, MasterWeightsState]:
+        self: MasterWeights[OptimizerLike[StateT]],
+        grads: Tree,
+        state: MasterWeightsState[StateT],
+        params: ParamsT,
+        **extras: Unpack[Extras],
+    ) -> tuple[ParamsT, MasterWeightsState[StateT]]:
         """Return the new parameters and the new state. Gradients are at the parameters given."""
         master = self._gather(grads, state, params)
         gradients = master.gradients
@@ -129,8 +144,12 @@ class MasterWeights:
         )
 
     def update_(
-        self, grads: Tree, state: MasterWeightsState, params: ParamsT, **extras: Unpack[Extras]
-    ) -> tuple[ParamsT, MasterWeightsState]:
+        self: MasterWeights[OptimizerLike[StateT]],
+        grads: Tree,
+        state: MasterWeightsState[StateT],
+        params: ParamsT,
+        **extras: Unpack[Extras],
+    ) -> tuple[ParamsT, MasterWeightsState[StateT]]:
         """Do the same in place, but for the gradients in float32, which are copies."""
         master = self._gather(grads, state, params)
         gradients = master.gradients

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Unpack
+from typing import Any, ClassVar, Generic, Unpack
 
 import torch
 from torch import Tensor
 
 from .._core import pytree
+from .._core.inner import InnerT_co, OptimizerLike
 from .._core.tensors import write
 from .._core.types import (
     Extras,
     Number,
     Optimizer,
     ParamsT,
+    StateT,
     Traits,
     Tree,
     check_is_optimizer,
@@ -29,7 +31,7 @@ from .._engine.stacked import update_stacked
 
 @register_optimizer
 @dataclass(frozen=True)
-class Members:
+class Members(Generic[InnerT_co]):
     r"""Update the members of a stack, each as the inner optimizer would update it alone.
 
     With members $i$, whose parameters $\theta_i$, gradients $g_i$ and states $s_i$ are stacked
@@ -75,13 +77,13 @@ class Members:
 
     traits: ClassVar[Traits] = Traits(leafwise=True, shardable=True, memberwise=True, linear=True)
 
-    inner: Optimizer[Any]
+    inner: InnerT_co
 
     def __post_init__(self) -> None:
         """Check the inner optimizer."""
         check_is_optimizer("inner", self.inner)
 
-    def init(self, params: Tree) -> Any:
+    def init(self: Members[OptimizerLike[StateT]], params: Tree) -> StateT:
         """Return the state before the first update: that of each member, stacked.
 
         Args:
@@ -94,20 +96,30 @@ class Members:
         """
         shards = sharding()
         if shards is None or not shards.has_sharded(params):
-            return _init(self.inner, params)
+            state: StateT = _init(self.inner, params)
+            return state
         from .._dtensor import members  # noqa: PLC0415  # which nobody needs who has no DTensors
 
-        return members.init(_init, self.inner, params)
+        sharded: StateT = members.init(_init, self.inner, params)
+        return sharded
 
     def update(
-        self, grads: Tree, state: Any, params: ParamsT, **extras: Unpack[Extras]
-    ) -> tuple[ParamsT, Any]:
+        self: Members[OptimizerLike[StateT]],
+        grads: Tree,
+        state: StateT,
+        params: ParamsT,
+        **extras: Unpack[Extras],
+    ) -> tuple[ParamsT, StateT]:
         """Return the new parameters and the new state, in fresh memory."""
         return self._update(grads, state, params, None, None, in_place=False)
 
     def update_(
-        self, grads: Tree, state: Any, params: ParamsT, **extras: Unpack[Extras]
-    ) -> tuple[ParamsT, Any]:
+        self: Members[OptimizerLike[StateT]],
+        grads: Tree,
+        state: StateT,
+        params: ParamsT,
+        **extras: Unpack[Extras],
+    ) -> tuple[ParamsT, StateT]:
         """Do the same in place.
 
         What is mapped over by vmap is computed out of place first, which takes memory of its size.

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, NamedTuple, Unpack
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, Unpack, overload
 
 from torch import Tensor
 
 from .._core import pytree
+from .._core.inner import InnerStateT, OptimizerLike
 from .._core.types import (
     Extras,
-    Optimizer,
     ParamsT,
     Traits,
     Tree,
@@ -31,7 +31,7 @@ from .labels import Labels, check_labels, label_leaves, name_leaves, patterns_in
 
 
 @state_class
-class PartitionState(NamedTuple):
+class PartitionState(NamedTuple, Generic[InnerStateT]):
     """The state of `Partition`.
 
     Attributes:
@@ -40,12 +40,12 @@ class PartitionState(NamedTuple):
             `state.inner['decay'].momentum_buffer['0.weight']`.
     """
 
-    inner: dict[str, Any]
+    inner: dict[str, InnerStateT]
 
 
 @register_optimizer
 @dataclass(frozen=True)
-class Partition:
+class Partition(Generic[InnerStateT]):
     """An optimizer for each group of leaves: what `torch.optim` calls param groups.
 
     Each leaf has one label, and moves as the optimizer of that label moves it. An optimizer is
@@ -92,8 +92,20 @@ class Partition:
 
     traits: ClassVar[Traits] = Traits(elementwise=True, linear=True, tells_leaves_apart=True)
 
-    inner: Mapping[str, Optimizer[Any]]
+    inner: Mapping[str, OptimizerLike[InnerStateT]]
     labels: Labels
+
+    if TYPE_CHECKING:
+        # Optimizers of several classes have states of several types, which have no type together.
+        @overload
+        def __init__(
+            self, inner: Mapping[str, OptimizerLike[InnerStateT]], labels: Labels
+        ) -> None: ...
+        @overload
+        def __init__(
+            self: Partition[Any], inner: Mapping[str, OptimizerLike[Any]], labels: Labels
+        ) -> None: ...
+        def __init__(self, inner: Any, labels: Labels) -> None: ...
 
     def __post_init__(self) -> None:
         """Check the optimizers and, as far as they can be without parameters, the labels."""
@@ -112,7 +124,7 @@ class Partition:
         check_labels(self.labels, self.inner)
         object.__setattr__(self, "_patterns", patterns_in(self.labels))
 
-    def init(self, params: Tree) -> PartitionState:
+    def init(self, params: Tree) -> PartitionState[InnerStateT]:
         """Return the state before the first update: that of each optimizer for its own leaves.
 
         Raises:
@@ -125,8 +137,12 @@ class Partition:
         return PartitionState({label: opt.init(own[label]) for label, opt in self.inner.items()})
 
     def update(
-        self, grads: Tree, state: PartitionState, params: ParamsT, **extras: Unpack[Extras]
-    ) -> tuple[ParamsT, PartitionState]:
+        self,
+        grads: Tree,
+        state: PartitionState[InnerStateT],
+        params: ParamsT,
+        **extras: Unpack[Extras],
+    ) -> tuple[ParamsT, PartitionState[InnerStateT]]:
         """Return the new parameters and the new state, in fresh memory but for frozen leaves.
 
         Gradients of frozen leaves may be missing. Messages of the optimizers call leaves by their
@@ -135,8 +151,12 @@ class Partition:
         return self._update_scaled(grads, None, state, params, in_place=False)
 
     def update_(
-        self, grads: Tree, state: PartitionState, params: ParamsT, **extras: Unpack[Extras]
-    ) -> tuple[ParamsT, PartitionState]:
+        self,
+        grads: Tree,
+        state: PartitionState[InnerStateT],
+        params: ParamsT,
+        **extras: Unpack[Extras],
+    ) -> tuple[ParamsT, PartitionState[InnerStateT]]:
         """Do the same as `update` in place. Every group is checked before any is written.
 
         An optimizer that is made by a rule can be checked by itself. Where there are several others

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple, Unpack
+from typing import Any, ClassVar, Generic, Literal, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
 
 from .._core import transforms
+from .._core.inner import InnerStateT, InnerT_co, OptimizerLike
 from .._core.tensors import choose
 from .._core.types import (
     AT_LEAST_ZERO,
@@ -17,9 +18,9 @@ from .._core.types import (
     Extras,
     Hyperparam,
     Number,
-    Optimizer,
     ParamsT,
     Schedule,
+    StateT,
     Traits,
     Tree,
     check_is_optimizer,
@@ -44,7 +45,7 @@ from ._shared import (
 
 
 @state_class
-class PlateauState(NamedTuple):
+class PlateauState(NamedTuple, Generic[InnerStateT]):
     """The state of `Plateau`. Its own tensors are on the GPU if all parameters are on one.
 
     Attributes:
@@ -63,7 +64,7 @@ class PlateauState(NamedTuple):
     best_value: Tensor
     n_worse: Tensor
     cooldown_left: Tensor
-    inner: Any
+    inner: InnerStateT
     step: Tree = ()
     value: Tree = ()
 
@@ -78,7 +79,7 @@ class _Scaled(NamedTuple):
 
 @register_optimizer
 @dataclass(frozen=True)
-class Plateau:
+class Plateau(Generic[InnerT_co]):
     r"""Multiply learning rates by a factor once a score has not got better for a while.
 
     The score is given to the update as `value=`, such as a validation loss, and an update without
@@ -153,7 +154,7 @@ class Plateau:
         Hyperparam("min_lr", AT_LEAST_ZERO),
     )
 
-    inner: Optimizer[Any]
+    inner: InnerT_co
     mode: Literal["min", "max"] = "min"
     factor: Number | Schedule = 0.1
     patience: Number | Schedule = 10
@@ -174,7 +175,7 @@ class Plateau:
                 f"optimizer with a learning rate, such as SGD(lr=0.1), in any wrappers."
             )
 
-    def init(self, params: Tree) -> PlateauState:
+    def init(self: Plateau[OptimizerLike[StateT]], params: Tree) -> PlateauState[StateT]:
         """Return the state before the first update: a scale of 1 and the worst score."""
         place = device_for_count(gather_params(self, params).moving)
         one = torch.ones((), dtype=torch.float64, device=place)
@@ -189,8 +190,12 @@ class Plateau:
         )
 
     def update(
-        self, grads: Tree, state: PlateauState, params: ParamsT, **extras: Unpack[Extras]
-    ) -> tuple[ParamsT, PlateauState]:
+        self: Plateau[OptimizerLike[StateT]],
+        grads: Tree,
+        state: PlateauState[StateT],
+        params: ParamsT,
+        **extras: Unpack[Extras],
+    ) -> tuple[ParamsT, PlateauState[StateT]]:
         """Return the new parameters and the new state, in fresh memory."""
         numbers, told = self._look(state)
         values: dict[str, Number] = {}
@@ -208,8 +213,12 @@ class Plateau:
         return new_params, PlateauState(**own, inner=inner, step=step, value=state.value)
 
     def update_(
-        self, grads: Tree, state: PlateauState, params: ParamsT, **extras: Unpack[Extras]
-    ) -> tuple[ParamsT, PlateauState]:
+        self: Plateau[OptimizerLike[StateT]],
+        grads: Tree,
+        state: PlateauState[StateT],
+        params: ParamsT,
+        **extras: Unpack[Extras],
+    ) -> tuple[ParamsT, PlateauState[StateT]]:
         """Do the same as `update` in place. Without a score, nothing is written here."""
         numbers, told = self._look(state)
         if told or isinstance(state.step, Tensor):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Unpack
+from typing import ClassVar, Generic, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
 
 from .._core import pytree, tensors
+from .._core.inner import InnerStateT, InnerT_co, OptimizerLike
 from .._core.tensors import choose, compute_dtype, fit, write
 from .._core.types import (
     AT_LEAST_ZERO,
@@ -18,9 +19,9 @@ from .._core.types import (
     Extras,
     Hyperparam,
     Number,
-    Optimizer,
     ParamsT,
     Schedule,
+    StateT,
     Traits,
     Tree,
     check_is_optimizer,
@@ -45,7 +46,7 @@ from ._shared import (
 
 
 @state_class
-class ScheduleFreeState(NamedTuple):
+class ScheduleFreeState(NamedTuple, Generic[InnerStateT]):
     """The state of `ScheduleFree`. Its trees are in float32 for 16-bit parameters.
 
     Attributes:
@@ -62,7 +63,7 @@ class ScheduleFreeState(NamedTuple):
     weight_sum: Tensor
     average: Tree
     z: Tree
-    inner: Any
+    inner: InnerStateT
     step: Tree = ()
 
 
@@ -73,7 +74,7 @@ _LR = Hyperparam("lr", AT_LEAST_ZERO)
 
 @register_optimizer
 @dataclass(frozen=True)
-class ScheduleFree:
+class ScheduleFree(Generic[InnerT_co]):
     r"""Take gradients between what the inner optimizer moves and its average.
 
     The parameters, at which the loss and its gradient are taken, are $y$. The state has $z$, which
@@ -137,7 +138,7 @@ class ScheduleFree:
 
     traits: ClassVar[Traits] = ELEMENTWISE
 
-    inner: Optimizer[Any]
+    inner: InnerT_co
     beta: Number | Schedule = 0.9
     weight_decay: Number | Schedule = 0.0
 
@@ -163,7 +164,7 @@ class ScheduleFree:
         if self._decays or own_rates(self.inner):
             the_rate("ScheduleFree", self.inner)
 
-    def init(self, params: Tree) -> ScheduleFreeState:
+    def init(self: ScheduleFree[OptimizerLike[StateT]], params: Tree) -> ScheduleFreeState[StateT]:
         """Return the state before the first update: copies, and the inner state made for them."""
         average, leaves = copy_params(self, params, compute_dtype)
         z, _ = copy_params(self, params, compute_dtype)
@@ -172,8 +173,12 @@ class ScheduleFree:
         return ScheduleFreeState(total, average, z, self.inner.init(z), step)
 
     def update(
-        self, grads: Tree, state: ScheduleFreeState, params: ParamsT, **extras: Unpack[Extras]
-    ) -> tuple[ParamsT, ScheduleFreeState]:
+        self: ScheduleFree[OptimizerLike[StateT]],
+        grads: Tree,
+        state: ScheduleFreeState[StateT],
+        params: ParamsT,
+        **extras: Unpack[Extras],
+    ) -> tuple[ParamsT, ScheduleFreeState[StateT]]:
         """Return the new parameters, which are $y$, and the new state, in fresh memory."""
         z, average, numbers = self._gather(grads, state, params)
         gradients = z.gradients
@@ -205,8 +210,12 @@ class ScheduleFree:
         )
 
     def update_(
-        self, grads: Tree, state: ScheduleFreeState, params: ParamsT, **extras: Unpack[Extras]
-    ) -> tuple[ParamsT, ScheduleFreeState]:
+        self: ScheduleFree[OptimizerLike[StateT]],
+        grads: Tree,
+        state: ScheduleFreeState[StateT],
+        params: ParamsT,
+        **extras: Unpack[Extras],
+    ) -> tuple[ParamsT, ScheduleFreeState[StateT]]:
         """Do the same as `update` in place, but for copies of 16-bit gradients in float32."""
         z, average, numbers = self._gather(grads, state, params)
         gradients = z.gradients

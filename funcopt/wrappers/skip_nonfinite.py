@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Unpack
+from typing import ClassVar, Generic, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
 
 from .._core import transforms
+from .._core.inner import InnerStateT, InnerT_co, OptimizerLike
 from .._core.types import (
     Extras,
     Hyperparam,
     Number,
-    Optimizer,
     ParamsT,
     Range,
     Schedule,
+    StateT,
     Traits,
     Tree,
     check_is_optimizer,
@@ -43,7 +44,7 @@ from ._shared import (
 
 
 @state_class
-class SkipNonfiniteState(NamedTuple):
+class SkipNonfiniteState(NamedTuple, Generic[InnerStateT]):
     """The state of `SkipNonfinite`. Its own tensors are where the parameters are.
 
     Attributes:
@@ -60,7 +61,7 @@ class SkipNonfiniteState(NamedTuple):
     consecutive: Tensor
     total: Tensor
     last_finite: Tensor
-    inner: Any
+    inner: InnerStateT
     step: Tree = ()
 
 
@@ -73,7 +74,7 @@ _MOST = Range(
 
 @register_optimizer
 @dataclass(frozen=True)
-class SkipNonfinite:
+class SkipNonfinite(Generic[InnerT_co]):
     """Update if all gradients are finite; else move neither the parameters nor the inner state.
 
     One element that is infinite or NaN is enough to skip the whole step: the inner count of updates
@@ -118,7 +119,7 @@ class SkipNonfinite:
     traits: ClassVar[Traits] = Traits(shardable=True, packable=True, complex_as_pairs=True)
     hyperparams: ClassVar[tuple[Hyperparam, ...]] = (Hyperparam("max_consecutive", _MOST),)
 
-    inner: Optimizer[Any]
+    inner: InnerT_co
     max_consecutive: Number | Schedule = math.inf
 
     def __post_init__(self) -> None:
@@ -128,7 +129,9 @@ class SkipNonfinite:
         if isinstance(self.max_consecutive, float):  # which is infinite
             check_overflow_is_seen("SkipNonfinite", self.inner)
 
-    def init(self, params: Tree) -> SkipNonfiniteState:
+    def init(
+        self: SkipNonfinite[OptimizerLike[StateT]], params: Tree
+    ) -> SkipNonfiniteState[StateT]:
         """Return the state before the first update: counts of 0 and the inner state."""
         place = device_for_state(gather_params(self, params).moving)
         return SkipNonfiniteState(
@@ -140,8 +143,12 @@ class SkipNonfinite:
         )
 
     def update(
-        self, grads: Tree, state: SkipNonfiniteState, params: ParamsT, **extras: Unpack[Extras]
-    ) -> tuple[ParamsT, SkipNonfiniteState]:
+        self: SkipNonfinite[OptimizerLike[StateT]],
+        grads: Tree,
+        state: SkipNonfiniteState[StateT],
+        params: ParamsT,
+        **extras: Unpack[Extras],
+    ) -> tuple[ParamsT, SkipNonfiniteState[StateT]]:
         """Return the new parameters and the new state, in fresh memory.
 
         A skipped step has the derivative of doing nothing.
@@ -158,8 +165,12 @@ class SkipNonfinite:
         return new_params, SkipNonfiniteState(*counts, inner, next_count(state.step, should_update))
 
     def update_(
-        self, grads: Tree, state: SkipNonfiniteState, params: ParamsT, **extras: Unpack[Extras]
-    ) -> tuple[ParamsT, SkipNonfiniteState]:
+        self: SkipNonfinite[OptimizerLike[StateT]],
+        grads: Tree,
+        state: SkipNonfiniteState[StateT],
+        params: ParamsT,
+        **extras: Unpack[Extras],
+    ) -> tuple[ParamsT, SkipNonfiniteState[StateT]]:
         """Do the same as `update` in place."""
         gradients, numbers = self._gather(grads, state, params)
         names = state._fields[:3]

@@ -5,14 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple, Unpack
+from typing import Any, Generic, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
 
 from .._core import pytree, transforms
+from .._core.inner import InnerStateT, InnerT_co, OptimizerLike
 from .._core.tensors import write
-from .._core.types import Extras, Optimizer, ParamsT, Traits, Tree, check_is_optimizer, kind_of
+from .._core.types import (
+    Extras,
+    ParamsT,
+    StateT,
+    Traits,
+    Tree,
+    check_is_optimizer,
+    kind_of,
+)
 from .._engine.checks import check_dense, check_no_history, check_state, is_like
 from .._engine.hyperparameters import check_takes, short
 from .._engine.registration import register_optimizer, state_class
@@ -27,7 +36,7 @@ from ._shared import (
 
 
 @state_class
-class TransformState(NamedTuple):
+class TransformState(NamedTuple, Generic[InnerStateT]):
     """The state of `Transform`.
 
     Attributes:
@@ -35,13 +44,13 @@ class TransformState(NamedTuple):
         own: What the function keeps: any tree of tensors, `()` if it keeps nothing.
     """
 
-    inner: Any
+    inner: InnerStateT
     own: Tree = ()
 
 
 @register_optimizer
 @dataclass(frozen=True)
-class Transform:
+class Transform(Generic[InnerT_co]):
     r"""Change the gradients by a function of your own, then update.
 
     With the function $f$, its own state $s$ and the parameters $\theta$,
@@ -118,7 +127,7 @@ class Transform:
         tensor(1., dtype=torch.float64)
     """
 
-    inner: Optimizer[Any]
+    inner: InnerT_co
     function: Callable[[Tree, Tree, Tree], tuple[Tree, Tree]]
     initial: Tree | Callable[[Tree], Tree] = ()
     # By a factory, since it is not said of the class: it differs from one instance to another.
@@ -141,7 +150,7 @@ class Transform:
                 f"funcopt.extend.Traits(elementwise=True)."
             )
 
-    def init(self, params: Tree) -> TransformState:
+    def init(self: Transform[OptimizerLike[StateT]], params: Tree) -> TransformState[StateT]:
         """Return the state before the first update: that of the function is a copy."""
         leaves, structure, _ = gather_params(self, params)
         none = pytree.Paired([None for _ in leaves], structure, None)
@@ -157,8 +166,12 @@ class Transform:
         return TransformState(self.inner.init(params), pytree.unflatten(own_structure, copies))
 
     def update(
-        self, grads: Tree, state: TransformState, params: ParamsT, **extras: Unpack[Extras]
-    ) -> tuple[ParamsT, TransformState]:
+        self: Transform[OptimizerLike[StateT]],
+        grads: Tree,
+        state: TransformState[StateT],
+        params: ParamsT,
+        **extras: Unpack[Extras],
+    ) -> tuple[ParamsT, TransformState[StateT]]:
         """Return the new parameters and the new state, in fresh memory."""
         gradients = self._gather(grads, state, params)
         recorded = records(self, gradients, state)
@@ -170,8 +183,12 @@ class Transform:
         return new_params, TransformState(inner, pytree.unflatten(structure, own))
 
     def update_(
-        self, grads: Tree, state: TransformState, params: ParamsT, **extras: Unpack[Extras]
-    ) -> tuple[ParamsT, TransformState]:
+        self: Transform[OptimizerLike[StateT]],
+        grads: Tree,
+        state: TransformState[StateT],
+        params: ParamsT,
+        **extras: Unpack[Extras],
+    ) -> tuple[ParamsT, TransformState[StateT]]:
         """Do the same in place, but for the changed gradients."""
         gradients = self._gather(grads, state, params)
         olds, structure = pytree.flatten(state.own)
