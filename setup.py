@@ -17,7 +17,10 @@ NATIVE = Extension(
     sources=["funcopt/_native.c"],
     depends=[
         f"funcopt/_native_{part}.h"
-        for part in ("adam", "job", "launch", "numbers", "round", "run", "shorts", "steps")
+        for part in (
+            *("adam", "job", "launch", "machine", "numbers", "products", "round", "run"),
+            *("shorts", "steps", "tiles"),
+        )
     ],
     extra_compile_args=FLAGS,
     extra_link_args=FLAGS if sys.platform != "win32" else [],

@@ -203,15 +203,12 @@ static struct {
 
 enum { MOST_THREADS = 256 };
 
-/* Move the elements of one thread, of so many. */
-static void run_share(const Job *job, int64_t thread, int64_t threads)
-{
-    const int64_t portion = job->total / threads;
-    run(job, thread * portion, thread + 1 == threads ? job->total : (thread + 1) * portion);
-}
+/* What one thread of so many does of the work that is given. */
+typedef void (*Work)(const void *given, int64_t thread, int64_t threads);
 
 typedef struct {
-    const Job *job;
+    Work work;
+    const void *given;
     int64_t thread, threads;
 } Share;
 
@@ -223,27 +220,27 @@ static void run_in_team(void *given)
     const int64_t there = team.count(), thread = team.number();
     const int64_t threads = share->threads < there ? share->threads : there;
     if (thread < threads)
-        run_share(share->job, thread, threads);
+        share->work(share->given, thread, threads);
 }
 
 #if THREADS
 static void *run_made(void *given)
 {
     const Share *share = given;
-    run_share(share->job, share->thread, share->threads);
+    share->work(share->given, share->thread, share->threads);
     return NULL;
 }
 
-static void run_on_made(const Job *job, int64_t threads)
+static void run_on_made(Work work, const void *given, int64_t threads)
 {
     pthread_t made[MOST_THREADS];
     Share shares[MOST_THREADS];
     int is_made[MOST_THREADS];
     for (int64_t i = 1; i < threads; i++) {
-        shares[i] = (Share){job, i, threads};
+        shares[i] = (Share){work, given, i, threads};
         is_made[i] = pthread_create(&made[i], NULL, run_made, &shares[i]) == 0;
     }
-    run_share(job, 0, threads);
+    work(given, 0, threads);
     for (int64_t i = 1; i < threads; i++) {
         if (is_made[i])
             pthread_join(made[i], NULL);
@@ -252,25 +249,40 @@ static void run_on_made(const Job *job, int64_t threads)
     }
 }
 #else
-static void run_on_made(const Job *job, int64_t threads)
+static void run_on_made(Work work, const void *given, int64_t threads)
 {
     (void)threads;
-    run_share(job, 0, 1);
+    work(given, 0, 1);
 }
 #endif
 
-/* Move all elements, on as many threads as are worth it, of those that there may be. */
-static void run_on(const Job *job, int64_t threads)
+/* Share out work that takes as long as the step of so many elements, to as many threads as are
+ * worth it, of those that there may be. */
+static void share_out(Work work, const void *given, int64_t elements, int64_t threads)
 {
-    const int64_t worth = job->total / (team.run != NULL ? WORTH_A_WAITING : WORTH_A_MADE);
+    const int64_t worth = elements / (team.run != NULL ? WORTH_A_WAITING : WORTH_A_MADE);
     threads = threads < MOST_THREADS ? threads : MOST_THREADS;
     threads = threads < worth ? threads : worth;
     if (threads <= 1)
-        run_share(job, 0, 1);
+        work(given, 0, 1);
     else if (team.run != NULL) {
-        Share share = {job, 0, threads};
+        Share share = {work, given, 0, threads};
         team.run(run_in_team, &share, 0, 0);
     }
     else
-        run_on_made(job, threads);
+        run_on_made(work, given, threads);
+}
+
+/* Move the elements of one thread, of so many. */
+static void run_share(const void *given, int64_t thread, int64_t threads)
+{
+    const Job *job = given;
+    const int64_t portion = job->total / threads;
+    run(job, thread * portion, thread + 1 == threads ? job->total : (thread + 1) * portion);
+}
+
+/* Move all elements. */
+static void run_on(const Job *job, int64_t threads)
+{
+    share_out(run_share, job, job->total, threads);
 }

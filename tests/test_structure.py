@@ -100,6 +100,7 @@ FLOORS = [
     "optimizers._adam.triton_numbers",
     "optimizers._adam.triton_round",
     "optimizers._adam.triton_source",
+    "optimizers._products",
     "optimizers._newton_schulz",
     "optimizers._muon",
     "optimizers.adafactor",

@@ -7,7 +7,8 @@ divides the matrix by its norm and then iterates, with X of no more rows than co
 
 The plain form has torch's operators in torch's order, so that its bits are those of
 `torch.optim.Muon`. The faster form has the same bits wherever each element of a product of matrices
-is summed up alike, whatever the size of the product: where that was tried, it was so.
+is summed up alike, whatever the size of the product: where that was tried, it was so. Where bits
+may differ from torch's, products in bfloat16 are those of `_products`.
 
 By the Gram matrix, several iterations are made on G alone, which is smaller than X if that is wide:
 with U = b G + c G G, it takes G to (a + U) G (a + U), and X is multiplied by the product of all
@@ -18,6 +19,7 @@ near zero grows by a^2 in each iteration, though, so that G is made anew from X 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple, TypeAlias
 
@@ -27,6 +29,7 @@ from torch import Tensor
 from .._core import transforms
 from .._core.tensors import differentiable_norm, vector_norm
 from .._core.types import Number
+from . import _products
 
 
 class Iteration(NamedTuple):
@@ -46,7 +49,7 @@ def orthogonalize(matrix: Tensor, own: Iteration) -> Tensor:
     tall = matrix.size(-2) > matrix.size(-1)
     wide = matrix.mT if tall else matrix
     wide = _normalized(wide, _norm(wide), own)
-    wide = _iterated(wide, own, _product)
+    wide = _iterated(wide, own, _PLAIN)
     return wide.mT if tall else wide
 
 
@@ -54,19 +57,27 @@ Product: TypeAlias = Callable[..., Tensor]
 """A symmetric `left @ right`, or `beta * own + alpha * left @ right` of five arguments."""
 
 
-def _iterated(wide: Tensor, own: Iteration, product: Product) -> Tensor:
+class Operators(NamedTuple):
+    """How products of matrices are made."""
+
+    symmetric: Product  # as above
+    composed: Product  # of `left, right, a, b`: the symmetric `left @ right + a * right + b * left`
+    applied: Product  # of `left, right, a`: `left @ right + a * right`, not symmetric
+
+
+def _iterated(wide: Tensor, own: Iteration, by: Operators) -> Tensor:
     """Return a matrix of norm 1 after the iterations."""
     if own.gram and 2 * wide.size(-1) >= 3 * wide.size(-2):
         made = 0
         while made < own.steps:
             count = min(_MOST_LATER if made else _MOST_AT_FIRST, own.steps - made)
-            wide = _by_gram(wide, own, count, product)
+            wide = _by_gram(wide, own, count, by)
             made += count
         return wide
     for _ in range(own.steps):
-        gram = product(wide, wide.mT)
-        update = product(gram, gram, gram, own.b, own.c)
-        wide = _sum(update, wide, wide, own.a, 1.0)
+        gram = by.symmetric(wide, wide.mT)
+        update = by.symmetric(gram, gram, gram, own.b, own.c)
+        wide = by.applied(update, wide, own.a)
     return wide
 
 
@@ -75,24 +86,32 @@ def _iterated(wide: Tensor, own: Iteration, product: Product) -> Tensor:
 _MOST_AT_FIRST, _MOST_LATER = 3, 2
 
 
-def _by_gram(wide: Tensor, own: Iteration, count: int, product: Product) -> Tensor:
+def _by_gram(wide: Tensor, own: Iteration, count: int, by: Operators) -> Tensor:
     """Return a matrix after some iterations."""
-    gram = product(wide, wide.mT)
-    update = product(gram, gram, gram, own.b, own.c)
+    gram = by.symmetric(wide, wide.mT)
+    update = by.symmetric(gram, gram, gram, own.b, own.c)
     # The product of all a + U is `scale` times the identity, and `rest`: the diagonal rounds less.
     scale, rest = own.a, update
     for _ in range(count - 1):
-        half = product(update, gram, gram, own.a, 1.0)
-        gram = product(half, update, half, own.a, 1.0)
-        update = product(gram, gram, gram, own.b, own.c)
-        both = rest * _in(own.a, rest) + update * _in(scale, update)
-        rest = product(update, rest, both, 1.0, 1.0)
+        half = by.symmetric(update, gram, gram, own.a, 1.0)
+        gram = by.symmetric(half, update, half, own.a, 1.0)
+        update = by.symmetric(gram, gram, gram, own.b, own.c)
+        rest = by.composed(update, rest, own.a, scale)
         scale = scale * own.a
-    return _sum(rest, wide, wide, scale, 1.0)
+    return by.applied(rest, wide, scale)
 
 
 def _product(left: Tensor, right: Tensor, *rest: Any) -> Tensor:
     return _sum(left, right, *rest) if rest else left @ right
+
+
+def _composed(product: Product, left: Tensor, right: Tensor, a: Number, b: Number) -> Tensor:
+    both = right * _in(a, right) + left * _in(b, left)
+    return product(left, right, both, 1.0, 1.0)
+
+
+def _applied(left: Tensor, right: Tensor, a: Number) -> Tensor:
+    return _sum(left, right, right, a, 1.0)
 
 
 def _norm(matrix: Tensor) -> Tensor:
@@ -129,6 +148,9 @@ def _in(number: Number, matrix: Tensor) -> Number:
     return number.to(matrix.dtype) if isinstance(number, Tensor) else number
 
 
+_PLAIN = Operators(_product, partial(_composed, _product), _applied)
+
+
 # From so many rows on, products of matrices take so much longer than the calls for them that a
 # symmetric one is made in parts on the CPU: those on and above the diagonal.
 _MANY_ROWS = 256
@@ -161,6 +183,8 @@ def orthogonalize_all(matrices: Sequence[Tensor], own: Any) -> Sequence[Tensor]:
 
     They are plain, of one dtype and on one device; the numbers of the `Iteration` are Python's.
     """
+    if own.gram and own.dtype is None and _products.serve(matrices[0]):
+        return _by_tiles(matrices, own)
     if len(matrices) == 1 or matrices[0].ndim > 2:
         return [_of_one(matrix, own) for matrix in matrices]
     return _of_stack(matrices, own)
@@ -174,7 +198,7 @@ def _of_one(matrix: Tensor, own: Any) -> Tensor:
     wide = matrix.mT if tall else matrix
     wide = _normalized(wide, _norm(wide), own)
     # The matrices of a leaf that is a stack, each by itself.
-    several = [_iterated(one, own, _by_half) for one in wide.reshape(-1, *wide.shape[-2:])]
+    several = [_iterated(one, own, _IN_BANDS) for one in wide.reshape(-1, *wide.shape[-2:])]
     made = several[0] if wide.ndim == 2 else torch.stack(several).view_as(wide)
     return made.mT if tall else made
 
@@ -192,7 +216,7 @@ def _of_stack(matrices: Sequence[Tensor], own: Any) -> Sequence[Tensor]:
     tall = stack.size(-2) > stack.size(-1)
     wide = stack.mT if tall else stack
     wide = _normalized(wide, norms[:, None, None], own)
-    wide = _iterated(wide, own, _product)
+    wide = _iterated(wide, own, _PLAIN)
     return (wide.mT if tall else wide).unbind()
 
 
@@ -217,3 +241,38 @@ def _bands(wide: Tensor) -> Iterator[tuple[int, int]]:
     count = 2 if columns < 2 * rows and rows < 2 * _MANY_ROWS + 1 else 4
     edges = [rows * band // count for band in range(count + 1)]
     return pairwise(edges)
+
+
+_IN_BANDS = Operators(_by_half, partial(_composed, _by_half), _applied)
+
+
+def _by_tiles(matrices: Sequence[Tensor], own: Any) -> Sequence[Tensor]:
+    """Return matrices of one shape made nearly orthogonal by the products of the extension."""
+    if len(matrices) > 1:
+        return _by_tiles([torch.stack(list(matrices))], own)[0].unbind()
+    (matrix,) = matrices
+    stack = _products.as_stack(matrix)
+    tall = stack.size(-2) > stack.size(-1)
+    wide = stack.mT if tall else stack
+    norms = [vector_norm(one, 2.0) for one in wide]
+    wide = _normalized(wide, torch.stack(norms)[:, None, None], own)
+    wide = _iterated(wide, own, _IN_TILES)
+    return [(wide.mT if tall else wide).reshape(matrix.shape)]
+
+
+def _symmetric_tiles(left: Tensor, right: Tensor, *rest: Any) -> Tensor:
+    if not rest:
+        return _products.symmetric(left, right)
+    matrix, beta, alpha = rest
+    return _products.symmetric(left, right, (matrix, beta), alpha=alpha)
+
+
+def _composed_tiles(left: Tensor, right: Tensor, a: float, b: float) -> Tensor:
+    return _products.symmetric(left, right, (right, a), (left, b))
+
+
+def _applied_tiles(left: Tensor, right: Tensor, a: float) -> Tensor:
+    return _products.whole(left, right, (right, a))
+
+
+_IN_TILES = Operators(_symmetric_tiles, _composed_tiles, _applied_tiles)

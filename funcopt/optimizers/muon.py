@@ -85,9 +85,12 @@ class Muon:
         matrices: `"flatten"` sees a leaf of more than two dimensions as one matrix, `"stack"` as
             one for each index of all but the last two dimensions.
         gram: Make most of the iterations on the Gram matrix $X X^\top$, which takes about half the
-            products for matrices of four times as many columns as rows, or the reverse, and is left
-            alone for those that are less than one and a half times as long as wide. It is another
-            rounding of the same: not torch's bits, nor those of another kernel.
+            products for matrices of four times as many columns as rows, or the reverse. Those that
+            are less than one and a half times as long as wide are iterated as without. On the CPU
+            in bfloat16, all products are made by the compiled extension where the processor has an
+            instruction for them (AVX-512 with bfloat16, and no matrix registers): of symmetric ones
+            a half. It is another rounding of the same: not torch's bits, nor those of another
+            kernel.
         step_per_leaf: Count the updates of each leaf; a schedule then sees each leaf's own count.
             Off: one count for the tree, advanced by every update.
         kernel: `"auto"` takes the fastest that is right for the tensors; `"batched"` and `"plain"`

@@ -1,0 +1,289 @@
+/* Products of matrices in bfloat16, by an instruction for them, on processors that have it.
+ *
+ * A factor is copied into panels first: 16 of its rows (of the right factor, columns), in which two
+ * elements that meet others in one product lie side by side. A tile of the result, 16 rows by 16
+ * columns, is summed up in registers, by one instruction for each pair of elements and each row. Of
+ * a symmetric product the tiles above the diagonal are copied from those below it.
+ *
+ * An element is summed up in float32 in the order of its terms and rounded once, so that no bit
+ * depends on threads, or on the matrices that share a call. */
+
+#if X86_TARGETS && defined(__clang__)
+#define TILES (__clang_major__ >= 9)
+#define UNROLL_TILE _Pragma("clang loop unroll(full)")
+#elif X86_TARGETS
+#define TILES (__GNUC__ >= 10)
+#define UNROLL_TILE _Pragma("GCC unroll 16")
+#else
+#define TILES 0
+#endif
+
+#if TILES
+#include <cpuid.h>
+
+enum { TILE = 16, MOST_ADDENDS = 2 };
+/* A thread takes so many panels of the left factor and of the right one at a time. */
+enum { TALL = 4, WIDE = 8 };
+/* So many terms of sums take as long as the step of an element. */
+enum { TERMS_LIKE_AN_ELEMENT = 64 };
+
+typedef struct {
+    const uint16_t *source;
+    int64_t rows; /* of the right factor, columns */
+    int is_crosswise; /* whether elements of a row lie `rows` apart, not one after another */
+    uint32_t *panels;
+} Factor;
+
+typedef struct {
+    int64_t batch, depth;
+    int is_symmetric;
+    Factor left, right; /* with the same panels, if they are one matrix */
+    int addends;
+    const uint16_t *addend[MOST_ADDENDS];
+    float factor[MOST_ADDENDS], alpha;
+    uint16_t *result;
+    int64_t *next; /* the first piece of work that no thread has taken */
+} Product;
+
+INLINE int64_t over(int64_t count, int64_t part)
+{
+    return (count + part - 1) / part;
+}
+
+INLINE int64_t least(int64_t one, int64_t other)
+{
+    return one < other ? one : other;
+}
+
+/* Return how many numbers of 32 bits the panels of a matrix have. */
+static int64_t panel_size(const Product *product)
+{
+    return over(product->depth, 2) * TILE;
+}
+
+static int64_t size_of_panels(const Product *product, const Factor *factor)
+{
+    return over(factor->rows, TILE) * panel_size(product);
+}
+
+/* Those with matrix registers have faster products than these. */
+static int has_tiles(void)
+{
+    unsigned a, b, c, d, most = 0;
+    if (!has_avx512() || !__get_cpuid_count(7, 0, &most, &b, &c, &d) || most < 1)
+        return 0;
+    const int has_registers = (d >> 22 & 1) != 0;
+    return !has_registers && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1) != 0;
+}
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,prefer-vector-width=512")
+#endif
+
+/* Turn rows of 16 numbers of 32 bits into columns. */
+INLINE void transpose(__m512i *rows)
+{
+    __m512i pairs[TILE], fours[TILE];
+    for (int i = 0; i < TILE; i += 2) {
+        pairs[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+        pairs[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+    }
+    for (int i = 0; i < TILE; i += 4)
+        for (int half = 0; half < 2; half++) {
+            fours[i + 2 * half] = _mm512_unpacklo_epi64(pairs[i + half], pairs[i + 2 + half]);
+            fours[i + 2 * half + 1] = _mm512_unpackhi_epi64(pairs[i + half], pairs[i + 2 + half]);
+        }
+    for (int i = 0; i < 4; i++) {
+        const __m512i even = _mm512_shuffle_i32x4(fours[i], fours[i + 4], 0x88);
+        const __m512i odd = _mm512_shuffle_i32x4(fours[i], fours[i + 4], 0xDD);
+        const __m512i more_even = _mm512_shuffle_i32x4(fours[i + 8], fours[i + 12], 0x88);
+        const __m512i more_odd = _mm512_shuffle_i32x4(fours[i + 8], fours[i + 12], 0xDD);
+        rows[i] = _mm512_shuffle_i32x4(even, more_even, 0x88);
+        rows[i + 8] = _mm512_shuffle_i32x4(even, more_even, 0xDD);
+        rows[i + 4] = _mm512_shuffle_i32x4(odd, more_odd, 0x88);
+        rows[i + 12] = _mm512_shuffle_i32x4(odd, more_odd, 0xDD);
+    }
+}
+
+/* Copy rows of which the elements lie one after another into a panel. */
+static void pack_lengthwise(const uint16_t *source, int64_t rows, int64_t depth, uint32_t *panel)
+{
+    for (int64_t k = 0; k < depth; k += 2 * TILE) {
+        const int64_t left = least(depth - k, 2 * TILE);
+        const __mmask32 mask = (__mmask32)(((uint64_t)1 << left) - 1);
+        __m512i words[TILE];
+        for (int i = 0; i < TILE; i++)
+            words[i] = i < rows ? _mm512_maskz_loadu_epi16(mask, source + i * depth + k)
+                                : _mm512_setzero_si512();
+        transpose(words);
+        for (int64_t pair = 0; pair < over(left, 2); pair++)
+            _mm512_store_si512(panel + (k / 2 + pair) * TILE, words[pair]);
+    }
+}
+
+/* Copy rows of which the elements lie `step` apart, and one beside the next row's. */
+static void pack_crosswise(const uint16_t *source, int64_t step, int64_t rows, int64_t depth,
+                           uint32_t *panel)
+{
+    const __mmask16 mask = (__mmask16)((1u << rows) - 1);
+    for (int64_t k = 0; k < depth; k += 2) {
+        const uint16_t *one = source + k * step;
+        const __m256i first = _mm256_maskz_loadu_epi16(mask, one);
+        const __m256i second =
+            k + 1 < depth ? _mm256_maskz_loadu_epi16(mask, one + step) : _mm256_setzero_si256();
+        const __m512i upper = _mm512_slli_epi32(_mm512_cvtepu16_epi32(second), 16);
+        _mm512_store_si512(panel + k / 2 * TILE,
+                           _mm512_or_si512(_mm512_cvtepu16_epi32(first), upper));
+    }
+}
+
+static void pack(const Product *product, const Factor *factor, int64_t matrix, int64_t index)
+{
+    const int64_t first = index * TILE, rows = least(factor->rows - first, TILE);
+    const int64_t depth = product->depth;
+    const uint16_t *source = factor->source + matrix * factor->rows * depth;
+    uint32_t *panel = factor->panels + matrix * size_of_panels(product, factor) +
+                      index * panel_size(product);
+    if (factor->is_crosswise)
+        pack_crosswise(source + first, factor->rows, rows, depth, panel);
+    else
+        pack_lengthwise(source + first * depth, rows, depth, panel);
+}
+
+/* Sum up a tile. The registers are named by constants once the loops of 16 are unrolled. */
+INLINE void sum_up(const uint32_t *left, const uint32_t *right, int64_t pairs, __m512 *sums)
+{
+    __m512 own[TILE];
+    UNROLL_TILE
+    for (int i = 0; i < TILE; i++)
+        own[i] = _mm512_setzero_ps();
+    for (int64_t pair = 0; pair < pairs; pair++) {
+        const __m512bh columns = (__m512bh)_mm512_load_si512(right + pair * TILE);
+        UNROLL_TILE
+        for (int i = 0; i < TILE; i++) {
+            const __m512i row = _mm512_set1_epi32((int)left[pair * TILE + i]);
+            own[i] = _mm512_dpbf16_ps(own[i], (__m512bh)row, columns);
+        }
+    }
+    UNROLL_TILE
+    for (int i = 0; i < TILE; i++)
+        sums[i] = own[i];
+}
+
+/* Write a tile, rounded, at its place in matrices of so many columns. */
+INLINE void write_tile(const __m512 *tile, uint16_t *target, int64_t stride, int64_t rows,
+                       int64_t columns)
+{
+    const __mmask16 mask = (__mmask16)((1u << columns) - 1);
+    for (int64_t i = 0; i < rows; i++)
+        _mm256_mask_storeu_epi16(target + i * stride, mask, (__m256i)_mm512_cvtneps_pbh(tile[i]));
+}
+
+/* Make the tile of one panel of the left factor and one of the right one. */
+static void make_tile(const Product *product, int64_t matrix, int64_t down, int64_t across)
+{
+    const Factor *left = &product->left, *right = &product->right;
+    const int64_t stride = right->rows, size = panel_size(product);
+    const int64_t rows = least(left->rows - down * TILE, TILE);
+    const int64_t columns = least(right->rows - across * TILE, TILE);
+    const int64_t start = matrix * left->rows * stride, at = start + (down * stride + across) * TILE;
+    const __mmask16 mask = (__mmask16)((1u << columns) - 1);
+    __m512 tile[TILE];
+    sum_up(left->panels + matrix * size_of_panels(product, left) + down * size,
+           right->panels + matrix * size_of_panels(product, right) + across * size,
+           size / TILE, tile);
+    for (int64_t i = 0; i < rows; i++) {
+        tile[i] = _mm512_mul_ps(tile[i], _mm512_set1_ps(product->alpha));
+        for (int other = 0; other < product->addends; other++) {
+            const uint16_t *from = product->addend[other] + at + i * stride;
+            const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from));
+            const __m512 own = _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+            tile[i] = _mm512_fmadd_ps(own, _mm512_set1_ps(product->factor[other]), tile[i]);
+        }
+    }
+    if (!product->is_symmetric) {
+        write_tile(tile, product->result + at, stride, rows, columns);
+        return;
+    }
+    __m512i mirrored[TILE];
+    for (int i = 0; i < TILE; i++)
+        mirrored[i] = _mm512_castps_si512(tile[i]);
+    transpose(mirrored);
+    for (int i = 0; i < TILE; i++) /* on the diagonal, what is above it is copied from below */
+        if (down == across)
+            tile[i] = _mm512_mask_blend_ps((__mmask16)(0xFFFEu << i), tile[i],
+                                           _mm512_castsi512_ps(mirrored[i]));
+    write_tile(tile, product->result + at, stride, rows, columns);
+    if (down == across)
+        return;
+    for (int i = 0; i < TILE; i++)
+        tile[i] = _mm512_castsi512_ps(mirrored[i]);
+    write_tile(tile, product->result + start + (across * stride + down) * TILE, stride, columns,
+               rows);
+}
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+/* Return the next piece of work of so many, or their number if none is left. */
+static int64_t take_piece(const Product *product, int64_t pieces)
+{
+    const int64_t piece = __atomic_fetch_add(product->next, 1, __ATOMIC_RELAXED);
+    return least(piece, pieces);
+}
+
+static void pack_share(const void *given, int64_t thread, int64_t threads)
+{
+    (void)thread, (void)threads;
+    const Product *product = given;
+    const int is_one = product->left.panels == product->right.panels;
+    const int64_t lefts = over(product->left.rows, TILE), rights = over(product->right.rows, TILE);
+    const int64_t each = lefts + (is_one ? 0 : rights), pieces = product->batch * each;
+    for (int64_t piece; (piece = take_piece(product, pieces)) < pieces;) {
+        const int64_t panel = piece % each;
+        if (panel < lefts)
+            pack(product, &product->left, piece / each, panel);
+        else
+            pack(product, &product->right, piece / each, panel - lefts);
+    }
+}
+
+static void make_share(const void *given, int64_t thread, int64_t threads)
+{
+    (void)thread, (void)threads;
+    const Product *product = given;
+    const int64_t lefts = over(product->left.rows, TILE), rights = over(product->right.rows, TILE);
+    const int64_t row = over(rights, WIDE), each = over(lefts, TALL) * row;
+    const int64_t pieces = product->batch * each;
+    for (int64_t piece; (piece = take_piece(product, pieces)) < pieces;) {
+        const int64_t top = piece % each / row * TALL, first = piece % row * WIDE;
+        for (int64_t across = first; across < least(first + WIDE, rights); across++)
+            for (int64_t down = top; down < least(top + TALL, lefts); down++)
+                if (!product->is_symmetric || down >= across)
+                    make_tile(product, piece / each, down, across);
+    }
+}
+
+/* Make a product. */
+static void multiply(const Product *product, int64_t threads)
+{
+    const double size = (double)(product->batch * product->left.rows * product->right.rows);
+    const double elements = size * (double)product->depth / TERMS_LIKE_AN_ELEMENT;
+    const int64_t worth = elements < 0x1p62 ? (int64_t)elements : INT64_MAX;
+    *product->next = 0;
+    share_out(pack_share, product, worth, threads);
+    *product->next = 0;
+    share_out(make_share, product, worth, threads);
+}
+#else
+static int has_tiles(void)
+{
+    return 0;
+}
+#endif

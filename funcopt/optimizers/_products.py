@@ -1,0 +1,73 @@
+"""Products of matrices in bfloat16 on the CPU by the compiled extension: of symmetric ones a half.
+
+They serve on processors that have an instruction for such products (AVX-512 with bfloat16) and no
+matrix registers, with which torch is faster. Terms are summed up in float32, always in the same
+order, and a result is rounded once: no bit depends on threads, nor on the matrices beside it.
+"""
+
+from __future__ import annotations
+
+from itertools import chain
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ._native import extension
+
+Addend: TypeAlias = tuple[Tensor, float]
+"""A matrix, and what it is multiplied by."""
+
+
+def serve(matrix: Tensor) -> bool:
+    """Return whether products of such matrices are made here."""
+    is_there = matrix.device.type == "cpu" and matrix.dtype is torch.bfloat16
+    return is_there and extension is not None and extension.has_products()
+
+
+def as_stack(matrix: Tensor) -> Tensor:
+    """See a matrix, or many, as a stack that lies row by row, or column by column."""
+    stack = matrix.reshape(-1, *matrix.shape[-2:])
+    return stack if stack.is_contiguous() or stack.mT.is_contiguous() else stack.contiguous()
+
+
+def symmetric(left: Tensor, right: Tensor, *addends: Addend, alpha: float = 1.0) -> Tensor:
+    """Return `alpha * left @ right` and the sum of addends, which are symmetric as the product is.
+
+    All are stacks of matrices, [number, rows, columns].
+    """
+    return _product(True, left, right, addends, alpha)
+
+
+def whole(left: Tensor, right: Tensor, *addends: Addend, alpha: float = 1.0) -> Tensor:
+    """Return the same of a symmetric `left` and a `right` that need not be, nor the addends.
+
+    The result lies as `right` does, row by row or column by column.
+    """
+    if right.is_contiguous():
+        return _product(False, left, right, addends, alpha)
+    turned = [(matrix.mT, factor) for matrix, factor in addends]
+    return _product(False, right.mT, left, turned, alpha).mT
+
+
+def _product(is_symmetric: bool, left: Tensor, right: Tensor, addends: Any, alpha: float) -> Tensor:
+    number, rows, depth = left.shape
+    columns = right.size(-1)
+    addends = [(matrix.contiguous(), factor) for matrix, factor in addends]
+    made = left.new_empty(number, rows, columns)
+    extension.product(
+        is_symmetric,
+        torch.get_num_threads(),
+        number,
+        rows,
+        columns,
+        depth,
+        left.data_ptr(),
+        not left.is_contiguous(),
+        right.data_ptr(),
+        right.is_contiguous(),
+        made.data_ptr(),
+        alpha,
+        tuple(chain.from_iterable((matrix.data_ptr(), factor) for matrix, factor in addends)),
+    )
+    return made
