@@ -1,4 +1,4 @@
-"""What the site adds to Markdown: equations as MathML, and links to files beside `docs/`."""
+"""What the site adds to Markdown: equations, links to files beside `docs/`, runs of examples."""
 
 import re
 from typing import Any
@@ -8,7 +8,10 @@ from latex2mathml.converter import convert
 from markdown import Extension, Markdown
 from markdown.blockprocessors import BlockProcessor
 from markdown.inlinepatterns import InlineProcessor
+from markdown.preprocessors import Preprocessor
 from markdown.treeprocessors import Treeprocessor
+
+from .build import with_runs
 
 # On a code host a page links to `../examples/ensemble.png`, as the file lies in the clone. The site
 # has that file at the same place below its own root, by a symbolic link in `docs/`.
@@ -51,15 +54,39 @@ class LinksBesideDocs(Treeprocessor):
                     element.set(attribute, _BESIDE_DOCS.sub(r"\1\2", link))
 
 
+class PicturesToOpen(Treeprocessor):
+    """Pictures, which are too small to read on a narrow screen."""
+
+    def run(self, root: Element) -> None:
+        """Let each lead to itself, where it is shown as large as it is."""
+        for parent in list(root.iter()):
+            for index, picture in enumerate(parent):
+                if picture.tag == "img" and parent.tag != "a":
+                    link = Element("a", {"href": picture.get("src", "")})
+                    link.tail, picture.tail = picture.tail, None
+                    parent[index] = link
+                    link.append(picture)
+
+
+class RunsOfExamples(Preprocessor):
+    """The gallery's runs, which `docs/build.py` has made."""
+
+    def run(self, lines: list[str]) -> list[str]:
+        """Put each into the page where its command stands in a comment."""
+        return list(with_runs(lines))
+
+
 class Markup(Extension):
     """All of these."""
 
     def extendMarkdown(self, md: Markdown) -> None:  # noqa: N802
         """Register them: after code, before backslashes and emphasis."""
+        md.preprocessors.register(RunsOfExamples(md), "runs_of_examples", 100)
         inline = InlineEquation(r"(?<![\\$])\$(?=\S)((?:[^$\\]|\\.)+?)(?<=\S)\$", md)
         md.inlinePatterns.register(inline, "inline_equation", 185)
         displayed = DisplayedEquation(md.parser)
         md.parser.blockprocessors.register(displayed, "displayed_equation", 85)
+        md.treeprocessors.register(PicturesToOpen(md), "pictures_to_open", 6)
         md.treeprocessors.register(LinksBesideDocs(md), "links_beside_docs", 5)
 
 
