@@ -125,6 +125,7 @@ FLOORS = [
     "wrappers._in_float32",
     "wrappers._scores",
     "wrappers._lr",
+    "wrappers._rows",
     "wrappers._shadow_params",
     "wrappers._together",
     "wrappers.accumulate",

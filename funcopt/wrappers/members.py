@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Generic, Unpack
 import torch
 from torch import Tensor
 
-from .._core import pytree
+from .._core import pytree, transforms
 from .._core.inner import InnerT_co, OptimizerLike
 from .._core.tensors import write
 from .._core.types import (
@@ -21,12 +21,14 @@ from .._core.types import (
     Traits,
     Tree,
     check_is_optimizer,
+    traits_of,
 )
 from .._engine.checks import sharding
 from .._engine.extras import check_is_mask, takes_extras_of_members
 from .._engine.prepare import are_shards, keep_requiring
 from .._engine.registration import register_optimizer
 from .._engine.stacked import update_stacked
+from ._rows import Rows, rows_of
 
 
 @register_optimizer
@@ -147,7 +149,9 @@ class Members(Generic[InnerT_co]):
 
 
 def _init(inner: Optimizer[Any], params: Tree) -> Any:
-    return _mapped(lambda own, params: own.init(params), inner, params=params)
+    trees = {"params": params}
+    _check_members(trees)
+    return _mapped(lambda own, trees: own.init(trees["params"]), inner, trees)
 
 
 def _update(
@@ -159,7 +163,7 @@ def _update(
     value: Number | None,
     *,
     in_place: bool,
-) -> tuple[Tree, Any]:
+) -> tuple[Tree, Tree]:
     """Update a stack with what is told of each member, or of all."""
     if active is not None:
         check_is_mask(active)
@@ -167,17 +171,12 @@ def _update(
         made = update_stacked(inner, grads, state, params, active, in_place=in_place)
         if made is not None:
             return made
-
-    def update(own: Any, *trees: Tree) -> tuple[Tree, Tree]:
-        extras = dict(zip(told, trees[3:], strict=True))
-        updated: tuple[Tree, Tree] = own.update(*trees[:3], **extras)
-        return updated
-
-    extras = {"active": active, "value": value}
-    told = {name: own for name, own in extras.items() if own is not None}
-    news: tuple[Tree, Tree] = _mapped(
-        update, inner, grads=grads, state=state, params=params, **told
-    )
+    trees = {"grads": grads, "state": state, "params": params, "active": active, "value": value}
+    told = {root: tree for root, tree in trees.items() if tree is not None}
+    _check_members(told)
+    if in_place and _update_active_(inner, told):
+        return params, state
+    news: tuple[Tree, Tree] = _mapped(_updated, inner, told)
     keep_requiring(*(_tensors(tree) for tree in (news[0], params)))
     if not in_place:
         return news
@@ -187,6 +186,47 @@ def _update(
     return params, state
 
 
+def _updated(inner: Optimizer[Any], trees: dict[str, Tree]) -> Any:
+    """Return what the update of one member makes of its trees, with what it is told."""
+    told = dict(trees)
+    own = [told.pop(root) for root in ("grads", "state", "params")]
+    return inner.update(*own, **told)
+
+
+def _update_active_(inner: Optimizer[Any], trees: dict[str, Tree]) -> bool:
+    """Update the rows of the active members alone, in place; False, and nothing done, if not so.
+
+    That is where the mask cannot be read, or all are active; where a derivative may be asked for by
+    way of something else than parameters that are leaves; or where bits may depend on how many rows
+    there are, as those of products of matrices do.
+    """
+    active: Any = trees.get("active")
+    rows = rows_of(active) if active is not None and active.ndim == 1 else None
+    if rows is None or len(rows) == len(active) or transforms.may_be_dual():
+        return False
+    if len(rows) == 0:
+        return True
+    if not traits_of(inner).shardable:
+        return False
+    others = {root: tree for root, tree in trees.items() if root != "active"}
+    leaves, structure = pytree.flatten((inner, others))
+    stacked = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.ndim]
+    given = [leaves[index] for index in stacked]
+    params = _tensors(trees["params"])
+    requiring = {id(leaf) for leaf in given if leaf.requires_grad}
+    if not transforms.all_plain(given) or requiring - {id(p) for p in params if p.is_leaf}:
+        return False
+    numbers = [tensor for tensor in _tensors((inner, trees["state"])) if tensor.ndim == 1]
+    own = Rows.of(rows, len(active), numbers)
+    if own is None:
+        return False
+    for index, taken in zip(stacked, own.take(given), strict=True):
+        leaves[index] = taken
+    news = _mapped(_updated, *pytree.unflatten(structure, leaves))
+    own.put(_tensors((trees["params"], trees["state"])), _tensors(news))
+    return True
+
+
 takes_extras_of_members(Members, Members._update)
 
 
@@ -194,10 +234,9 @@ def _tensors(tree: Tree) -> list[Tensor]:
     return [leaf for leaf in pytree.flatten(tree)[0] if isinstance(leaf, Tensor)]
 
 
-def _mapped(function: Callable[..., Tree], inner: Optimizer[Any], **trees: Any) -> Any:
+def _mapped(function: Callable[..., Tree], inner: Optimizer[Any], trees: dict[str, Tree]) -> Any:
     """Return what a function makes of the optimizer and the trees of each member, stacked."""
-    _check_members(trees)
-    leaves, structure = pytree.flatten((inner, *trees.values()))
+    leaves, structure = pytree.flatten((inner, trees))
     places = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     dims = tuple(0 if leaves[index].ndim else None for index in places)
     structures: list[Any] = []
