@@ -19,7 +19,7 @@ from .._core import pytree, transforms
 from .._core.types import Tree, is_dense, kind_of, optimizers_in
 from .checks import sharding
 from .recorded import is_recorded
-from .stacked import update_stacked
+from .stacked import update_stacked_by_rule
 from .update_if import update_if, update_if_
 
 Update: TypeAlias = Callable[..., tuple[Tree, Tree]]
@@ -138,7 +138,7 @@ def _beneath(given: tuple[Any, ...], members: transforms.Members) -> tuple[Tree,
         if tensor.requires_grad:
             return None
         leaves[index] = tensor if dim is None else tensor.movedim(dim, 0)
-    made = update_stacked(*pytree.unflatten(structure, leaves), in_place=False)
+    made = update_stacked_by_rule(*pytree.unflatten(structure, leaves), in_place=False)
     if made is None:
         return None
     news, structure = pytree.flatten(made)

@@ -9,44 +9,93 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from .._core import pytree, transforms
-from .._core.tensors import copies_of
-from .._core.types import Number, Tree, own_traits
+from .._core.tensors import compute_dtype, copies_of, fit
+from .._core.types import Hyperparam, Number, Tree, own_traits
 from . import dispatch
 from .checks import are_apart, check_inplace, check_state
-from .counts import Counts, read_if_same
+from .counts import Counts, next_key, read_if_same
 from .hyperparameters import check_counts, check_values, number_at
 from .memory import Layout
 from .prepare import Prepared, prepare, recall, trees_of
 from .rule import Setup, StepInputs, StepOutputs, UpdateRule
 
 
-def update_stacked(
-    opt: Any, grads: Tree, state: Any, params: Tree, active: Tensor | None, *, in_place: bool
-) -> tuple[Tree, Any] | None:
-    """Return what the update of each member makes of it; None, and nothing done, if that is slow.
+class Stack(NamedTuple):
+    """What an update of stacked members is given.
 
-    What is followed for derivatives, traced or mapped over is for the caller, and so are leaves
-    that kernels do not serve as they lie.
-
-    Args:
-        opt: An optimizer whose numbers are the same in all members, or of shape (members,).
+    Attributes:
         grads: The gradients, a tree of tensors of shape (members, ...), as the other two.
         state: The state, whose count is of shape (members,).
         params: The parameters.
         active: Which members move: a bool tensor of shape (members,); None if all do.
         in_place: Whether to write parameters and state over the old, or in fresh memory.
+        grad_scale: What the gradients are multiplied by: a tensor of shape (members,); None is 1.
+        wrapped: Whether a wrapper hands it on. Then a mask or a scale must change no bit, so that
+            members move as the kernel moves them that would serve them without.
+    """
+
+    grads: Tree
+    state: Any
+    params: Tree
+    active: Tensor | None
+    in_place: bool
+    grad_scale: Tensor | None = None
+    wrapped: bool = False
+
+    @property
+    def members(self) -> int:
+        """How many members there are."""
+        return len(pytree.flatten(self.params)[0][0])
+
+    def where(self, condition: Tensor) -> Stack:
+        """Return it for those members alone for which a condition holds, which can be read."""
+        active = condition if self.active is None else condition & self.active
+        return self._replace(active=None if bool(active.all()) else active)
+
+    def multiplied(self) -> Stack:
+        """Return it with gradients that are multiplied, in their dtypes and in fresh memory."""
+        scale = self.grad_scale
+        if scale is None:
+            return self
+        leaves, structure = pytree.flatten(self.grads)
+        products = []
+        for leaf in leaves:
+            wide = leaf.to(compute_dtype(leaf.dtype))
+            products.append((wide * fit(scale, wide)).to(leaf.dtype))
+        return self._replace(grads=pytree.unflatten(structure, products), grad_scale=None)
+
+
+Finish: TypeAlias = Callable[[], tuple[Tree, Any]]
+"""Makes an update that was planned: nothing can be refused any more."""
+
+
+def update_stacked_by_rule(
+    opt: Any, grads: Tree, state: Any, params: Tree, active: Tensor | None, *, in_place: bool
+) -> tuple[Tree, Any] | None:
+    """Return what the update of each member makes of it; None, and nothing done, if that is slow.
+
+    What is followed for derivatives, traced or mapped over is for the caller, and so are leaves
+    that kernels do not serve as they lie, and optimizers that are made by no rule.
 
     Raises:
         TypeError: As an update does.
         ValueError: As an update does, or if a number or a leaf is not one for each member.
     """
+    finish = plan_by_rule(opt, Stack(grads, state, params, active, in_place))
+    return None if finish is None else finish()
+
+
+def plan_by_rule(opt: Any, given: Stack) -> Finish | None:
+    """Return what makes such an update, checked; None if that is slow. Nothing is written yet."""
+    grads, state, params, active, in_place, *_ = given
     rule: UpdateRule | None = getattr(opt, "rule", None)
     count: Any = getattr(state, "step", ())
     key: Any = getattr(state, "key", ())
@@ -61,22 +110,51 @@ def update_stacked(
     numbers = None if stack is None else _numbers(rule, opt, count, key, active)
     if stack is None or numbers is None:
         return None
-    if moving == 0 and in_place:
-        return params, state
+    if moving == 0:
+        return partial(_stay, rule, setup, stack, given)
+    if given.wrapped and (active is not None or given.grad_scale is not None):
+        unmasked = numbers._replace(active=1.0)
+        parts = _plan(opt, rule, stack, unmasked, setup.options, in_place=in_place)
+        kernels = [part.kernel for part, _ in parts]
+        fit_all = all(kernel.takes_members for kernel in kernels)
+        if given.grad_scale is not None:
+            if not fit_all or not all(kernel.scales_gradients for kernel in kernels):
+                return plan_by_rule(opt, given.multiplied())
+            numbers = numbers._replace(grad_scale=read_if_same(given.grad_scale.double()))
+        if active is not None and not fit_all:
+            return None
+    plan = _plan(opt, rule, stack, numbers, setup.options, in_place=in_place)
+    return partial(_make, rule, setup, stack, plan, numbers.active, given)
+
+
+def _stay(rule: UpdateRule, setup: Setup, stack: _Stack, given: Stack) -> tuple[Tree, Any]:
+    """Return what was given, or copies, since nobody moves."""
+    if given.in_place:
+        return given.params, given.state
     with torch.no_grad() if stack.layout.params_require_grad else nullcontext():
-        inputs, layout = stack.inputs, stack.layout
-        if moving == 0:
-            outputs = StepOutputs.of([copies_of(column) for column in inputs.targets.columns])
-        else:
-            plan = _plan(opt, rule, stack, numbers, setup.options, in_place=in_place)
-            if in_place:
-                dispatch.run_(inputs, plan, setup.options, layout)
-                count.add_(numbers.active)  # 1.0, or one of 1.0 and 0.0 for each
-                return params, state
-            outputs = dispatch.run(inputs, plan, setup.options, layout)
-        new_params, *slots = stack.rebuild(outputs)
-        own_key = key.clone() if isinstance(key, Tensor) else key
-        return new_params, rule.state_of(setup, [count + numbers.active, *slots], own_key)
+        outputs = StepOutputs.of([copies_of(column) for column in stack.inputs.targets.columns])
+        return _built(rule, setup, stack, outputs, given.state.step.clone(), given.state)
+
+
+def _make(
+    rule: UpdateRule, setup: Setup, stack: _Stack, plan: dispatch.Plan, moves: Any, given: Stack
+) -> tuple[Tree, Any]:
+    """Make a step; `moves` is 1.0, or one of 1.0 and 0.0 for each member."""
+    inputs, layout, state = stack.inputs, stack.layout, given.state
+    with torch.no_grad() if layout.params_require_grad else nullcontext():
+        if given.in_place:
+            dispatch.run_(inputs, plan, setup.options, layout)
+            state.step.add_(moves)
+            return given.params, state
+        outputs = dispatch.run(inputs, plan, setup.options, layout)
+        return _built(rule, setup, stack, outputs, state.step + moves, state)
+
+
+def _built(
+    rule: UpdateRule, setup: Setup, stack: _Stack, outputs: StepOutputs, count: Tensor, state: Any
+) -> tuple[Tree, Any]:
+    new_params, *slots = stack.rebuild(outputs)
+    return new_params, rule.state_of(setup, [count, *slots], next_key(state))
 
 
 def _is_served(opt: Any, rule: UpdateRule, state: Any, active: Tensor | None) -> bool:
@@ -244,7 +322,11 @@ def _plan(
 ) -> dispatch.Plan:
     """Decide who moves what; as last time, if it was asked of such leaves and numbers then."""
     checked: _Checked | None = vars(opt).get("_checked")
-    kinds = (in_place, *[n.device if isinstance(n, Tensor) else None for n in numbers])
+    kinds = (
+        in_place,
+        isinstance(numbers.grad_scale, float) and numbers.grad_scale == 1.0,
+        *[n.device if isinstance(n, Tensor) else None for n in numbers],
+    )
     if checked is not None and not isinstance(numbers.key, Tensor):
         last = checked.plans.get(kinds)
         if last is not None and last[0] is stack.layout and last[1] == options:
@@ -266,12 +348,7 @@ def _hyperparams(rule: UpdateRule, opt: Any, count: Tensor) -> list[Number] | No
         if not isinstance(given, (float, Tensor)):
             number = _scheduled(own, given, count)
         if isinstance(number, Tensor):
-            if number.ndim > 1 or (number.ndim == 1 and len(number) != len(count)):
-                raise ValueError(
-                    f"{own.path} has shape {tuple(number.shape)} for {len(count)} members: must "
-                    f"have shape ({len(count)},), one for each, or ()."
-                )
-            check_values(own, number)
+            check_of_members(own, number, len(count))
         numbers.append(number)
     tensors = [number for number in numbers if isinstance(number, Tensor)]
     if any(map(transforms.has_derivative, tensors)) or not transforms.all_plain(tensors):
@@ -284,6 +361,20 @@ def _hyperparams(rule: UpdateRule, opt: Any, count: Tensor) -> list[Number] | No
         checked = _Checked(len(count), versions, read, {})
         object.__setattr__(opt, "_checked", checked)
     return read
+
+
+def check_of_members(own: Hyperparam, number: Tensor, members: int) -> None:
+    """Refuse a hyperparameter that is not one number for each member, or for all, or out of range.
+
+    Raises:
+        ValueError: If it is.
+    """
+    if number.ndim > 1 or (number.ndim == 1 and len(number) != members):
+        raise ValueError(
+            f"{own.path} has shape {tuple(number.shape)} for {members} members: must have shape "
+            f"({members},), one for each, or ()."
+        )
+    check_values(own, number)
 
 
 def _scheduled(own: Any, schedule: Any, count: Tensor) -> Tensor:

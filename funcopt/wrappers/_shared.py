@@ -297,9 +297,9 @@ def zero_if(condition: bool | Tensor, tensor: Tensor) -> Tensor:
 def read(number: Tensor) -> float | None:
     """Return the value of a 0-dim tensor, or None: if to read it would wait, or lose a derivative.
 
-    It is not read for the members of a vmap, nor while operators are recorded.
+    It is not read for members, of a vmap or a stack, nor while operators are recorded.
     """
-    if not transforms.readable() or not transforms.all_plain([number]):
+    if number.ndim > 0 or not transforms.readable() or not transforms.all_plain([number]):
         return None
     if not transforms.on_host(number) or transforms.has_derivative(number):
         return None

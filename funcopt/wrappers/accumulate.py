@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._core import pytree, tensors, transforms
 from .._core.inner import InnerStateT, InnerT_co, OptimizerLike
-from .._core.tensors import compute_dtype, write
+from .._core.tensors import compute_dtype, copies_of, write
 from .._core.types import (
     COUNT,
     ELEMENTWISE,
@@ -26,9 +26,11 @@ from .._core.types import (
     kind_of,
 )
 from .._engine.checks import check_state, is_like
-from .._engine.counts import next_count
+from .._engine.counts import next_count, read_if_same
 from .._engine.hyperparameters import normalize_fields, numbers_of
 from .._engine.registration import register_optimizer, state_class
+from .._engine.stacked import Finish, Stack
+from .._engine.stacked_wrappers import plan_stacked, plans_members
 from .._engine.update_if import update_if, update_if_
 from ._shadow_params import ShadowParams
 from ._shared import (
@@ -46,6 +48,7 @@ from ._shared import (
     write_fields_and_count,
     zero_if,
 )
+from ._stacks import change_rows_, gather_stack, numbers_of_members, renewed
 
 
 @state_class
@@ -202,6 +205,43 @@ class Accumulate(Generic[InnerT_co]):
             )
         return params, state
 
+    def _plan_members(self, stack: Stack) -> Finish | None:
+        """Return what updates stacked members, each with a count of calls of its own."""
+        state: AccumulateState = stack.state
+        check_state(state, AccumulateState)
+        stack = stack.multiplied()
+        numbers = numbers_of_members(self, stack, mini_step=(state.mini_step, None))
+        gradients = gather_stack(self, stack)
+        if numbers is None or gradients is None or not _is_given(state.given, gradients):
+            return None
+        sums = _gather_sums(gradients, state.acc_grads)
+        due: Any = is_due(state.mini_step, **numbers)
+        completing = stack.where(due)
+        mean = _means_of_members(completing.active, sums.leaves, gradients, state.mini_step + 1)
+        finish = plan_stacked(
+            self.inner, completing._replace(state=state.inner, grads=gradients.replace(mean).tree)
+        )
+        if finish is None:
+            return None
+
+        def update() -> tuple[Tree, AccumulateState]:
+            new_params, inner = finish()
+            totals = sums.leaves if stack.in_place else copies_of(sums.leaves)
+            change_rows_(stack.where(~due).active, Tensor.add_, totals, gradients.tensors)
+            change_rows_(completing.active, Tensor.zero_, totals)
+            mini_step, given = renewed(
+                stack,
+                (state.mini_step, zero_if(due, state.mini_step + 1)),
+                (state.given, zero_if(due[:, None], torch.ones_like(state.given))),
+            )
+            acc_grads = sums.paired.rebuild(totals)
+            return new_params, AccumulateState(mini_step, acc_grads, given, inner)
+
+        return update
+
+
+plans_members(Accumulate, Accumulate._plan_members)
+
 
 class _Call(NamedTuple):
     """One call of an update laid out flat, in the order of the parameters."""
@@ -271,14 +311,7 @@ def _gather(
     check_scalar("state.mini_step", state.mini_step)
     numbers = numbers_of(opt, state.step)
     gradients = gather_gradients(opt, grads, params)
-    sums = ShadowParams.gather(
-        gradients,
-        "state.acc_grads",
-        state.acc_grads,
-        compute_dtype,
-        "a sum of gradients",
-        "is not the sum of gradients of a parameter",
-    )
+    sums = _gather_sums(gradients, state.acc_grads)
     given, count = state.given, len(gradients.params)
     if not is_like(given, torch.Size([count]), torch.bool):
         raise ValueError(
@@ -286,6 +319,42 @@ def _gather(
             f"element for each leaf. Make the state with init() from these parameters."
         )
     return _Call(gradients, sums.paired, given, state.mini_step), numbers
+
+
+def _gather_sums(gradients: Gradients, acc_grads: Tree) -> ShadowParams:
+    return ShadowParams.gather(
+        gradients,
+        "state.acc_grads",
+        acc_grads,
+        compute_dtype,
+        "a sum of gradients",
+        "is not the sum of gradients of a parameter",
+    )
+
+
+def _is_given(given: Any, gradients: Gradients) -> bool:
+    """Whether it says of each of stacked members which leaves had a gradient."""
+    members, count = len(gradients.params[0]), len(gradients.params)
+    return is_like(given, torch.Size([members, count]), torch.bool)
+
+
+def _means_of_members(
+    due: Tensor | None, sums: list[Tensor], gradients: Gradients, count: Tensor
+) -> list[Tensor]:
+    """Return the mean gradients of those stacked members whose sums are complete."""
+    if due is not None and not bool(due.any()):
+        return gradients.tensors  # which nobody is given
+    means = [torch.empty_like(param) for param in gradients.params]
+    numbers = [read_if_same(count)]
+    change_rows_(due, _write_mean, means, sums, gradients.tensors, numbers=numbers)
+    return means
+
+
+def _write_mean(mean: Tensor, total: Tensor, grad: Tensor, count: Number) -> None:
+    if mean.dtype is total.dtype:
+        _mean_of(torch.add(total, grad, out=mean), count, in_place=True)
+    else:
+        mean.copy_(_mean_of(total + grad, count, in_place=True))
 
 
 def _mean_of(total: Tensor, count: Number, *, in_place: bool) -> Tensor:

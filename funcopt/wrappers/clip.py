@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Generic, Literal, NamedTuple, Unpack
 
@@ -30,6 +31,8 @@ from .._engine.checks import check_state
 from .._engine.counts import next_count
 from .._engine.hyperparameters import check_choice, normalize, normalize_fields, numbers_of
 from .._engine.registration import register_optimizer, state_class
+from .._engine.stacked import Finish, Stack
+from .._engine.stacked_wrappers import plan_stacked, plans_members
 from .._engine.update_if import hands_on_condition, update_by_kernel, update_if, update_if_
 from ._finite import device_for_state, zeros_unless
 from ._shared import (
@@ -46,6 +49,7 @@ from ._shared import (
     records,
     write_fields_and_count,
 )
+from ._stacks import gather_stack, numbers_of_members, renewed
 
 _NONFINITE = ("propagate", "skip")
 # What torch adds to a norm before it divides by it.
@@ -228,6 +232,29 @@ class Clip(Generic[InnerT_co]):
             write_fields_and_count(state, made, norm=norm)
         return params, state
 
+    def _plan_members(self, stack: Stack) -> Finish | None:
+        """Return what updates stacked members, of which each is clipped by a norm of its own."""
+        state: ClipState = stack.state
+        check_state(state, ClipState)
+        stack = stack.multiplied()
+        numbers = numbers_of_members(self, stack, norm=(state.norm, None))
+        gradients = gather_stack(self, stack)
+        if numbers is None or gradients is None:
+            return None
+        norm = _norms_of_members(gradients.tensors, self.norm_type, state.norm, stack.active)
+        moving = stack if self.nonfinite == "propagate" else stack.where(norm.isfinite())
+        scale = _scale(norm, **numbers)
+        finish = plan_stacked(self.inner, moving._replace(state=state.inner, grad_scale=scale))
+        if finish is None:
+            return None
+
+        def update() -> tuple[Tree, ClipState]:
+            new_params, inner = finish()
+            [found] = renewed(stack, (state.norm, norm))
+            return new_params, ClipState(found, inner)
+
+        return update
+
     def _should_update(self, norm: Tensor) -> bool | Tensor:
         if self.nonfinite == "propagate":
             return True
@@ -236,6 +263,7 @@ class Clip(Generic[InnerT_co]):
 
 
 hands_on_condition(Clip, Clip._update_by_kernel)
+plans_members(Clip, Clip._plan_members)
 
 
 def _scale(norm: Tensor, max_norm: Number) -> Tensor | None:
@@ -264,9 +292,39 @@ def _norm(gradients: Gradients, order: float, like: Tensor) -> Tensor:
 
 def _norm_here(grads: list[Tensor | None], order: float, like: Tensor) -> Tensor:
     """Return the norm of tensors, as that of their norms."""
-    norms = tensors.norms([g for g in grads if g is not None and g.numel() > 0], order)
+    return _joined(
+        tensors.norms([g for g in grads if g is not None and g.numel() > 0], order), order, like
+    )
+
+
+def _joined(norms: Sequence[Tensor], order: float, like: Tensor) -> Tensor:
+    """Return the norm of norms: one number, or one of each member if these are of members."""
     if not norms:
         return torch.zeros_like(like)
     there = like.device, like.dtype
     alike = [n if (n.device, n.dtype) == there else n.to(*there) for n in norms]
-    return tensors.vector_norm(torch.stack(alike), order)
+    return tensors.vector_norm(torch.stack(alike, -1), order, -1)
+
+
+# To take rows out reads and writes them once more, before their norm reads them.
+_FEW = 3
+
+
+def _norms_of_members(
+    grads: Sequence[Tensor], order: float, like: Tensor, active: Tensor | None
+) -> Tensor:
+    """Return the norm of each member of stacked gradients; those of no active one may be any."""
+    rows = None if active is None else active.nonzero().squeeze(1)
+    if rows is None or _FEW * len(rows) > len(like):
+        norms = [_norms_of_rows(grad, order) for grad in grads if grad.numel() > 0]
+        return _joined(norms, order, like)
+    if len(rows) == 1:  # over a single row, torch adds up in another order
+        rows = torch.cat((rows, (rows + 1) % len(like)))
+    taken = [grad.index_select(0, rows) for grad in grads]
+    found = _norms_of_members(taken, order, like[rows], None)
+    return like.index_copy(0, rows, found)
+
+
+def _norms_of_rows(grad: Tensor, order: float) -> Tensor:
+    wide = grad.to(tensors.compute_dtype(grad.dtype)).reshape(len(grad), -1)
+    return tensors.vector_norm(wide, order, 1)

@@ -28,8 +28,11 @@ from .._engine.checks import check_state
 from .._engine.counts import device_for_count, first_count, fresh
 from .._engine.hyperparameters import check_flag, normalize_fields, numbers_of
 from .._engine.registration import register_optimizer, state_class
+from .._engine.stacked import Finish, Stack
+from .._engine.stacked_wrappers import plan_stacked, plans_members
 from ._shadow_params import ShadowParams, copy_params
 from ._shared import check_scalar, gather_gradients, known_value, records
+from ._stacks import gather_stack, lerp_rows, numbers_of_members, renewed
 
 
 @state_class
@@ -164,6 +167,33 @@ class Ema(Generic[InnerT_co]):
             write(state.n_averaged, state.n_averaged + 1)
         return params, state
 
+    def _plan_members(self, stack: Stack) -> Finish | None:
+        """Return what updates stacked members, each with a count and a weight of its own."""
+        state: EmaState = stack.state
+        check_state(state, EmaState)
+        own = {"n_averaged": (state.n_averaged, None), "weight": (state.weight, None)}
+        numbers, gradients = numbers_of_members(self, stack, **own), gather_stack(self, stack)
+        if numbers is None or gradients is None:
+            return None
+        average = ShadowParams.gather(gradients, "state.average", state.average, compute_dtype)
+        finish = plan_stacked(self.inner, stack._replace(state=state.inner))
+        if finish is None:
+            return None
+        weight, share = _advance(state.weight, **numbers)
+        count = state.n_averaged + 1
+
+        def update() -> tuple[Tree, EmaState]:
+            new_params, inner = finish()
+            news = pytree.flatten(new_params)[0]
+            moved = lerp_rows(stack, average.leaves, news, share)
+            pairs = (state.n_averaged, count), (state.weight, fresh(weight, state.weight))
+            n_averaged, own_weight = renewed(stack, *pairs)
+            return new_params, EmaState(
+                n_averaged, own_weight, average.paired.rebuild(moved), inner
+            )
+
+        return update
+
     def _gather(
         self, grads: Tree, state: EmaState, params: Tree
     ) -> tuple[ShadowParams, dict[str, Number]]:
@@ -173,6 +203,9 @@ class Ema(Generic[InnerT_co]):
         gradients = gather_gradients(self, grads, params)
         average = ShadowParams.gather(gradients, "state.average", state.average, compute_dtype)
         return average, numbers_of(self, state.n_averaged)
+
+
+plans_members(Ema, Ema._plan_members)
 
 
 def _advance(weight: Tensor, decay: Number) -> tuple[Number, Number]:

@@ -27,7 +27,7 @@ from .._engine.checks import sharding
 from .._engine.extras import check_is_mask, takes_extras_of_members
 from .._engine.prepare import are_shards, keep_requiring
 from .._engine.registration import register_optimizer
-from .._engine.stacked import update_stacked
+from .._engine.stacked_wrappers import update_stacked
 from ._rows import Rows, rows_of
 
 
