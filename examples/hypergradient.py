@@ -356,13 +356,13 @@ def draw(
 def draw_schedules(axes: Axes, learned: Learned, steps: int) -> None:
     places = [index * (steps - 1) / (POINTS - 1) for index in range(POINTS)]
     last = len(learned.hypers) - 1
+    named = {0: ("before", BEFORE), 1: ("between", "0.8"), last: ("after", AFTER)}
     for index, hyper in enumerate(learned.hypers):
-        color = BEFORE if index == 0 else AFTER if index == last else "0.8"
-        label = "before" if index == 0 else "after" if index == last else None
+        label, color = named.get(index, (None, "0.8"))
         axes.plot(places, hyper.schedule.exp(), color=color, label=label)
     axes.set_yscale("log")
     axes.margins(y=0.2)  # the legend stands above the curves
-    axes.legend(frameon=False, loc="upper left", ncols=2)
+    axes.legend(frameon=False, loc="upper left", ncols=3, columnspacing=1.2)
     axes.set(xlabel="step", ylabel="learning rate", title="The schedule, update by update")
 
 
