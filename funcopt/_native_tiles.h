@@ -22,8 +22,8 @@
 #include <cpuid.h>
 
 enum { TILE = 16, MOST_ADDENDS = 2 };
-/* A thread takes so many panels of the left factor and of the right one at a time. */
-enum { TALL = 4, WIDE = 8 };
+/* So many panels of the left factor and of the right one are one piece of work, or are packed. */
+enum { TALL = 4, WIDE = 8, PACKED = 4 };
 /* So many terms of sums take as long as the step of an element. */
 enum { TERMS_LIKE_AN_ELEMENT = 64 };
 
@@ -87,15 +87,19 @@ static int has_tiles(void)
 INLINE void transpose(__m512i *rows)
 {
     __m512i pairs[TILE], fours[TILE];
+    UNROLL_TILE
     for (int i = 0; i < TILE; i += 2) {
         pairs[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
         pairs[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
     }
+    UNROLL_TILE
     for (int i = 0; i < TILE; i += 4)
+        UNROLL_TILE
         for (int half = 0; half < 2; half++) {
             fours[i + 2 * half] = _mm512_unpacklo_epi64(pairs[i + half], pairs[i + 2 + half]);
             fours[i + 2 * half + 1] = _mm512_unpackhi_epi64(pairs[i + half], pairs[i + 2 + half]);
         }
+    UNROLL_TILE
     for (int i = 0; i < 4; i++) {
         const __m512i even = _mm512_shuffle_i32x4(fours[i], fours[i + 4], 0x88);
         const __m512i odd = _mm512_shuffle_i32x4(fours[i], fours[i + 4], 0xDD);
@@ -108,49 +112,65 @@ INLINE void transpose(__m512i *rows)
     }
 }
 
-/* Copy rows of which the elements lie one after another into a panel. */
+/* Copy so many elements of so many rows, in which they lie one after another, into a panel. */
+INLINE void pack_block(const uint16_t *source, int64_t step, int64_t rows, int64_t count,
+                       uint32_t *target)
+{
+    const __mmask32 mask = (__mmask32)(((uint64_t)1 << count) - 1);
+    __m512i words[TILE];
+    UNROLL_TILE
+    for (int i = 0; i < TILE; i++)
+        words[i] = i < rows ? _mm512_maskz_loadu_epi16(mask, source + i * step)
+                            : _mm512_setzero_si512();
+    transpose(words);
+    UNROLL_TILE
+    for (int pair = 0; pair < TILE; pair++)
+        if (2 * pair < count)
+            _mm512_store_si512(target + pair * TILE, words[pair]);
+}
+
 static void pack_lengthwise(const uint16_t *source, int64_t rows, int64_t depth, uint32_t *panel)
 {
-    for (int64_t k = 0; k < depth; k += 2 * TILE) {
-        const int64_t left = least(depth - k, 2 * TILE);
-        const __mmask32 mask = (__mmask32)(((uint64_t)1 << left) - 1);
-        __m512i words[TILE];
-        for (int i = 0; i < TILE; i++)
-            words[i] = i < rows ? _mm512_maskz_loadu_epi16(mask, source + i * depth + k)
-                                : _mm512_setzero_si512();
-        transpose(words);
-        for (int64_t pair = 0; pair < over(left, 2); pair++)
-            _mm512_store_si512(panel + (k / 2 + pair) * TILE, words[pair]);
-    }
+    int64_t k = 0;
+    if (rows == TILE)
+        for (; k + 2 * TILE <= depth; k += 2 * TILE)
+            pack_block(source + k, depth, TILE, 2 * TILE, panel + k / 2 * TILE);
+    for (; k < depth; k += 2 * TILE)
+        pack_block(source + k, depth, rows, least(depth - k, 2 * TILE), panel + k / 2 * TILE);
 }
 
-/* Copy rows of which the elements lie `step` apart, and one beside the next row's. */
+/* Copy rows of which the elements lie `step` apart, and one beside the next row's, into panels of a
+ * size, all together: elements side by side are read while they are in the cache. */
 static void pack_crosswise(const uint16_t *source, int64_t step, int64_t rows, int64_t depth,
-                           uint32_t *panel)
+                           uint32_t *panels, int64_t size)
 {
-    const __mmask16 mask = (__mmask16)((1u << rows) - 1);
-    for (int64_t k = 0; k < depth; k += 2) {
-        const uint16_t *one = source + k * step;
-        const __m256i first = _mm256_maskz_loadu_epi16(mask, one);
-        const __m256i second =
-            k + 1 < depth ? _mm256_maskz_loadu_epi16(mask, one + step) : _mm256_setzero_si256();
-        const __m512i upper = _mm512_slli_epi32(_mm512_cvtepu16_epi32(second), 16);
-        _mm512_store_si512(panel + k / 2 * TILE,
-                           _mm512_or_si512(_mm512_cvtepu16_epi32(first), upper));
-    }
+    for (int64_t k = 0; k < depth; k += 2)
+        for (int64_t row = 0; row < rows; row += TILE) {
+            const __mmask16 mask = (__mmask16)((1u << least(rows - row, TILE)) - 1);
+            const uint16_t *one = source + k * step + row;
+            const __m256i first = _mm256_maskz_loadu_epi16(mask, one);
+            const __m256i second = k + 1 < depth ? _mm256_maskz_loadu_epi16(mask, one + step)
+                                                 : _mm256_setzero_si256();
+            const __m512i upper = _mm512_slli_epi32(_mm512_cvtepu16_epi32(second), 16);
+            _mm512_store_si512(panels + row / TILE * size + k / 2 * TILE,
+                               _mm512_or_si512(_mm512_cvtepu16_epi32(first), upper));
+        }
 }
 
-static void pack(const Product *product, const Factor *factor, int64_t matrix, int64_t index)
+/* Copy so many rows of a matrix, from one on at which a panel starts. */
+static void pack(const Product *product, const Factor *factor, int64_t matrix, int64_t first)
 {
-    const int64_t first = index * TILE, rows = least(factor->rows - first, TILE);
-    const int64_t depth = product->depth;
+    const int64_t depth = product->depth, size = panel_size(product);
+    const int64_t last = least(first + PACKED * TILE, factor->rows);
     const uint16_t *source = factor->source + matrix * factor->rows * depth;
-    uint32_t *panel = factor->panels + matrix * size_of_panels(product, factor) +
-                      index * panel_size(product);
+    uint32_t *panels = factor->panels + matrix * size_of_panels(product, factor);
     if (factor->is_crosswise)
-        pack_crosswise(source + first, factor->rows, rows, depth, panel);
+        pack_crosswise(source + first, factor->rows, last - first, depth,
+                       panels + first / TILE * size, size);
     else
-        pack_lengthwise(source + first * depth, rows, depth, panel);
+        for (int64_t row = first; row < last; row += TILE)
+            pack_lengthwise(source + row * depth, least(last - row, TILE), depth,
+                            panels + row / TILE * size);
 }
 
 /* Sum up a tile. The registers are named by constants once the loops of 16 are unrolled. */
@@ -189,7 +209,8 @@ static void make_tile(const Product *product, int64_t matrix, int64_t down, int6
     const int64_t stride = right->rows, size = panel_size(product);
     const int64_t rows = least(left->rows - down * TILE, TILE);
     const int64_t columns = least(right->rows - across * TILE, TILE);
-    const int64_t start = matrix * left->rows * stride, at = start + (down * stride + across) * TILE;
+    const int64_t start = matrix * left->rows * stride;
+    const int64_t at = start + (down * stride + across) * TILE;
     const __mmask16 mask = (__mmask16)((1u << columns) - 1);
     __m512 tile[TILE];
     sum_up(left->panels + matrix * size_of_panels(product, left) + down * size,
@@ -243,14 +264,15 @@ static void pack_share(const void *given, int64_t thread, int64_t threads)
     (void)thread, (void)threads;
     const Product *product = given;
     const int is_one = product->left.panels == product->right.panels;
-    const int64_t lefts = over(product->left.rows, TILE), rights = over(product->right.rows, TILE);
-    const int64_t each = lefts + (is_one ? 0 : rights), pieces = product->batch * each;
+    const int64_t rows = PACKED * TILE, lefts = over(product->left.rows, rows);
+    const int64_t each = lefts + (is_one ? 0 : over(product->right.rows, rows));
+    const int64_t pieces = product->batch * each;
     for (int64_t piece; (piece = take_piece(product, pieces)) < pieces;) {
-        const int64_t panel = piece % each;
-        if (panel < lefts)
-            pack(product, &product->left, piece / each, panel);
+        const int64_t own = piece % each;
+        if (own < lefts)
+            pack(product, &product->left, piece / each, own * rows);
         else
-            pack(product, &product->right, piece / each, panel - lefts);
+            pack(product, &product->right, piece / each, (own - lefts) * rows);
     }
 }
 
