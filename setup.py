@@ -18,8 +18,8 @@ NATIVE = Extension(
     depends=[
         f"funcopt/_native_{part}.h"
         for part in (
-            *("adam", "job", "launch", "machine", "numbers", "products", "round", "run"),
-            *("shorts", "steps", "tiles"),
+            *("adam", "cautious", "hold_back", "job", "launch", "machine", "numbers"),
+            *("products", "round", "run", "shorts", "steps", "tiles"),
         )
     ],
     extra_compile_args=FLAGS,

@@ -293,9 +293,10 @@ static PyObject *step(PyObject *module, PyObject *const *given, Py_ssize_t count
     return run_job(given, &job, threads);
 }
 
+#include "_native_cautious.h"
+#include "_native_launch.h"
 #include "_native_machine.h"
 #include "_native_products.h"
-#include "_native_launch.h"
 
 static int start(PyObject *module)
 {
@@ -308,6 +309,7 @@ static int start(PyObject *module)
 
 static PyMethodDef methods[] = {
     {"step", (PyCFunction)(void (*)(void))step, METH_FASTCALL, step_doc},
+    {"hold_back", (PyCFunction)(void (*)(void))hold_back, METH_FASTCALL, hold_back_doc},
     {"instructions", instructions, METH_NOARGS, instructions_doc},
     {"use", use, METH_O, use_doc},
     {"has_products", has_products, METH_NOARGS, has_products_doc},

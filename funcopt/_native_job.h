@@ -21,7 +21,8 @@
 #define INLINE static __forceinline
 #endif
 
-enum { ADAM, ADAMW, SGD, LION };
+/* The rules of steps; and the two passes that hold an update back, of which no step is made. */
+enum { ADAM, ADAMW, SGD, LION, COUNT_AGREEING, HOLD_BACK };
 enum { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
 enum { NEAREST, STOCHASTIC, COMPENSATED };
 /* What is in bfloat16: slots, parameters with gradients, what was lost of those; and whether these
@@ -57,6 +58,7 @@ enum {
     CORRECTION2_ROOT,
     EPS,
     MOMENTUM,
+    WAY, /* the sign of an update times the gradient where it goes on, 0 where it is not asked */
     GAIN, /* what the momentum buffer takes of the gradient */
     ACTIVE, /* 0 for a member that stays as it is */
     COEFFICIENTS
@@ -72,13 +74,25 @@ typedef struct {
     int shorts; /* which columns are in bfloat16, of steps that have a loop for it */
     int64_t per_leaf; /* whether numbers are those of leaves, and not of members */
     int64_t leaves, members, total; /* total: elements of all leaves */
+    int64_t begin; /* the element, of all leaves one after another, with which threads begin */
     int streams; /* whether results are written past the cache */
     const int64_t *sizes; /* elements of each leaf, all members together */
     const int64_t *ids; /* which leaf of the whole tree each is */
     char *const *addresses; /* column by column: those before the step, then those after it */
     const double *coefficients; /* for each member, or each leaf */
+    int64_t *agreeing; /* for each leaf, how many elements are not held back */
     const uint64_t *keys; /* for each member, and behind it the count of updates: of random bits */
 } Job;
+
+/* Add to a number to which other threads add, too. */
+INLINE void add_to(int64_t *number, int64_t more)
+{
+#if THREADS
+    __atomic_fetch_add(number, more, __ATOMIC_RELAXED);
+#else
+    *number += more;
+#endif
+}
 
 /* Return how many rows of numbers there are: one for each member, or each leaf. */
 INLINE int64_t rows_of(const Job *job)

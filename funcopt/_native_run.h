@@ -277,8 +277,9 @@ static void share_out(Work work, const void *given, int64_t elements, int64_t th
 static void run_share(const void *given, int64_t thread, int64_t threads)
 {
     const Job *job = given;
-    const int64_t portion = job->total / threads;
-    run(job, thread * portion, thread + 1 == threads ? job->total : (thread + 1) * portion);
+    const int64_t portion = job->total / threads, end = job->begin + job->total;
+    const int64_t first = job->begin + thread * portion;
+    run(job, first, thread + 1 == threads ? end : first + portion);
 }
 
 /* Move all elements. */

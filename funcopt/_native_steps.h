@@ -73,6 +73,7 @@ INLINE VECTOR NAME(sign)(VECTOR vector)
 
 #include "_native_shorts.h"
 #include "_native_adam.h"
+#include "_native_hold_back.h"
 
 INLINE void NAME(sgd)(const double *own, const REAL *const *olds, REAL *const *news, int64_t count,
                       int streamed, int coupled, int buffered, int nesterov)
@@ -299,6 +300,10 @@ static void NAME(range)(const Job *job, int64_t leaf, int64_t begin, int64_t end
     const int64_t count = job->is_wide || shorts ? (end - begin) / WIDTH * WIDTH : 0;
     const REAL *olds[MOST_OLDS];
     REAL *news[MOST_NEWS];
+    if (job->rule >= COUNT_AGREEING) {
+        NAME(held_back)(job, leaf, begin, end);
+        return;
+    }
 #if HAS_SHORTS
     if (shorts & BY_CHANCE) {
         NAME(moved_by_chance)(job, leaf, begin, end, member);

@@ -123,6 +123,7 @@ FLOORS = [
     "wrappers",
     "wrappers._shared",
     "wrappers._finite",
+    "wrappers._hold_back",
     "wrappers._in_float32",
     "wrappers._scores",
     "wrappers._lr",

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, Unpack
 
 import torch
-from torch import Tensor
 
 from .._core import pytree
 from .._core.inner import InnerStateT, InnerT_co, OptimizerLike
-from .._core.tensors import compute_dtype, fit, view_as_complex_like, view_as_real, write
+from .._core.tensors import write
 from .._core.types import (
     AT_LEAST_ZERO,
     Extras,
@@ -28,9 +27,11 @@ from .._core.types import (
 from .._engine.checks import check_state
 from .._engine.counts import next_count
 from .._engine.hyperparameters import check_flag, normalize_fields, numbers_of
+from .._engine.memory import note_written
 from .._engine.prepare import keep_requiring
 from .._engine.registration import register_optimizer, state_class
 from .._engine.update_if import copies
+from ._hold_back import HoldBack
 from ._lr import the_rate
 from ._shared import (
     Gradients,
@@ -42,9 +43,6 @@ from ._shared import (
     records,
     write_fields_and_count,
 )
-
-# The least share of elements that count as moving, where the others are made up for.
-_LEAST = 1e-3
 
 _DECAY, _LR = Hyperparam("weight_decay", AT_LEAST_ZERO), Hyperparam("lr", AT_LEAST_ZERO)
 
@@ -181,13 +179,19 @@ class Cautious(Generic[InnerT_co]):
         """Return the new parameters and the new state, in fresh memory."""
         gradients, numbers = self._gather(grads, state, params)
         recorded = records(self, gradients, state, numbers)
+        given = [index for index, grad in enumerate(gradients.leaves) if grad is not None]
+        olds = [gradients.params[index] for index in given]
+        how = self._how(numbers)
+        served = None if recorded else how.served(olds, gradients.tensors)
         moved, inner = self.inner.update(grads, state.inner, params)
         leaves, structure = pytree.flatten(moved)
-        with torch.set_grad_enabled(recorded):
-            for index, grad in enumerate(gradients.leaves):
-                if grad is not None:
-                    old = gradients.params[index]
-                    leaves[index] = self._held_back(old, leaves[index], grad, numbers)
+        news = [leaves[index] for index in given]
+        if served is not None and served.may_write(news, inner):
+            served.write_between(olds, news)
+        else:
+            with torch.set_grad_enabled(recorded):
+                for index, old, grad in zip(given, olds, gradients.tensors, strict=True):
+                    leaves[index] = how.of(old, leaves[index], grad)
         keep_requiring(leaves, gradients.params)
         new_params: ParamsT = pytree.unflatten(structure, leaves)
         return new_params, CautiousState(inner, next_count(state.step))
@@ -202,13 +206,19 @@ class Cautious(Generic[InnerT_co]):
         """Do the same in place, but for a copy of the old parameters."""
         gradients, numbers = self._gather(grads, state, params)
         check_wrapper_inplace(numbers, own_tensors(state), gradients)
+        given = [index for index, grad in enumerate(gradients.leaves) if grad is not None]
+        moved = [gradients.params[index] for index in given]
+        how = self._how(numbers)
+        served = how.served(moved, gradients.tensors)
         with torch.no_grad():
-            given = [index for index, grad in enumerate(gradients.leaves) if grad is not None]
-            olds = copies([gradients.params[index] for index in given])
+            olds = copies(moved) if served is None else served.copies()
             self.inner.update_(grads, state.inner, params)
-            for old, index in zip(olds, given, strict=True):
-                param = gradients.params[index]
-                write(param, self._held_back(old, param, gradients.leaves[index], numbers))
+            if served is not None:
+                served.write_between(olds, moved)
+                note_written(moved)
+            else:
+                for old, param, grad in zip(olds, moved, gradients.tensors, strict=True):
+                    write(param, how.of(old, param, grad))
             write_fields_and_count(state)
         return params, state
 
@@ -219,32 +229,10 @@ class Cautious(Generic[InnerT_co]):
         numbers = numbers_of(self, state.step)
         return gather_gradients(self, grads, params), numbers
 
-    def _held_back(
-        self, old: Tensor, new: Tensor, grad: Tensor | None, numbers: dict[str, Number]
-    ) -> Tensor:
-        """Return a parameter after an update of which some elements are held back."""
-        if grad is None or old.numel() == 0:
-            return new
-        wide = compute_dtype(old.dtype)
-        start, end, slope = (view_as_real(tensor.to(wide)) for tensor in (old, new, grad))
-        with torch.no_grad():
-            direction = (end - start).sign()
-        moved = self._masked(start, end, slope, direction) if self.mask else end
-        if self._decays:
-            shrinks = direction * start.detach().sign() <= 0
-            decay = fit(numbers["lr"] * numbers["weight_decay"], start)
-            moved = moved - torch.where(shrinks, decay * start, 0.0)
-        return view_as_complex_like(moved, old).to(old.dtype)
-
-    def _masked(self, start: Tensor, end: Tensor, slope: Tensor, direction: Tensor) -> Tensor:
-        """Return the new values, where they agree with the gradient, and else the old."""
-        (down,) = _directions(self.inner) or {-1.0}
-        with torch.no_grad():
-            # By their signs, since the product of two small numbers may be none.
-            share = (direction * slope.sign() == down).to(start.dtype)
-            if self.rescale:
-                share = share / share.mean().clamp(min=_LEAST)
-        return torch.lerp(start, end, share)
+    def _how(self, numbers: dict[str, Number]) -> HoldBack:
+        (way,) = (_directions(self.inner) or {-1.0}) if self.mask else {0.0}
+        decay = numbers["lr"] * numbers["weight_decay"] if self._decays else None
+        return HoldBack(way, self.rescale, decay)
 
 
 def _directions(inner: Optimizer[Any]) -> set[float]:
