@@ -1,8 +1,8 @@
 """Living beside torch.optim: its state dicts, read and written, and checkpoints of any state.
 
-A run can be taken over from `torch.optim.AdamW`, `Adam`, `SGD`, `NAdam`, `RAdam`, `RMSprop` or
-`Adagrad` and handed back at any step; what goes on is bit by bit what would have been, or as near
-as `from_torch` says. Param groups are the groups of a `Partition`. A state
+A run can be taken over from `torch.optim.AdamW`, `Adam`, `SGD`, `NAdam`, `RAdam`, `RMSprop`,
+`Adagrad`, `Adafactor` or `Muon` and handed back at any step; what goes on is bit by bit what would
+have been, or as near as `from_torch` says. Param groups are the groups of a `Partition`. A state
 becomes a flat dict from path to tensor, which `torch.save`, safetensors and
 `torch.distributed.checkpoint` all take as it is.
 

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from .._engine.rule import Slot, UpdateRule
+from ..optimizers.adafactor import Adafactor
 from ..optimizers.adagrad import Adagrad
 from ..optimizers.adam import Adam
 from ..optimizers.adamw import AdamW
+from ..optimizers.muon import Muon
 from ..optimizers.nadam import NAdam, mu_product
 from ..optimizers.radam import RAdam
 from ..optimizers.rmsprop import RMSprop
@@ -37,6 +39,12 @@ class Counterpart(NamedTuple):
     flags: Sequence[str] = ("foreach", "fused")  # how a param group of torch's names a kernel
     alike: Sequence[str] = ("plain", "foreach", "fused")  # the kernels with the same bits
     more: Sequence[str] = ()  # fields that both have and no step depends on
+    # Options that ours alone has, by name, with what torch does.
+    lacks: Mapping[str, Any] = {}
+    records: bool = True  # whether torch has an option `differentiable`
+    # Whether torch keeps a slot of this name beside a leaf, and what leaves it refuses.
+    keeps: Callable[[str, Tensor], bool] = lambda _name, _leaf: True
+    refuses: Callable[[Tensor], str | None] = lambda _leaf: None
     # What torch keeps of each parameter and ours computes from the count, by name.
     computed: Mapping[str, Callable[[Mapping[str, Any], float], float]] = {}
 
@@ -50,27 +58,46 @@ class Counterpart(NamedTuple):
     def fields(self) -> list[str]:
         """What ours and a param group of torch's have in common, in the order of our fields."""
         numbers = {own.place[0] for own in self.rule.hyperparams}
-        shared = numbers.union(self.rule.options, self.more)
+        shared = numbers.union(self.rule.options, self.more).difference(self.lacks)
         return [name for name in self.ours.__dataclass_fields__ if name in shared]
 
     @property
     def options(self) -> list[str]:
         """What a param group of torch's must have."""
         others = [name for name in self.constants if name != "decoupled_weight_decay"]
-        return [*self.fields, *self.flags, *others, "differentiable"]
+        return [*self.fields, *self.flags, *others, *["differentiable"] * self.records]
 
-    def kept_slots(self, group: Mapping[str, Any]) -> list[Slot]:
-        """Return the slots that torch keeps with the options of a param group."""
-        return self.rule.kept_slots(SimpleNamespace(**{str(key): group[key] for key in group}))
+    def beyond(self, opt: Any) -> dict[str, Any]:
+        """Return what one of ours has in options that torch lacks, where torch does otherwise."""
+        given = {name: getattr(opt, name) for name in self.lacks}
+        return {name: value for name, value in given.items() if value != self.lacks[name]}
+
+    def kept_slots(self, group: Mapping[str, Any], leaf: Tensor | None = None) -> list[Slot]:
+        """Return the slots that torch keeps with the options of a param group, of one leaf."""
+        kept = self.rule.kept_slots(SimpleNamespace(**{str(key): group[key] for key in group}))
+        return [slot for slot in kept if leaf is None or self.keeps(slot.name, leaf)]
 
 
 def _mu_product(group: Mapping[str, Any], count: float) -> float:
     return float(mu_product(count, group["betas"][0], group["momentum_decay"]))
 
 
+def _keeps_of_adafactor(name: str, leaf: Tensor) -> bool:
+    return (name == "variance") == (leaf.ndim < 2)  # factors else
+
+
+def _refused_by_muon(leaf: Tensor) -> str | None:
+    return None if leaf.ndim == 2 else "torch.optim.Muon moves matrices alone"
+
+
 COUNTERPARTS = (
     Counterpart(torch.optim.AdamW, AdamW, {"capturable": False, "decoupled_weight_decay": True}),
-    Counterpart(torch.optim.Adam, Adam, {"capturable": False, "decoupled_weight_decay": False}),
+    Counterpart(
+        torch.optim.Adam,
+        Adam,
+        {"capturable": False, "decoupled_weight_decay": False},
+        lacks={"nesterov": False},
+    ),
     Counterpart(torch.optim.SGD, SGD, counts=False, fused_is_wrong=fused_is_wrong),
     Counterpart(
         torch.optim.NAdam,
@@ -96,8 +123,26 @@ COUNTERPARTS = (
         alike=("plain", "foreach"),
         more=("initial_accumulator_value",),
     ),
+    Counterpart(
+        torch.optim.Adafactor,
+        Adafactor,
+        flags=("foreach",),
+        alike=(),
+        records=False,
+        keeps=_keeps_of_adafactor,
+    ),
+    Counterpart(
+        torch.optim.Muon,
+        Muon,
+        counts=False,
+        flags=(),
+        alike=("plain",),
+        lacks={"ns_dtype": torch.bfloat16, "matrices": "flatten", "gram": False},
+        records=False,
+        refuses=_refused_by_muon,
+    ),
 )
-SERVED = "torch.optim.AdamW, Adam, SGD, NAdam, RAdam, RMSprop or Adagrad"
+SERVED = "torch.optim.AdamW, Adam, SGD, NAdam, RAdam, RMSprop, Adagrad, Adafactor or Muon"
 
 
 def counterpart_of(opt: Any) -> Counterpart | None:

@@ -33,7 +33,8 @@ def from_torch(
 ) -> tuple[Any, Any]:
     """Take over a run of an optimizer of torch: return the optimizer and its state.
 
-    It may be a `torch.optim.AdamW`, `Adam`, `SGD`, `NAdam`, `RAdam`, `RMSprop` or `Adagrad`.
+    It may be a `torch.optim.AdamW`, `Adam`, `SGD`, `NAdam`, `RAdam`, `RMSprop`, `Adagrad`,
+    `Adafactor` or `Muon`.
 
     Of one param group, that is an `AdamW` and its `AdamWState`, say; of several, a `Partition` with
     an optimizer for each, and its `PartitionState`. The label of a group is its own `"name"`, if it
@@ -44,12 +45,13 @@ def from_torch(
     leaves of an `AdamW`, unless the source is capturable (and not fused) or differentiable or has a
     tensor for a hyperparameter: it then computes some of its numbers in another order or in
     float32, funcopt in float64. By rounding alone differ an `NAdam`, whose product of momenta is
-    computed anew, an `RAdam` by foreach, and an `Adagrad` that is fused, which goes on by `"auto"`.
+    computed anew, an `RAdam` by foreach, an `Adafactor`, and an `Adagrad` that is fused, which goes
+    on by `"auto"`.
 
-    **Torch's `SGD` does not count its updates.** A parameter that has a momentum buffer is taken to
-    have had one update, any other none. That is all the equations ask; but a schedule that is put
-    in place of a number begins there. To begin it elsewhere, write the count into the state:
-    `state._replace(step=torch.tensor(500.0, dtype=torch.float64))`.
+    **Torch's `SGD` and `Muon` do not count their updates.** A parameter that has a momentum buffer
+    is taken to have had one update, any other none. That is all the equations ask; but a schedule
+    that is put in place of a number begins there. To begin it elsewhere, write the count into the
+    state: `state._replace(step=torch.tensor(500.0, dtype=torch.float64))`.
 
     Parameters and state are matched by identity if `params` has the tensors of the optimizer
     itself; else by name, if the source was built from `named_parameters()`, where the name of a
@@ -181,7 +183,7 @@ def _take_over(
         **{name: _own(name, options[name]) for name in kind.fields},
         step_per_leaf=uneven if step_per_leaf is None else step_per_leaf,
         kernel=_kernel(kind, options, leaves),
-        differentiable=True if options["differentiable"] else None,
+        differentiable=True if options.get("differentiable") else None,
     )
     state = opt.init(params)
     for step, count in zip(pytree.flatten(state.step)[0], counts, strict=False):
@@ -189,8 +191,8 @@ def _take_over(
     with torch.no_grad():
         for slot in kind.kept_slots(options):
             tensors = pytree.flatten(getattr(state, slot.name))[0]
-            for moment, entry in zip(tensors, entries, strict=True):
-                if entry:
+            for leaf, moment, entry in zip(leaves, tensors, entries, strict=True):
+                if entry and kind.keeps(slot.name, leaf):
                     moment.copy_(entry[slot.name])
     return opt, state
 
@@ -210,8 +212,8 @@ def _check_entry(
     path: Callable[[], str],
 ) -> None:
     """Refuse the state of a parameter that is not all there, or not of this parameter."""
-    slots = {slot.name for slot in kind.kept_slots(options)}
-    wanted = slots | {"step", *kind.computed} if kind.counts else slots
+    slots = {slot.name: slot for slot in kind.kept_slots(options, leaf)}
+    wanted = slots.keys() | ({"step", *kind.computed} if kind.counts else set())
     if not isinstance(entry, Mapping):
         raise TypeError(
             f"the state for {path()} is of type {type(entry).__name__}: it must be a dict of "
@@ -224,10 +226,10 @@ def _check_entry(
         chosen = [slot.option for slot in kind.rule.slots if slot.option]
         given = " and ".join(f"{option}={options[option]}" for option in chosen)
         raise ValueError(
-            f"the state for {path()} {' and '.join(found)}: with {given} it is "
+            f"the state for {path()} {' and '.join(found)}: {f'with {given} ' * bool(given)}it is "
             f"{', '.join(sorted(wanted)) or 'empty'}."
         )
-    for name in slots.intersection(entry):
+    for name in slots.keys() & entry.keys():
         moment = entry[name]
         if not isinstance(moment, Tensor):
             raise TypeError(
@@ -238,10 +240,12 @@ def _check_entry(
                 f"{name} for {path()}: {shown_layout(moment)}, the parameter is dense. Make "
                 f"it dense, with .to_dense() say."
             )
-        if moment.shape != leaf.shape:
+        wanted_shape = torch.Size(slots[name].shape_of(leaf.shape))
+        if moment.shape != wanted_shape:
+            beside = "the parameter has" if wanted_shape == leaf.shape else "it must be"
             raise ValueError(
-                f"{name} for {path()}: shape {shown(moment.shape)}, the parameter has "
-                f"{shown(leaf.shape)}. Is it that of another parameter, or another model?"
+                f"{name} for {path()}: shape {shown(moment.shape)}, {beside} "
+                f"{shown(wanted_shape)}. Is it that of another parameter, or another model?"
             )
         _check_has_value(f"{name} for {path()}", moment)
 
@@ -266,6 +270,7 @@ def _moments(
             entry[slot.name].dtype is _dtype_beside(slot, moments, leaf)
             for leaf, entry in beside
             for slot in slots
+            if kind.keeps(slot.name, leaf)
         ):
             return moments
     return None
@@ -289,7 +294,7 @@ def _check_dtypes(
     path: Callable[[], str],
 ) -> None:
     """Refuse moments that do not have one dtype beside parameters of one."""
-    for slot in kind.kept_slots(options) if entry else []:
+    for slot in kind.kept_slots(options, leaf) if entry else []:
         has, needed = entry[slot.name].dtype, slot_dtype(slot, moments, leaf.dtype)
         if has != needed:
             raise ValueError(
@@ -332,13 +337,13 @@ def _own(name: str, number: Any) -> Any:
 
 def _kernel(kind: Counterpart, options: Mapping[str, Any], leaves: list[Tensor]) -> str:
     """The kernel that torch takes, by its own rule; ours may have none that is fused."""
-    foreach, fused = options["foreach"], options.get("fused")
-    if fused and "fused" not in kind.rule.kernels:
-        return "auto"
+    foreach, fused = options.get("foreach"), options.get("fused")
     if foreach is None and fused is None:
         foreach = (
             all(leaf.is_cuda for leaf in leaves)
-            and not options["differentiable"]
+            and not options.get("differentiable")
             and (options.get("capturable", True) or not isinstance(options["lr"], Tensor))
         )
-    return "fused" if fused else "foreach" if foreach else "plain"
+    kernel = "fused" if fused else "foreach" if foreach else "plain"
+    is_ours = kernel in kind.rule.kernels or (kernel == "plain" and kind.flags)
+    return kernel if is_ours else "auto"

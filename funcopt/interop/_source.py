@@ -128,7 +128,12 @@ def _check_kind(kind: Counterpart, group: Mapping[str, Any], state: Mapping[Any,
     # belongs to a scheduler, or to the user.
     lacking = [name for name in kind.options if name not in group]
     entries = [entry for entry in state.values() if isinstance(entry, Mapping) and entry]
-    always = {slot.name for slot in kind.rule.slots if not slot.option}
+    vector, matrix = torch.empty(1, device="meta"), torch.empty(1, 1, device="meta")
+    always = {
+        slot.name
+        for slot in kind.rule.slots
+        if not slot.option and kind.keeps(slot.name, vector) and kind.keeps(slot.name, matrix)
+    }
     if lacking or not all(entry.keys() >= always for entry in entries):
         advice = advice_on(group, entries)
         if advice is not None:

@@ -24,8 +24,9 @@ _FLOAT32_STOPS = 2**24
 def to_torch(opt: Any, state: Any, params: Tree) -> dict[str, Any]:
     """Hand a run over to torch: return a state dict that its optimizer of that name loads.
 
-    There are `AdamW`, `Adam`, `SGD`, `NAdam`, `RAdam`, `RMSprop` and `Adagrad`, and the bits of the
-    last four are torch's as far as `from_torch` says.
+    There are `AdamW`, `Adam`, `SGD`, `NAdam`, `RAdam`, `RMSprop`, `Adagrad`, `Adafactor` and
+    `Muon`, and the bits of the last six are torch's as far as `from_torch` says. Torch's `Muon`
+    takes leaves of two dimensions alone.
 
     One of these becomes one param group, a `Partition` one for each of its optimizers, in their
     order, but none for `Frozen()`, whose leaves are then no parameters of torch's optimizer, and
@@ -162,17 +163,22 @@ def _hand_over(
     counts = [float(count.item()) for count in prepared.counts.tensors]
     flags = _flags(kind, opt, leaves, max(counts, default=0.0))
     names, order = name_leaves(structure), pytree.insertion_order(structure)
+    _check_torch_takes(kind, leaves, names)
     entries: dict[int, dict[str, Tensor]] = {}
     given = {name: _given(name, getattr(opt, name)) for name in kind.fields}
     kept = kind.rule.kept_slots(opt)
     for place, index in enumerate(order, first):
         count = counts[index if opt.step_per_leaf else 0]
-        moments = [_copy_like(leaves[index], paired.leaves[index]) for paired in prepared.slots]
+        moments = {
+            slot.name: _copy_like(leaves[index], paired.leaves[index])
+            for slot, paired in zip(kept, prepared.slots, strict=True)
+            if kind.keeps(slot.name, leaves[index])
+        }
         entry = {"step": _step(count)} if kind.counts else {}
         for name, value_at in kind.computed.items():
             entry[name] = torch.tensor(value_at(given, count), dtype=torch.float32, device="cpu")
-        entry.update(zip((slot.name for slot in kept), moments, strict=True))
-        if entry and (count > 0 or any(bool(moment.any()) for moment in moments)):
+        entry.update(moments)
+        if entry and (count > 0 or any(bool(moment.any()) for moment in moments.values())):
             entries[place] = entry
     for slot in kept:
         if slot not in kind.kept_slots(given):
@@ -185,7 +191,7 @@ def _hand_over(
         **given,
         **flags,
         **{name: value for name, value in kind.constants.items() if name == "capturable"},
-        "differentiable": opt.differentiable is True,
+        **({"differentiable": opt.differentiable is True} if kind.records else {}),
         **{name: value for name, value in kind.constants.items() if name != "capturable"},
         "params": list(range(first, first + len(order))),
         "param_names": [names[index] for index in order],
@@ -194,17 +200,35 @@ def _hand_over(
 
 def _check_torch_has(kind: Counterpart, opt: Any) -> None:
     """Refuse an option that torch has not."""
-    if opt.rule is not kind.rule:
+    for name, value in kind.beyond(opt).items():
+        does = kind.lacks[name]
         raise ValueError(
-            f"{type(opt).__name__}(nesterov=True): torch.optim's has no such option. Hand over "
-            f"dataclasses.replace(opt, nesterov=False), if that is what is meant."
+            f"{type(opt).__name__}({name}={value!r}): torch.optim's has no such option. Hand over "
+            f"dataclasses.replace(opt, {name}={does!r}), if that is what is meant."
         )
-    if opt.rounding != "nearest":
+    if opt.differentiable is True and not kind.records:
         raise ValueError(
-            f"rounding={opt.rounding!r}: torch.optim rounds to the nearest number alone. Hand over "
+            f"differentiable=True: torch.optim.{type(opt).__name__} records no step. Hand over "
+            f"dataclasses.replace(opt, differentiable=None), if that is what is meant."
+        )
+    rounding = getattr(opt, "rounding", "nearest")
+    if rounding != "nearest":
+        raise ValueError(
+            f"rounding={rounding!r}: torch.optim rounds to the nearest number alone. Hand over "
             f"the optimizer with rounding='nearest', and its state without the key: "
             f"state._replace(key=())."
         )
+
+
+def _check_torch_takes(kind: Counterpart, leaves: list[Tensor], names: list[str]) -> None:
+    """Refuse a leaf that torch's class refuses."""
+    for name, leaf in zip(names, leaves, strict=True):
+        why = kind.refuses(leaf)
+        if why is not None:
+            raise ValueError(
+                f"the leaf {name!r} has shape {tuple(leaf.shape)}, and {why}. Hand over the other "
+                f"leaves with their state, and go on with this one here."
+            )
 
 
 def _flags(kind: Counterpart, opt: Any, leaves: list[Tensor], count: float) -> dict[str, bool]:
@@ -236,7 +260,7 @@ def _given(name: str, given: Any) -> Any:
         )
     if isinstance(given, tuple):
         return tuple(_given(f"{name}[{index}]", own) for index, own in enumerate(given))
-    if isinstance(given, bool):
+    if given is None or isinstance(given, bool | int | str):
         return given
     if not isinstance(given, float | Tensor):
         raise ValueError(
@@ -250,6 +274,8 @@ def _given(name: str, given: Any) -> Any:
 
 def _copy_like(leaf: Tensor, moment: Tensor) -> Tensor:
     """A copy of a moment in the strides of its parameter, which torch's fused kernel counts on."""
+    if moment.shape != leaf.shape:
+        return moment.detach().clone()
     made = torch.empty_like(leaf, dtype=moment.dtype, requires_grad=False)
     return made.copy_(moment.detach())
 

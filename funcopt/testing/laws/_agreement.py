@@ -48,7 +48,7 @@ _TORCH_FLAGS: dict[str, dict[str, bool]] = {
 def matches_torch(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> None:
     """Each kernel gives the bits of torch.optim on the CPU in float32 and float64."""
     kind = counterpart_of(opt)
-    if kind is None or opt.rule is not kind.rule:
+    if kind is None or kind.beyond(opt):
         raise NotApplicable(f"torch.optim has no counterpart of {type(opt).__name__} as it is")
     if any(not isinstance(number, float) for number in opt.rule.hyperparams_of(opt)):
         raise NotApplicable("torch.optim takes its bits from Python numbers")
