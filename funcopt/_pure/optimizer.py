@@ -79,11 +79,11 @@ def pure(kind: Kind, /, **hyperparameters: Any) -> Pure:
     path of the class for `differentiable=True`, which may round otherwise, and is refused where the
     class has none. Compiled, an update stays out of the graph, so that `fullgraph=True` refuses it.
 
-    Wrappers take it, as they take any optimizer, but for `Plateau`, which finds no learning rate in
-    it, and `Zero1`, since each leaf has its own count. Of torch's classes, those that move each
-    element by itself take DTensors; `Muon` and `Adafactor`, and classes that are not torch's, do
-    not. In 16 bits the class computes in 16 bits, where torch's `eps` may be 0: give it float32 by
-    `MasterWeights`.
+    Wrappers take it, as they take any optimizer, but for `Zero1`, since each leaf has its own
+    count. `Plateau` lowers the `lr` of the class, also where it is the default. Of torch's classes,
+    those that move each element by itself take DTensors; `Muon` and `Adafactor`, and classes that
+    are not torch's, do not. In 16 bits the class computes in 16 bits, where torch's `eps` may be 0:
+    give it float32 by `MasterWeights`.
 
     Args:
         kind: A class of `torch.optim`, or another one that is like them. Not `LBFGS`, which needs a

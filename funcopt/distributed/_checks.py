@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from .._core import pytree, transforms
 from .._core.types import Optimizer, Tree, has_trees, kind_of, optimizers_in, own_traits, traits_of
 from .._engine.checks import check_apart, check_leaves, check_unwatched, check_writable, is_like
+from .._pure.optimizer import Pure
 from ..wrappers._shared import Gradients, records
 
 
@@ -72,6 +73,7 @@ def check_packable(inner: Optimizer[Any]) -> None:
                 f'Partition({{"decay": Zero1(...), ...}}, labels).'
             )
         _check_shapes_of_state(inner, opt)
+        _check_counts(inner, opt)
         if traits.tells_leaves_apart:
             raise ValueError(
                 f"inner={inner!r} has a {name}, which tells leaves apart (its trait "
@@ -91,6 +93,16 @@ def check_packable(inner: Optimizer[Any]) -> None:
                 f"averaged already (average_gradients): {name}(Zero1(..., gradients='averaged')); "
                 f"or say it in its class, if it is so."
             )
+
+
+def _check_counts(inner: Any, opt: Any) -> None:
+    if isinstance(opt, Pure):
+        raise ValueError(
+            f"inner={inner!r} has a class of torch.optim, which counts the updates of each leaf, "
+            f"where the inner optimizer sees buckets of many. Take funcopt's own optimizer, such "
+            f"as funcopt.SGD for torch.optim.SGD, if there is one; or let it be without Zero1, "
+            f"with gradients that are averaged before: average_gradients(grads, mesh)."
+        )
 
 
 def _check_shapes_of_state(inner: Any, opt: Any) -> None:

@@ -21,7 +21,13 @@ _PLAIN = frozenset((float, int, bool, str, type(None), Tensor))
 
 
 def learning_rates(node: Any) -> Iterator[Any]:
-    """Yield each field that is called lr, in an optimizer or in a schedule of one."""
+    """Yield each field that is called lr, in an optimizer or in a schedule of one.
+
+    That of a class of torch is among its hyperparameters, or what the class has by default.
+    """
+    if _is_class_of_torch(node):
+        yield from [] if node.lr is None else [node.lr]
+        return
     for step, child in children(node):
         if step.is_field and step.key == "lr":
             yield child
@@ -35,6 +41,11 @@ def with_scaled_lr(node: Any, scale: Number, min_lr: Number) -> Any:
     A number is a number after that, and so is a tensor, if all can be read at no price; a schedule
     is a schedule. What has none inside is not copied.
     """
+    if _is_class_of_torch(node):
+        if node.lr is None:
+            return node
+        own = {**node.hyperparameters, "lr": _scaled_lr(node.lr, scale, min_lr)}
+        return _rebuilt(node, {"hyperparameters": own})
     news = {}
     for step, child in children(node):
         if step.is_field and step.key == "lr":
@@ -44,6 +55,10 @@ def with_scaled_lr(node: Any, scale: Number, min_lr: Number) -> Any:
             if new is not child:
                 news[step.key] = new
     return _rebuilt(node, news) if news else node
+
+
+def _is_class_of_torch(node: Any) -> bool:
+    return "hyperparameters" in getattr(node, "__dict__", ())
 
 
 def _rebuilt(node: Any, news: dict[Any, Any]) -> Any:
@@ -107,8 +122,7 @@ def _own_rate(part: Any) -> Any:
 
     Of a class of torch it is among its hyperparameters. That of a wrapper is another's.
     """
-    fields = vars(part)
-    return part.lr if "hyperparameters" in fields else fields.get("lr")
+    return part.lr if _is_class_of_torch(part) else vars(part).get("lr")
 
 
 def the_rate(wrapper: str, inner: Any) -> Any:
