@@ -308,7 +308,12 @@ def test_the_whole_compiles(backend):
     assert_close(compiled(RATE, start), grad(after)(RATE, start))
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+torch_reads_grad_of_inputs = pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf"
+)
+
+
+@torch_reads_grad_of_inputs
 def test_a_compiled_step_is_unrolled(loss, params):
     torch._dynamo.reset()
 
@@ -329,6 +334,55 @@ def test_a_compiled_step_is_unrolled(loss, params):
         return start.sum()
 
     assert_close(own, grad(plain, (0, 1))(lr, start))
+
+
+def compiled(opt, loss, compiles):
+    """Return a compiled step; what it is compiled for is added to the set."""
+
+    def backend(graph, inputs):
+        requiring = (tensor.requires_grad for tensor in inputs)
+        compiles.add((torch.is_grad_enabled(), *requiring))
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    @functools.partial(torch.compile, backend=backend, fullgraph=True)
+    def move(params, state):
+        grads, before = grad_and_value(loss)(params)
+        return opt.update(grads, state, params), before
+
+    return lambda carry, i: move(*carry)
+
+
+@torch_reads_grad_of_inputs
+@pytest.mark.parametrize("keep", ["all", "sqrt", 3])
+def test_a_compiled_update_is_unrolled_under_plain_autograd(keep, loss, params):
+    """With a state, of which fewer leaves have a derivative in the first step than later."""
+    torch._dynamo.reset()
+    opt, compiles = funcopt.AdamW(lr=0.05, differentiable=True), set()
+    step = compiled(opt, loss, compiles)
+    leaves = {name: p.clone().requires_grad_() for name, p in params.items()}
+    (last, _), losses = unroll(step, (leaves, opt.init(leaves)), STEPS, keep=keep)
+    after = loss(last) + losses.square().sum()
+    own = torch.autograd.grad(after, list(leaves.values()))
+    whole = grad(lambda p: train(opt, loss, p))(params)
+    assert_close(own, tuple(whole.values()))
+    assert len(compiles) == 2  # one with a derivative, and another or the same without
+
+
+@torch_reads_grad_of_inputs
+def test_a_transform_around_a_compiled_step_is_refused_with_what_to_do(loss, params):
+    torch._dynamo.reset()
+    opt = funcopt.SGD(lr=0.05)
+    step = compiled(opt, loss, set())
+
+    def after(params, keep):
+        return loss(unroll(step, (params, opt.init(params)), STEPS, keep=keep)[0][0])
+
+    for keep in ("all", "sqrt"):
+        with pytest.raises(RuntimeError, match=r"step\(0\) is compiled.*Compile the whole"):
+            grad(after)(params, keep)
+    leaves = {name: p.clone().requires_grad_() for name, p in params.items()}
+    with pytest.raises(RuntimeError, match=r"second derivative.*Compile the whole"):
+        torch.autograd.grad(after(leaves, "sqrt"), leaves["w"], create_graph=True)
 
 
 def test_only_what_depends_on_it_gets_a_derivative():

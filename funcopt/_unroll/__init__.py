@@ -46,8 +46,14 @@ def unroll(
     `torch.func.grad`, `vjp`, `vmap` and their compositions, and under plain autograd, where
     `torch.utils.checkpoint` cannot be used within `torch.func`. Forward mode (`jvp`) keeps nothing
     from step to step; where it is active, and where operators are traced (`torch.compile`,
-    `make_fx`), the loop is run as it is, so that forward over reverse keeps all. In place of
-    the whole, compile `step`.
+    `make_fx`), the loop is run as it is, so that forward over reverse keeps all.
+
+    In place of the whole, compile `step`: it may be compiled by
+    `torch.compile(..., fullgraph=True)` under plain autograd, for first derivatives. Compiled once
+    with a derivative and once without, it serves all steps; its optimizer is told
+    `differentiable=True`. What is compiled rounds in its own way, so the results are then those of
+    the loop but for rounding. torch cannot follow it in `torch.func.grad` or in a second
+    derivative.
 
     Args:
         step: A pure function from a carry and the index of the step, a Python integer from 0 on, to
@@ -90,6 +96,7 @@ def unroll(
     Raises:
         TypeError: If `steps` or `truncate` is no integer, `step` does not return a pair, or a leaf
             of an output is neither a tensor nor None.
+        RuntimeError: If torch is asked to follow a compiled step by a transform.
         ValueError: If `steps`, `truncate` or `keep` is out of range; if a carry or an output does
             not look like the one before, which is named by its path; if `step` reads an iterator,
             writes into the carry, or uses a tensor with a derivative that was not found.

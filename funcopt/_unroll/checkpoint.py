@@ -26,6 +26,10 @@ class _Checkpoint(torch.autograd.Function):
 
     @staticmethod
     def forward(function: Function, *inputs: Tensor) -> tuple[Tensor, ...]:
+        if not transforms.transformed():
+            # Nothing is recorded here. A compiled function would be compiled once more for each
+            # set of inputs that require a gradient, and so it is given none.
+            inputs = tuple(tensor.detach() for tensor in inputs)
         return _each_by_itself(inputs, function(*inputs))
 
     @staticmethod
@@ -93,25 +97,35 @@ def _pull_back_once(
 ) -> tuple[Tensor | None, ...] | None:
     """Return the same by plain autograd, which takes half the time and cannot go back again.
 
-    The function is given copies, which are no leaves: an update at leaves would not be recorded for
-    their sake. None where a result has no history at all, as of an update that plain autograd was
-    told not to record: then only a transform can tell.
+    None where a result has no history at all, as of an update that plain autograd was told not to
+    record: then only a transform can tell.
     """
     with torch.enable_grad():
-        leaves = {index: inputs[index].detach().requires_grad_() for index in wanted}
-        full = [
-            leaves[index].clone() if index in leaves else tensor
-            for index, tensor in enumerate(inputs)
-        ]
-        results = function(*full)
+        leaves = list(map(recorded_from, inputs))
+        results = function(*map(copied, leaves))
     chosen = [results[index] for index in given]
     if any(result.grad_fn is None for result in chosen):
         return None
-    own = list(leaves.values())
+    own = [leaves[index] for index in wanted]
     found: tuple[Tensor | None, ...] = torch.autograd.grad(
         chosen, own, cotangents, allow_unused=True
     )
     return found
+
+
+def recorded_from(tensor: Tensor) -> Tensor:
+    """Return a leaf with the values of an input, which requires a gradient if it can.
+
+    All inputs do that can, whether or not their derivative is wanted. So a compiled function is
+    compiled once for all segments, although in the first one fewer tensors have a derivative.
+    """
+    floats = tensor.is_floating_point() or tensor.is_complex()
+    return tensor.detach().requires_grad_(floats)
+
+
+def copied(leaf: Tensor) -> Tensor:
+    """Return what a function is given for a leaf: an update at leaves would not be recorded."""
+    return leaf.clone() if leaf.requires_grad else leaf
 
 
 def _of_now(tensor: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .._core import pytree
+from .._core import pytree, transforms
 from .._core.pytree import Structure
 
 
@@ -16,14 +16,31 @@ def taken(step: Callable[..., Any], carry: Any, index: int) -> tuple[Any, Any]:
 
     Raises:
         TypeError: If it does not return a carry and an output.
+        RuntimeError: If a transform is to go through a compiled step, which torch refuses.
     """
-    pair = step(carry, index)
+    pair = step(carry, index) if transforms.compiling() else _called(step, carry, index)
     if not isinstance(pair, tuple) or len(pair) != 2:
         raise TypeError(
             f"step({index}) returned {_kind(pair)}: must return a tuple of the new carry and an "
             f"output, which may be None: return carry, None."
         )
     return pair
+
+
+def _called(step: Callable[..., Any], carry: Any, index: int) -> Any:
+    try:
+        return step(carry, index)
+    except Exception as error:
+        # By its name: the module of the compiler takes a second to import.
+        is_refused = type(error).__module__ == "torch._dynamo.exc"
+        if not (is_refused and transforms.transformed() and "functorch" in str(error)):
+            raise
+        raise RuntimeError(
+            f"step({index}) is compiled, and torch.func.grad or another transform is around it, or "
+            f"a second derivative goes back through it. torch cannot follow a compiled function "
+            f"there. Compile the whole, torch.compile(torch.func.grad(...)), or leave the step "
+            f"uncompiled, or take a first derivative by torch.autograd.grad."
+        ) from error
 
 
 def checked_carry(carry: Any, structure: Structure, leaves: Sequence[Any], index: int) -> list[Any]:
