@@ -144,3 +144,43 @@ def test_derivatives_through_200_steps_are_those_of_differences():
 
 def leaves_of(slopes):
     return [slopes[0], *slopes[1].values()]
+
+
+@pytest.mark.parametrize("options", [{}, {"amsgrad": True, "maximize": True}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rate_is_learned", [False, True])
+def test_small_leaves_have_the_derivatives_that_each_has_by_itself(options, dtype, rate_is_learned):
+    """Under plain autograd they are joined to one; of one leaf there is nothing to join."""
+    torch.manual_seed(0)
+    shapes = {"w": (3, 4), "b": (4,), "s": (), "none": (0,), "unused": (2, 3)}
+    params = {name: torch.randn(shape, dtype=dtype) for name, shape in shapes.items()}
+    rate = torch.tensor(0.1, dtype=torch.float64, requires_grad=rate_is_learned)
+    opt = AdamW(lr=rate, differentiable=True, **options)
+
+    def after(leaves):
+        moved, state = leaves, opt.init(leaves)
+        for _ in range(2):
+            moved, state = opt.update({n: p.sin() for n, p in moved.items()}, state, moved)
+        return moved
+
+    def slopes(names):
+        leaves = {name: params[name].clone().requires_grad_() for name in names}
+        moved = after(leaves)
+        total = sum(moved[name].square().sum() for name in names if name != "unused")
+        wanted = [*leaves.values(), *([rate] if rate_is_learned else [])]
+        found = torch.autograd.grad(total, wanted, allow_unused=True)
+        return dict(zip(names, found, strict=False)), found[len(names) :]
+
+    together, by_rate = slopes(list(shapes))
+    total = torch.zeros(1)
+    for name in shapes:
+        if name == "unused":
+            assert together[name] is None
+            continue
+        alone, own_rate = slopes([name])
+        assert_close(together[name], alone[name], rtol=0, atol=0)
+        total = total + sum(map(float, own_rate))
+    if rate_is_learned:
+        assert_close(
+            by_rate[0].float(), total[0], rtol=1e-2 if dtype is torch.bfloat16 else 1e-5, atol=0
+        )

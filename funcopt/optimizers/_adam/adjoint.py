@@ -22,11 +22,12 @@ It is written in plain differentiable operators, so that it has an adjoint of it
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from ..._core import transforms
 from ..._core.tensors import compute_dtype, double, fit
@@ -71,6 +72,8 @@ def _pull_back(
     needs: Any,
     cotangents: list[list[Tensor | None]],
 ) -> tuple[list[Tensor | None], list[list[Tensor | None]]]:
+    if _is_faster_as_one(kept, numbers):
+        return _pull_back_as_one(kept, numbers, options, needs, cotangents)
     saved = _Kept(*kept)
     own = coefficients(numbers._make(map(double, numbers)), options)
     of_numbers: dict[str, Tensor] = {}
@@ -88,6 +91,64 @@ def _pull_back(
             total = _sum_to(part, getattr(numbers, name))
             of_numbers[name] = of_numbers[name] + total if name in of_numbers else total
     return [of_numbers.get(name) for name in numbers._fields[:-1]], of_leaves
+
+
+# Of a leaf with more elements, the operators take longer than their calls do.
+_SMALL = 1 << 14
+
+
+def _is_faster_as_one(kept: Sequence[list[Tensor]], numbers: Any) -> bool:
+    """Whether leaves are better joined to one, so that each operator is called once for all.
+
+    They are where nothing more is to be differentiated, which would keep the copies.
+    """
+    grads = kept[0]
+    return (
+        len(grads) > 1
+        and not transforms.followed()
+        and transforms.all_plain(grads)
+        and all(grad.numel() <= _SMALL and not grad.is_complex() for grad in grads)
+        and all(len({(t.dtype, t.device) for t in column}) <= 1 for column in kept)
+        and not any(isinstance(number, Tensor) and number.ndim > 0 for number in numbers)
+    )
+
+
+def _pull_back_as_one(
+    kept: Sequence[list[Tensor]],
+    numbers: Any,
+    options: Any,
+    needs: Any,
+    cotangents: list[list[Tensor | None]],
+) -> tuple[list[Tensor | None], list[list[Tensor | None]]]:
+    """Do the same with all leaves joined to one."""
+    like = kept[0]
+    before = [[_join(column)] if column else [] for column in kept]
+    after = [[_joined(column, like)] for column in cotangents]
+    by_number, by_leaf = _pull_back(before, numbers, options, needs, after)
+    # A leaf of which no result has a cotangent has none itself, and not zeros.
+    is_met = [any(own is not None for own in leaf) for leaf in zip(*cotangents, strict=True)]
+    apart: list[list[Tensor | None]] = []
+    for (whole,) in by_leaf:
+        parts = [None] * len(like) if whole is None else _part(whole, like)
+        apart.append([part if met else None for part, met in zip(parts, is_met, strict=True)])
+    return by_number, apart
+
+
+def _joined(column: list[Tensor | None], like: list[Tensor]) -> Tensor | None:
+    """Return the cotangents of all leaves in one, of which some may be missing: these are zeros."""
+    known = next((own for own in column if own is not None), None)
+    if known is None:
+        return None
+    filled = [
+        torch.zeros_like(leaf, dtype=known.dtype) if own is None else own
+        for own, leaf in zip(column, like, strict=True)
+    ]
+    return _join(filled)
+
+
+# In one call of C for all leaves. torch leaves both untyped.
+_join: Callable[[list[Tensor]], Tensor] = _flatten_dense_tensors
+_part: Callable[[Tensor, list[Tensor]], Sequence[Tensor]] = _unflatten_dense_tensors
 
 
 ADAMW_ADJOINT = Adjoint(_keep, _pull_back)
