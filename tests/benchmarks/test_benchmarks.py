@@ -7,7 +7,7 @@ import funcopt
 
 from ..cases import assert_close, clone
 from . import __main__ as command
-from . import load, peers, steps, training, unroll
+from . import load, peers, steps, training, unroll, unroll_long
 from .measure import Absent, Candidate, Settings, compare, in_turn
 from .memory import used_by
 from .processes import OutOfTime, ask
@@ -194,6 +194,14 @@ def test_memory_that_a_graph_keeps_is_counted_once():
         return (middle * middle).sum()  # keeps `middle` twice
 
     assert unroll._bytes_held(squares) == 4000 + 4
+
+
+def test_both_kinds_of_inner_gradient_lead_to_one_meta_gradient():
+    own, other = (
+        unroll_long._WAYS[name]()(3) for name in (unroll_long._FUNC, unroll_long._AUTOGRAD)
+    )
+    assert_close(own, other)
+    assert all(slope.any() for slope in own)
 
 
 def test_a_process_that_takes_too_long_is_stopped():

@@ -24,7 +24,7 @@ from torch.optim.adamw import adamw
 
 import funcopt
 
-from . import peers
+from . import peers, unroll_long
 from .measure import Absent, Candidate, Measured, Settings, Step, compare
 from .processes import ask
 from .results import Figure, Row, Section, above, at_most
@@ -156,6 +156,7 @@ def sections(settings: Settings) -> list[Section]:
     return [
         Section("unroll", size, about, f"time / {FUNCOPT}", _times(measured)),
         Section("unroll, memory", size, kept, "sizes of the parameters", _kept_rows(), drawn=False),
+        *unroll_long.sections(settings),
     ]
 
 
