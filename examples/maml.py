@@ -8,7 +8,8 @@ is of second order, since each step has a gradient of its own. All tasks are ada
 `vmap` over the training of one.
 
 With `--compare`, where TorchOpt is installed, the gradient through 50 steps is also taken through
-`torchopt.MetaAdamW`: the time, the memory, and how far both are from the same in float64.
+`torchopt.MetaAdamW`, and through a step that is compiled: the time, the memory, and how far each is
+from the same in float64.
 
     pip install "funcopt[examples]"
     python examples/maml.py
@@ -49,6 +50,9 @@ LR, META_LR = 1e-2, 3e-3
 
 # The comparison: so many steps; so many where memory is to be little; so often timed.
 STEPS, MANY_STEPS, TIMES = 50, 1000, 5
+
+# The picture shows the mean loss of so many updates in a row.
+WINDOW = 20
 
 
 # -------------------------------------------------------------------------------------- the network
@@ -190,21 +194,37 @@ class Way(NamedTuple):
     gradient: Callable[[int], list[Tensor]]  # of so many steps
 
 
-def plain_loss(params: Params, task: Task, steps: int, keep: str | int = "all") -> Tensor:
-    """One learning rate for all, as MetaAdamW has."""
-    opt = funcopt.AdamW(lr=LR)
+# One learning rate for all, as MetaAdamW has. A compiled step has to be told that it is recorded.
+PLAIN = funcopt.AdamW(lr=LR, differentiable=True)
 
+
+def plain_step(params: Params, state: funcopt.AdamWState, x: Tensor, y: Tensor) -> tuple[Any, Any]:
+    return PLAIN.update(grad(loss_of)(params, x, y), state, params)
+
+
+def plain_loss(
+    params: Params,
+    task: Task,
+    steps: int,
+    keep: str | int = "all",
+    move: Callable[..., tuple[Any, Any]] = plain_step,
+) -> Tensor:
     def step(carry: tuple[Params, funcopt.AdamWState], _: int) -> tuple[Any, None]:
-        params, state = carry
-        return opt.update(grad(loss_of)(params, task.x, task.y), state, params), None
+        return move(*carry, task.x, task.y), None
 
-    (params, _), _ = funcopt.unroll(step, (params, opt.init(params)), steps, keep=keep)
+    (params, _), _ = funcopt.unroll(step, (params, PLAIN.init(params)), steps, keep=keep)
     return loss_of(params, task.test_x, task.test_y)
 
 
-def by_funcopt(params: Params, task: Task, keep: str | int, steps: int) -> list[Tensor]:
+def by_funcopt(
+    params: Params,
+    task: Task,
+    keep: str | int,
+    steps: int,
+    move: Callable[..., tuple[Any, Any]] = plain_step,
+) -> list[Tensor]:
     leaves = {name: leaf.clone().requires_grad_() for name, leaf in params.items()}
-    loss = plain_loss(leaves, task, steps, keep)
+    loss = plain_loss(leaves, task, steps, keep, move)
     return list(torch.autograd.grad(loss, list(leaves.values())))
 
 
@@ -238,10 +258,15 @@ def compare(options: Options) -> None:
     task = Task(*(part[0] for part in tasks))
     wide = {name: leaf.double() for name, leaf in params.items()}
     exact = by_funcopt(wide, Task(*(part.double() for part in task)), "all", STEPS)
+    compiled: Any = torch.compile(plain_step, fullgraph=True)
+    before = time.perf_counter()
+    by_funcopt(params, task, "all", 2, compiled)
+    print(f"\nTo compile a step with its gradient took {time.perf_counter() - before:.0f} s.")
     ways = [
         Way("funcopt, keep='all'", partial(by_funcopt, params, task, "all")),
         Way("funcopt, keep='sqrt'", partial(by_funcopt, params, task, "sqrt")),
         Way("TorchOpt, MetaAdamW", partial(by_torchopt, params, task, "MetaAdamW")),
+        Way("funcopt, compiled step", partial(by_funcopt, params, task, "all", move=compiled)),
     ]
     print(f"\nThe gradient through {STEPS} steps on one task, and on {options.tasks}:\n")
     print("                             time   error     peak memory")
@@ -306,6 +331,13 @@ def resident(field: str) -> float:
 # -------------------------------------------------------------------------------------- the picture
 
 
+def running_mean(losses: list[float]) -> tuple[list[float], list[float]]:
+    """Return the middles of windows of updates, and the mean loss within each."""
+    window = min(WINDOW, len(losses))
+    means = torch.tensor(losses).unfold(0, window, 1).mean(1).tolist()
+    return [start + (window - 1) / 2 for start in range(len(means))], means
+
+
 def draw(learned: list[Learned], losses: list[float], options: Options) -> None:
     generator = torch.Generator().manual_seed(options.seed + 2)
     task = Task(*(part[0] for part in draw_tasks(1, generator)))
@@ -313,7 +345,10 @@ def draw(learned: list[Learned], losses: list[float], options: Options) -> None:
     with mpl.rc_context({"font.size": 9.5, "axes.titlesize": 11}):
         figure = Figure(figsize=(10, 3.8), layout="constrained")
         curve, wave = figure.subplots(1, 2)
-        curve.plot(losses, color="#0072b2", linewidth=1)
+        curve.plot(losses, color="#0072b2", alpha=0.3, linewidth=1, label="of the tasks drawn")
+        places, means = running_mean(losses)
+        curve.plot(places, means, color="#0072b2", label=f"mean of {WINDOW} updates")
+        curve.legend(frameon=False)
         curve.set_yscale("log")
         curve.set(xlabel="update", ylabel="loss after adaptation", title="New tasks at each update")
         wave.scatter(task.x, task.y, color="0.2", s=18, label="known points", zorder=3)
@@ -323,7 +358,10 @@ def draw(learned: list[Learned], losses: list[float], options: Options) -> None:
             made = network(adapt(own, task, options.steps), line).detach()
             label = f"{name}, after {options.steps} steps"
             wave.plot(line[:, 0], made[:, 0], color=color, label=label)
-        wave.legend(frameon=False)
+        # Below the axes: the points may lie anywhere within them.
+        figure.legend(
+            *wave.get_legend_handles_labels(), loc="outside lower right", frameon=False, ncols=3
+        )
         wave.set(xlabel="x", title="A new wave")
         for axes in (curve, wave):
             axes.spines[["top", "right"]].set_visible(False)
