@@ -119,7 +119,8 @@ def gradient(adapter: Adapter, frozen: Params, images: Images) -> Params:
     def loss(params: Params) -> Tensor:
         return cross_entropy(network(frozen, params, images.pixels), adapter.code[images.digits])
 
-    return grad(loss)(adapter.params)
+    slopes: Params = grad(loss)(adapter.params)
+    return slopes
 
 
 gradients_of_all = vmap(gradient, in_dims=(0, None, None))
@@ -213,7 +214,8 @@ def train_alone(stay: Stay, data: Data) -> Adapter:
 
 
 def bar(items: Sequence[Any], name: str) -> Iterable[Any]:
-    return tqdm(items, name, leave=False, disable=None)
+    shown: Iterable[Any] = tqdm(items, name, leave=False, disable=None)
+    return shown
 
 
 # ----------------------------------------------------------------------------------------- the data
@@ -409,7 +411,8 @@ def draw_slots(axes: Axes, stays: Sequence[Stay], trained: Trained, options: Opt
     image = axes.pcolormesh(edges, slots, values, cmap="YlGnBu", vmin=0, vmax=1)
     for stay in stays:
         if stay.start > 0:
-            axes.vlines(stay.start, *slots[stay.slot : stay.slot + 2], color="#d55e00", linewidth=2)
+            low, high = slots[stay.slot : stay.slot + 2]
+            axes.vlines(stay.start, low, high, color="#d55e00", linewidth=2)
     axes.figure.colorbar(image, ax=axes, format=PercentFormatter(1, 0), aspect=40, pad=0.02)
     title = "Accuracy on the test in each slot; orange: a new adapter"
     axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))

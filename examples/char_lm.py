@@ -113,7 +113,7 @@ def learning_rate(options: Options) -> schedules.Cosine:
 
 
 def warmup(options: Options) -> int:
-    return max(1, options.steps // 16)
+    return max(1, int(options.steps) // 16)
 
 
 def train(run: Run, stop: int, data: Data, options: Options, *, muon: bool = False) -> Run:
@@ -236,8 +236,9 @@ class Block(nn.Module):
         parts = self.attend(self.norm_1(x)).unflatten(-1, (3, self.heads, -1))
         query, key, value = parts.movedim(-3, 0).transpose(-3, -2)
         seen = scaled_dot_product_attention(query, key, value, is_causal=True)
-        x = x + self.mix(seen.transpose(-3, -2).flatten(-2))
-        return x + self.think(self.norm_2(x))
+        mixed: Tensor = x + self.mix(seen.transpose(-3, -2).flatten(-2))
+        thought: Tensor = self.think(self.norm_2(mixed))
+        return mixed + thought
 
 
 class Transformer(nn.Module):
@@ -256,7 +257,8 @@ class Transformer(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         places = self.place_embedding.weight[: tokens.shape[-1]]
-        return self.read(self.norm(self.blocks(self.embedding(tokens) + places)))
+        logits: Tensor = self.read(self.norm(self.blocks(self.embedding(tokens) + places)))
+        return logits
 
 
 def build(data: Data, options: Options) -> Transformer:
@@ -369,7 +371,11 @@ def written(params: Params, data: Data, options: Options, prompt: str = "The ") 
 
 
 def bar(items: Tensor, name: str, done: int = 0) -> Iterable[Tensor]:
-    return tqdm(items, name, unit="update", leave=False, initial=done, total=done + len(items))
+    total = done + len(items)
+    shown: Iterable[Tensor] = tqdm(
+        items, name, unit="update", leave=False, initial=done, total=total
+    )
+    return shown
 
 
 # ------------------------------------------------------------------------------------ the results

@@ -127,7 +127,7 @@ def train_together(
     """Train all members at once, and record how they do along the way."""
     opt, all_of_them = stacked(who, options)
     early, best_buffers, records = all_of_them.params, all_of_them.buffers, []
-    every = math.ceil(options.steps / 50)
+    every, step = math.ceil(options.steps / 50), 0
     for step, batch in enumerate(tqdm(data.batches, f"{len(who)} at once", unit="step")):
         told = {}
         if step % every == 0:
@@ -313,7 +313,7 @@ def evaluate(together: Trained, data: Data, options: Options) -> Results:
 def predict(tensors: Tensors, images: Images, options: Options) -> Tensor:
     """Return log-probabilities by member, image and digit."""
     network = build(0, options).eval()
-    outputs = vmap(lambda own: functional_call(network, own, (images.pixels,)))(tensors)
+    outputs: Tensor = vmap(lambda own: functional_call(network, own, (images.pixels,)))(tensors)
     return outputs.log_softmax(-1)
 
 
@@ -388,15 +388,15 @@ def check(who: Sequence[Member], together: Trained, data: Data, options: Options
     for rate in options.lrs:
         same = [found for index, found in drifts.items() if who[index].lr == rate]
         if same:
-            early, allowed, _ = max(same, key=lambda found: found[0] / found[1])
-            final = max(own for _, _, own in same)
-            print(f"  {rate:13g}{early:11.1e}{allowed:11.1e}{final:11.1e}")
+            near, allowed, _ = max(same, key=lambda found: found[0] / found[1])
+            far = max(own for _, _, own in same)
+            print(f"  {rate:13g}{near:11.1e}{allowed:11.1e}{far:11.1e}")
     print("\nOnly the first is checked: where training is chaotic, rounding grows without bound.")
-    for index, (early, allowed, _) in drifts.items():
-        if early > allowed:
+    for index, (near, allowed, _) in drifts.items():
+        if near > allowed:
             sys.exit(
                 f"\n{who[index]} is not the same alone: at step {steps} its weights differ by up "
-                f"to {early:.1e}, where rounding explains {allowed:.1e}."
+                f"to {near:.1e}, where rounding explains {allowed:.1e}."
             )
 
 

@@ -28,7 +28,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import matplotlib as mpl
 import torch
@@ -44,6 +44,7 @@ from tqdm import tqdm
 import funcopt
 
 Params = dict[str, Tensor]
+Keep = Literal["all", "sqrt", "log"] | int  # of the states of a training
 
 # Of the 1797 images, so many are to train on and so many to choose by. The other 600 are the test.
 TRAINING, VALIDATION = 897, 300
@@ -60,7 +61,13 @@ CHECKED_STEPS = 200
 MEASURED_STEPS = 250
 
 BEFORE, AFTER = "#0072b2", "#d55e00"
-WAYS = {"all": "#d55e00", "sqrt": "#0072b2", "log": "#009e73", "forward mode": "0.4"}
+Way = Literal["all", "sqrt", "log", "forward mode"]
+WAYS: dict[Way, str] = {
+    "all": "#d55e00",
+    "sqrt": "#0072b2",
+    "log": "#009e73",
+    "forward mode": "0.4",
+}
 
 
 # ----------------------------------------------------------------------------- the hyperparameters
@@ -118,11 +125,11 @@ def outputs_of(params: Params, images: Images) -> Tensor:
 
 
 def train(
-    hyper: Hyper, params: Params, data: Data, steps: int, keep: str | int = "sqrt"
+    hyper: Hyper, params: Params, data: Data, steps: int, keep: Keep = "sqrt"
 ) -> tuple[Params, Tensor]:
     """Return the trained parameters, and the loss of each minibatch."""
 
-    def step(carry: tuple[Params, funcopt.AdamWState], i: int) -> tuple[tuple, Tensor]:
+    def step(carry: tuple[Params, funcopt.AdamWState], i: int) -> tuple[Any, Tensor]:
         params, state = carry
         rate = rate_at(hyper, i, steps)
         rates = {name: rate * factor.exp() for name, factor in hyper.factors.items()}
@@ -137,7 +144,7 @@ def train(
 
 
 def loss_after(
-    hyper: Hyper, params: Params, data: Data, steps: int, keep: str | int = "sqrt"
+    hyper: Hyper, params: Params, data: Data, steps: int, keep: Keep = "sqrt"
 ) -> tuple[Tensor, tuple[Params, Tensor]]:
     """Return the validation loss at the end, and with it what it is of."""
     params, losses = train(hyper, params, data, steps, keep)
@@ -165,9 +172,10 @@ def learn(params: Params, data: Data, options: Options) -> Learned:
         for _ in range(options.updates + 1):
             slopes, (loss, (trained, losses)) = differentiate(hyper, params, data, options.steps)
             right = outputs_of(trained, data.test).argmax(-1) == data.test.digits
-            found = hyper, float(loss), float(right.float().mean()), losses
-            for column, value in zip(learned, found, strict=True):
-                column.append(value)
+            learned.hypers.append(hyper)
+            learned.validation.append(float(loss))
+            learned.accuracy.append(float(right.float().mean()))
+            learned.training.append(losses)
             bar.update()
             bar.set_postfix_str(f"validation loss {loss:.4f}")
             hyper, state = meta.update(slopes, state, hyper)
@@ -214,7 +222,7 @@ def compare(hyper: Hyper, params: Params, data: Data, steps: int) -> list[Slopes
     for name, direction in directions(hyper).items():
         products = zip(leaves_of(slopes), leaves_of(direction), strict=True)
         reverse = sum(float((slope * along).sum()) for slope, along in products)
-        _, forward = jvp(loss, (hyper,), (direction,))
+        forward = jvp(loss, (hyper,), (direction,))[1]
         high, low = (float(loss(moved(hyper, direction, by))) for by in (1e-5, -1e-5))
         found.append(Slopes(name, reverse, float(forward), (high - low) / 2e-5))
     return found
@@ -236,7 +244,9 @@ def check(params: Params, data: Data, options: Options) -> None:
     steps = min(CHECKED_STEPS, options.steps)
     wide = {name: leaf.double() for name, leaf in params.items()}
     parts = (Images(part.pixels.double(), part.digits) for part in data[:3])
-    found = compare(first_guess(wide), wide, Data(*parts, data.drawn), steps)
+    training, validation, test = parts
+    doubled = Data(training, validation, test, data.drawn)
+    found = compare(first_guess(wide), wide, doubled, steps)
     narrow = compare(first_guess(params), params, data, steps)
     print(f"\nDerivatives of the validation loss after {steps} steps, in float64:\n")
     print("                           reverse      forward  differences   reverse in float32")
@@ -254,19 +264,19 @@ def check(params: Params, data: Data, options: Options) -> None:
 # --------------------------------------------------------------------------------------- the memory
 
 
-def measure(params: Params, data: Data, options: Options) -> dict[str, list[tuple[int, float]]]:
+def measure(params: Params, data: Data, options: Options) -> dict[Way, list[tuple[int, float]]]:
     """Return for each way the peak memory in megabytes, over numbers of steps; needs Linux."""
     most = min(MEASURED_STEPS, options.steps)
     counts = sorted({max(1, most // divisor) for divisor in (16, 8, 4, 2, 1)})
     hyper = first_guess(params)
     along = directions(hyper)["learning rate"]
 
-    def derivative(steps: int, way: str) -> object:
+    def derivative(steps: int, way: Way) -> object:
         if way == "forward mode":
             return jvp(lambda own: loss_after(own, params, data, steps)[0], (hyper,), (along,))
         return grad(lambda own: loss_after(own, params, data, steps, way)[0])(hyper)
 
-    found: dict[str, list[tuple[int, float]]] = {}
+    found: dict[Way, list[tuple[int, float]]] = {}
     with tqdm(total=len(WAYS) * len(counts), desc="memory", leave=False, disable=None) as bar:
         for way in WAYS:
             found[way] = []
@@ -311,6 +321,7 @@ def load(options: Options) -> tuple[Params, Data]:
     order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))
     parts = order.split([TRAINING, VALIDATION, len(order) - TRAINING - VALIDATION])
     images = (Images(pixels[part], torch.tensor(digits.target)[part]) for part in parts)
+    training, validation, test = images
     generator = torch.Generator().manual_seed(options.seed)
     drawn = torch.randint(TRAINING, (options.steps, BATCH), generator=generator)
     params = {
@@ -319,7 +330,7 @@ def load(options: Options) -> tuple[Params, Data]:
         "outer": torch.randn(HIDDEN, 10, generator=generator) / math.sqrt(HIDDEN),
         "outer_bias": torch.zeros(10),
     }
-    return params, Data(*images, drawn)
+    return params, Data(training, validation, test, drawn)
 
 
 # -------------------------------------------------------------------------------------- the results
@@ -339,7 +350,7 @@ def print_results(learned: Learned) -> None:
 
 
 def draw(
-    learned: Learned, memory: dict[str, list[tuple[int, float]]], steps: int, output: Path
+    learned: Learned, memory: dict[Way, list[tuple[int, float]]], steps: int, output: Path
 ) -> None:
     with mpl.rc_context({"font.size": 9.5, "axes.titlesize": 11}):
         figure = Figure(figsize=(11, 3.8), layout="constrained")
@@ -379,7 +390,7 @@ def draw_training(axes: Axes, learned: Learned) -> None:
     axes.set(xlabel="step", ylabel="training loss", title="The training, before and after")
 
 
-def draw_memory(axes: Axes, memory: dict[str, list[tuple[int, float]]]) -> None:
+def draw_memory(axes: Axes, memory: dict[Way, list[tuple[int, float]]]) -> None:
     for way, points in memory.items():
         counts, sizes = zip(*points, strict=True)
         name = way if way not in {"all", "sqrt", "log"} else f'reverse, keep="{way}"'

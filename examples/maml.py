@@ -29,7 +29,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import matplotlib as mpl
 import torch
@@ -42,6 +42,7 @@ from tqdm import tqdm
 import funcopt
 
 Params = dict[str, Tensor]
+Keep = Literal["all", "sqrt", "log"] | int  # of the states of a training
 
 POINTS, WIDTH = 10, 40
 
@@ -111,7 +112,7 @@ def draw_tasks(count: int, generator: torch.Generator) -> Task:
 # ------------------------------------------------------------------------------------- the learning
 
 
-def adapt(learned: Learned, task: Task, steps: int, keep: str | int = "all") -> Params:
+def adapt(learned: Learned, task: Task, steps: int, keep: Keep = "all") -> Params:
     """Return the parameters after so many steps on one task."""
     opt = funcopt.AdamW(lr={name: lr.exp() for name, lr in learned.log_lr.items()})
 
@@ -124,7 +125,7 @@ def adapt(learned: Learned, task: Task, steps: int, keep: str | int = "all") -> 
     return params
 
 
-def loss_after(learned: Learned, task: Task, steps: int, keep: str | int = "all") -> Tensor:
+def loss_after(learned: Learned, task: Task, steps: int, keep: Keep = "all") -> Tensor:
     return loss_of(adapt(learned, task, steps, keep), task.test_x, task.test_y)
 
 
@@ -206,7 +207,7 @@ def plain_loss(
     params: Params,
     task: Task,
     steps: int,
-    keep: str | int = "all",
+    keep: Keep = "all",
     move: Callable[..., tuple[Any, Any]] = plain_step,
 ) -> Tensor:
     def step(carry: tuple[Params, funcopt.AdamWState], _: int) -> tuple[Any, None]:
@@ -219,7 +220,7 @@ def plain_loss(
 def by_funcopt(
     params: Params,
     task: Task,
-    keep: str | int,
+    keep: Keep,
     steps: int,
     move: Callable[..., tuple[Any, Any]] = plain_step,
 ) -> list[Tensor]:
@@ -239,7 +240,8 @@ def by_torchopt(params: Params, task: Task, name: str, steps: int) -> list[Tenso
             self.third = torch.nn.Linear(WIDTH, 1)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.third(self.second(self.first(x).tanh()).tanh())
+            outputs: Tensor = self.third(self.second(self.first(x).tanh()).tanh())
+            return outputs
 
     net = Net().to(task.x.dtype)
     net.load_state_dict(params)

@@ -148,7 +148,8 @@ def handovers(steps: int) -> tuple[int, int]:
 
 
 def bar(batches: list[Images]) -> Iterable[Images]:
-    return tqdm(batches, unit="step", leave=False)
+    shown: Iterable[Images] = tqdm(batches, unit="step", leave=False)
+    return shown
 
 
 # ------------------------------------------------------------------------------------ the results
@@ -160,10 +161,9 @@ def check(unbroken: Trained, migrated: Trained) -> None:
         if one != other:
             sys.exit(f"The loss at step {step} is {other!r} after migrating, and {one!r} without.")
     final, others = dict(tensors(unbroken.checkpoint)), dict(tensors(migrated.checkpoint))
-    for path, one in final.items():
-        other = others[path]
-        if not torch.equal(one, other):
-            largest = (one - other).abs().max().item()
+    for path, tensor in final.items():
+        if not torch.equal(tensor, others[path]):
+            largest = (tensor - others[path]).abs().max().item()
             sys.exit(f"{path} differs by up to {largest:.1e} after migrating.")
     print(f"All {len(unbroken.losses)} losses are the same to the bit, and so are all {len(final)}")
     print("tensors of the final checkpoint: weights, moments and step counts.")

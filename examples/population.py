@@ -272,7 +272,7 @@ class Board:
 
 
 def said(member: Member) -> str:
-    lr, decay = float(member.opt.lr), float(member.opt.weight_decay)
+    lr, decay = (float(torch.as_tensor(n)) for n in (member.opt.lr, member.opt.weight_decay))
     return f"learning rate {lr:.2g}, weight decay {decay:.2g}, noise {member.noise:.2g}"
 
 
@@ -390,6 +390,10 @@ def draw_tree(axes: Axes, run: Run, values: list[Tensor], slope: float) -> None:
     axes.autoscale_view()
 
 
+def rates_of(population: funcopt.AdamW) -> Tensor:
+    return torch.as_tensor(population.lr)  # which may be a number or a schedule, too
+
+
 def heights(run: Run) -> list[Tensor]:
     """Return how high to draw the members of each generation, so that no line crosses another.
 
@@ -398,7 +402,7 @@ def heights(run: Run) -> list[Tensor]:
     """
     found: list[Tensor] = []
     for generation in run.generations:
-        order = generation.opt.lr.argsort(stable=True)
+        order = rates_of(generation.opt).argsort(stable=True)
         if found:
             order = order[found[-1][generation.parents[order]].argsort(stable=True)]
         found.append(order.argsort())
@@ -407,8 +411,8 @@ def heights(run: Run) -> list[Tensor]:
 
 def draw_rates(axes: Axes, evolved: Run, fixed: Run) -> None:
     axes.set_yscale("log")
-    draw_tree(axes, evolved, [generation.opt.lr for generation in evolved.generations], slope=0)
-    rate = float(fixed.population.opt.lr[best_of(fixed)])
+    draw_tree(axes, evolved, [rates_of(one.opt) for one in evolved.generations], slope=0)
+    rate = float(rates_of(fixed.population.opt)[best_of(fixed)])
     axes.axhline(rate, color=SEARCH, linestyle="--", label="best of random search")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.set(ylabel="learning rate", title="Learning rates, changed in every copy")

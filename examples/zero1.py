@@ -26,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -163,11 +163,14 @@ class Run(NamedTuple):
 def train(layout: Layout, run: Run, batches: Iterable[Tensor]) -> Run:
     """Make an update for each minibatch, of which there must be one."""
     params, state, losses = run.params, run.state, []
+    grads: Params = {}
+    sent: list[int] = []
     for windows in batches:
-        with counting() as sent:
+        with counting() as counted:
             grads, loss = layout.gradients(params, windows)
             params, state = layout.opt.update_(grads, state, params)
         losses.append(loss)
+        sent = counted
     means = torch.stack(losses)
     dist.all_reduce(means)
     trees = {"parameters": params, "gradients": grads, "state": state}
@@ -186,7 +189,7 @@ def nbytes(tree: Any) -> int:
 
 
 @contextmanager
-def counting() -> Iterator[list[int]]:
+def counting() -> Generator[list[int], None, None]:
     """Collect the bytes that this process sends, collective by collective.
 
     All that is used here, FSDP2 too, calls the functions of `torch.distributed`, which are wrapped
@@ -229,7 +232,7 @@ def minibatches(
 def save(run: Run, directory: Path) -> None:
     """Let each process write the shares that it has."""
     entries = interop.to_state_dict({"params": run.params, "state": run.state})
-    dcp.save(entries, checkpoint_id=directory)
+    dcp.save(entries, checkpoint_id=directory)  # type: ignore[attr-defined]
 
 
 def load_whole(directory: Path, layout: Layout, mesh: DeviceMesh | None) -> dict[str, Any]:
@@ -245,7 +248,7 @@ def load_whole(directory: Path, layout: Layout, mesh: DeviceMesh | None) -> dict
     entries = interop.to_state_dict(template)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as no_dist says
-        dcp.load(entries, checkpoint_id=directory, no_dist=mesh is None)
+        dcp.load(entries, checkpoint_id=directory, no_dist=mesh is None)  # type: ignore[attr-defined]
     found: dict[str, Any] = interop.from_state_dict(template, entries)
     return found | {"state": gather_state(opt, found["state"], found["params"])}
 
@@ -312,7 +315,7 @@ def train_all(data: char_lm.Data, options: char_lm.Options, mesh: DeviceMesh) ->
 
 
 @contextmanager
-def shared_directory() -> Iterator[Path]:
+def shared_directory() -> Generator[Path, None, None]:
     """Make a directory that all processes know, of one machine or of a shared disk."""
     with tempfile.TemporaryDirectory() as own:
         names = [own]

@@ -176,6 +176,7 @@ from ._engine.registration import check_fields, register_optimizer
 from ._engine.rule import Adjoint, Kernel, Slot, StepInputs, StepOutputs, UpdateRule
 from ._engine.update import update, update_
 from .wrappers._shared import (
+    Gradients,
     check_wrapper_inplace,
     device_of_tensors,
     first_count_if_scheduled,
@@ -191,6 +192,7 @@ __all__ = [
     "FRACTION",
     "SHARE",
     "Adjoint",
+    "Gradients",
     "Hyperparam",
     "Kernel",
     "Range",

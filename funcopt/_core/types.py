@@ -44,8 +44,8 @@ class Extras(TypedDict, total=False):
             vmap may be one for each member. Where it is False, parameters, state and counts keep
             every bit, whatever the gradients are. Default: True.
         value: A score of the parameters that are given, such as a validation loss: a number, or a
-            floating-point tensor of shape (), likewise. `Best` and `Plateau` go by it, and nobody
-            else. No derivative flows through it. Default: None, which tells them nothing this time.
+            floating-point tensor of shape (), likewise. `Best` and `Plateau` go by it; without them
+            it is checked, and changes nothing. No derivative flows through it. Default: None.
 
     Example:
         >>> import torch, funcopt

@@ -38,9 +38,18 @@ from .._engine.rule import StepInputs
 
 
 class Gradients(NamedTuple):
-    """Gradients beside their parameters, checked.
+    """Gradients beside their parameters, checked: what `gather_gradients` returns.
 
     Leaves at rest are those that the optimizer leaves as they are, as `Frozen` does.
+
+    Example:
+        >>> import torch, funcopt
+        >>> from funcopt import extend
+        >>> def doubled(gradients: extend.Gradients) -> funcopt.Tree:
+        ...     return gradients.replace(2 * grad for grad in gradients.tensors).tree
+        >>> grads, params = {"w": torch.ones(2)}, {"w": torch.zeros(2)}
+        >>> doubled(extend.gather_gradients(funcopt.SGD(), grads, params))
+        {'w': tensor([2., 2.])}
     """
 
     params: list[Tensor]

@@ -87,6 +87,20 @@ def test_the_derivative_of_an_update_that_is_not_active_is_that_of_doing_nothing
     assert slopes["w"][0].isfinite().all()
 
 
+@pytest.mark.parametrize(
+    "opt",
+    [SGD(lr=0.1), Clip(AdamW(lr=0.1), max_norm=1.0), Lookahead(SGD(lr=0.1), every=2)],
+    ids=repr,
+)
+def test_a_value_that_nobody_goes_by_changes_nothing(opt):
+    params = params_of()
+    state, grads = opt.init(params), random_like(params)
+    expected = opt.update(grads, state, params)
+    assert_same_bits(opt.update(grads, state, params, value=0.5), expected)
+    opt.update_(grads, state, params, value=torch.tensor(float("nan")))
+    assert_same_bits((params, state), expected)
+
+
 @pytest.mark.parametrize("method", ["update", "update_"])
 def test_what_starts_anew_within_an_update_goes_by_its_value(method):
     opt = Lookahead(Best(SGD(lr=0.1)), every=2, reset_state=True)
