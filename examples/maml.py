@@ -105,7 +105,10 @@ def draw_tasks(count: int, generator: torch.Generator) -> Task:
     amplitude = 0.1 + 4.9 * torch.rand(count, 1, 1, generator=generator)
     phase = math.pi * torch.rand(count, 1, 1, generator=generator)
     x, test_x = (10 * torch.rand(2, count, POINTS, 1, generator=generator) - 5).unbind()
-    wave = lambda x: amplitude * torch.sin(x + phase)  # noqa: E731
+
+    def wave(x: Tensor) -> Tensor:
+        return amplitude * torch.sin(x + phase)
+
     return Task(x, wave(x), test_x, wave(test_x))
 
 
