@@ -24,7 +24,7 @@ A bare tensor is a tree of one leaf. No type checker can spell this, so it is an
 Number: TypeAlias = float | Tensor
 """A Python number or a 0-dim tensor; beneath a vmap, with dimensions of members."""
 
-Schedule: TypeAlias = Callable[[Tensor], Number]
+Schedule: TypeAlias = Callable[[Any], Number]  # a number for a plot; optimizers give a tensor
 """A pure function from the count of updates made so far (a 0-dim tensor) to a hyperparameter."""
 
 NumberTree: TypeAlias = dict[Any, Any] | list[Any] | tuple[Any, ...]

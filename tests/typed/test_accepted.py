@@ -187,8 +187,12 @@ def test_a_schedule_takes_numbers_and_tensors() -> None:
     given: list[funcopt.Schedule] = [schedule, halved, lambda count: 1 / (1 + count)]
     for own in given:
         assert_type(own(torch.tensor(5)), float | Tensor)
+        assert_type(own(5), float | Tensor)
         funcopt.AdamW(lr=own, betas=(0.9, own), weight_decay=own)
     schedules.Join((schedule, halved), (10,))(3)
+    lr = funcopt.Ema(funcopt.AdamW(lr=schedule), 0.9).inner.lr
+    assert callable(lr)
+    lr(5)
 
 
 def test_hyperparameters_are_numbers_tensors_schedules_or_trees() -> None:
