@@ -179,6 +179,29 @@ def _told(opt: Any, state: Tree, value: Any) -> Tree | None:
     return _put(state, own) if any(type(p) in _going_by_value for p in optimizers_in(opt)) else None
 
 
+def told_members(state: Tree, value: Any, members: int) -> Tree | None:
+    """Return a state with the value of each member for all that go by one.
+
+    None if it is no such value, or has a history or a subclass: then that is for a vmap.
+    """
+    if isinstance(value, Tensor):
+        if type(value) is not Tensor or not value.is_floating_point() or not value.is_cpu:
+            return None
+        if value.requires_grad or value.ndim > 1 or (value.ndim == 1 and len(value) != members):
+            return None
+        own = value.expand(members) if value.ndim == 0 else value
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        own = torch.full((members,), value, dtype=torch.float64, device="cpu")
+    else:
+        return None
+    return _put(state, own)
+
+
+def forget_value(state: Tree) -> Tree:
+    """Return a state without the value of the update that it was told."""
+    return _put(state, ())
+
+
 def keep_value(new: Tree, old: Tree) -> Tree:
     """Return a state as `init` makes it that is told what another one of the same optimizer is.
 
@@ -202,5 +225,7 @@ def _put(state: Tree, value: Any) -> Tree:
 
 
 def _with_value(node: Any, value: Any) -> Any:
-    own = value.clone() if isinstance(value, Tensor) else value
+    own = value
+    if isinstance(value, Tensor):
+        own = value.clone(memory_format=torch.contiguous_format)
     return node._replace(value=own, inner=_put(node.inner, value))

@@ -35,6 +35,21 @@ def all_finite(leaves: Sequence[Tensor], like: Tensor) -> Tensor:
     return _all([_are_finite(extremes) for extremes in _by_kind(_extremes(parts))], like)
 
 
+def finite_members(leaves: Sequence[Tensor], active: Tensor | None) -> Tensor:
+    """Return which members of stacked leaves on the CPU have finite elements alone: a bool of each.
+
+    Of those that are not active, any.
+    """
+    finite = torch.ones(len(leaves[0]), dtype=torch.bool, device=leaves[0].device)
+    for leaf in leaves:
+        rows = leaf.reshape(len(leaf), -1)
+        suspect = ~rows.sum(1).isfinite()  # as in `_suspects`
+        suspects = (suspect if active is None else suspect & active).nonzero().squeeze(1)
+        if len(suspects):
+            finite[suspects] &= rows[suspects].isfinite().all(1)
+    return finite
+
+
 def _is_slow(leaf: Tensor) -> bool:
     """Whether the largest element of such leaves says nothing, or takes long.
 

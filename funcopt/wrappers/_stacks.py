@@ -146,9 +146,14 @@ def lerp_rows(
     weight = read_if_same(weight)
     if stack.active is None and not stack.in_place:
         return [_lerp(*pair, weight) for pair in zip(starts, ends, strict=True)]
-    targets = list(starts) if stack.in_place else copies_of(starts)
-    change_rows_(stack.active, _lerp_, targets, ends, numbers=[weight])
+    targets = rewritten(stack, starts)
+    change_rows_(stack.active, lerp_, targets, ends, numbers=[weight])
     return targets
+
+
+def rewritten(stack: Stack, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return tensors that an update may write over: these if it is in place, else copies."""
+    return list(tensors) if stack.in_place else copies_of(tensors)
 
 
 def _lerp(start: Tensor, end: Tensor, weight: Number) -> Tensor:
@@ -156,7 +161,8 @@ def _lerp(start: Tensor, end: Tensor, weight: Number) -> Tensor:
     return moved
 
 
-def _lerp_(start: Tensor, end: Tensor, weight: Number) -> None:
+def lerp_(start: Tensor, end: Tensor, weight: Number) -> None:
+    """Move stacked tensors a share of the way, which may differ between members, in place."""
     if is_narrow(start.dtype):
         start.copy_(_lerp(start, end, weight))
     else:

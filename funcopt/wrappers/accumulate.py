@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._core import pytree, tensors, transforms
 from .._core.inner import InnerStateT, InnerT_co, OptimizerLike
-from .._core.tensors import compute_dtype, copies_of, write
+from .._core.tensors import compute_dtype, write
 from .._core.types import (
     COUNT,
     ELEMENTWISE,
@@ -48,7 +48,7 @@ from ._shared import (
     write_fields_and_count,
     zero_if,
 )
-from ._stacks import change_rows_, gather_stack, numbers_of_members, renewed
+from ._stacks import change_rows_, gather_stack, numbers_of_members, renewed, rewritten
 
 
 @state_class
@@ -226,7 +226,7 @@ class Accumulate(Generic[InnerT_co]):
 
         def update() -> tuple[Tree, AccumulateState]:
             new_params, inner = finish()
-            totals = sums.leaves if stack.in_place else copies_of(sums.leaves)
+            totals = rewritten(stack, sums.leaves)
             change_rows_(stack.where(~due).active, Tensor.add_, totals, gradients.tensors)
             change_rows_(completing.active, Tensor.zero_, totals)
             mini_step, given = renewed(

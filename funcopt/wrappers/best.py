@@ -31,6 +31,8 @@ from .._engine.counts import device_for_count, first_count, fresh
 from .._engine.extras import goes_by_value
 from .._engine.hyperparameters import check_choice, normalize_fields, numbers_of
 from .._engine.registration import register_optimizer, state_class
+from .._engine.stacked import Finish, Stack
+from .._engine.stacked_wrappers import plan_stacked, plans_members
 from .._engine.update_if import choose_each, copies
 from ._scores import MODES, PATIENCE, check_scores, is_better, read_all, worst
 from ._shadow_params import ShadowParams, own_dtype
@@ -41,6 +43,7 @@ from ._shared import (
     own_tensors,
     write_fields_and_count,
 )
+from ._stacks import gather_stack, numbers_of_members, renewed, rewritten
 
 
 @state_class
@@ -216,6 +219,43 @@ class Best(Generic[InnerT_co]):
             write_fields_and_count(state, **_fresh(values, state))
         return params, state
 
+    def _plan_members(self, stack: Stack) -> Finish | None:
+        """Return what updates stacked members, each with a best score of its own."""
+        state: BestState = stack.state
+        check_state(state, BestState)
+        own: dict[str, Any] = {name: (getattr(state, name), torch.float64) for name in _READ[1:]}
+        own["stopped"] = state.stopped, torch.bool
+        told = isinstance(state.value, Tensor)
+        if told:
+            own["value"] = state.value, None
+        numbers, gradients = numbers_of_members(self, stack, **own), gather_stack(self, stack)
+        if numbers is None or gradients is None:
+            return None
+        kept = ShadowParams.gather(gradients, "state.best_params", state.best_params, own_dtype)
+        finish = plan_stacked(self.inner, stack._replace(state=state.inner))
+        if finish is None:
+            return None
+        better, values = self._judge(state, numbers) if told else (False, {})
+        rows = _rows_of(better, stack)
+        best = [param.index_select(0, rows) for param in gradients.params]  # before they move
+
+        def update() -> tuple[Tree, BestState]:
+            new_params, inner = finish()
+            targets = rewritten(stack, kept.leaves)
+            for target, new in zip(targets, best, strict=True):
+                target.index_copy_(0, rows, new)
+            news = _clones(state) | _fresh(values, state) | {"step": state.step + 1}
+            pairs = [(getattr(state, name), new) for name, new in news.items()]
+            renewed_numbers = dict(zip(news, renewed(stack, *pairs), strict=True))
+            return new_params, BestState(
+                best_params=kept.paired.rebuild(targets),
+                inner=inner,
+                value=state.value,
+                **renewed_numbers,
+            )
+
+        return update
+
     def _gather(
         self, grads: Tree, state: BestState, params: Tree
     ) -> tuple[ShadowParams, dict[str, Number], bool]:
@@ -245,6 +285,7 @@ class Best(Generic[InnerT_co]):
 
 
 goes_by_value(Best, BestState)
+plans_members(Best, Best._plan_members)
 
 _NUMBERS = ("best_value", "best_step", "n_worse", "stopped")
 _READ = ("value", "best_value", "best_step", "n_worse", "step")
@@ -253,6 +294,14 @@ _READ = ("value", "best_value", "best_step", "n_worse", "step")
 def _fresh(values: dict[str, Number], state: BestState) -> dict[str, Tensor]:
     """Return new numbers of a state as tensors."""
     return {name: fresh(value, getattr(state, name)) for name, value in values.items()}
+
+
+def _rows_of(better: bool | Tensor, stack: Stack) -> Tensor:
+    """Return which members of a stack have a new best: their indices."""
+    if not isinstance(better, Tensor):
+        better = torch.zeros(stack.members, dtype=torch.bool, device="cpu")
+    active = better if stack.active is None else better & stack.active
+    return active.nonzero().squeeze(1)
 
 
 def _clones(state: BestState) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._core import transforms
 from .._core.inner import InnerStateT, InnerT_co, OptimizerLike
-from .._core.tensors import is_mapped, view_as_complex_like, view_as_real
+from .._core.tensors import fit, is_mapped, view_as_complex_like, view_as_real
 from .._core.types import (
     AT_LEAST_ZERO,
     Extras,
@@ -27,6 +27,8 @@ from .._engine.checks import check_state
 from .._engine.counts import next_count
 from .._engine.hyperparameters import normalize_fields, numbers_of
 from .._engine.registration import register_optimizer, state_class
+from .._engine.stacked import Finish, Stack
+from .._engine.stacked_wrappers import plan_stacked, plans_members
 from ._shared import (
     Gradients,
     check_wrapper_inplace,
@@ -36,6 +38,7 @@ from ._shared import (
     own_tensors,
     write_fields_and_count,
 )
+from ._stacks import change_rows_, gather_stack, numbers_of_members
 
 
 @state_class
@@ -124,6 +127,25 @@ class ClipValue(Generic[InnerT_co]):
         write_fields_and_count(state)
         return params, state
 
+    def _plan_members(self, stack: Stack) -> Finish | None:
+        """Return what updates stacked members, which may have values of their own."""
+        state: ClipValueState = stack.state
+        check_state(state, ClipValueState)
+        stack = stack.multiplied()
+        numbers, gradients = numbers_of_members(self, stack), gather_stack(self, stack)
+        if numbers is None or gradients is None:
+            return None
+        given = gradients.replace(_clamped_members(gradients.tensors, stack.active, **numbers)).tree
+        finish = plan_stacked(self.inner, stack._replace(state=state.inner, grads=given))
+        if finish is None:
+            return None
+
+        def update() -> tuple[Tree, ClipValueState]:
+            new_params, inner = finish()
+            return new_params, ClipValueState(inner)
+
+        return update
+
     def _gather(
         self, grads: Tree, state: ClipValueState, params: Tree
     ) -> tuple[Gradients, dict[str, Number]]:
@@ -132,14 +154,30 @@ class ClipValue(Generic[InnerT_co]):
         return gather_gradients(self, grads, params), numbers
 
 
+plans_members(ClipValue, ClipValue._plan_members)
+
+
 def _clip(gradients: Gradients, max_value: Number) -> Tree:
     return gradients.replace([_clamped(grad, max_value) for grad in gradients.tensors]).tree
+
+
+def _clamped_members(grads: list[Tensor], active: Tensor | None, max_value: Number) -> list[Tensor]:
+    """Return stacked gradients, those of the active members clipped; of the others, any."""
+    if active is None:
+        return [_clamped(grad, max_value) for grad in grads]
+    clipped = list(map(torch.empty_like, grads))
+    change_rows_(active, _write_clamped, clipped, grads, numbers=[max_value])
+    return clipped
+
+
+def _write_clamped(target: Tensor, grad: Tensor, max_value: Number) -> None:
+    target.copy_(_clamped(grad, max_value))
 
 
 def _clamped(grad: Tensor, most: Number) -> Tensor:
     pair = view_as_real(grad)
     if isinstance(most, Tensor):
-        most = most.to(pair)
+        most = fit(most, pair)
         return view_as_complex_like(torch.minimum(torch.maximum(pair, -most), most), grad)
     if most > torch.finfo(grad.dtype).max:  # infinite in this dtype, in which torch refuses it
         return grad

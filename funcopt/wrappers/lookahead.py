@@ -27,11 +27,13 @@ from .._core.types import (
     check_is_optimizer,
 )
 from .._engine.checks import check_state
-from .._engine.counts import next_count
+from .._engine.counts import next_count, read_if_same
 from .._engine.extras import keep_value
 from .._engine.hyperparameters import check_flag, normalize_fields, numbers_of
 from .._engine.prepare import keep_requiring
 from .._engine.registration import register_optimizer, state_class
+from .._engine.stacked import Finish, Stack
+from .._engine.stacked_wrappers import plan_stacked, plans_members
 from .._engine.update_if import choose_each, copies
 from ._shadow_params import ShadowParams, copy_params, own_dtype
 from ._shared import (
@@ -46,6 +48,7 @@ from ._shared import (
     write_fields_and_count,
     zero_if,
 )
+from ._stacks import change_rows_, gather_stack, lerp_, numbers_of_members, renewed, rewritten
 
 
 @state_class
@@ -194,6 +197,32 @@ class Lookahead(Generic[InnerT_co]):
             write_fields_and_count(state, steps_since_sync=count)
         return params, state
 
+    def _plan_members(self, stack: Stack) -> Finish | None:
+        """Return what updates stacked members, of which some may be synced before others."""
+        state: LookaheadState = stack.state
+        check_state(state, LookaheadState)
+        since = state.steps_since_sync
+        numbers = numbers_of_members(self, stack, steps_since_sync=(since, None))
+        gradients = gather_stack(self, stack)
+        if numbers is None or gradients is None or self.reset_state:
+            return None
+        slow = ShadowParams.gather(gradients, "state.slow_params", state.slow_params, own_dtype)
+        finish = plan_stacked(self.inner, stack._replace(state=state.inner))
+        if finish is None:
+            return None
+        syncs: Any = is_due(since, numbers["every"])
+        active, alpha = stack.where(syncs).active, read_if_same(numbers["alpha"])
+
+        def update() -> tuple[Tree, LookaheadState]:
+            new_params, inner = finish()
+            fast, new_slow = pytree.flatten(new_params)[0], rewritten(stack, slow.leaves)
+            change_rows_(active, lerp_, new_slow, fast, numbers=[alpha])
+            change_rows_(active, Tensor.copy_, fast, new_slow)
+            [count] = renewed(stack, (since, zero_if(syncs, since + 1)))
+            return new_params, LookaheadState(count, slow.paired.rebuild(new_slow), inner)
+
+        return update
+
     def _gather(
         self, grads: Tree, state: LookaheadState, params: Tree
     ) -> tuple[ShadowParams, dict[str, Number]]:
@@ -228,6 +257,9 @@ class Lookahead(Generic[InnerT_co]):
         if self.reset_state:
             restarted = self._restarted(syncs, inner, params)
             _write_all(pytree.flatten(inner)[0], pytree.flatten(restarted)[0])
+
+
+plans_members(Lookahead, Lookahead._plan_members)
 
 
 def _known(number: Number) -> Number:

@@ -35,8 +35,16 @@ from .._engine.hyperparameters import (
     numbers_of,
 )
 from .._engine.registration import register_optimizer, state_class
+from .._engine.stacked import Finish, Stack
+from .._engine.stacked_wrappers import plan_stacked, plans_members
 from .._engine.update_if import update_if, update_if_
-from ._finite import all_finite_everywhere, decide, device_for_state, zeros_unless
+from ._finite import (
+    all_finite_everywhere,
+    decide,
+    device_for_state,
+    finite_members,
+    zeros_unless,
+)
 from ._shared import (
     Gradients,
     check_scalar,
@@ -48,6 +56,7 @@ from ._shared import (
     records,
     write_fields_and_count,
 )
+from ._stacks import gather_stack, numbers_of_members, renewed
 
 
 @state_class
@@ -236,6 +245,30 @@ class LossScale(Generic[InnerT_co]):
         write_fields_and_count(state, should_update, scale=scale, growth_tracker=tracker)
         return params, state
 
+    def _plan_members(self, stack: Stack) -> Finish | None:
+        """Return what updates stacked members, each with a scale of its own."""
+        state: LossScaleState = stack.state
+        check_state(state, LossScaleState)
+        stack = stack.multiplied()
+        own = {"scale": (state.scale, None), "tracker": (state.growth_tracker, torch.int64)}
+        numbers, gradients = numbers_of_members(self, stack, **own), gather_stack(self, stack)
+        if numbers is None or gradients is None:
+            return None
+        finite, inverse = finite_members(gradients.tensors, stack.active), _inverse(state.scale)
+        moving = stack.where(finite)._replace(state=state.inner, grad_scale=inverse)
+        finish = plan_stacked(self.inner, moving)
+        if finish is None:
+            return None
+        scale, tracker = _rescale(state, finite, numbers)
+
+        def update() -> tuple[Tree, LossScaleState]:
+            new_params, inner = finish()
+            pairs = (state.scale, scale), (state.growth_tracker, tracker)
+            new_scale, new_tracker = renewed(stack, *pairs)
+            return new_params, LossScaleState(new_scale, new_tracker, inner)
+
+        return update
+
     def _gather(
         self, grads: Tree, state: LossScaleState, params: Tree
     ) -> tuple[Gradients, dict[str, Number]]:
@@ -244,6 +277,9 @@ class LossScale(Generic[InnerT_co]):
         check_count(state.growth_tracker, lambda: "state.growth_tracker")
         numbers = numbers_of(self, state.step)
         return gather_gradients(self, grads, params), numbers
+
+
+plans_members(LossScale, LossScale._plan_members)
 
 
 def _rescale(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Generic, NamedTuple, Unpack
 
 import torch
+from torch import Tensor
 
 from .._core import pytree
 from .._core.inner import InnerStateT, InnerT_co, OptimizerLike
@@ -23,9 +24,12 @@ from .._core.types import (
 from .._engine.checks import check_state
 from .._engine.prepare import keep_requiring
 from .._engine.registration import register_optimizer, state_class
+from .._engine.stacked import Finish, Stack
+from .._engine.stacked_wrappers import plan_stacked, plans_members
 from ._in_float32 import check_params_inplace, widened
 from ._shadow_params import ShadowParams, copy_params
 from ._shared import gather_gradients, records
+from ._stacks import change_rows_, gather_stack
 
 
 @state_class
@@ -163,12 +167,42 @@ class MasterWeights(Generic[InnerT_co]):
                 write(old, new)
         return params, state
 
+    def _plan_members(self, stack: Stack) -> Finish | None:
+        """Return what updates stacked members."""
+        state: MasterWeightsState = stack.state
+        check_state(state, MasterWeightsState)
+        stack = stack.multiplied()
+        if gather_stack(self, stack) is None:
+            return None
+        master = self._gather(stack.grads, state, stack.params)
+        gradients, wide = master.gradients, widened(master.gradients, recorded=False)
+        inner_stack = stack._replace(grads=wide.tree, state=state.inner, params=_moved_tree(master))
+        finish = plan_stacked(self.inner, inner_stack)
+        if finish is None:
+            return None
+
+        def update() -> tuple[Tree, MasterWeightsState]:
+            moved, inner = finish()
+            leaves, structure = pytree.flatten(moved)
+            if stack.in_place:
+                change_rows_(stack.active, Tensor.copy_, gradients.params, leaves)
+                return stack.params, state
+            pairs = zip(leaves, gradients.params, strict=True)
+            new_params = [own.to(param.dtype, copy=True) for own, param in pairs]
+            new_master = master.paired.rebuild(leaves)
+            return pytree.unflatten(structure, new_params), MasterWeightsState(inner, new_master)
+
+        return update
+
     def _gather(self, grads: Tree, state: MasterWeightsState, params: Tree) -> ShadowParams:
         check_state(state, MasterWeightsState)
         gradients = gather_gradients(self, grads, params)
         return ShadowParams.gather(
             gradients, "state.master", state.master, compute_dtype, "a master weight"
         )
+
+
+plans_members(MasterWeights, MasterWeights._plan_members)
 
 
 def _moved_tree(master: ShadowParams) -> Tree:

@@ -21,10 +21,16 @@ from .._core.types import (
     Traits,
     Tree,
     check_is_optimizer,
+    own_traits,
     traits_of,
 )
 from .._engine.checks import sharding
-from .._engine.extras import check_is_mask, takes_extras_of_members
+from .._engine.extras import (
+    check_is_mask,
+    forget_value,
+    takes_extras_of_members,
+    told_members,
+)
 from .._engine.prepare import are_shards, keep_requiring
 from .._engine.registration import register_optimizer
 from .._engine.stacked_wrappers import update_stacked
@@ -167,10 +173,9 @@ def _update(
     """Update a stack with what is told of each member, or of all."""
     if active is not None:
         check_is_mask(active)
-    if value is None and (active is None or active.ndim == 1):
-        made = update_stacked(inner, grads, state, params, active, in_place=in_place)
-        if made is not None:
-            return made
+    made = _update_together(inner, grads, state, params, active, value, in_place=in_place)
+    if made is not None:
+        return made
     trees = {"grads": grads, "state": state, "params": params, "active": active, "value": value}
     told = {root: tree for root, tree in trees.items() if tree is not None}
     _check_members(told)
@@ -184,6 +189,32 @@ def _update(
         for old, new in zip(_tensors((params, state)), _tensors(news), strict=True):
             write(old, new)
     return params, state
+
+
+def _update_together(
+    inner: Optimizer[Any],
+    grads: Tree,
+    state: Tree,
+    params: Tree,
+    active: Tensor | None,
+    value: Number | None,
+    *,
+    in_place: bool,
+) -> tuple[Tree, Tree] | None:
+    """Update all members by one step of a kernel; None, and nothing done, if that is not so."""
+    if active is not None and active.ndim != 1:
+        return None
+    if value is None:
+        return update_stacked(inner, grads, state, params, active, in_place=in_place)
+    tensors = _tensors(params)
+    members = len(tensors[0]) if tensors and tensors[0].ndim else 0
+    told = told_members(state, value, members)
+    if told is None or own_traits(inner).by_rule:
+        return None
+    made = update_stacked(inner, grads, told, params, active, in_place=in_place)
+    if made is None or in_place:
+        return None if made is None else (params, state)
+    return made[0], forget_value(made[1])
 
 
 def _updated(inner: Optimizer[Any], trees: dict[str, Tree]) -> Any:

@@ -26,6 +26,8 @@ from .._engine.checks import check_dense, check_state
 from .._engine.prepare import check_untied
 from .._engine.registration import register_optimizer, state_class
 from .._engine.scaled import hands_on
+from .._engine.stacked import Finish, Stack
+from .._engine.stacked_wrappers import plan_stacked, plans_members
 from ._together import Update, update_together_
 from .labels import Labels, check_labels, label_leaves, name_leaves, patterns_in
 
@@ -184,6 +186,26 @@ class Partition(Generic[InnerStateT]):
         new_params = groups.rebuild([own for own, _ in moved.values()])
         return new_params, PartitionState({label: own for label, (_, own) in moved.items()})
 
+    def _plan_members(self, stack: Stack) -> Finish | None:
+        """Return what updates stacked members: all groups are planned before any is moved."""
+        leaves, structure = pytree.flatten(stack.params)
+        # What has a label by its shape, say, is a leaf of one member.
+        groups = self._group([leaf[0] for leaf in leaves], structure)._replace(leaves=leaves)
+        plans = {}
+        for label, own in self._updates(groups, stack.grads, stack.state).items():
+            given = stack._replace(grads=own.grads, state=own.state, params=own.params)
+            plan = plan_stacked(own.opt, given)
+            if plan is None:
+                return None
+            plans[label] = plan
+
+        def update() -> tuple[Tree, PartitionState]:
+            moved = {label: plan() for label, plan in plans.items()}
+            new_params = groups.rebuild([own for own, _ in moved.values()])
+            return new_params, PartitionState({label: own for label, (_, own) in moved.items()})
+
+        return update
+
     def _groups(self, params: Tree) -> _Groups:
         leaves, structure = pytree.flatten(params)
         check_untied(leaves, structure)
@@ -243,6 +265,7 @@ class Partition(Generic[InnerStateT]):
 
 
 hands_on(Partition, Partition._update_scaled)
+plans_members(Partition, Partition._plan_members)
 leaves_at_rest(Partition, Partition._at_rest)
 
 

@@ -26,10 +26,12 @@ from .._core.types import (
     check_is_optimizer,
 )
 from .._engine.checks import check_state
-from .._engine.counts import device_for_count, fresh, next_count
+from .._engine.counts import device_for_count, fresh, next_count, read_if_same
 from .._engine.extras import goes_by_value
 from .._engine.hyperparameters import check_choice, normalize_fields, numbers_of
 from .._engine.registration import register_optimizer, state_class
+from .._engine.stacked import Finish, Stack
+from .._engine.stacked_wrappers import plan_stacked, plans_members
 from ._lr import learning_rates, with_scaled_lr
 from ._scores import MODES, PATIENCE, check_scores, is_better, read_all, worst
 from ._shared import (
@@ -42,6 +44,7 @@ from ._shared import (
     records,
     write_fields_and_count,
 )
+from ._stacks import numbers_of_members, renewed
 
 
 @state_class
@@ -233,6 +236,34 @@ class Plateau(Generic[InnerT_co]):
             write_fields_and_count(state, **news)
         return params, state
 
+    def _plan_members(self, stack: Stack) -> Finish | None:
+        """Return what updates stacked members, each with a scale of its own."""
+        state: PlateauState = stack.state
+        check_state(state, PlateauState)
+        own: dict[str, Any] = {name: (old, torch.float64) for name, old in _numbers_in(state)}
+        told = isinstance(state.value, Tensor)
+        if told:
+            own["value"] = state.value, None
+        numbers = numbers_of_members(self, stack, **own)
+        if numbers is None:
+            return None
+        values = self._judge(self._read(state, numbers)) if told else {}
+        scale = read_if_same(values.get("scale", state.scale))
+        if isinstance(scale, Tensor) and not all(map(_is_number, learning_rates(self.inner))):
+            return None
+        scaled = self._scaled(scale, numbers["min_lr"])
+        finish = plan_stacked(scaled, stack._replace(state=state.inner))
+        if finish is None:
+            return None
+
+        def update() -> tuple[Tree, PlateauState]:
+            new_params, inner = finish()
+            pairs = [(old, fresh(values.get(name, old), old)) for name, old in _numbers_in(state)]
+            news = dict(zip(_NUMBERS, renewed(stack, *pairs), strict=True))
+            return new_params, PlateauState(**news, inner=inner, value=state.value)
+
+        return update
+
     def _look(self, state: PlateauState) -> tuple[dict[str, Number], bool]:
         """Return the numbers of this update, and whether it was told a score."""
         check_state(state, PlateauState)
@@ -279,12 +310,17 @@ class Plateau(Generic[InnerT_co]):
 
 
 goes_by_value(Plateau, PlateauState)
+plans_members(Plateau, Plateau._plan_members)
 
 _NUMBERS = ("scale", "best_value", "n_worse", "cooldown_left")
 
 
 def _numbers_in(state: PlateauState) -> list[tuple[str, Tensor]]:
     return [(name, getattr(state, name)) for name in _NUMBERS]
+
+
+def _is_number(rate: Any) -> bool:
+    return isinstance(rate, (int, float, Tensor))
 
 
 def _known(number: Number) -> float | None:

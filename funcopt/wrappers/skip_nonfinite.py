@@ -27,8 +27,10 @@ from .._engine.checks import check_state
 from .._engine.counts import next_count
 from .._engine.hyperparameters import check_count, detached, normalize_fields, numbers_of
 from .._engine.registration import register_optimizer, state_class
+from .._engine.stacked import Finish, Stack
+from .._engine.stacked_wrappers import plan_stacked, plans_members
 from .._engine.update_if import update_if, update_if_
-from ._finite import all_finite_everywhere, decide, device_for_state, zeros_unless
+from ._finite import all_finite_everywhere, decide, device_for_state, finite_members, zeros_unless
 from ._shared import (
     Gradients,
     check_overflow_is_seen,
@@ -41,6 +43,7 @@ from ._shared import (
     records,
     write_fields_and_count,
 )
+from ._stacks import gather_stack, numbers_of_members, renewed
 
 
 @state_class
@@ -180,6 +183,36 @@ class SkipNonfinite(Generic[InnerT_co]):
         write_fields_and_count(state, should_update, **dict(zip(names, counts, strict=True)))
         return params, state
 
+    def _plan_members(self, stack: Stack) -> Finish | None:
+        """Return what updates stacked members, of which each is skipped by itself."""
+        state: SkipNonfiniteState = stack.state
+        check_state(state, SkipNonfiniteState)
+        stack = stack.multiplied()
+        numbers = numbers_of_members(
+            self,
+            stack,
+            consecutive=(state.consecutive, torch.int64),
+            total=(state.total, torch.int64),
+            last_finite=(state.last_finite, torch.bool),
+        )
+        gradients = gather_stack(self, stack)
+        if numbers is None or gradients is None:
+            return None
+        finite = finite_members(gradients.tensors, stack.active)
+        counts, should_update = _count(finite, state, **numbers)
+        moving = stack.where(should_update)
+        finish = plan_stacked(self.inner, moving._replace(state=state.inner))
+        if finish is None:
+            return None
+
+        def update() -> tuple[Tree, SkipNonfiniteState]:
+            new_params, inner = finish()
+            olds = state.consecutive, state.total, state.last_finite
+            consecutive, total, last = renewed(stack, *zip(olds, counts, strict=True))
+            return new_params, SkipNonfiniteState(consecutive, total, last, inner)
+
+        return update
+
     def _gather(
         self, grads: Tree, state: SkipNonfiniteState, params: Tree
     ) -> tuple[Gradients, dict[str, Number]]:
@@ -191,12 +224,23 @@ class SkipNonfinite(Generic[InnerT_co]):
         return gather_gradients(self, grads, params), numbers
 
 
+plans_members(SkipNonfinite, SkipNonfinite._plan_members)
+
+
 def _judge(
     gradients: Gradients, state: SkipNonfiniteState, max_consecutive: Number
 ) -> tuple[tuple[Tensor, Tensor, Tensor], bool | Tensor]:
     """Return the tensors of the new state, and whether the inner update is made."""
     finite = all_finite_everywhere(gradients, state.last_finite)
+    counts, should_update = _count(finite, state, max_consecutive)
+    return counts, decide(should_update)
+
+
+def _count(
+    finite: Tensor, state: SkipNonfiniteState, max_consecutive: Number
+) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+    """Return the tensors of the new state, and whether the inner update is made: of each member."""
     consecutive = (state.consecutive.detach() + 1).masked_fill(finite, 0)
     enough = consecutive > detached(max_consecutive)
     counts = consecutive, state.total.detach() + ~finite, finite
-    return counts, decide(finite | enough)
+    return counts, finite | enough

@@ -9,12 +9,21 @@ from funcopt import (
     SGD,
     Accumulate,
     AdamW,
+    Best,
     Cautious,
     Clip,
+    ClipValue,
     Ema,
+    Frozen,
     Lion,
+    Lookahead,
+    LossScale,
+    MasterWeights,
     Members,
+    Partition,
+    Plateau,
     RMSprop,
+    SkipNonfinite,
 )
 from funcopt._engine.stacked import Stack
 from funcopt.schedules import Cosine
@@ -49,7 +58,44 @@ NESTED = {
     "Accumulate(Clip)": Accumulate(Clip(AdamW(lr=RATES), 0.5), EVERY),
     "Clip(Clip)": Clip(Clip(SGD(lr=RATES), 0.5, norm_type=1.0), RATES, nonfinite="skip"),
 }
-SERVED = CLIPS | AVERAGES | SUMS | NESTED
+OTHERS = {
+    "SkipNonfinite": SkipNonfinite(AdamW(lr=RATES)),
+    "SkipNonfinite, calls of each": SkipNonfinite(SGD(lr=0.1), EVERY - 1),
+    "LossScale": LossScale(AdamW(lr=RATES), 2.0**10, growth_interval=2),
+    "LossScale of each": LossScale(
+        Clip(SGD(lr=RATES), 1.0), 2 * EVERY, growth_factor=EVERY + 1, growth_interval=EVERY
+    ),
+    "ClipValue": ClipValue(AdamW(lr=RATES), 0.3),
+    "ClipValue of each": ClipValue(SGD(lr=RATES), RATES),
+    "Lookahead": Lookahead(AdamW(lr=RATES), every=2),
+    "Lookahead of each": Lookahead(AdamW(lr=0.1), every=EVERY, alpha=RATES),
+    "MasterWeights": MasterWeights(AdamW(lr=RATES)),
+    "MasterWeights(LossScale)": Clip(MasterWeights(LossScale(AdamW(lr=RATES), 4.0)), RATES),
+    "Partition": Partition(
+        {"w": AdamW(lr=RATES), "b": SGD(lr=0.1)}, lambda n, _: n.replace("s", "w")
+    ),
+    "Partition, by the shape of one": Clip(
+        Partition(
+            {"w": Clip(AdamW(lr=RATES), RATES), "b": Ema(SGD(lr=0.1, momentum=0.9))},
+            lambda _, leaf: "w" if leaf.ndim > 1 else "b",
+        ),
+        1.0,
+    ),
+    "Partition, frozen": Partition(
+        {"w": AdamW(lr=RATES), "b": Frozen()}, {"w": "w", "b": "b", "s": "w"}
+    ),
+}
+SCORED = {
+    "Best": Best(AdamW(lr=RATES), patience=1),
+    "Best of each": Best(SGD(lr=0.1), "max", patience=EVERY - 1, threshold=RATES),
+    "Plateau": Plateau(AdamW(lr=0.1), patience=0, factor=0.5),
+    "Plateau of each": Plateau(
+        AdamW(lr=RATES.float()), patience=EVERY - 1, factor=RATES, cooldown=1
+    ),
+    "Best(Plateau(Clip))": Best(Plateau(Clip(AdamW(lr=RATES), 1.0), patience=0, min_lr=0.02)),
+    "Accumulate(Best)": Accumulate(Best(AdamW(lr=RATES)), 2),
+}
+SERVED = CLIPS | AVERAGES | SUMS | OTHERS | SCORED | NESTED
 
 # These go by a vmap: a number that is a function, an inner optimizer that has no such update, a
 # derivative to follow, and kernels that a mask of members would change.
@@ -58,6 +104,13 @@ MAPPED = {
     "a schedule inside": Clip(AdamW(lr=Cosine(0.1, 10)), 1.0),
     "Cautious": Ema(Cautious(AdamW(lr=RATES))),
     "another kernel": Clip(RMSprop(lr=0.1), 0.5),
+    "a schedule that is scaled": Plateau(AdamW(lr=Cosine(0.1, 10)), patience=0),
+    "another start": Lookahead(AdamW(lr=RATES), every=2, reset_state=True),
+    "leaves at rest": Ema(OTHERS["Partition, frozen"]),
+    "a group that is mapped over": Partition(
+        {"w": Clip(AdamW(lr=RATES), 0.5), "b": Cautious(SGD(lr=0.1))},
+        {"w": "w", "b": "b", "s": "w"},
+    ),
     "a count of each leaf": Clip(AdamW(lr=RATES, step_per_leaf=True), 1.0),
 }
 MASKS = [None, ACTIVE, ~ACTIVE, torch.arange(COUNT) == 2, torch.zeros(COUNT, dtype=torch.bool)]
@@ -80,7 +133,19 @@ def spoiled(grads, step):
 
 
 def told(mask, step):
-    return {} if mask is None else {"active": mask}
+    """What an update is told: a mask, and every second time a score of each member, or of all."""
+    extras = {} if mask is None else {"active": mask}
+    if step % 2 == 0:
+        extras["value"] = torch.rand(COUNT) if step % 4 else 0.3
+    return extras
+
+
+def of_each(extras):
+    """The same for a vmap that maps over all of it."""
+    value = extras.get("value")
+    if isinstance(value, float):
+        extras = extras | {"value": torch.full((COUNT,), value, dtype=torch.float64)}
+    return extras
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -92,7 +157,7 @@ def test_each_moves_as_under_vmap_to_the_bit_in_place_and_out_of_place(name, dty
     for step in range(4):
         for mask in MASKS:
             grads, extras = spoiled(random_like(params), step), told(mask, step)
-            expected = mapped(inner, grads, state, params, **extras)
+            expected = mapped(inner, grads, state, params, **of_each(extras))
             moved = opt.update(grads, state, params, **extras)
             assert_same_bits(moved, expected)
             written = clone(params), clone(state)
@@ -132,6 +197,8 @@ def test_what_is_not_active_is_neither_read_for_others_nor_written(opt):
 @pytest.mark.parametrize("mask", MASKS[:-1], ids=str)
 @pytest.mark.parametrize("opt", SERVED.values(), ids=SERVED)
 def test_what_is_returned_is_in_memory_of_its_own(opt, mask):
+    if opt is OTHERS["Partition, frozen"]:
+        return  # which returns the frozen leaves themselves
     own, params = Members(opt), params_of()
     state = own.init(params)
     for step in range(2):
