@@ -1,8 +1,9 @@
 """Other libraries' optimizers on the kit: `python -m tests.peers` writes the page `tests/PEERS.md`.
 
-They are outside subjects, no dependency: a missing one is said to be missing. Each runs in a
-process of its own, so that one that crashes or hangs does not end the run. An adapter only turns a
-library's calls into `init` and `update`. What crashes is named on the page, and no input that does.
+They are outside subjects, no dependency. `tests/peers-requirements.txt` has their versions, and
+nothing is run with others. Each runs in a process of its own, so that one that crashes or hangs
+does not end the run. An adapter only turns a library's calls into `init` and `update`. What crashes
+is named on the page, and no input that does.
 """
 
 import copy
@@ -182,14 +183,27 @@ def found(name: str) -> dict[str, Any]:
     return {"how": how, "verdicts": shown}
 
 
+def version_of(package: str) -> str:
+    """Return the version of a package that is installed, without what says where it was built."""
+    try:
+        return importlib.metadata.version(package).partition("+")[0]
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
+
+
+def other_versions(requirements: str) -> list[str]:
+    """Return what is installed otherwise than `NAME==VERSION` in the lines of a file says."""
+    pins = [line.split("==") for line in requirements.splitlines() if "==" in line]
+    return [
+        f"{name} {version_of(name)}, not {version}"
+        for name, version in pins
+        if version_of(name) != version
+    ]
+
+
 def in_a_process(name: str, seconds: int = 90) -> dict[str, Any]:
     """Hold a peer to its laws in a process of its own; say so if that does not end well."""
-    peer = PEERS[name]
-    try:
-        version = importlib.metadata.version(peer.package)
-    except importlib.metadata.PackageNotFoundError:
-        return {"what": "not installed, so not checked"}
-    said = {"version": version}
+    said = {"version": version_of(PEERS[name].package)}
     command = [sys.executable, "-m", "tests.peers", name]
     try:
         run = subprocess.run(
@@ -243,8 +257,10 @@ def page(results: dict[str, dict[str, Any]]) -> str:
     head = [
         "# Other libraries' optimizers, held to the laws",
         "",
-        f"Written by `python -m tests.peers` with torch {torch.__version__}, on the CPU, with 10",
+        f"Written by `python -m tests.peers` with torch {version_of('torch')}, on the CPU, with 10",
         "problems for each law: dicts of contiguous parameters in float32 and float64, none empty.",
+        "The command takes no other versions than those of `tests/peers-requirements.txt`:",
+        "`pip install -r tests/peers-requirements.txt`.",
         "`survives_zero_gradients` alone also tries float16 and bfloat16. An optimizer is run by",
         "`funcopt.pure`, or, where it keeps more than that can hand on, by a copy of it for each",
         "step, and is then held to fewer laws; a pair of functions is run as it is. A law that",
@@ -258,12 +274,18 @@ def page(results: dict[str, dict[str, Any]]) -> str:
 
 
 PAGE = pathlib.Path(__file__).with_name("PEERS.md")
+REQUIREMENTS = pathlib.Path(__file__).with_name("peers-requirements.txt")
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     if len(sys.argv) > 1:
         print("\n" + json.dumps(found(sys.argv[1])))
         sys.exit()
+    if others := other_versions(REQUIREMENTS.read_text()):
+        sys.exit(
+            f"{', '.join(others)}. The page is about the versions of {REQUIREMENTS.name}: install "
+            f"those, by `pip install -r tests/{REQUIREMENTS.name}`."
+        )
     results = {}
     for name in PEERS:
         results[name] = in_a_process(name)

@@ -1,10 +1,12 @@
 """What the page of other libraries says: what was seen, and nothing that makes one crash."""
 
+import re
+
 import pytest
 import torch
 
 from .. import peers
-from ..peers import Copied, Peer, by_design, in_a_process, page
+from ..peers import PAGE, PEERS, REQUIREMENTS, Copied, Peer, by_design, in_a_process, page
 
 FAILS = ["goes_downhill", "fails", "goes_downhill: step 1, params", "({'p0': tensor(0.)}, [])"]
 RAISES = ["deterministic", "error", "IndexError", ""]
@@ -15,11 +17,11 @@ def test_the_page_has_a_row_for_each_and_the_example_of_what_fails_alone():
     text = page(
         {
             "some.Lion": {"version": "1.2", "how": "pure", "verdicts": [FAILS, RAISES, HOLDS]},
-            "other.Lion": {"what": "not installed, so not checked"},
+            "other.Lion": {"version": "3.4", "what": "not done after 90 seconds"},
         }
     )
     assert "| `some.Lion` | 1.2 | pure | 1 | `goes_downhill`, `deterministic` |  |" in text
-    assert "| `other.Lion` |  |  |  |  | not installed, so not checked |" in text
+    assert "| `other.Lion` | 3.4 |  |  |  | not done after 90 seconds |" in text
     assert "`some.Lion`, `goes_downhill`: `goes_downhill: step 1, params`\n  `({'p0'" in text
     assert "- `some.Lion`, `deterministic`: it raises `IndexError`\n" in text
 
@@ -36,8 +38,26 @@ def test_one_that_hangs_or_crashes_does_not_end_the_run(monkeypatch):
     monkeypatch.setitem(peers.PEERS, "unknown.Peer", peer)  # which the other process lacks
     assert in_a_process("unknown.Peer")["what"].startswith("the process ended with 1: KeyError")
     assert in_a_process("unknown.Peer", seconds=0.01)["what"] == "not done after 0.01 seconds"
-    monkeypatch.setitem(peers.PEERS, "unknown.Peer", peer._replace(package="none-of-this-name"))
-    assert in_a_process("unknown.Peer") == {"what": "not installed, so not checked"}
+
+
+def test_other_versions_than_those_of_the_file_are_named():
+    here = peers.version_of("torch")
+    lines = f"# a remark\ntorch=={here}\n\noptree==0.0.1\nnone-of-this-name==1.2\n"
+    optree, missing = peers.other_versions(lines)
+    assert optree.startswith("optree ")
+    assert optree.endswith(", not 0.0.1")
+    assert missing == "none-of-this-name none, not 1.2"
+
+
+def test_the_version_of_every_peer_is_in_the_file():
+    names = re.findall(r"^(\S+)==\S+$", REQUIREMENTS.read_text(), re.MULTILINE)
+    assert {peer.package for peer in PEERS.values()} <= set(names)
+
+
+def test_the_page_has_a_row_for_every_peer_with_the_version_of_the_file():
+    rows = re.findall(r"^\| `(.+?)` \| (\S*) \|", PAGE.read_text(), re.MULTILINE)
+    versions = dict(line.split("==") for line in REQUIREMENTS.read_text().split() if "==" in line)
+    assert rows == [(name, versions[peer.package]) for name, peer in PEERS.items()]
 
 
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
