@@ -228,4 +228,5 @@ def _with_value(node: Any, value: Any) -> Any:
     own = value
     if isinstance(value, Tensor):
         own = value.clone(memory_format=torch.contiguous_format)
-    return node._replace(value=own, inner=_put(node.inner, value))
+    fields = {**node._asdict(), "value": own, "inner": _put(node.inner, value)}
+    return type(node)(**fields)  # as `_replace` does, which Dynamo of torch 2.11 cannot return

@@ -114,7 +114,11 @@ def _ratio(shape: Sequence[int], adjust_lr_fn: str | None) -> float:
     return _root(_larger(1, rows / _larger(columns, 1)))
 
 
-_larger: Any = torch.sym_max  # which torch leaves untyped
+def _larger(one: Any, other: Any) -> Any:
+    """Return the larger of two numbers, which may be symbols for sizes that are not known yet."""
+    if isinstance(one, (int, float)) and isinstance(other, (int, float)):
+        return max(one, other)  # where Dynamo of torch 2.11 takes no numbers in sym_max
+    return torch.sym_max(one, other)  # type: ignore[no-untyped-call]
 
 
 def _root(number: float) -> float:

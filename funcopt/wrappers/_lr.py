@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from .._core import pytree
 from .._core.tensors import choose
 from .._core.types import TREES, Number, optimizers_in
 from .._core.walk import children, with_children
-from .._engine.registration import is_registered, register_dataclass, without_memory
+from .._engine.registration import is_registered, register_dataclass
 from ._scores import read_all
 
 # What has nothing inside, of which most fields are.
@@ -41,9 +41,15 @@ def with_scaled_lr(node: Any, scale: Number, min_lr: Number) -> Any:
     A number is a number after that, and so is a tensor, if all can be read at no price; a schedule
     is a schedule. What has none inside is not copied.
     """
+    new = _with_scaled_lr(node, scale, min_lr)
+    return node if new is None else new
+
+
+def _with_scaled_lr(node: Any, scale: Number, min_lr: Number) -> Any:
+    """Return the same, or None where no learning rate is inside."""
     if _is_class_of_torch(node):
         if node.lr is None:
-            return node
+            return None
         own = {**node.hyperparameters, "lr": _scaled_lr(node.lr, scale, min_lr)}
         return _rebuilt(node, {"hyperparameters": own})
     news = {}
@@ -51,10 +57,10 @@ def with_scaled_lr(node: Any, scale: Number, min_lr: Number) -> Any:
         if step.is_field and step.key == "lr":
             news[step.key] = _scaled_lr(child, scale, min_lr)
         elif type(child) not in _PLAIN:
-            new = with_scaled_lr(child, scale, min_lr)
-            if new is not child:
+            new = _with_scaled_lr(child, scale, min_lr)
+            if new is not None:
                 news[step.key] = new
-    return _rebuilt(node, news) if news else node
+    return _rebuilt(node, news) if news else None
 
 
 def _is_class_of_torch(node: Any) -> bool:
@@ -66,8 +72,9 @@ def _rebuilt(node: Any, news: dict[Any, Any]) -> Any:
     if not is_registered(node):
         return with_children(node, news)
     new = object.__new__(type(node))
-    for name, value in {**without_memory(node), **news}.items():
-        object.__setattr__(new, name, value)
+    for field in fields(node):  # as where a transform rebuilds it; Dynamo of 2.11 knows no vars()
+        own = news[field.name] if field.name in news else getattr(node, field.name)
+        object.__setattr__(new, field.name, own)
     return new
 
 

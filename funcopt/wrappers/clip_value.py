@@ -181,7 +181,13 @@ def _clamped(grad: Tensor, most: Number) -> Tensor:
         return view_as_complex_like(torch.minimum(torch.maximum(pair, -most), most), grad)
     if most > torch.finfo(grad.dtype).max:  # infinite in this dtype, in which torch refuses it
         return grad
-    return grad if _is_within(pair, most) else view_as_complex_like(pair.clamp(-most, most), grad)
+    if _is_within(pair, most):
+        return grad
+    clipped = pair.clamp(-most, most)
+    if transforms.has_derivative(pair) or transforms.watched([pair]):
+        # A value at its bound has the derivative of one within. That of clamp is 0 from 2.15 on.
+        clipped = torch.where(pair.abs() <= most, pair, clipped)
+    return view_as_complex_like(clipped, grad)
 
 
 def _is_within(grad: Tensor, most: float) -> bool:
