@@ -395,6 +395,110 @@ def test_a_rule_whose_state_does_not_fit_is_refused():
         )
 
 
+def returning(equations):
+    """An optimizer whose equations are these, with one slot."""
+
+    @extend.register_optimizer
+    @dataclass(frozen=True)
+    class Returning:
+        rule: ClassVar[extend.UpdateRule] = extend.UpdateRule(
+            state=SignumState,
+            slots=(extend.Slot("momentum"),),
+            hyperparams=(extend.Hyperparam("lr", extend.AT_LEAST_ZERO),),
+            equations=equations,
+            traits=extend.Traits(elementwise=True),
+        )
+        lr: Any = 0.5
+        __post_init__, init = extend.check_fields, extend.init
+        update, update_ = extend.update, extend.update_
+
+    return Returning()
+
+
+WRONG_RESULTS = {
+    "returned a tensor of shape (2,): they must return a list of 2 tensors, the new parameter and "
+    "then the new value of each slot that is kept (momentum)": lambda p, g, *_: p - g,
+    "returned a list of length 1": lambda p, g, *_: [p - g],
+    "returned a list of length 3": lambda p, g, slots, *_: [p - g, *slots, g],
+    "returned None": lambda p, g, *_: None,
+    "returned an object of class float as number 1": lambda p, g, *_: [p - g, 0.0],
+    "returned a tensor of shape () as number 0": lambda p, g, slots, *_: [(p - g).sum(), *slots],
+    "returned a tensor of shape (1,) as number 1: they must return a list of 2 tensors, the new "
+    "parameter and then the new value of each slot that is kept (momentum), each of the shape of "
+    "what it replaces. Number 1 must have shape (2,)": lambda p, g, slots, *_: [p, slots[0][:1]],
+}
+
+
+@pytest.mark.parametrize("method", ["update", "update_", "in vmap", "in grad"])
+@pytest.mark.parametrize("message", WRONG_RESULTS)
+def test_equations_that_return_the_wrong_thing_are_named_with_what_is_wanted(message, method):
+    opt = returning(WRONG_RESULTS[message])
+    w = torch.ones(3, 2) if method == "in vmap" else torch.ones(2)
+
+    def moved(w):
+        return opt.update(torch.ones_like(w), opt.init(w), w)[0]
+
+    calls = {
+        "update": lambda: moved(w),
+        "update_": lambda: opt.update_(torch.ones_like(w), opt.init(w), w),
+        "in vmap": lambda: vmap(moved)(w),
+        "in grad": lambda: grad(lambda w: moved(w).sum())(w),
+    }
+    with pytest.raises((TypeError, ValueError)) as raised:
+        calls[method]()
+    shown = str(raised.value)
+    assert shown.startswith("equations ")
+    assert "<lambda> of the rule with the state SignumState" in shown
+    # A vmap has its members in the first dimension.
+    assert message in shown or (method == "in vmap" and "returned a tensor of shape (" in shown)
+
+
+def test_equations_may_return_a_tuple():
+    opt = returning(lambda p, g, slots, numbers, _: (p - numbers.lr * g, *slots))
+    assert (
+        opt.update(torch.ones(2), opt.init(torch.ones(2)), torch.ones(2))[0].tolist() == [0.5] * 2
+    )
+
+
+def test_a_class_that_is_no_frozen_dataclass_is_refused_when_it_is_defined():
+    with pytest.raises(TypeError, match=r"Plain is no dataclass: .* @dataclass\(frozen=True\)"):
+
+        @extend.register_optimizer
+        class Plain:
+            lr: Any = 0.1
+
+    with pytest.raises(TypeError, match=r"Thawed is a dataclass that is not frozen"):
+
+        @extend.register_optimizer
+        @dataclass
+        class Thawed:
+            lr: Any = 0.1
+
+
+def test_a_hyperparam_that_names_no_field_is_refused_when_the_class_is_defined():
+    numbers = extend.Hyperparam("lr", extend.AT_LEAST_ZERO), extend.Hyperparam("gain", extend.SHARE)
+    own_rule = extend.UpdateRule(
+        state=SignumState, slots=(extend.Slot("momentum"),), hyperparams=numbers, equations=signum
+    )
+    with pytest.raises(
+        TypeError, match=r"Gainless has Hyperparam\('gain'\), .*: it has the fields lr"
+    ):
+
+        @extend.register_optimizer
+        @dataclass(frozen=True)
+        class Gainless:
+            rule: ClassVar[extend.UpdateRule] = own_rule
+            lr: Any = 0.1
+
+    with pytest.raises(TypeError, match=r"no field 'betas'"):
+
+        @extend.register_optimizer
+        @dataclass(frozen=True)
+        class Wrapper:
+            hyperparams: ClassVar = (extend.Hyperparam("b", extend.SHARE, field="betas[0]"),)
+            inner: Any
+
+
 def test_a_number_out_of_its_range_is_refused_by_its_words():
     with pytest.raises(ValueError, match=r"beta=1.0: beta must be at least 0 and below 1"):
         Signum(beta=1.0)

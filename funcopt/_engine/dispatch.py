@@ -294,10 +294,9 @@ def plain_step(
 ) -> StepOutputs:
     """Return the leaves after one step, with the same numbers or each with its own."""
     rows: list[list[Tensor]] = []
-    for (param, grad, *slots), own in _each(rule, inputs, numbers, options):
-        index = len(rows)
-        row = rule.equations(param, grad, tuple(slots), own, options)
-        rows.append(_stored(row, inputs, index, _of_leaf(numbers, index), options))
+    for index, (row, own) in enumerate(_each(rule, inputs, numbers, options)):
+        news = _new_leaf(rule, row, own, options)
+        rows.append(_stored(news, inputs, index, _of_leaf(numbers, index), options))
     columns = list(map(list, zip(*rows, strict=True)))
     return StepOutputs.of(columns or [[] for _ in inputs.targets.columns])
 
@@ -308,17 +307,34 @@ def plain_step_(rule: UpdateRule, inputs: StepInputs, numbers: Any, options: Any
     # A subclass may lack operators in place, or return copies of what it holds.
     plain = transforms.all_plain(chain(*inputs.columns))
     for index, (row, own) in enumerate(_each(rule, inputs, numbers, options)):
-        param, grad, *slots = row
         if equations_ is not None and plain and isinstance(numbers.active, float):
+            param, grad, *slots = row
             equations_(param, grad, tuple(slots), own, options)
             news = [param, *slots]
         else:
-            news = list(rule.equations(param, grad, tuple(slots), own, options))
+            news = _new_leaf(rule, row, own, options)
         olds = [column[index] for column in inputs.targets.columns]
         news = _stored(news, inputs, index, numbers, options)
         for old, new in zip(olds, news, strict=True):
             if new is not old:
                 write(old, new)
+
+
+def _new_leaf(rule: UpdateRule, row: list[Tensor], numbers: Any, options: Any) -> list[Tensor]:
+    """Return the new parameter and slots of a leaf, as the equations make them."""
+    param, grad, *slots = row
+    news: Any = rule.equations(param, grad, tuple(slots), numbers, options)
+    olds = [param, *slots]
+    fits = isinstance(news, (list, tuple)) and len(news) == len(olds)
+    if not fits or not all(map(_replaces, news, olds)):
+        from .equations import refuse_result  # noqa: PLC0415  # which right equations do without
+
+        refuse_result(rule, news, olds)
+    return list(news)
+
+
+def _replaces(new: object, old: Tensor) -> bool:
+    return isinstance(new, Tensor) and new.shape == old.shape
 
 
 def _of_leaf(numbers: Any | list[Any], index: int) -> Any:

@@ -21,9 +21,10 @@ def hint_for(name: str, value: object, owner: str) -> str:
             return _GROUPS.format(name) + ("" if isinstance(value, Mapping) else _MEMBERS)
         if all(isinstance(part, Mapping) and "params" in part for part in parts):
             return _GROUPS.format("options")
+    learned = _LEARNED.format(name) if _are_numbers_to_learn(value) else ""
     if owner and isinstance(value, (Mapping, Sequence, Iterator, torch.nn.Module)):
-        return to_init(owner)
-    return ""
+        return to_init(owner) + learned
+    return learned
 
 
 def to_init(owner: str) -> str:
@@ -35,6 +36,10 @@ _GROUPS = (
     " Give each group of leaves {} of its own by an optimizer of its own: "
     "Partition({{'body': ..., 'head': ...}}, labels)."
 )
+_LEARNED = (
+    " For numbers that are learned, give tensors that are no nn.Parameter, by which each gets its "
+    "gradient: {}={{key: number.view_as(number) for key, number in learned.items()}}."
+)
 _MEMBERS = " For the members of a vmap, give one tensor: torch.tensor([...])."
 
 
@@ -44,4 +49,12 @@ def _is_one_number(value: object) -> bool:
         return value.ndim == 0 and not isinstance(value, torch.nn.Parameter)
     return isinstance(value, numbers.Real) or (
         callable(value) and not isinstance(value, torch.nn.Module)
+    )
+
+
+def _are_numbers_to_learn(value: object) -> bool:
+    """Whether it may be a tree of numbers, each of which is a parameter of its own."""
+    parts = list(value.values()) if isinstance(value, Mapping) else []
+    return bool(parts) and all(
+        isinstance(part, torch.nn.Parameter) and part.ndim == 0 for part in parts
     )

@@ -22,11 +22,7 @@ from .._core.types import (
     remember_traits,
 )
 from .checks import sharding
-from .hyperparameters import (
-    check_choice,
-    check_flag,
-    normalize_fields,
-)
+from .hyperparameters import check_choice, check_flag, normalize_fields
 from .rule import UpdateRule
 
 OptimizerT = TypeVar("OptimizerT")
@@ -46,9 +42,14 @@ def register_optimizer(cls: type[OptimizerT]) -> type[OptimizerT]:
 
     Returns:
         The class, so that this can stand above its definition.
+
+    Raises:
+        TypeError: If it is no frozen dataclass, or one of its hyperparameters names no field.
     """
     from .._core import show, torch_names  # noqa: PLC0415  # apart, as no update needs them
+    from .definitions import check_definition  # noqa: PLC0415  # likewise
 
+    check_definition(cls)
     dataclass: Any = cls  # which is more than its type says
     fields = [field.name for field in dataclasses.fields(dataclass)]
     advice = "Parameters are given to init(): opt = {}; state = opt.init(params)."

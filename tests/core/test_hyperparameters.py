@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.func import grad, jvp, vmap
 
-from funcopt import AdamW, Clip
+from funcopt import SGD, AdamW, Clip
 from funcopt.schedules import Cosine
 
 from ..cases import tree_map
@@ -88,6 +88,26 @@ def test_any_real_number_is_kept_as_a_float(value):
     kept = AdamW(lr=value).lr
     assert type(kept) is float
     assert kept == float(value)
+
+
+def test_learned_numbers_that_are_parameters_are_refused_with_what_to_give_instead():
+    learned = {name: torch.nn.Parameter(torch.tensor(0.5)) for name in ("w", "b")}
+    advice = r"weight_decay={key: number.view_as\(number\) for key, number in learned.items\(\)}"
+    with pytest.raises(TypeError, match=advice):
+        SGD(weight_decay=learned)
+    with pytest.raises(TypeError, match=r"Parameters are given to init\(\).* learned.*: lr={key"):
+        SGD(lr=learned)
+    params = {name: torch.ones(2) for name in learned}
+    opt = SGD(lr={key: number.view_as(number) for key, number in learned.items()})
+    moved, _ = opt.update({"w": torch.ones(2), "b": 2 * torch.ones(2)}, opt.init(params), params)
+    (moved["w"].sum() + moved["b"].sum()).backward()
+    assert [learned[name].grad.item() for name in ("w", "b")] == [-2.0, -4.0]
+
+
+def test_weights_in_place_of_a_number_are_not_taken_for_learned_ones():
+    weights = {"w": torch.nn.Parameter(torch.ones(2))}
+    with pytest.raises(TypeError, match=r"Parameters are given to init\(\)[^{]*$"):
+        SGD(lr=weights)
 
 
 def test_a_stacked_hyperparameter_outside_vmap_is_refused_with_the_remedy():
