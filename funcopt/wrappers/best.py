@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Generic, Literal, NamedTuple, Unpack
+from typing import Any, ClassVar, Generic, Literal, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
