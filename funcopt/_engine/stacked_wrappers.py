@@ -18,6 +18,8 @@ from .._core import pytree, transforms
 from .._core.tensors import copies_of
 from .._core.types import Tree, own_traits
 from .checks import are_apart
+from .memory import known_flat, layout_of
+from .rule import StepInputs
 from .stacked import Finish, Stack, plan_by_rule
 
 Plan: TypeAlias = Callable[[Any, Stack], Finish | None]
@@ -105,12 +107,23 @@ def _is_plain(stack: Stack) -> bool:
     if not tensors or not transforms.all_plain(tensors) or tensors[0].ndim == 0:
         return False
     members = len(tensors[0])
-    if members == 0 or not all(_is_ready(tensor, members) for tensor in tensors):
+    if members == 0 or not _are_ready(tensors, members):
         return False
     active = stack.active
     if active is not None and (type(active) is not Tensor or not _is_ready(active, members)):
         return False
     return not stack.in_place or are_apart(tensors)
+
+
+def _are_ready(tensors: list[Tensor], members: int) -> bool:
+    """Whether all are; those that look as some that were looked at are not looked at again."""
+    layout = known_flat(tensors, (len(tensors),))
+    if layout is not None and layout.plans.get("stack") == members:
+        return True
+    ready = all(_is_ready(tensor, members) for tensor in tensors)
+    if ready:
+        layout_of(StepInputs(tensors, [], ())).plans["stack"] = members
+    return ready
 
 
 def _is_ready(tensor: Tensor, members: int) -> bool:

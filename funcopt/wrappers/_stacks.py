@@ -7,8 +7,9 @@ the update. In that one nothing is refused any more.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from itertools import repeat
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -77,6 +78,8 @@ def renewed(stack: Stack, *pairs: tuple[Tensor, Tensor]) -> list[Tensor]:
 
 # A run of rows with so many elements is worth calls of its own. Shorter ones are copied together.
 _WORTH_CALLS = 4096
+# To take rows out reads and writes them once more, before they are computed with.
+_FEW = 3
 
 
 def change_rows_(
@@ -91,49 +94,111 @@ def change_rows_(
     It is called leaf by leaf as `change_(target, *others, *numbers)`. The numbers are for all
     members, or of shape (members,) and come with the rows.
     """
-    rows = None if active is None else active.nonzero().squeeze(1)
-    if active is None or rows is None or len(rows) == len(active):
-        for target, *own in zip(targets, *others, strict=True):
-            change_(target, *own, *numbers)
-        return
-    runs = runs_of(rows)
+    some = _Some.of(active)
     for target, *own in zip(targets, *others, strict=True):
-        if target.numel() // len(target) * len(rows) >= _WORTH_CALLS * len(runs):
-            for start, length in runs:
-                parts = (tensor.narrow(0, start, length) for tensor in (target, *own))
-                change_(*parts, *(_narrowed(number, start, length) for number in numbers))
+        if some is None:
+            change_(target, *own, *numbers)
+        elif some.lie_in_runs(target):
+            for parts in zip(*map(some.runs_in, (target, *own, *numbers)), strict=True):
+                change_(*parts)
         else:
-            first, *rest = (tensor.index_select(0, rows) for tensor in (target, *own))
-            change_(first, *rest, *(_selected(number, rows) for number in numbers))
-            target.index_copy_(0, rows, first)
+            first, *rest = map(some.rows_in, (target, *own, *numbers))
+            change_(first, *rest)
+            target.index_copy_(0, some.rows, first)
 
 
-def runs_of(rows: Tensor) -> list[tuple[int, int]]:
+def make_rows(
+    active: Tensor | None,
+    make: Callable[..., Tensor],
+    *columns: Sequence[Tensor],
+    numbers: Sequence[Number] = (),
+) -> list[Tensor]:
+    """Return what a function makes of tensors, and where there is a mask of the active rows.
+
+    What is in the others is nobody's. The function is called leaf by leaf as `make(*tensors,
+    *numbers)`, likewise.
+    """
+    some, made = _Some.of(active), []
+    for own in zip(*columns, strict=True):
+        if some is None:
+            made.append(make(*own, *numbers))
+        elif some.lie_in_runs(own[0]):
+            whole: Tensor | None = None
+            parts = zip(*map(some.runs_in, (*own, *numbers)), strict=True)
+            for run, given in zip(some.runs, parts, strict=True):
+                new = make(*given)
+                if whole is None:
+                    whole = new.new_empty((some.members, *new.shape[1:]))
+                whole.narrow(0, *run).copy_(new)
+            made.extend(() if whole is None else (whole,))
+        elif _FEW * len(some.rows) > some.members:
+            made.append(make(*own, *numbers))
+        else:
+            new = make(*map(some.rows_in, (*own, *numbers)))
+            whole = new.new_empty((some.members, *new.shape[1:]))
+            made.append(whole.index_copy_(0, some.rows, new))
+    return made
+
+
+class _Some(NamedTuple):
+    """The active ones of several members."""
+
+    members: int
+    rows: Tensor  # their indices
+    runs: list[list[int]]  # where those that lie side by side start, and how many they are
+    sizes: list[int]  # how many rows follow each other that are not active, and that are, by turns
+
+    @classmethod
+    def of(cls, active: Tensor | None) -> _Some | None:
+        """Return which are active: None if all are."""
+        rows = None if active is None else active.nonzero().squeeze(1)
+        if active is None or rows is None or len(rows) == len(active):
+            return None
+        runs, sizes, end = runs_of(rows), [], 0
+        for start, length in runs:
+            sizes += [start - end, length]
+            end = start + length
+        return cls(len(active), rows, runs, [*sizes, len(active) - end])
+
+    def lie_in_runs(self, tensor: Tensor) -> bool:
+        """Whether so much of a tensor lies side by side that each run is worth calls of its own."""
+        elements = tensor.numel() // self.members
+        return elements * len(self.rows) >= _WORTH_CALLS * len(self.runs) > 0
+
+    def runs_in(self, part: Number) -> Iterable[Any]:
+        """Return for each run the rows of a tensor, in its memory, or a number for all."""
+        if not isinstance(part, Tensor) or part.ndim == 0:
+            return repeat(part, len(self.runs))
+        return part.split_with_sizes(self.sizes)[1::2]
+
+    def rows_in(self, part: Number) -> Any:
+        """Return copies of the rows of a tensor, or a number for all."""
+        if not isinstance(part, Tensor) or part.ndim == 0:
+            return part
+        return part.index_select(0, self.rows)
+
+
+def runs_of(rows: Tensor) -> list[list[int]]:
     """Return where rows that lie side by side start, and how many they are."""
-    runs: list[tuple[int, int]] = []
-    for row in rows.tolist():
-        if runs and runs[-1][0] + runs[-1][1] == row:
-            runs[-1] = runs[-1][0], runs[-1][1] + 1
-        else:
-            runs.append((row, 1))
-    return runs
+    starts = torch.ones_like(rows, dtype=torch.bool)
+    starts[1:] = rows[1:] != rows[:-1] + 1
+    found = starts.nonzero().squeeze(1)
+    ends = torch.cat((found[1:], found.new_full((1,), len(rows))))
+    runs: list[list[int]] = torch.stack((rows[found], ends - found), 1).tolist()
+    return runs if len(rows) else []
+
+
+def shared(active: Tensor | None, number: Number) -> Number:
+    """Return a number of members as a Python number if all that are active share it."""
+    if active is None or not isinstance(number, Tensor) or number.ndim == 0:
+        return read_if_same(number)
+    same = read_if_same(number[active])
+    return number if isinstance(same, Tensor) else same
 
 
 def _beside(active: Tensor, tensor: Tensor) -> Tensor:
     """Return a mask of members so that it meets a tensor at the front."""
     return active.reshape(active.shape + (1,) * (tensor.ndim - 1))
-
-
-def _narrowed(number: Number, start: int, length: int) -> Number:
-    if not isinstance(number, Tensor) or number.ndim == 0:
-        return number
-    return number.narrow(0, start, length)
-
-
-def _selected(number: Number, rows: Tensor) -> Number:
-    if not isinstance(number, Tensor) or number.ndim == 0:
-        return number
-    return number.index_select(0, rows)
 
 
 def lerp_rows(
@@ -143,7 +208,7 @@ def lerp_rows(
 
     They are the starts themselves if the update is in place, else fresh.
     """
-    weight = read_if_same(weight)
+    weight = shared(stack.active, weight)
     if stack.active is None and not stack.in_place:
         return [_lerp(*pair, weight) for pair in zip(starts, ends, strict=True)]
     targets = rewritten(stack, starts)

@@ -26,7 +26,7 @@ from .._core.types import (
     kind_of,
 )
 from .._engine.checks import check_state, is_like
-from .._engine.counts import next_count, read_if_same
+from .._engine.counts import next_count
 from .._engine.hyperparameters import normalize_fields, numbers_of
 from .._engine.registration import register_optimizer, state_class
 from .._engine.stacked import Finish, Stack
@@ -48,7 +48,15 @@ from ._shared import (
     write_fields_and_count,
     zero_if,
 )
-from ._stacks import change_rows_, gather_stack, numbers_of_members, renewed, rewritten
+from ._stacks import (
+    change_rows_,
+    gather_stack,
+    make_rows,
+    numbers_of_members,
+    renewed,
+    rewritten,
+    shared,
+)
 
 
 @state_class
@@ -344,17 +352,12 @@ def _means_of_members(
     """Return the mean gradients of those stacked members whose sums are complete."""
     if due is not None and not bool(due.any()):
         return gradients.tensors  # which nobody is given
-    means = [torch.empty_like(param) for param in gradients.params]
-    numbers = [read_if_same(count)]
-    change_rows_(due, _write_mean, means, sums, gradients.tensors, numbers=numbers)
-    return means
+    return make_rows(due, _mean_with, sums, gradients.tensors, numbers=[shared(due, count)])
 
 
-def _write_mean(mean: Tensor, total: Tensor, grad: Tensor, count: Number) -> None:
-    if mean.dtype is total.dtype:
-        _mean_of(torch.add(total, grad, out=mean), count, in_place=True)
-    else:
-        mean.copy_(_mean_of(total + grad, count, in_place=True))
+def _mean_with(total: Tensor, grad: Tensor, count: Number) -> Tensor:
+    """Return the mean of a sum and a last gradient, in the dtype of that."""
+    return _mean_of(total + grad, count, in_place=True).to(grad.dtype)
 
 
 def _mean_of(total: Tensor, count: Number, *, in_place: bool) -> Tensor:

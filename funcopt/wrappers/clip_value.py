@@ -38,7 +38,7 @@ from ._shared import (
     own_tensors,
     write_fields_and_count,
 )
-from ._stacks import change_rows_, gather_stack, numbers_of_members
+from ._stacks import gather_stack, make_rows, numbers_of_members
 
 
 @state_class
@@ -135,7 +135,10 @@ class ClipValue(Generic[InnerT_co]):
         numbers, gradients = numbers_of_members(self, stack), gather_stack(self, stack)
         if numbers is None or gradients is None:
             return None
-        given = gradients.replace(_clamped_members(gradients.tensors, stack.active, **numbers)).tree
+        clipped = make_rows(
+            stack.active, _clamped, gradients.tensors, numbers=list(numbers.values())
+        )
+        given = gradients.replace(clipped).tree
         finish = plan_stacked(self.inner, stack._replace(state=state.inner, grads=given))
         if finish is None:
             return None
@@ -159,19 +162,6 @@ plans_members(ClipValue, ClipValue._plan_members)
 
 def _clip(gradients: Gradients, max_value: Number) -> Tree:
     return gradients.replace([_clamped(grad, max_value) for grad in gradients.tensors]).tree
-
-
-def _clamped_members(grads: list[Tensor], active: Tensor | None, max_value: Number) -> list[Tensor]:
-    """Return stacked gradients, those of the active members clipped; of the others, any."""
-    if active is None:
-        return [_clamped(grad, max_value) for grad in grads]
-    clipped = list(map(torch.empty_like, grads))
-    change_rows_(active, _write_clamped, clipped, grads, numbers=[max_value])
-    return clipped
-
-
-def _write_clamped(target: Tensor, grad: Tensor, max_value: Number) -> None:
-    target.copy_(_clamped(grad, max_value))
 
 
 def _clamped(grad: Tensor, most: Number) -> Tensor:

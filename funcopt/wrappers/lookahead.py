@@ -27,7 +27,7 @@ from .._core.types import (
     check_is_optimizer,
 )
 from .._engine.checks import check_state
-from .._engine.counts import next_count, read_if_same
+from .._engine.counts import next_count
 from .._engine.extras import keep_value
 from .._engine.hyperparameters import check_flag, normalize_fields, numbers_of
 from .._engine.prepare import keep_requiring
@@ -48,7 +48,15 @@ from ._shared import (
     write_fields_and_count,
     zero_if,
 )
-from ._stacks import change_rows_, gather_stack, lerp_, numbers_of_members, renewed, rewritten
+from ._stacks import (
+    change_rows_,
+    gather_stack,
+    lerp_,
+    numbers_of_members,
+    renewed,
+    rewritten,
+    shared,
+)
 
 
 @state_class
@@ -211,7 +219,8 @@ class Lookahead(Generic[InnerT_co]):
         if finish is None:
             return None
         syncs: Any = is_due(since, numbers["every"])
-        active, alpha = stack.where(syncs).active, read_if_same(numbers["alpha"])
+        active = stack.where(syncs).active
+        alpha = shared(active, numbers["alpha"])
 
         def update() -> tuple[Tree, LookaheadState]:
             new_params, inner = finish()

@@ -27,7 +27,7 @@ from funcopt import (
 )
 from funcopt._engine.stacked import Stack
 from funcopt.schedules import Cosine
-from funcopt.wrappers._stacks import change_rows_, lerp_rows, renewed, runs_of
+from funcopt.wrappers._stacks import change_rows_, lerp_rows, make_rows, renewed, runs_of, shared
 
 from ..cases import assert_same_bits, clone, leaves, random_like, tree_map
 from .test_members import ACTIVE, COUNT, RATES, mapped, params_of
@@ -287,22 +287,37 @@ def test_parameters_that_require_a_gradient_and_derivatives_go_by_vmap():
 
 
 def test_runs_are_of_rows_side_by_side():
-    assert runs_of(torch.tensor([0, 1, 4, 6, 7, 8])) == [(0, 2), (4, 1), (6, 3)]
+    assert runs_of(torch.tensor([0, 1, 4, 6, 7, 8])) == [[0, 2], [4, 1], [6, 3]]
+    assert runs_of(torch.tensor([5])) == [[5, 1]]
     assert runs_of(torch.tensor([], dtype=torch.int64)) == []
 
 
-@pytest.mark.parametrize("size", [1, 10_000])
-def test_rows_are_changed_alike_by_calls_of_their_own_and_together(size):
-    active = torch.tensor([True, False, True, True])
-    target, other = torch.randn(4, size), torch.randn(4, size)
-    share = torch.tensor([0.1, 0.2, 0.3, 0.4])
+@pytest.mark.parametrize(("members", "size"), [(4, 1), (4, 10_000), (100, 0), (300, 100), (5, 9)])
+def test_rows_are_changed_alike_by_calls_of_their_own_and_together(members, size):
+    torch.manual_seed(0)
+    active, share = torch.rand(members) < 0.7, torch.rand(members)
+    target, other = torch.randn(members, size), torch.randn(members, size)
 
     def change_(own, end, weight):
         own.lerp_(end, weight[:, None])
 
     expected = torch.where(active[:, None], target.lerp(other, share[:, None]), target)
+    [made] = make_rows(
+        active, lambda a, b, c: a.lerp(b, c[:, None]), [target], [other], numbers=[share]
+    )
+    assert made.shape == target.shape
+    assert torch.equal(made[active], expected[active])
     change_rows_(active, change_, [target], [other], numbers=[share])
     assert torch.equal(target, expected)
+
+
+def test_a_number_that_active_members_share_is_read():
+    number = torch.tensor([0.5, 1.0, 0.5])
+    assert shared(torch.tensor([True, False, True]), number) == 0.5
+    assert shared(torch.tensor([True, True, False]), number) is number
+    assert shared(None, torch.tensor([2.0, 2.0])) == 2.0
+    assert shared(torch.tensor([True, False]), torch.tensor(3.0)) == 3.0
+    assert shared(torch.tensor([True, False]), 4.0) == 4.0
 
 
 def test_numbers_are_renewed_where_members_are_active_and_in_place_where_they_are():
