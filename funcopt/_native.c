@@ -304,6 +304,7 @@ static int start(PyObject *module)
     chosen = 0;
     while (!instruction_sets[chosen].is_there())
         chosen++;
+    has_tiles = find_tiles();
     return 0;
 }
 

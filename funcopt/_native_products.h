@@ -7,7 +7,7 @@ PyDoc_STRVAR(has_products_doc,
 static PyObject *has_products(PyObject *module, PyObject *nothing)
 {
     (void)module, (void)nothing;
-    return PyBool_FromLong(has_tiles());
+    return PyBool_FromLong(has_tiles);
 }
 
 PyDoc_STRVAR(product_doc,
@@ -118,7 +118,7 @@ static PyObject *product(PyObject *module, PyObject *const *given, Py_ssize_t co
         PyErr_SetString(PyExc_TypeError, "product takes 12 numbers and a tuple.");
         return NULL;
     }
-    if (!has_tiles()) {
+    if (!has_tiles) {
         PyErr_SetString(PyExc_ValueError, "product: this processor has no instruction for it.");
         return NULL;
     }

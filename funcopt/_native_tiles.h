@@ -23,7 +23,7 @@
 
 enum { TILE = 16, MOST_ADDENDS = 2 };
 /* So many panels of the left factor and of the right one are one piece of work, or are packed. */
-enum { TALL = 4, WIDE = 8, PACKED = 4 };
+enum { TALL = 4, WIDE = 4, PACKED = 4 };
 /* So many terms of sums take as long as the step of an element. */
 enum { TERMS_LIKE_AN_ELEMENT = 64 };
 
@@ -67,7 +67,7 @@ static int64_t size_of_panels(const Product *product, const Factor *factor)
 }
 
 /* Those with matrix registers have faster products than these. */
-static int has_tiles(void)
+static int find_tiles(void)
 {
     unsigned a, b, c, d, most = 0;
     if (!has_avx512() || !__get_cpuid_count(7, 0, &most, &b, &c, &d) || most < 1)
@@ -304,8 +304,11 @@ static void multiply(const Product *product, int64_t threads)
     share_out(make_share, product, worth, threads);
 }
 #else
-static int has_tiles(void)
+static int find_tiles(void)
 {
     return 0;
 }
 #endif
+
+/* Whether there are such products: found once, as a virtual machine takes long to say so. */
+static int has_tiles = 0;

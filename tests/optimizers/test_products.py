@@ -10,7 +10,7 @@ from funcopt import Muon
 from funcopt.optimizers import _native, _products
 
 from ..cases import assert_same_bits, random_like
-from .common import run
+from .common import number, run
 
 HAS_PRODUCTS = _native.extension is not None and _native.extension.has_products()
 needs_products = pytest.mark.skipif(not HAS_PRODUCTS, reason="no instruction for such products")
@@ -131,6 +131,27 @@ def test_muon_gives_a_matrix_the_same_bits_however_it_lies_and_whatever_is_besid
             assert_same_bits(run(opt, own[:1], [own[1:]])[0][0], moved)
     stacked, _ = run(opt, [torch.stack(params)], [[torch.stack(grads)]])
     assert_same_bits(stacked[0], torch.stack(expected))
+
+
+@needs_products
+@pytest.mark.parametrize("shape", [(300, 700), (1100, 300), (520, 520)])
+def test_muon_gives_the_same_bits_on_any_number_of_threads_and_by_numbers_in_tensors(shape):
+    params = [torch.randn(shape)]
+    gradients = [random_like(params) for _ in range(2)]
+    numbers = {"lr": 0.1, "momentum": 0.5, "eps": 1e-6}
+    coefficients = (3.0, -4.0, 2.0)
+    expected = run(Muon(**numbers, ns_coefficients=coefficients, gram=True), params, gradients)
+    tensors = {name: number(value) for name, value in numbers.items()}
+    by_tensors = Muon(**tensors, ns_coefficients=tuple(map(number, coefficients)), gram=True)
+    assert_same_bits(run(by_tensors, params, gradients), expected)
+    count = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3, 5):
+            torch.set_num_threads(threads)
+            opt = Muon(**numbers, ns_coefficients=coefficients, gram=True)
+            assert_same_bits(run(opt, params, gradients), expected)
+    finally:
+        torch.set_num_threads(count)
 
 
 @pytest.mark.parametrize("shape", [(30, 60), (260, 1100), (280, 300), (2, 30, 60)])
