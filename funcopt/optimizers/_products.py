@@ -13,16 +13,23 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from ._native import extension
-
 Addend: TypeAlias = tuple[Tensor, float]
 """A matrix, and what it is multiplied by."""
 
 
 def serve(matrix: Tensor) -> bool:
     """Return whether products of such matrices are made here."""
-    is_there = matrix.device.type == "cpu" and matrix.dtype is torch.bfloat16
-    return is_there and extension is not None and extension.has_products()
+    if matrix.device.type != "cpu" or matrix.dtype is not torch.bfloat16:
+        return False
+    extension = _extension()
+    return extension is not None and extension.has_products()
+
+
+def _extension() -> Any:
+    """Return the extension, or None where it was not built."""
+    from . import _native  # noqa: PLC0415  # loaded when it is first asked for
+
+    return _native.extension
 
 
 def as_stack(matrix: Tensor) -> Tensor:
@@ -55,7 +62,7 @@ def _product(is_symmetric: bool, left: Tensor, right: Tensor, addends: Any, alph
     columns = right.size(-1)
     addends = [(matrix.contiguous(), factor) for matrix, factor in addends]
     made = left.new_empty(number, rows, columns)
-    extension.product(
+    _extension().product(
         is_symmetric,
         torch.get_num_threads(),
         number,

@@ -164,7 +164,7 @@ def test_a_processor_without_the_instruction_is_served_by_torchs_products(shape,
     plain, _ = run(dataclasses.replace(opt, kernel="plain"), param, [grads])
     exact, _ = run(dataclasses.replace(opt, ns_dtype=torch.float64), param, [grads])
     for lacking in (Extension, None):
-        monkeypatch.setattr(_products, "extension", lacking)
+        monkeypatch.setattr(_native, "extension", lacking)
         moved, _ = run(opt, param, [grads])
         assert (moved - exact).norm() < 1.1 * (plain - exact).norm()
 
