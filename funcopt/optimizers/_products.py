@@ -18,8 +18,8 @@ Addend: TypeAlias = tuple[Tensor, float]
 
 
 def serve(matrix: Tensor) -> bool:
-    """Return whether products of such matrices are made here."""
-    if matrix.device.type != "cpu" or matrix.dtype is not torch.bfloat16:
+    """Return whether products of such matrices are made here: not of those without elements."""
+    if matrix.device.type != "cpu" or matrix.dtype is not torch.bfloat16 or not matrix.numel():
         return False
     extension = _extension()
     return extension is not None and extension.has_products()

@@ -154,6 +154,17 @@ def test_muon_gives_the_same_bits_on_any_number_of_threads_and_by_numbers_in_ten
         torch.set_num_threads(count)
 
 
+@pytest.mark.parametrize("matrices", ["flatten", "stack"])
+@pytest.mark.parametrize("shape", [(0, 4), (3, 0), (0, 0), (0, 3, 4), (2, 0, 4), (2, 3, 0)])
+def test_muon_leaves_matrices_without_elements_as_they_are_and_moves_others(shape, matrices):
+    params = [torch.randn(shape), torch.randn(shape), torch.randn(20, 40)]
+    opt, grads = Muon(lr=0.1, gram=True, matrices=matrices), [random_like(params)]
+    moved, _ = run(opt, params, grads)
+    assert_same_bits(moved[:2], params[:2])
+    assert_same_bits(moved[2], run(opt, params[2:], [grads[0][2:]])[0][0])
+    assert not torch.equal(moved[2], params[2])
+
+
 @pytest.mark.parametrize("shape", [(30, 60), (260, 1100), (280, 300), (2, 30, 60)])
 def test_a_processor_without_the_instruction_is_served_by_torchs_products(shape, monkeypatch):
     class Extension:
