@@ -251,7 +251,7 @@ def _by_tiles(matrices: Sequence[Tensor], own: Any) -> Sequence[Tensor]:
     if len(matrices) > 1:
         return _by_tiles([torch.stack(list(matrices))], own)[0].unbind()
     (matrix,) = matrices
-    stack = _products.as_stack(matrix)
+    stack = matrix.reshape(-1, *matrix.shape[-2:])
     tall = stack.size(-2) > stack.size(-1)
     wide = stack.mT if tall else stack
     norms = [vector_norm(one, 2.0) for one in wide]

@@ -32,9 +32,8 @@ def _extension() -> Any:
     return _native.extension
 
 
-def as_stack(matrix: Tensor) -> Tensor:
-    """See a matrix, or many, as a stack that lies row by row, or column by column."""
-    stack = matrix.reshape(-1, *matrix.shape[-2:])
+def _dense(stack: Tensor) -> Tensor:
+    """Return a stack that lies row by row, or column by column."""
     return stack if stack.is_contiguous() or stack.mT.is_contiguous() else stack.contiguous()
 
 
@@ -43,7 +42,7 @@ def symmetric(left: Tensor, right: Tensor, *addends: Addend, alpha: float = 1.0)
 
     All are stacks of matrices, [number, rows, columns].
     """
-    return _product(True, left, right, addends, alpha)
+    return _product(True, _dense(left), _dense(right), addends, alpha)
 
 
 def whole(left: Tensor, right: Tensor, *addends: Addend, alpha: float = 1.0) -> Tensor:
@@ -51,6 +50,7 @@ def whole(left: Tensor, right: Tensor, *addends: Addend, alpha: float = 1.0) -> 
 
     The result lies as `right` does, row by row or column by column.
     """
+    left, right = _dense(left), _dense(right)
     if right.is_contiguous():
         return _product(False, left, right, addends, alpha)
     turned = [(matrix.mT, factor) for matrix, factor in addends]

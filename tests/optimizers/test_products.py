@@ -87,6 +87,18 @@ def test_empty_matrices_give_what_is_added_alone(shape):
 
 
 @needs_products
+def test_matrices_may_lie_with_gaps_between_elements():
+    square, matrix = random(2, 40, 80)[:, :, ::2], random(2, 40, 180)[:, :, ::3]
+    square = square + square.mT
+    for given in (matrix, matrix.mT.contiguous().mT[:, :, 1:], matrix.expand(2, 40, 60)):
+        dense = given.contiguous()
+        gram = _products.symmetric(dense, dense.mT, (square, 2.0))
+        assert_same_bits(_products.symmetric(given, given.mT, (square, 2.0)), gram)
+        expected = _products.whole(gram, dense, (dense, 2.0))
+        assert_same_bits(_products.whole(gram, given, (given, 2.0)), expected)
+
+
+@needs_products
 def test_what_is_no_number_stays_so_and_the_infinite_infinite():
     matrix = torch.ones(1, 20, 20).bfloat16()
     matrix[0, 3, 3], matrix[0, 17, 17] = torch.inf, torch.nan
