@@ -97,7 +97,8 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ._core import pytree, transforms
-from ._core.types import Optimizer, ParamsT, Tree, check_is_optimizer, kind_of
+from ._core.inner import OptimizerLike
+from ._core.types import ParamsT, Tree, check_is_optimizer, kind_of
 from ._engine.prepare import keep_requiring
 
 __all__ = ["GradientTransformation", "apply_updates", "as_optax", "as_torchopt"]
@@ -130,7 +131,7 @@ class _Goal(NamedTuple):
 _goals: MutableMapping[Tensor, _Goal] = WeakTensorKeyDictionary()
 
 
-def as_optax(opt: Optimizer[Any]) -> GradientTransformation:
+def as_optax(opt: OptimizerLike[Any]) -> GradientTransformation:
     """Return an optimizer as a pair of functions, called as optax's and TorchOpt's are.
 
     Args:
@@ -166,7 +167,7 @@ def as_optax(opt: Optimizer[Any]) -> GradientTransformation:
     return GradientTransformation(opt.init, update)
 
 
-def as_torchopt(opt: Optimizer[Any]) -> Any:
+def as_torchopt(opt: OptimizerLike[Any]) -> Any:
     """Return an optimizer as TorchOpt's functional ones are, such as `torchopt.adam()`.
 
     If TorchOpt is installed, it is a `torchopt.base.GradientTransformation`, which

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from .._core import pytree
+from .._core.inner import OptimizerLike
 from .._core.types import Optimizer, check_is_optimizer, own_traits
 from ..wrappers.partition import Partition
 from ._checks import check_kept
@@ -117,7 +118,7 @@ class InBackward:
 
 
 def update_in_backward(
-    module: torch.nn.Module, opt: Optimizer[Any], state: Mapping[str, Any] | None = None
+    module: torch.nn.Module, opt: OptimizerLike[Any], state: Mapping[str, Any] | None = None
 ) -> InBackward:
     """Let the backward pass move each parameter of a module as soon as its gradient is there.
 

@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from .._core import pytree, transforms
+from .._core.inner import OptimizerLike
 from .._core.types import Optimizer, Tree, check_is_optimizer, optimizers_in, own_traits
 from .._dtensor.members import dtensor_of, span_of
 from .._dtensor.shards import Place
@@ -30,7 +31,7 @@ _Cost: TypeAlias = tuple[int, CostCounterMode]
 
 @transforms.restoring
 def plan(
-    opt: Optimizer[Any],
+    opt: OptimizerLike[Any],
     params: Tree,
     mesh: int | Sequence[int],
     *,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .._core import pytree
+from .._core.inner import OptimizerLike
 from .._core.types import Optimizer, Tree
 from .._core.walk import Change, Place, Step, children, edited, text, walk
 from .._engine.hyperparameters import call_schedule
@@ -22,7 +23,7 @@ _COUNTS = ("step", "n_averaged")
 
 
 def find(
-    tree: Tree, what: str | type, opt: Optimizer[Any] | None = None, *, within: str = ""
+    tree: Tree, what: str | type, opt: OptimizerLike[Any] | None = None, *, within: str = ""
 ) -> dict[str, Any]:
     """Return what is called so, or is of that class, wherever it is in a state or an optimizer.
 

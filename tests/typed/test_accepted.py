@@ -170,6 +170,7 @@ def test_an_optimizer_for_dicts_alone_may_be_wrapped() -> None:
     assert_type(state.inner, CountState)
     group = funcopt.Partition({"all": Descent()}, {"w": "all"})
     assert_type(group.init(params).inner["all"].made, Tensor)
+    assert funcopt.find(opt.init(params), "norm", opt).keys() == {"norm"}
     like: funcopt.OptimizerLike[CountState] = Descent()
     assert_type(funcopt.Accumulate(like, 2).init(params).inner, CountState)
 
