@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch.func import grad, jvp
+from torch.func import grad, jvp, vmap
 from torch.testing import assert_close
 
 from funcopt import SGD, AdamW, Clip, ClipValue, unroll
@@ -88,8 +88,11 @@ def test_a_value_at_its_bound_has_the_derivative_of_one_within():
         opt = ClipValue(SGD(lr=1.0), max_value=1.0)
         return opt.update(grad, opt.init(PARAM), PARAM)[0]
 
-    for size, slope in ((0.999, -1), (1.0, -1), (-1.0, -1), (1.001, 0)):
+    sizes, slopes = [0.999, 1.0, -1.0, 1.001], [-1, -1, -1, 0]
+    for size, slope in zip(sizes, slopes, strict=True):
         assert both_modes(after, number(size)) == [slope]
+    of_members = grad(lambda own: vmap(after)(own).sum())(torch.tensor(sizes, dtype=torch.float64))
+    assert of_members.tolist() == slopes
 
 
 STEPS = 200
