@@ -1,7 +1,7 @@
 """Planted defects: patches of the real code, each with a law that must catch it.
 
 `python -m tests.mutants` holds every mutant to every law and writes the table `tests/MUTANTS.md`;
-with `--new`, only those that have no row there.
+with `--new`, only those that have no row there, and to laws that have no column.
 """
 
 import contextlib
@@ -34,6 +34,14 @@ SUBJECT = AdamW(lr=0.1, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.1, amsgrad=Tr
 BY_CHANCE = dataclasses.replace(SUBJECT, rounding="stochastic", seed=5, kernel="plain")
 # With a memory so long that 16 bits cannot hold it.
 LONG = dataclasses.replace(SUBJECT, betas=(0.9, 0.999))
+
+
+def reference(subject: AdamW) -> Callable[[Any], torch.optim.Optimizer]:
+    """Return how to make what a subject must equal: torch's own."""
+    names = ("lr", "betas", "eps", "weight_decay", "amsgrad")
+    options = {name: getattr(subject, name) for name in names}
+    return lambda params: torch.optim.AdamW(params, **options)
+
 
 Patch = pytest.MonkeyPatch
 
@@ -159,6 +167,17 @@ def returns_the_count_it_was_given_where_nothing_moved(patch: Patch) -> None:
     after_update(patch, change)
 
 
+@caught_by(laws.state_keeps_no_history)
+def moments_have_the_history_of_the_parameters(patch: Patch) -> None:
+    def change(params: Any, state: Any, given: Any) -> Any:
+        news, structure = pytree.flatten(state.exp_avg)
+        olds = pytree.flatten(given[3])[0]
+        follow = [new + (0 * old).to(new.dtype) for new, old in zip(news, olds, strict=True)]
+        return params, state._replace(exp_avg=pytree.unflatten(structure, follow))
+
+    after_update(patch, change)
+
+
 @caught_by(laws.deterministic)
 def adds_noise(patch: Patch) -> None:
     after_update(
@@ -238,6 +257,18 @@ def pairs_trees_by_position(patch: Patch) -> None:
     patch.setattr(prepare.pytree, "pair", pair)
 
 
+@caught_by(laws.missing_gradients_leave_others_alone)
+def gradients_that_there_are_go_to_the_first_leaves(patch: Patch) -> None:
+    def change(original: Any, opt: AdamW, grads: Any, state: Any, params: Any) -> Any:
+        structure = pytree.flatten(params)[1]
+        leaves = pytree.pair(grads, "grads", structure).leaves
+        found = [leaf for leaf in leaves if leaf is not None]
+        found += [None] * (len(leaves) - len(found))
+        return original(opt, pytree.unflatten(structure, found), state, params)
+
+    around_update(patch, change)
+
+
 @caught_by(laws.bad_trees_raise)
 def broadcasts_gradients(patch: Patch) -> None:
     def change(original: Any, leaf: Any, param: Tensor, *rest: Any) -> None:
@@ -277,6 +308,11 @@ def the_count_stands_still(patch: Patch) -> None:
 @caught_by(laws.matches_torch)
 def the_bias_correction_is_one_step_ahead(patch: Patch) -> None:
     numbers(patch, lambda own, opt: own._replace(step=own.step + 1))
+
+
+@caught_by(laws.matches_reference)
+def the_bias_correction_is_missing(patch: Patch) -> None:
+    numbers(patch, lambda own, opt: own._replace(step=own.step + 1e9))
 
 
 @caught_by(laws.decay_is_decoupled)
@@ -657,26 +693,36 @@ def the_count_skips_a_number(patch: Patch) -> None:
 TABLE = pathlib.Path(__file__).with_name("MUTANTS.md")
 
 
-def row(mutant: Mutant) -> list[str]:
-    """Hold a mutant to every law: a dot where it is caught."""
+def caught(mutant: Mutant, known: Mapping[str, str]) -> dict[str, str]:
+    """Return for each law a dot where it catches a mutant: what is known, or what is found."""
+    marks = {}
+    for law in laws.LAWS:
+        name = law.__name__
+        marks[name] = known[name] if name in known else _mark(mutant, law)
+    return marks
+
+
+def _mark(mutant: Mutant, law: laws.Law) -> str:
+    own = mutant.subject
     with planted(mutant):
-        verdicts = [check_law(law, mutant.subject, shrink=False).status for law in laws.LAWS]
-    return ["•" if verdict in ("fails", "error") else " " for verdict in verdicts]
+        status = check_law(law, own, shrink=False, like=reference(own)).status
+    return "•" if status in ("fails", "error") else " "
 
 
-def rows_there() -> dict[str, list[str]]:
-    """Read the rows of the table as it is."""
+def marks_there() -> dict[str, dict[str, str]]:
+    """Read the table as it is: for each mutant, the mark of each law."""
     lines = TABLE.read_text().splitlines() if TABLE.exists() else []
+    names = [line.split("`")[1] for line in lines if "` catches " in line]
     cells = [line.strip("|").split("|") for line in lines if line.startswith("| ")]
     return {
-        name.strip(): [mark.strip() or " " for mark in marks]
+        name.strip(): dict(zip(names, [mark.strip() or " " for mark in marks], strict=True))
         for name, *marks in cells
-        if len(marks) == len(laws.LAWS)
+        if name.strip()
     }
 
 
-def matrix(known: Mapping[str, list[str]]) -> str:
-    """Hold every mutant that is not known to every law; return a Markdown table."""
+def matrix(known: Mapping[str, Mapping[str, str]]) -> str:
+    """Hold every mutant to every law of which nothing is known; return a Markdown table."""
     names = [law.__name__ for law in laws.LAWS]
     head = [
         "# Planted defects, and the laws that catch them",
@@ -686,14 +732,16 @@ def matrix(known: Mapping[str, list[str]]) -> str:
         "|  | " + " | ".join(f"{number}" for number in range(1, len(names) + 1)) + " |",
         "|---" * (len(names) + 1) + "|",
     ]
-    rows = [(own.name, known.get(own.name) or row(own)) for own in MUTANTS]
-    caught = [sum(marks[i] == "•" for _, marks in rows) for i in range(len(names))]
-    body = [f"| {name} | " + " | ".join(marks) + " |" for name, marks in rows]
-    foot = [f"{i}. `{name}` catches {caught[i - 1]}" for i, name in enumerate(names, 1)]
+    rows = [(own.name, caught(own, known.get(own.name, {}))) for own in MUTANTS]
+    body = [f"| {name} | " + " | ".join(marks.values()) + " |" for name, marks in rows]
+    foot = [
+        f"{i}. `{name}` catches {sum(marks[name] == '•' for _, marks in rows)}"
+        for i, name in enumerate(names, 1)
+    ]
     return "\n".join([*head, *body, "", *foot, ""])
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    TABLE.write_text(matrix(rows_there() if "--new" in sys.argv[1:] else {}))
+    TABLE.write_text(matrix(marks_there() if "--new" in sys.argv[1:] else {}))
     print(TABLE.read_text())

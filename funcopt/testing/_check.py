@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +20,7 @@ from ._compare import LawBroken, NotApplicable
 from ._progress import shown
 from ._report import Report, Verdict, own_lines
 from ._subject import leaves_of
-from .laws import LAWS, SLOW, Law
+from .laws import LAWS, SLOW, Law, matches_reference
 
 Problem = tuple[Tree, list[Tree]]
 
@@ -60,6 +61,7 @@ def check_optimizer(
     max_examples: int | None = None,
     seed: int = 0,
     skip: Mapping[str, str] | None = None,
+    like: Any = None,
     progress: bool | None = None,
 ) -> Report:
     """Hold an optimizer to every law that applies to it.
@@ -82,6 +84,9 @@ def check_optimizer(
             a law that takes long, a few.
         seed: The same seed tries the same problems.
         skip: Laws not to hold it to, by their names, each with the reason, which the report shows.
+        like: A reference, for the law `matches_reference`: another optimizer of any of the three
+            kinds that `opt` may be of, with the same hyperparameters, whose parameters those of
+            `opt` must equal up to a few roundings in each step. None skips the law.
         progress: Whether to show on stderr how far the check is. None shows it if stderr is a
             terminal and no test of pytest is running: by a bar, if tqdm is installed.
 
@@ -89,8 +94,8 @@ def check_optimizer(
         A report, in the order of the laws. A law that fails comes with the smallest example found.
 
     Raises:
-        TypeError: If `opt` is none of the three; if `laws` is no list of laws, `params` no
-            strategy, or `skip` no dict.
+        TypeError: If `opt` or `like` is none of the three; if `laws` is no list of laws, `params`
+            no strategy, or `skip` no dict.
         ValueError: If there is no law or profile of a name, `max_examples` is less than 1, or a law
             is skipped without a reason.
 
@@ -108,6 +113,12 @@ def check_optimizer(
           holds           never_mutates
           skipped         compiles_once: a torch.optim.Optimizer makes its step outside of the graph
           skipped         scale_invariant: as asked: it is not meant to be
+        >>> check_optimizer(
+        ...     funcopt.Adam(lr=0.1),
+        ...     laws=["matches_reference"],
+        ...     like=lambda params: torch.optim.Adam(params, lr=0.1),
+        ... ).ok
+        True
     """
     subject = subject_of(opt)
     if params is not None and not isinstance(params, st.SearchStrategy):
@@ -117,7 +128,9 @@ def check_optimizer(
         )
     if max_examples is not None and max_examples < 1:
         raise ValueError(f"max_examples={max_examples}: must be at least 1.")
-    effort, own, name = _effort(profile, max_examples), _found(laws), type(subject).__name__
+    effort, name = _effort(profile, max_examples), type(subject).__name__
+    reference = None if like is None else subject_of(like)
+    own = [_held_to(law, reference) for law in _found(laws)]
     reasons = {**getattr(subject, "inapplicable", {})}
     asked = _checked_skip(skip)
     drawn = problems(strategies.params_for(subject) if params is None else params)
@@ -132,6 +145,18 @@ def check_optimizer(
             known = {v.cause for v in verdicts if v.status == "error"}
             verdicts.append(_judge(law, subject, drawn, effort, seed, known))
     return Report(name, tuple(verdicts))
+
+
+def _held_to(law: Law, reference: Any) -> Law:
+    """Return a law that knows the reference, if it goes by one."""
+    if reference is None or law is not matches_reference:
+        return law
+
+    @functools.wraps(law)
+    def held(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> None:
+        matches_reference(opt, params, gradient_sequence, reference)
+
+    return held
 
 
 def _effort(profile: str, max_examples: int | None) -> Effort:
@@ -183,11 +208,13 @@ def check_law(
     max_examples: int = 25,
     seed: int = 0,
     shrink: bool = True,
+    like: Any = None,
 ) -> Verdict:
     """Hold an optimizer to one law; the arguments are those of `check_optimizer`.
 
     Without `shrink`, the first example found is reported instead of the smallest.
     """
+    law = _held_to(law, None if like is None else subject_of(like))
     drawn = problems(strategies.params_for(opt) if params is None else params)
     effort = Effort(max_examples, min(max_examples, 3), None if shrink else 0)
     return _judge(law, opt, drawn, effort, seed, set())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -59,8 +59,23 @@ def field(opt: Any, name: str) -> Any:
     """Return a hyperparameter of an optimizer, or of the first one it wraps that has it."""
     found = fields(opt, name)
     if not found:
-        raise NotApplicable(f"it has no {name}")
+        raise NotApplicable(_lacks(opt, name))
     return found[0]
+
+
+def _lacks(opt: Any, name: str) -> str:
+    """Say why no copy of an optimizer can be given another value for a hyperparameter."""
+    if hasattr(opt, name):
+        return f"{name} is no field of a dataclass, so that no other value can be given to it"
+    return f"it has no {name}"
+
+
+def other_than(opt: Any, kinds: Iterable[type]) -> str:
+    """Say what an optimizer is that is none of these classes of funcopt's."""
+    name = type(opt).__name__
+    if name in [kind.__name__ for kind in kinds]:
+        return "this is a class of that name, but none of funcopt's"
+    return f"this is of class {name}"
 
 
 def fixed_lr(opt: Any) -> float:
@@ -159,7 +174,7 @@ def replace(opt: Any, **values: Any) -> Any:
             with contextlib.suppress(NotApplicable):
                 replaced[label] = replace(inner, **others)
         if not replaced:
-            raise NotApplicable(f"it has no {', '.join(others)}")
+            raise NotApplicable("; ".join(_lacks(opt, name) for name in others))
         own["inner"] = replaced[None] if None in wrapped else {**wrapped, **replaced}
     return dataclasses.replace(opt, **own)
 

@@ -52,17 +52,59 @@ _ORACLES: dict[type, Oracle] = {}
 def register(kind: type, oracle: Oracle) -> None:
     """Let `oracle` judge the optimizers of a class.
 
+    The class may be one that `funcopt.pure` runs, such as a subclass of `torch.optim.Optimizer`:
+    then the oracle judges the class itself, whatever a factory makes of it, and `pure` of it. What
+    it is given for a state is a `PureState`, that of all leaves in trees like the parameters:
+    `state.slots["momentum"]` has the tensors that the class keeps as `state[param]["momentum"]`,
+    `state.numbers["step"]` the Python numbers, as tensors of shape (). The learning rate is
+    `opt.lr`, and other options that are not the defaults of the class are in
+    `opt.hyperparameters`, by name.
+
     Args:
         kind: The class.
         oracle: Called as `oracle(opt, grads, state, params)` with trees in float64 (complex128
             where leaves are complex); returns `(params, state)` after one update.
+
+    Example:
+        >>> import torch
+        >>> from funcopt.testing import check_optimizer, oracles, strategies
+        >>> class Averaged(torch.optim.Optimizer):
+        ...     def __init__(self, params, lr=0.1, beta=0.9):
+        ...         super().__init__(params, {"lr": lr, "beta": beta})
+        ...
+        ...     @torch.no_grad()
+        ...     def step(self, closure=None):
+        ...         for group in self.param_groups:
+        ...             for param in group["params"]:
+        ...                 mean = self.state[param].setdefault("mean", torch.zeros_like(param))
+        ...                 mean.lerp_(param.grad, 1 - group["beta"])
+        ...                 param.sub_(group["lr"] * mean)
+        >>> def by_hand(opt, grads, state, params):
+        ...     beta = opt.hyperparameters.get("beta", 0.9)
+        ...     olds = state.slots["mean"]
+        ...     mean = {name: beta * olds[name] + (1 - beta) * grads[name] for name in params}
+        ...     params = {name: params[name] - opt.lr * mean[name] for name in params}
+        ...     return params, state._replace(slots={"mean": mean})
+        >>> oracles.register(Averaged, by_hand)
+        >>> dicts = strategies.params(nodes=["dict"], max_leaves=2)
+        >>> for opt in (Averaged, lambda params: Averaged(params, beta=0.5)):
+        ...     print(check_optimizer(opt, laws=["matches_oracle"], params=dicts, max_examples=5))
+        Averaged: 1 hold
+          holds           matches_oracle
+        Averaged: 1 hold
+          holds           matches_oracle
     """
     _ORACLES[kind] = oracle
 
 
 def registered(opt: Any) -> Oracle | None:
-    """Return the oracle of an optimizer's class, or of one that it inherits from; None if none."""
-    return next((_ORACLES[kind] for kind in type(opt).__mro__ if kind in _ORACLES), None)
+    """Return the oracle of an optimizer's class, or of one that it inherits from; None if none.
+
+    Of one that runs another class, as `funcopt.pure` does, it may be the oracle of that class.
+    """
+    run = getattr(opt, "kind", None)
+    kinds = (*type(opt).__mro__, *(run.__mro__ if isinstance(run, type) else ()))
+    return next((_ORACLES[kind] for kind in kinds if kind in _ORACLES), None)
 
 
 def oracle_of(opt: Any) -> Oracle:

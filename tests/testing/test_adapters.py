@@ -4,10 +4,11 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from hypothesis import strategies as st
 
 import funcopt
 from funcopt import compat
-from funcopt.testing import check_optimizer, from_optax, laws
+from funcopt.testing import check_optimizer, from_optax, laws, oracles
 from funcopt.testing._adapters import subject_of
 
 FEW = [laws.never_mutates, laws.inplace_is_pure, laws.vmap_is_loop, laws.goes_downhill]
@@ -83,6 +84,55 @@ def test_one_that_ignores_its_learning_rate_is_found():
 
     report = check_optimizer(Deaf, laws=["zero_lr_moves_nothing"], max_examples=5)
     assert report.broken == ("zero_lr_moves_nothing",)
+
+
+def of_told(opt, grads, state, params):
+    """Descent by hand, with the factor that the class has by default."""
+    return {name: params[name] - opt.lr * grads[name] for name in params}, state
+
+
+def test_an_oracle_is_found_by_the_class_that_is_run(monkeypatch):
+    monkeypatch.setattr(oracles, "_ORACLES", dict(oracles._ORACLES))
+    dicts = funcopt.testing.strategies.params(nodes=["dict"], max_leaves=2, dtype=torch.float32)
+
+    def status(opt):
+        (found,) = check_optimizer(
+            opt, laws=["matches_oracle"], params=dicts, max_examples=5
+        ).verdicts
+        return found.status
+
+    subjects = [Told, lambda params: Told(params, lr=0.25), funcopt.pure(Told, lr=0.5)]
+    assert {status(opt) for opt in subjects} == {"not applicable"}
+    oracles.register(Told, of_told)
+    assert [status(opt) for opt in subjects] == ["holds"] * 3
+    assert status(FACTORIES["an option outside of the group"]) == "fails"
+
+
+def test_an_oracle_of_such_a_class_is_given_the_state_by_names():
+    given = []
+
+    class Counted(torch.optim.SGD):
+        def step(self, closure=None):
+            for param in self.param_groups[0]["params"]:
+                kept = self.state[param]
+                kept["step"] = kept.get("step", 0) + 1
+                kept.setdefault("mean", torch.zeros_like(param))
+
+    def oracle(opt, grads, state, params):
+        given.append((opt, state))
+        return params, state
+
+    oracles.register(Counted, oracle)
+    try:
+        check_optimizer(Counted, laws=["matches_oracle"], params=st.just({"w": torch.ones(2)}))
+    finally:
+        del oracles._ORACLES[Counted]
+    opt, state = given[0]
+    assert opt.lr == 1e-3
+    assert opt.hyperparameters == {}
+    assert (list(state.slots), list(state.numbers)) == (["mean"], ["step"])
+    assert state.slots["mean"]["w"].dtype is torch.float64
+    assert state.numbers["step"]["w"].shape == ()
 
 
 def test_what_a_class_cannot_be_asked_is_skipped_with_the_reason():

@@ -1,12 +1,13 @@
 """`check_optimizer`: what it tells apart, and what its report shows."""
 
 import dataclasses
+import re
 
 import pytest
 import torch
 
-from funcopt import AdamW
-from funcopt.testing import check_optimizer, laws, parametrize_laws
+from funcopt import Adam, AdamW, compat
+from funcopt.testing import check_optimizer, from_optax, laws, parametrize_laws, strategies
 
 from ..cases import tree_map
 
@@ -184,6 +185,92 @@ def test_a_law_that_fails_without_a_word_is_reported_all_the_same():
 
     (verdict,) = check_optimizer(Descent(), laws=[wordless]).verdicts
     assert (verdict.status, verdict.law) == ("fails", "wordless")
+
+
+class Biased:
+    """Adam without the corrections of its bias; no dataclass."""
+
+    lr = 0.1
+
+    def init(self, params):
+        return tree_map(torch.zeros_like, params), tree_map(torch.zeros_like, params)
+
+    def update(self, grads, state, params):
+        means = tree_map(lambda m, g: 0.9 * m + 0.1 * g, state[0], grads)
+        squares = tree_map(lambda s, g: 0.999 * s + 0.001 * g * g, state[1], grads)
+        return tree_map(self.move, params, means, squares), (means, squares)
+
+    def move(self, param, mean, square):
+        return param - self.lr * mean / (square.sqrt() + 1e-8)
+
+
+class BiasedOfTorch(torch.optim.Optimizer):
+    """The same in the manner of torch."""
+
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for param in self.param_groups[0]["params"]:
+            kept = self.state[param]
+            kept.setdefault("mean", torch.zeros_like(param)).lerp_(param.grad, 0.1)
+            square = kept.setdefault("square", torch.zeros_like(param))
+            square.lerp_(param.grad.square(), 0.001)
+            step = kept["mean"] / (square.sqrt() + 1e-8)
+            param.sub_(self.param_groups[0]["lr"] * step)
+
+
+REFERENCES = {
+    "a factory": lambda params: torch.optim.Adam(params, lr=0.1),
+    "one of funcopt's": Adam(lr=0.1),
+    "a pair": from_optax(compat.as_optax(Adam(lr=0.1))),
+}
+
+
+@pytest.mark.parametrize("reference", REFERENCES)
+@pytest.mark.parametrize("opt", [Biased(), BiasedOfTorch])
+def test_a_missing_bias_correction_is_found_by_a_reference(opt, reference):
+    real = strategies.params(dtype=torch.float64, min_leaves=1, max_leaves=1, nodes=["dict"])
+    report = check_optimizer(
+        opt,
+        laws=["matches_reference"],
+        like=REFERENCES[reference],
+        params=real,
+        max_examples=10,
+    )
+    (verdict,) = report.verdicts
+    assert verdict.status == "fails"
+    # Of a gradient of 1: lr * 0.1 / sqrt(0.001), where the corrected step is lr.
+    assert re.match(
+        r"matches_reference \(like=\w+, torch.float64\): step \d, params\['p0'\]: got -?[\d.e-]+, "
+        r"expected",
+        verdict.detail,
+    )
+
+
+@pytest.mark.parametrize("reference", REFERENCES)
+def test_what_is_like_its_reference_holds_in_every_dtype(reference):
+    for opt in (Adam(lr=0.1), torch.optim.Adam):
+        like = REFERENCES[reference] if opt != torch.optim.Adam else torch.optim.Adam
+        report = check_optimizer(opt, laws=["matches_reference"], like=like, max_examples=10)
+        assert [verdict.status for verdict in report.verdicts] == ["holds"], report
+
+
+def test_a_reference_that_is_no_optimizer_is_refused():
+    with pytest.raises(TypeError, match=r"is a class: give an instance, such as AdamW\(\)"):
+        check_optimizer(Adam(), like=AdamW)
+
+
+def test_a_field_that_cannot_be_replaced_is_told_apart_from_one_that_there_is_not():
+    few = ["zero_lr_moves_nothing", "maximize_is_minimize_negated"]
+    found = check_optimizer(Biased(), laws=few).skipped
+    assert found == {
+        "zero_lr_moves_nothing": (
+            "lr is no field of a dataclass, so that no other value can be given to it"
+        ),
+        "maximize_is_minimize_negated": "it has no maximize",
+    }
 
 
 def test_parameters_that_are_no_strategy_are_refused():

@@ -24,7 +24,7 @@ from funcopt import (
 )
 from funcopt._core.types import ELEMENTWISE, Traits
 from funcopt.schedules import Cosine
-from funcopt.testing import laws
+from funcopt.testing import check_optimizer, laws
 from funcopt.testing._check import check_law
 
 from ..cases import faded, leaves, tree_map
@@ -98,7 +98,7 @@ OF_CHANCE = (laws.small_steps_add_up, laws.random_bits_go_by_key)
 @pytest.mark.parametrize("law", laws.LAWS, ids=lambda law: law.__name__)
 def test_every_law_applies_to_a_plain_adamw_but_those_of_chance(law, examples):
     number = examples(law, by_night=100)
-    status = check_law(law, AdamW(), max_examples=number).status
+    status = check_law(law, AdamW(), max_examples=number, like=torch.optim.AdamW).status
     assert status == ("not applicable" if law in OF_CHANCE else "holds")
 
 
@@ -259,6 +259,109 @@ def test_only_who_takes_active_is_held_to_it():
     verdict = check_law(law, CountsWithoutMoving(), max_examples=2)
     assert verdict.status == "fails"
     assert "(active=False): step 1, state.step: got 1, expected 0" in verdict.detail
+
+
+class Zipped(AdamW):
+    """Pairs the gradients that there are with the first leaves, in order."""
+
+    def update(self, grads, state, params):
+        found = iter([grad for grad in grads.values() if grad is not None])
+        return super().update({name: next(found, None) for name in params}, state, params)
+
+
+class StillDecays(AdamW):
+    """Takes a gradient that is missing for zero, by which weight decay moves the leaf."""
+
+    def update(self, grads, state, params):
+        filled = {n: torch.zeros_like(params[n]) if g is None else g for n, g in grads.items()}
+        return super().update(filled, state, params)
+
+
+class CountsMissing(AdamW):
+    """Counts an update twice if a gradient is missing."""
+
+    def update(self, grads, state, params):
+        moved, new = super().update(grads, state, params)
+        missing = any(grad is None for grad in grads.values())
+        return moved, new._replace(step=new.step + 1) if missing else new
+
+
+class RaisesAtNone(AdamW):
+    def update(self, grads, state, params):
+        return super().update({name: 1 * grad for name, grad in grads.items()}, state, params)
+
+
+def test_a_gradient_that_is_missing_moves_no_other_leaf():
+    law, w = laws.missing_gradients_leave_others_alone, {"w": torch.tensor([1.0, -2.0])}
+    steps = [{"w": torch.tensor([0.5, 0.25])}, {"w": torch.tensor([-1.0, 0.125])}]
+    law(AdamW(lr=0.1), w, steps)
+    prefix = r"\(grads\['leaf 0'\] is None\): step 1"
+    for opt, message in (
+        (Zipped(lr=0.1), rf"{prefix}, params\['leaf 0'\]: got 0.898"),
+        (StillDecays(lr=0.1, weight_decay=0.5), rf"{prefix}, params\['leaf 0'\]: got 0.949"),
+        (CountsMissing(lr=0.1), rf"{prefix}, state.step: got 2, expected 1"),
+    ):
+        with pytest.raises(laws.LawBroken, match=message):
+            law(opt, w, steps)
+    law(StillDecays(lr=0.1, weight_decay=0.0), w, steps)  # moments stay zero, and so the leaf
+    with pytest.raises(
+        laws.NotApplicable, match="no gradient that is None: TypeError: unsupported"
+    ):
+        law(RaisesAtNone(), w, steps)
+    with pytest.raises(laws.NotApplicable, match="treats leaves by their names"):
+        law(Partition({"all": AdamW()}, lambda name, leaf: "all"), w, steps)
+
+
+class Remembers(AdamW):
+    """Adds to its second moment nothing of the parameters, but their history."""
+
+    def update(self, grads, state, params):
+        moved, new = super().update(grads, state, params)
+        follow = {name: own + 0 * params[name] for name, own in new.exp_avg_sq.items()}
+        return moved, new._replace(exp_avg_sq=follow)
+
+
+class StartsWithHistory(AdamW):
+    def init(self, params):
+        state = super().init(params)
+        return state._replace(exp_avg={name: 0 * leaf for name, leaf in params.items()})
+
+
+def test_a_state_with_a_history_of_parameters_is_found():
+    w, law = {"w": torch.ones(2)}, laws.state_keeps_no_history
+    law(AdamW(), w, [w, w])
+    law(Ema(Lookahead(MasterWeights(AdamW()), 2)), w, [w, w])
+    with pytest.raises(laws.LawBroken, match=r"step 1, state.exp_avg_sq\['w'\]: .* AddBackward0"):
+        law(Remembers(), w, [w, w])
+    with pytest.raises(laws.LawBroken, match=r"step 0, state.exp_avg\['w'\]: .* MulBackward0"):
+        law(StartsWithHistory(), w, [w, w])
+
+
+def test_without_a_reference_the_law_of_references_does_not_apply():
+    verdict = check_law(laws.matches_reference, AdamW(), max_examples=2)
+    assert verdict.status == "not applicable"
+    assert "check_optimizer(opt, like=...)" in verdict.detail
+
+
+def test_a_slope_that_is_wrong_is_shown_as_a_slope():
+    class Detaching(AdamW):
+        def update(self, grads, state, params):
+            moved, state = super().update(grads, state, params)
+            return {n: p + 0.5 * (params[n] - params[n].detach()) for n, p in moved.items()}, state
+
+    w = {"w": torch.ones(2)}
+    message = (
+        r"step 2, the slope of the sum of squares of params, with respect to a factor .*: got a"
+    )
+    with pytest.raises(laws.LawBroken, match=f"{message} slope of .*, that of differences"):
+        laws.gradient_matches_differences(Detaching(), w, [w, w])
+
+
+def test_a_class_that_has_a_name_of_funcopts_is_told_apart():
+    adam = type("Adam", (torch.optim.SGD,), {})
+    found = check_optimizer(adam, laws=[laws.first_step_is_sign, laws.matches_torch]).skipped
+    assert all("a class of that name, but none of funcopt's" in why for why in found.values())
+    assert len(found) == 2
 
 
 def test_without_an_oracle_the_law_of_oracles_does_not_apply():

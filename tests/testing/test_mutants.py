@@ -5,13 +5,14 @@ import pytest
 from funcopt.testing import laws
 from funcopt.testing._check import check_law
 
-from ..mutants import MUTANTS, TABLE, planted
+from ..mutants import MUTANTS, TABLE, planted, reference
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
 def test_the_law_catches_it(mutant):
     with planted(mutant):
-        verdict = check_law(mutant.law, mutant.subject, shrink=False)
+        like = reference(mutant.subject)
+        verdict = check_law(mutant.law, mutant.subject, shrink=False, like=like)
     assert verdict.status in ("fails", "error"), verdict
 
 

@@ -30,6 +30,7 @@ from ._algebra import (
 )
 from ._descent import goes_downhill
 from ._leaves import elements_are_independent, leaves_are_independent, names_do_not_matter
+from ._missing import missing_gradients_leave_others_alone
 from ._precision import (
     moments_follow_gradients,
     moments_have_room,
@@ -44,8 +45,10 @@ from ._purity import (
     never_mutates,
     outputs_share_no_memory,
     round_trips,
+    state_keeps_no_history,
     survives_zero_gradients,
 )
+from ._reference import matches_reference
 from ._transforms import (
     gradient_is_finite,
     gradient_matches_differences,
@@ -59,15 +62,18 @@ Law = Callable[[Any, Tree, list[Tree]], None]
 LAWS: tuple[Law, ...] = (
     never_mutates,
     outputs_share_no_memory,
+    state_keeps_no_history,
     deterministic,
     keeps_structure,
     inplace_is_pure,
     round_trips,
     bad_trees_raise,
+    missing_gradients_leave_others_alone,
     survives_zero_gradients,
     kernels_agree,
     matches_torch,
     matches_oracle,
+    matches_reference,
     agrees_with_itself_in_float64,
     names_do_not_matter,
     leaves_are_independent,
@@ -121,8 +127,10 @@ __all__ = [
     "kernels_agree",
     "leaves_are_independent",
     "matches_oracle",
+    "matches_reference",
     "matches_torch",
     "maximize_is_minimize_negated",
+    "missing_gradients_leave_others_alone",
     "moments_follow_gradients",
     "moments_have_room",
     "names_do_not_matter",
@@ -134,6 +142,7 @@ __all__ = [
     "round_trips",
     "scale_invariant",
     "small_steps_add_up",
+    "state_keeps_no_history",
     "survives_zero_gradients",
     "vmap_is_loop",
     "zero_lr_moves_nothing",

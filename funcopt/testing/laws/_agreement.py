@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..._core import pytree
 from ..._core.types import Tree, optimizers_in, own_traits, traits_of
-from ...interop._counterparts import counterpart_of
+from ...interop._counterparts import COUNTERPARTS, counterpart_of
 from ...wrappers.cautious import Cautious
 from ...wrappers.compensated import Compensated
 from .._compare import EXACT, ROUNDING, NotApplicable, compare, compare_moved
@@ -19,6 +19,7 @@ from .._subject import (
     fields,
     kernels,
     leaves_of,
+    other_than,
     replace,
     rounded,
     run,
@@ -48,7 +49,11 @@ _TORCH_FLAGS: dict[str, dict[str, bool]] = {
 def matches_torch(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> None:
     """Each kernel gives the bits of torch.optim on the CPU in float32 and float64."""
     kind = counterpart_of(opt)
-    if kind is None or kind.beyond(opt):
+    if kind is None:
+        ours = [own.ours for own in COUNTERPARTS]
+        names = ", ".join(own.__name__ for own in ours)
+        raise NotApplicable(f"it holds for {names}, and {other_than(opt, ours)}")
+    if kind.beyond(opt):
         raise NotApplicable(f"torch.optim has no counterpart of {type(opt).__name__} as it is")
     if any(not isinstance(number, float) for number in opt.rule.hyperparams_of(opt)):
         raise NotApplicable("torch.optim takes its bits from Python numbers")

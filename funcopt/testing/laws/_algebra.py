@@ -13,7 +13,17 @@ from ...optimizers.adam import Adam
 from ...optimizers.adamw import AdamW
 from ...optimizers.lion import Lion
 from .._compare import ROUNDING, NotApplicable, compare, wide
-from .._subject import field, fields, fixed_lr, last, replace, run, tree_map, variants
+from .._subject import (
+    field,
+    fields,
+    fixed_lr,
+    last,
+    other_than,
+    replace,
+    run,
+    tree_map,
+    variants,
+)
 
 
 def zero_lr_moves_nothing(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> None:
@@ -40,7 +50,7 @@ def maximize_is_minimize_negated(opt: Any, params: Tree, gradient_sequence: list
 def _only(opt: Any, *kinds: type) -> None:
     if not isinstance(opt, kinds):
         names = " and ".join(kind.__name__ for kind in kinds)
-        raise NotApplicable(f"it holds for {names}, and this is a {type(opt).__name__}")
+        raise NotApplicable(f"it holds for {names}, and {other_than(opt, kinds)}")
 
 
 def decay_is_decoupled(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> None:

@@ -19,7 +19,7 @@ def names_do_not_matter(opt: Any, params: Tree, gradient_sequence: list[Tree]) -
 
     It need not for an optimizer that says it treats leaves by their names, as `Partition` may.
     """
-    _check_blind_to_names(opt)
+    check_blind_to_names(opt)
     structure = pytree.flatten(params)[1]
     names = [f"x{index}" for index in reversed(range(structure.num_leaves))]
 
@@ -60,7 +60,8 @@ def _check_says(opt: Any, trait: str, what: str) -> None:
         )
 
 
-def _check_blind_to_names(opt: Any) -> None:
+def check_blind_to_names(opt: Any) -> None:
+    """Let pass an optimizer that does not say that it treats leaves by their names."""
     for part in optimizers_in(opt):
         # A count for each leaf is another reason to say so, by which names do not matter.
         if own_traits(part).tells_leaves_apart and not getattr(part, "step_per_leaf", False):
@@ -78,7 +79,7 @@ def _alone(
     law: str,
 ) -> None:
     """Hold each leaf, prepared and updated alone, to what it became among the others."""
-    _check_blind_to_names(opt)  # alone, it has no name
+    check_blind_to_names(opt)  # alone, it has no name
     leaves, structure = pytree.flatten(params)
     rows = [pytree.pair(grads, "grads", structure).leaves for grads in gradient_sequence]
     whole = [pytree.flatten(step.new_params)[0] for step in run(opt, params, gradient_sequence)]

@@ -67,6 +67,37 @@ def _places(tree: Tree, root: str) -> list[tuple[int, int, str]]:
     return places
 
 
+def state_keeps_no_history(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> None:
+    """Beside parameters that require a gradient, as `nn.Parameter`s do, the state has no history.
+
+    A state that keeps one holds the graph of every step before it, which grows as long as training
+    goes on. Parameters are leaves of autograd here, and gradients have no history.
+    """
+
+    def as_leaves(tree: Tree) -> Tree:
+        return tree_map(lambda leaf: leaf.detach().clone().requires_grad_(), tree)
+
+    params = as_leaves(params)
+    state = opt.init(params)
+    _has_no_history(0, state)
+    for number, grads in enumerate(gradient_sequence, 1):
+        new_params, state = opt.update(grads, state, params)
+        _has_no_history(number, state)
+        params = as_leaves(new_params)
+
+
+def _has_no_history(number: int, state: Tree) -> None:
+    leaves, structure = pytree.flatten(state)
+    for path, leaf in zip(pytree.paths(structure, "state"), leaves, strict=True):
+        if isinstance(leaf, Tensor) and leaf.requires_grad:
+            of = "none" if leaf.grad_fn is None else type(leaf.grad_fn).__name__
+            raise LawBroken(
+                f"state_keeps_no_history: step {number}, {path}: got a tensor that requires a "
+                f"gradient (grad_fn {of}), expected none: at nn.Parameters the graph would grow "
+                f"with each update. Compute it of param.detach(), or within torch.no_grad()"
+            )
+
+
 def deterministic(opt: Any, params: Tree, gradient_sequence: list[Tree]) -> None:
     """The same inputs give the same bits, with whatever memory held before."""
     first = list(run(opt, params, gradient_sequence))

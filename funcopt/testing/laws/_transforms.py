@@ -135,8 +135,10 @@ def gradient_matches_differences(opt: Any, params: Tree, gradient_sequence: list
             if bool(_jump(along, h) > allowed):
                 raise NotApplicable("its slopes to both sides differ: it has no derivative there")
             raise LawBroken(
-                f"gradient_matches_differences ({mode} mode): step {len(sequence)}, the sum of "
-                f"squares of params: got {slope.item():.9g}, expected {difference.item():.9g}"
+                f"gradient_matches_differences ({mode} mode): step {len(sequence)}, the slope of "
+                f"the sum of squares of params, with respect to a factor by which params and "
+                f"grads are multiplied (grads of step i by its power i): got a slope of "
+                f"{slope.item():.9g}, expected {difference.item():.9g}, that of differences"
             )
 
 
