@@ -141,6 +141,12 @@ optimizer as its field `inner`. Its numbers may be tensors and schedules, if the
     >>> w
     tensor([-0.1500, -0.1500])
 
+`gather_gradients` returns `Gradients`: the parameters and their gradients in one order. A wrapper
+with a tree of its own makes it by `copied_params`, and pairs it with those by `leaves_beside`. What
+it does to tensors in `update` stands within `torch.set_grad_enabled(records(...))`, so that
+`nn.Parameter`s leave no history and `torch.func` can differentiate. The guide "Write a wrapper" has
+one.
+
 `numbers_of` gives floats, or tensors as they are, a schedule's in float64: `fit` gives such a
 number the dtype, the device and the dimensions with which it meets a leaf. Where a wrapper should
 count only if one of its numbers is a schedule, as funcopt's do, `first_count_if_scheduled(self,
@@ -175,12 +181,14 @@ from ._engine.prepare import init
 from ._engine.registration import check_fields, register_optimizer
 from ._engine.rule import Adjoint, Kernel, Slot, StepInputs, StepOutputs, UpdateRule
 from ._engine.update import update, update_
+from .wrappers._shadow_params import copied_params, leaves_beside
 from .wrappers._shared import (
     Gradients,
     check_wrapper_inplace,
     device_of_tensors,
     first_count_if_scheduled,
     gather_gradients,
+    records,
     write_fields_and_count,
 )
 
@@ -205,16 +213,19 @@ __all__ = [
     "check_is_optimizer",
     "check_state",
     "check_wrapper_inplace",
+    "copied_params",
     "device_of_tensors",
     "first_count",
     "first_count_if_scheduled",
     "fit",
     "gather_gradients",
     "init",
+    "leaves_beside",
     "next_count",
     "normal_like",
     "normalize_fields",
     "numbers_of",
+    "records",
     "register_optimizer",
     "safe_sqrt",
     "traits_of",

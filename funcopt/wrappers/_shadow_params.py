@@ -51,6 +51,64 @@ def copy_params(opt: Optimizer[Any], params: Tree, dtype_of: DtypeOf) -> tuple[T
     return pytree.unflatten(own.structure, copies), own.moving
 
 
+def copied_params(opt: Optimizer[Any], params: Tree) -> Tree:
+    """Return a tree of copies of the parameters, for the `init` of a wrapper that keeps one.
+
+    Copies of parameters that merely require a gradient, as `nn.Parameter`s do, are detached; under
+    `torch.func`, and where parameters have a history, a copy has its derivative in its parameter.
+
+    Args:
+        opt: The wrapper.
+        params: The parameters.
+
+    Returns:
+        A tree like theirs.
+
+    Raises:
+        TypeError: If a leaf is not a dense floating-point or complex tensor, unless it is at rest.
+        ValueError: If two leaves share their memory.
+
+    Example:
+        >>> import torch, funcopt
+        >>> from funcopt import extend
+        >>> w = torch.nn.Parameter(torch.ones(2))
+        >>> extend.copied_params(funcopt.SGD(lr=0.1), w)
+        tensor([1., 1.])
+        >>> torch.func.grad(lambda w: extend.copied_params(funcopt.SGD(), w).sum())(torch.ones(2))
+        tensor([1., 1.])
+    """
+    return copy_params(opt, params, own_dtype)[0]
+
+
+def leaves_beside(gradients: Gradients, path: str, tree: Tree) -> list[Tensor]:
+    """Return the leaves of a tree of a wrapper's state that goes beside the parameters.
+
+    They are in the order of `gradients.params` and `gradients.leaves`, whatever the order of keys.
+
+    Args:
+        gradients: The gradients beside their parameters.
+        path: What the tree is called in messages, such as `"state.start"`.
+        tree: The tree, as `copied_params` makes one.
+
+    Returns:
+        The leaves.
+
+    Raises:
+        ValueError: If the tree is not like that of the parameters, or a leaf has not the shape,
+            dtype and device of its parameter.
+
+    Example:
+        >>> import torch, funcopt
+        >>> from funcopt import extend
+        >>> params = {"a": torch.ones(1), "b": torch.ones(2)}
+        >>> gradients = extend.gather_gradients(funcopt.SGD(lr=0.1), params, params)
+        >>> own = {"b": torch.zeros(2), "a": torch.zeros(1)}
+        >>> extend.leaves_beside(gradients, "state.start", own)
+        [tensor([0.]), tensor([0., 0.])]
+    """
+    return ShadowParams.gather(gradients, path, tree, own_dtype).leaves
+
+
 def _are_known(beside: StepInputs, dtype_of: DtypeOf) -> bool:
     """Whether the trees look as trees did that were checked; other dtypes were right for others."""
     layout = None if are_shards() else known(beside)

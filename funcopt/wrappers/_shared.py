@@ -40,22 +40,35 @@ from .._engine.rule import StepInputs
 class Gradients(NamedTuple):
     """Gradients beside their parameters, checked: what `gather_gradients` returns.
 
-    Leaves at rest are those that the optimizer leaves as they are, as `Frozen` does.
+    `params` and `leaves` go together, leaf by leaf. `tensors` are the gradients that there are,
+    which may be fewer: `replace` takes as many, and `tree` of what it returns is what an inner
+    optimizer is given.
+
+    Leaves at rest are those that the optimizer leaves as they are, as `Frozen` does. A wrapper that
+    moves a tree of its own leaves them out by `moving`, and puts them back by `with_resting`.
+
+    Attributes:
+        params: The parameters in the order of their tree, also those at rest.
+        structure: The structure of that tree.
+        paired: The gradients and how they are put into a tree again.
+        resting: The indices of the leaves at rest, which have no gradient here.
 
     Example:
         >>> import torch, funcopt
         >>> from funcopt import extend
-        >>> def doubled(gradients: extend.Gradients) -> funcopt.Tree:
-        ...     return gradients.replace(2 * grad for grad in gradients.tensors).tree
-        >>> grads, params = {"w": torch.ones(2)}, {"w": torch.zeros(2)}
-        >>> doubled(extend.gather_gradients(funcopt.SGD(), grads, params))
-        {'w': tensor([2., 2.])}
+        >>> params = {"a": torch.ones(1), "b": torch.ones(2)}
+        >>> grads = {"a": None, "b": torch.ones(2)}
+        >>> gradients = extend.gather_gradients(funcopt.SGD(lr=0.1), grads, params)
+        >>> gradients.leaves, gradients.tensors
+        ([None, tensor([1., 1.])], [tensor([1., 1.])])
+        >>> gradients.replace(2 * grad for grad in gradients.tensors).tree
+        {'a': None, 'b': tensor([2., 2.])}
     """
 
     params: list[Tensor]
-    structure: pytree.Structure  # of the parameters
+    structure: pytree.Structure
     paired: pytree.Paired
-    resting: Collection[int] = ()  # the leaves at rest, which have no gradient here
+    resting: Collection[int] = ()
 
     @property
     def leaves(self) -> list[Tensor | None]:
@@ -328,9 +341,32 @@ def records(
     state: Tree,
     numbers: Mapping[str, object] | None = None,
 ) -> bool:
-    """Whether plain autograd is to record what a wrapper does to its tensors, as `is_recorded`.
+    """Whether plain autograd is to record what a wrapper does to its tensors in an update.
 
-    The numbers are what its hyperparameters are at this update, where schedules may give them.
+    It is to record if a number or a tensor of the state requires a gradient, or if the gradients
+    depend on something that does, besides the parameters. Parameters that merely require a
+    gradient, as `nn.Parameter`s do, leave no history, which would grow with each update. Under the
+    transforms of `torch.func` it always records.
+
+    Args:
+        opt: The wrapper, whose field `differentiable`, or that of an optimizer within it, decides
+            if it is given.
+        gradients: The gradients beside their parameters.
+        state: The state before the update.
+        numbers: What the hyperparameters are at this update, as `numbers_of` gives them.
+
+    Returns:
+        What to give to `torch.set_grad_enabled`.
+
+    Example:
+        >>> import torch, funcopt
+        >>> from funcopt import extend
+        >>> opt, w = funcopt.SGD(lr=0.1), torch.nn.Parameter(torch.ones(2))
+        >>> extend.records(opt, extend.gather_gradients(opt, torch.ones(2), w), ())
+        False
+        >>> weight = torch.ones(2, requires_grad=True)
+        >>> extend.records(opt, extend.gather_gradients(opt, 2 * weight, w), ())
+        True
     """
     values = [*pytree.flatten(state)[0], *(numbers or {}).values()]
     others = [value for value in values if isinstance(value, Tensor)]
