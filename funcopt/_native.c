@@ -3,7 +3,8 @@
  * `step` is given addresses and sizes. It checks all that can be checked of them before anything is
  * read or written, lets go of Python's lock, and moves the leaves on as many threads as are worth
  * their start. What it does to an element is written in `_native_steps.h`, how that is spread over
- * vectors and threads in `_native_run.h`.
+ * vectors and threads in `_native_run.h`. Beside it are products of matrices for Muon, of which the
+ * loops are in `_native_tiles.h`, and the launch of kernels on a GPU.
  *
  * It needs no header of torch, and of Python the limited API alone, so that one build serves every
  * Python from 3.11 on and every torch.

@@ -55,18 +55,20 @@ INLINE int64_t least(int64_t one, int64_t other)
     return one < other ? one : other;
 }
 
-/* Return how many numbers of 32 bits the panels of a matrix have. */
+/* Return how many pairs of elements one panel has, of all its rows. */
 static int64_t panel_size(const Product *product)
 {
     return over(product->depth, 2) * TILE;
 }
 
+/* Return how many all panels of a matrix have. */
 static int64_t size_of_panels(const Product *product, const Factor *factor)
 {
     return over(factor->rows, TILE) * panel_size(product);
 }
 
-/* Those with matrix registers have faster products than these. */
+/* Return whether this processor has the instruction, and no matrix registers, by which torch makes
+ * products faster than these. */
 static int find_tiles(void)
 {
     unsigned a, b, c, d, most = 0;
