@@ -201,7 +201,7 @@ def other_versions(requirements: str) -> list[str]:
     ]
 
 
-def in_a_process(name: str, seconds: int = 90) -> dict[str, Any]:
+def in_a_process(name: str, seconds: int = 900) -> dict[str, Any]:
     """Hold a peer to its laws in a process of its own; say so if that does not end well."""
     said = {"version": version_of(PEERS[name].package)}
     command = [sys.executable, "-m", "tests.peers", name]
