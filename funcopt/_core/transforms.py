@@ -8,14 +8,14 @@ queries are private to torch, which has no public ones; all of them live here. W
 had those of functorch's levels, the answer falls on the safe side: plain operators, which are right
 everywhere and only slower.
 
-Modes that must not reach into an update (autocast, gradients) are turned off here, too, for the
-length of a call, and put back whatever ends it.
+Modes that must not reach into an update (autocast, gradients) are turned off here during a call.
 """
 
 from __future__ import annotations
 
 import functools
 import operator
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable
 from contextvars import ContextVar
@@ -115,6 +115,14 @@ _PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
 
 # How many of the modes on torch's stack only look on, and are to see the operators of a real step.
 _onlookers: ContextVar[int] = ContextVar("onlookers", default=0)
+
+
+def knows_dtensors() -> bool:
+    """Whether the module of DTensors was imported. A compiler, which may do so, has no guard."""
+    return "torch.distributed.tensor" in sys.modules
+
+
+knows_dtensors._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def looked_on(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:

@@ -35,12 +35,17 @@ def _find_dtensor() -> type | None:
     return getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
 
 
+_find_dtensor._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 _found: type | None = _find_dtensor()
 
 
 def dtensor() -> type | None:
     """Return the type of sharded tensors, if its module was imported: else there are none."""
     global _found  # noqa: PLW0603  # found once: a compiler takes long to look at all modules
+    if transforms.compiling():  # perhaps imported by the compiler just now: no guard on that
+        return _find_dtensor()
     if _found is None:
         _found = _find_dtensor()
     return _found

@@ -6,7 +6,6 @@ Messages name the path. Everything is refused before anything is written.
 from __future__ import annotations
 
 import numbers
-import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence, Set, ValuesView
 from functools import partial
 from itertools import chain
@@ -225,7 +224,11 @@ def sharding() -> Any:
     The module of DTensors is imported by whoever makes one, never from here.
     """
     global _shards  # noqa: PLW0603
-    if _shards is None and "torch.distributed.tensor" in sys.modules:
+    if transforms.compiling():
+        from .._dtensor import shards  # noqa: PLC0415
+
+        return shards if transforms.knows_dtensors() else None
+    if _shards is None and transforms.knows_dtensors():
         from .._dtensor import shards as _shards  # noqa: PLC0415
     return _shards
 
