@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
 
+from .._core import tensors
+from .._core.tensors import double, fit, norms
 from .._core.types import (
     AT_LEAST_ZERO,
     Extras,
@@ -21,10 +25,11 @@ from .._core.types import (
     Traits,
     Tree,
 )
+from .._engine import kernels
 from .._engine.dispatch import safe_sqrt
 from .._engine.prepare import init
 from .._engine.registration import check_fields, register_optimizer, state_class
-from .._engine.rule import Slot, UpdateRule
+from .._engine.rule import Slot, StepInputs, UpdateRule
 from .._engine.update import update, update_
 
 
@@ -102,7 +107,7 @@ def _equations(
     return [param * own.decay - step * rate, row_var, col_var, variance]
 
 
-def _at_least(tensor: Tensor, bound: Number) -> Tensor:
+def _at_least(tensor: Tensor, bound: Any) -> Tensor:
     return torch.clamp(tensor, min=bound)
 
 
@@ -113,6 +118,70 @@ def _root_mean_square(tensor: Tensor) -> Tensor:
 def _mean(tensor: Tensor, dim: int) -> Tensor:
     """Return the mean along a dimension, and 0 of nothing."""
     return tensor.sum(dim, keepdim=True) / max(tensor.shape[dim], 1)
+
+
+def _foreach_(
+    coefficients_of: Callable[[Any, Any], Coefficients],
+    inputs: StepInputs,
+    numbers: Any,
+    options: Any,
+) -> None:
+    """Make the step in place: of vectors by one call for all, of matrices one after another."""
+    params, grads, (row_vars, col_vars, variances), _ = inputs
+    if not params:
+        return
+    own = coefficients_of(numbers._make(map(double, numbers)), options)
+    eps1 = torch.finfo(params[0].dtype).eps if own.eps1 is None else own.eps1
+    sizes = _sizes(params)
+    if options.maximize:
+        grads = list(torch._foreach_neg(grads))
+    vectors = [index for index, grad in enumerate(grads) if grad.ndim < 2]
+    steps = list(grads)
+    if vectors:
+        few = [grads[i] for i in vectors], [variances[i] for i in vectors]
+        made = _of_vectors(*few, own.gain, eps1)
+        for index, step in zip(vectors, made, strict=True):
+            steps[index] = step
+    for index, grad in enumerate(grads):
+        if grad.ndim > 1:
+            steps[index] = _of_matrix(grad, row_vars[index], col_vars[index], own.gain, eps1)
+    rates = sizes.clamp_(min=fit(own.eps2, sizes)).mul_(fit(own.rate, sizes))
+    rates /= (_sizes(steps) / fit(own.d, sizes)).clamp_(min=1.0)
+    if isinstance(own.decay, Tensor) or own.decay != 1.0:
+        torch._foreach_mul_(params, fit(own.decay, params[0]))
+    torch._foreach_mul_(steps, rates.tolist() if rates.is_cpu else list(rates.unbind()))
+    torch._foreach_sub_(params, steps)
+
+
+def _of_vectors(
+    grads: list[Tensor], variances: list[Tensor], gain: Number, eps1: Number
+) -> list[Tensor]:
+    """Write the second moments of vectors, and return what the gradients come to by them."""
+    tensors.lerp_(variances, list(torch._foreach_mul(grads, grads)), gain)
+    steps = list(torch._foreach_sqrt(variances))
+    if isinstance(eps1, Tensor):
+        steps = [step.clamp_(min=fit(eps1, step)) for step in steps]
+    else:
+        torch._foreach_clamp_min_(steps, eps1)
+    return list(torch._foreach_div(grads, steps))
+
+
+def _of_matrix(
+    grad: Tensor, row_var: Tensor, col_var: Tensor, gain: Number, eps1: Number
+) -> Tensor:
+    """Write the factors of a matrix, and return what its gradient comes to by them."""
+    squares = grad.square()
+    for factor, dim in ((row_var, -1), (col_var, -2)):
+        factor.lerp_(_mean(squares, dim), fit(gain, factor))
+    share = row_var / _at_least(_mean(row_var, -2), eps1)
+    estimate = torch.mul(share, col_var, out=squares)
+    return torch.div(grad, estimate.sqrt_().clamp_(min=fit(eps1, grad)), out=squares)
+
+
+def _sizes(leaves: list[Tensor]) -> Tensor:
+    """Return the root mean square of each leaf, one after another."""
+    roots = [max(leaf.numel(), 1) ** 0.5 for leaf in leaves]
+    return torch.stack(list(torch._foreach_div(norms(leaves, 2.0), roots)))
 
 
 def _row_shape(shape: torch.Size) -> tuple[int, ...]:
@@ -140,8 +209,14 @@ _HYPERPARAMS = (
 )
 
 
+_PATHS = {own.name: own.path for own in _HYPERPARAMS}
+_NEEDED = ("mul", "mul_", "sub_", "neg", "sqrt", "div", "clamp_min_")
+
+
 def _rule(*, eps1: bool) -> UpdateRule:
     """Return the rule with a number eps1, or without."""
+    coefficients_of = coefficients if eps1 else _coefficients_by_dtype
+    step_ = partial(_foreach_, coefficients_of)
     return UpdateRule(
         state=AdafactorState,
         slots=(
@@ -151,8 +226,9 @@ def _rule(*, eps1: bool) -> UpdateRule:
         ),
         hyperparams=tuple(own for own in _HYPERPARAMS if eps1 or own is not _EPS1),
         options=("maximize",),
-        coefficients=coefficients if eps1 else _coefficients_by_dtype,
+        coefficients=coefficients_of,
         equations=_equations,
+        kernels={"foreach": kernels.foreach(step_, _NEEDED, _PATHS)},
         traits=Traits(leafwise=True, linear=True),
         real_only=True,
     )
@@ -231,7 +307,8 @@ class Adafactor:
         step_per_leaf: Count the updates of each leaf, so that a leaf whose gradient is sometimes
             None has its own rates, as in torch.optim; a schedule then sees each leaf's own count.
             Off: one count for the tree, advanced by every update.
-        kernel: `"auto"` and `"plain"` are the same: the equations in plain operators.
+        kernel: `"auto"` takes the fastest that is right for the tensors; `"foreach"` and `"plain"`
+            name one. Tracers, transforms and derivatives always see plain operators.
         differentiable: Whether plain autograd records an update, as for `AdamW`.
         moments: The dtype of the state's factors and variances, as for `AdamW`.
         rounding: How what is kept in 16 bits is rounded, as for `AdamW`.

@@ -285,7 +285,7 @@ BAD = {
     "beta2_decay=0.8: beta2_decay must be finite and at most 0": (ValueError, {"beta2_decay": 0.8}),
     "d=0.5: d must be finite and at least 1": (ValueError, {"d": 0.5}),
     "lr=None: must be a number": (TypeError, {"lr": None}),
-    "must be one of auto, plain": (ValueError, {"kernel": "foreach"}),
+    "must be one of auto, foreach, plain": (ValueError, {"kernel": "fused"}),
 }
 
 
@@ -296,3 +296,33 @@ def test_bad_options_are_refused_with_their_value(message):
         Adafactor(**options)
     with pytest.raises(error, match=message):
         dataclasses.replace(Adafactor(), **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"weight_decay": 0.1, "maximize": True, "eps": (1e-12, 1e-2), "d": 2.0},
+        {"lr": torch.tensor(0.1), "eps": (torch.tensor(1e-6), 1e-3)},
+    ],
+    ids=str,
+)
+def test_the_foreach_kernel_differs_from_the_equations_by_rounding(options, dtype):
+    shapes = [(300, 50), (70,), (), (0,), (3, 0), (3, 4, 5, 6), (1 << 18,)]
+    ours = {str(shape): torch.randn(shape, dtype=dtype) for shape in shapes}
+    plain, foreach = Adafactor(kernel="plain", **options), Adafactor(kernel="foreach", **options)
+    state, in_place = plain.init(ours), foreach.init(ours)
+    own, moved, own_state = clone(ours), ours, in_place
+    for _ in range(5):
+        grads = random_like(ours)
+        ours, state = plain.update(grads, state, ours)
+        moved, own_state = foreach.update(grads, own_state, moved)
+    for name, leaf in ours.items():
+        bound = 50 * torch.finfo(dtype).eps
+        torch.testing.assert_close(moved[name], leaf, rtol=bound, atol=bound)
+    torch.manual_seed(1)
+    grads = random_like(own)
+    expected = foreach.update(grads, in_place, own)
+    foreach.update_(grads, in_place, own)
+    assert_same_bits((own, in_place), expected)
