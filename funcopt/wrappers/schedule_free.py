@@ -9,7 +9,7 @@ from typing import ClassVar, Generic, NamedTuple, Unpack
 import torch
 from torch import Tensor
 
-from .._core import pytree, tensors
+from .._core import pytree, tensors, transforms
 from .._core.inner import InnerStateT, InnerT_co, OptimizerLike
 from .._core.tensors import choose, compute_dtype, fit, write
 from .._core.types import (
@@ -26,11 +26,13 @@ from .._core.types import (
     Tree,
     check_is_optimizer,
 )
+from .._engine import memory
 from .._engine.checks import check_state
 from .._engine.counts import device_for_count, first_count, fresh, next_count
 from .._engine.hyperparameters import normalize_fields, numbers_of
 from .._engine.prepare import keep_requiring
 from .._engine.registration import register_optimizer, state_class
+from .._engine.rule import StepInputs, StepOutputs
 from ._in_float32 import check_params_inplace, widened
 from ._lr import own_rates, the_rate
 from ._shadow_params import ShadowParams, copy_params
@@ -193,7 +195,10 @@ class ScheduleFree(Generic[InnerT_co]):
             zs = self._decayed([new_z[index] for index in given], olds, numbers)
             xs = tensors.lerp([average.leaves[index] for index in given], zs, share)
             ys = tensors.lerp(zs, xs, _known(numbers["beta"]))
-            ys = [own.to(old.dtype) for own, old in zip(ys, olds, strict=True)]
+            ys = [
+                own if own.dtype is old.dtype else own.to(old.dtype)
+                for own, old in zip(ys, olds, strict=True)
+            ]
             new_z = _placed(zs, given, new_z)
             new_average = _placed(xs, given, average.leaves)
             new_params = _placed(ys, given, gradients.params)
@@ -219,7 +224,7 @@ class ScheduleFree(Generic[InnerT_co]):
         """Do the same as `update` in place, but for copies of 16-bit gradients in float32."""
         z, average, numbers = self._gather(grads, state, params)
         gradients = z.gradients
-        paths = pytree.paths(average.paired.structure, "state.average")
+        paths = _average_paths(average.paired.structure)
         others = dict(zip(paths, pytree.flatten(state.average)[0], strict=True))
         z.check_wrapper_inplace(numbers, {**own_tensors(state, "weight_sum"), **others})
         check_params_inplace(gradients, state.inner)
@@ -236,9 +241,7 @@ class ScheduleFree(Generic[InnerT_co]):
                 for own, new in zip(zs, self._decayed(zs, olds, numbers), strict=True):
                     write(own, new)
             tensors.lerp_(xs, zs, share)
-            ys = tensors.lerp(zs, xs, _known(numbers["beta"]))
-            for old, new in zip(olds, ys, strict=True):
-                write(old, new)
+            _write_between(olds, zs, xs, _known(numbers["beta"]))
             for index in gradients.resting:
                 write(z.leaves[index], gradients.params[index])
                 write(average.leaves[index], gradients.params[index])
@@ -263,6 +266,34 @@ class ScheduleFree(Generic[InnerT_co]):
             return zs
         decay = numbers["lr"] * numbers["weight_decay"]
         return [z - fit(decay, z) * param.to(z.dtype) for z, param in zip(zs, params, strict=True)]
+
+
+# The paths of the leaves of an average, by its structure: to walk through a tree takes longer than
+# to move small leaves.
+_paths: dict[pytree.Structure, list[str]] = {}
+_MOST_STRUCTURES = 256
+
+
+def _average_paths(structure: pytree.Structure) -> list[str]:
+    if transforms.compiling():
+        return pytree.paths(structure, "state.average")
+    found = _paths.get(structure)
+    if found is None:
+        if len(_paths) >= _MOST_STRUCTURES:
+            _paths.clear()
+        found = _paths[structure] = pytree.paths(structure, "state.average")
+    return found
+
+
+def _write_between(olds: list[Tensor], zs: list[Tensor], xs: list[Tensor], beta: Number) -> None:
+    """Write into parameters what lies between two trees: by few calls, if all dtypes are alike."""
+    alike = all(old.dtype is z.dtype for old, z in zip(olds, zs, strict=True))
+    if olds and alike and tensors.use_foreach([*olds, *zs, *xs]):
+        memory.copy_into(StepOutputs(olds, ()), StepInputs(zs, [], ()))
+        tensors.lerp_(olds, xs, beta)
+        return
+    for old, new in zip(olds, tensors.lerp(zs, xs, beta), strict=True):
+        write(old, new)
 
 
 def _given(z: ShadowParams) -> list[int]:
