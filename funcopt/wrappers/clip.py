@@ -306,8 +306,8 @@ def _joined(norms: Sequence[Tensor], order: float, like: Tensor) -> Tensor:
     return tensors.vector_norm(torch.stack(alike, -1), order, -1)
 
 
-# To take rows out takes less time than their norm, which adds up one by one.
-_WORTH_TAKING = 0.75
+# To take rows out reads and writes them once more, before their norm reads them.
+_FEW = 3
 
 
 def _norms_of_members(
@@ -315,7 +315,7 @@ def _norms_of_members(
 ) -> Tensor:
     """Return the norm of each member of stacked gradients; those of no active one may be any."""
     rows = None if active is None else active.nonzero().squeeze(1)
-    if rows is None or len(rows) > _WORTH_TAKING * len(like):
+    if rows is None or _FEW * len(rows) > len(like):
         norms = [_norms_of_rows(grad, order) for grad in grads if grad.numel() > 0]
         return _joined(norms, order, like)
     if len(rows) == 1:  # over a single row, torch adds up in another order

@@ -47,14 +47,24 @@ class Members(Generic[InnerT_co]):
 
     $$ \theta_i', s_i' = \mathrm{update}_i(g_i, s_i, \theta_i), $$
 
-    which is what `torch.func.vmap(opt.update)` makes of them, to the bit. Where the inner optimizer
-    moves each element by itself and is no wrapper, all members take one step of a kernel, without a
-    vmap: for small members, vmap takes longer than the step. All else is mapped over by vmap: so
-    each member has its own gradient norm beneath `Clip`, its own count beneath `Accumulate`.
-    `update_` is there for every one of them.
+    which is what `torch.func.vmap(opt.update)` makes of them, to the bit. So each member has a
+    gradient norm of its own beneath `Clip`, and a count of its own beneath `Accumulate`. `update_`
+    is there for every inner optimizer.
 
-    `active=` and `value=` have one for each member, or one for all. Where a kernel makes the step
-    in place, the memory of a member that is not active is not touched.
+    Where the innermost optimizer moves each element by itself, as `AdamW` does, all members take
+    one step of a kernel, without a vmap, which takes many times longer than the step. On the CPU
+    that also holds within these wrappers, and these within each other: `Clip`, `ClipValue`, `Ema`,
+    `Accumulate`, `SkipNonfinite`, `LossScale`, `Best`, `Plateau`, `Lookahead`, `MasterWeights` and
+    `Partition`. All else is mapped over by vmap: other wrappers; any wrapper on another device; a
+    wrapper around `Frozen` leaves, or one of whose numbers is a schedule; `Lookahead` with
+    `reset_state`; within wrappers, parameters that require a gradient, are complex, or do not lie
+    one element after another; and whatever a derivative is asked of.
+
+    `active=` and `value=` have one for each member, or one for all. In place, the parameters and
+    state of a member that is not active are not written, and a step costs the less, the fewer are
+    active. What is mapped over by vmap on the CPU is computed for the rows of the active members
+    alone, and for some others, up to 62, that keep every bit as it is among all of them. For all
+    members it is computed where a bit may depend on how many there are, as with `Muon`.
 
     Members may lie on many processes, as DTensors that are sharded along dimension 0, or whole on
     each. A step sends nothing: each member is whole in one process, so that its norm is known
@@ -130,7 +140,8 @@ class Members(Generic[InnerT_co]):
     ) -> tuple[ParamsT, StateT]:
         """Do the same in place.
 
-        What is mapped over by vmap is computed out of place first, which takes memory of its size.
+        What is mapped over by vmap is computed out of place first, which takes memory of its size,
+        or of the rows of the active members.
         """
         return self._update(grads, state, params, None, None, in_place=True)
 
