@@ -51,18 +51,18 @@ class Members(Generic[InnerT_co]):
     gradient norm of its own beneath `Clip`, and a count of its own beneath `Accumulate`. `update_`
     is there for every inner optimizer.
 
-    Where the innermost optimizer moves each element by itself, as `AdamW` does, all members take
-    one step of a kernel, without a vmap, which takes many times longer than the step. On the CPU
-    that also holds within these wrappers, and these within each other: `Clip`, `ClipValue`, `Ema`,
-    `Accumulate`, `SkipNonfinite`, `LossScale`, `Best`, `Plateau`, `Lookahead`, `MasterWeights` and
-    `Partition`. All else is mapped over by vmap: other wrappers; any wrapper on another device; a
-    wrapper around `Frozen` leaves, or one of whose numbers is a schedule; `Lookahead` with
-    `reset_state`; within wrappers, parameters that require a gradient, are complex, or do not lie
-    one element after another; and whatever a derivative is asked of.
+    Where the innermost optimizer moves each element by itself, all members take one step of a
+    kernel, without a vmap, which takes many times longer than the step. On the CPU that also holds
+    within these wrappers, and these within each other: `Clip`, `ClipValue`, `Ema`, `Accumulate`,
+    `SkipNonfinite`, `LossScale`, `Best`, `Plateau`, `Lookahead`, `MasterWeights` and `Partition`.
+    All else is mapped over by vmap: other wrappers; any wrapper on another device; a wrapper around
+    `Frozen` leaves, or one of whose numbers is a schedule; `Lookahead` with `reset_state`; within
+    wrappers, a mask for a kernel that takes no members, parameters that require a gradient, are
+    complex, or do not lie one element after another; and whatever a derivative is asked of.
 
     `active=` and `value=` have one for each member, or one for all. In place, the parameters and
-    state of a member that is not active are not written, and a step costs the less, the fewer are
-    active. What is mapped over by vmap on the CPU is computed for the rows of the active members
+    state of a member that is not active are not written. The fewer members of many parameters are
+    active, the less a step costs; of small ones, a few that rest are not worth a mask. What is mapped over by vmap on the CPU is computed for the rows of the active members
     alone, and for some others, up to 62, that keep every bit as it is among all of them. For all
     members it is computed where a bit may depend on how many there are, as with `Muon`.
 
