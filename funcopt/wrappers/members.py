@@ -62,9 +62,12 @@ class Members(Generic[InnerT_co]):
 
     `active=` and `value=` have one for each member, or one for all. In place, the parameters and
     state of a member that is not active are not written. The fewer members of many parameters are
-    active, the less a step costs; of small ones, a few that rest are not worth a mask. What is mapped over by vmap on the CPU is computed for the rows of the active members
-    alone, and for some others, up to 62, that keep every bit as it is among all of them. For all
-    members it is computed where a bit may depend on how many there are, as with `Muon`.
+    active, the less a step costs; of small ones, a few that rest are not worth a mask.
+
+    What is mapped over by vmap on the CPU is computed, in place, for the rows of the active members
+    alone, and for some others, up to 63, that keep every bit as it is among all of them: so it is
+    for many members. For all it is computed where a bit may depend on how many there are, as with
+    `Muon`.
 
     Members may lie on many processes, as DTensors that are sharded along dimension 0, or whole on
     each. A step sends nothing: each member is whole in one process, so that its norm is known
