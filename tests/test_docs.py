@@ -46,13 +46,14 @@ def python_blocks(page):
 
 def run(page, blocks):
     """Return the names that the blocks of a page define."""
-    module = ModuleType("page")
-    sys.modules["page"] = module  # torch.compile imports the module of a class that it traces
+    # torch.compile imports the module of a class that it traces, and knows it from then on.
+    name = re.sub(r"\W", "_", page)
+    module = sys.modules[name] = ModuleType(name)
     try:
         for number, block in enumerate(blocks, 1):
             exec(compile(block, f"{page}, python block {number}", "exec"), vars(module))
     finally:
-        del sys.modules["page"]
+        del sys.modules[name]
     return vars(module)
 
 
