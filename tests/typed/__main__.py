@@ -23,7 +23,7 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 REFUSED = HERE / "refused.py"
 
 # A page goes on with the same names, as a notebook does, which pyright takes as it is. Methods of
-# torch such as `backward` have no types.
+# torch such as `backward` have no types. Of an installed library nothing is reported.
 MYPY = """[mypy]
 strict = true
 untyped_calls_exclude = torch
@@ -31,6 +31,8 @@ python_version = 3.11
 mypy_path = {root}:{root}/examples:{pages}
 [mypy-sklearn.*,tqdm.*,torchopt.*]
 ignore_missing_imports = true
+[mypy-funcopt.*]
+follow_imports = silent
 [mypy-{modules}]
 allow_redefinition = true
 """
