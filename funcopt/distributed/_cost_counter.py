@@ -27,13 +27,13 @@ class CostCounterMode(TorchDispatchMode):  # type: ignore[no-untyped-call]  # wh
         sent: The bytes that this process sent in them, by kind.
     """
 
-    def __init__(self, size: int, held: Iterable[Tensor]) -> None:
-        """Count for so many processes, and begin with the memory of these tensors."""
+    def __init__(self, size: int, rank: int, held: Iterable[Tensor]) -> None:
+        """Count for one of so many processes, and begin with the memory of these tensors."""
         super().__init__()  # type: ignore[no-untyped-call]  # likewise
         self.peak = 0
         self.calls: Counter[str] = Counter()
         self.sent: Counter[str] = Counter()
-        self._size = size
+        self._size, self._rank = size, rank
         self._alive: dict[int, int] = {}  # the bytes of each storage
         self._total = 0
         for tensor in held:
@@ -81,11 +81,24 @@ class CostCounterMode(TorchDispatchMode):  # type: ignore[no-untyped-call]  # wh
         kind = next((k for k in _KINDS if k.replace("_", "") == name.replace("_", "")), None)
         if kind is None:
             raise NotImplementedError(f"the optimizer calls {name}, whose traffic is not known.")
+        self.calls[kind] += 1
+        self.sent[kind] += self._sent(kind, operands)
+
+    def _sent(self, kind: str, operands: list[Any]) -> int:
+        splits = [own for own in operands if isinstance(own, list) and _are_counts(own)]
+        if kind == "all_to_all" and len(splits) > 1:  # of what is taken, then of what is given
+            given: Tensor = operands[1]
+            others: int = sum(splits[1]) - splits[1][self._rank]
+            return others * given.nbytes // max(given.shape[0], 1)
         # Of what is sent and what comes of it, that which is whole.
         nbytes = max(sum(tensor.nbytes for tensor in _tensors(operand)) for operand in operands)
         times = 2 if kind == "all_reduce" else 1
-        self.calls[kind] += 1
-        self.sent[kind] += -(-times * (self._size - 1) * nbytes // self._size)
+        return -(-times * (self._size - 1) * nbytes // self._size)
+
+
+def _are_counts(operand: list[Any]) -> bool:
+    """Whether these are how many rows go to each process, or come from each."""
+    return len(operand) > 0 and all(isinstance(count, int) for count in operand)
 
 
 def _read(func: Any, args: Any, kwargs: dict[str, Any]) -> Tensor | None:

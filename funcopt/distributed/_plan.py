@@ -18,7 +18,7 @@ from .._core.types import Optimizer, Tree, check_is_optimizer, optimizers_in, ow
 from .._dtensor.members import dtensor_of, span_of
 from .._dtensor.shards import Place
 from .._engine import memory
-from .._engine.hyperparameters import check_choice
+from .._engine.hyperparameters import check_choice, check_flag
 from .._engine.prepare import flatten_params
 from ._checks import check_whole_number
 from ._cost_counter import CostCounterMode
@@ -37,6 +37,7 @@ def plan(
     *,
     backend: str = "nccl",
     steps: int = 1,
+    sharded: bool = False,
 ) -> Plan:
     r"""Return what a run on many processes takes of each, found by making its steps on none.
 
@@ -46,11 +47,14 @@ def plan(
     what a formula says of it.
 
     The members of a stack that `Members` updates are shared out over the processes, as DTensors
-    with `Shard(0)`. All else is on each of them, but for what the optimizer itself shares out.
+    with `Shard(0)`, and so is every leaf if `sharded` says so. All else is on each of them, but for
+    what the optimizer itself shares out.
 
     *State* is the bytes of the state's tensors that one process holds. *Sent* is what one of $W$
     processes sends by the usual ring or pairwise algorithms: of a whole buffer $(W-1)/W$ in a
-    reduce-scatter, an all-gather or an all-to-all, and twice that in an all-reduce. *Peak* is the
+    reduce-scatter, an all-gather or an all-to-all, and twice that in an all-reduce. Where an
+    all-to-all sends unequal shares, as `Muon` does of DTensors, they are added up, and of the two
+    processes the one counts that sends more. *Peak* is the
     largest sum, at any time in a step, of the bytes of all storages that are alive, each once:
     parameters and gradients, which the caller holds, the old state, the new parameters and state of
     `update`, and all buffers. It is that of a step that is like one before; the first may take
@@ -75,6 +79,8 @@ def plan(
             all-to-all in place of a reduce-scatter.
         steps: How many updates to make, at least 1, for those that are not all alike, as with
             `Accumulate(every=8)`. What is sent is that in all of them.
+        sharded: Whether parameters, gradients and state are DTensors with `Shard(0)`, as FSDP2's
+            `fully_shard` lays them. What it sends itself is not counted.
 
     Raises:
         RuntimeError: If `torch.distributed` is initialized in this process.
@@ -96,6 +102,11 @@ def plan(
         ranks      state    (least)      peak  in place
             8    4.0 MiB    4.0 MiB  14.0 MiB   8.0 MiB
            64  512.1 KiB  512.1 KiB   1.8 MiB   1.0 MiB
+        >>> matrices = {"w": torch.empty(512, 512, device="meta")}
+        >>> print(plan(funcopt.Muon(), matrices, 8, sharded=True))
+        parameters 1.0 MiB, gradients as much; nccl, a step
+        ranks      state    (least)     peak  in place  all_to_all sent
+            8  128.0 KiB  128.0 KiB  4.2 MiB   3.9 MiB   2 x, 448.0 KiB
     """
     check_is_optimizer("opt", opt)
     sizes = tuple(mesh) if isinstance(mesh, Sequence) and not isinstance(mesh, str) else (mesh,)
@@ -112,16 +123,19 @@ def plan(
                 f"{pytree.path(structure, 'params', index)} is a DTensor: plan() shares out what "
                 f"is whole. Give plain tensors, such as torch.empty(shape, device='meta')."
             )
-    rows = tuple(_row(opt, params, size, backend, steps) for size in sizes)
+    check_flag("sharded", sharded)
+    rows = tuple(_row(opt, params, size, backend, steps, sharded) for size in sizes)
     return Plan(opt, sum(leaf.nbytes for leaf in leaves), backend, steps, rows)
 
 
-def _row(opt: Optimizer[Any], params: Tree, size: int, backend: str, steps: int) -> PlanRow:
+def _row(
+    opt: Optimizer[Any], params: Tree, size: int, backend: str, steps: int, sharded: bool
+) -> PlanRow:
     """Play the first and the last of so many processes."""
 
     def play(rank: int, method: str) -> _Cost:
         def alone(mesh: DeviceMesh) -> _Cost:
-            return _play(_over(opt, mesh), method, params, mesh, steps)
+            return _play(_over(opt, mesh), method, params, mesh, steps, sharded)
 
         return in_fake_world(size, rank, backend, partial(_counted, alone))
 
@@ -131,19 +145,22 @@ def _row(opt: Optimizer[Any], params: Tree, size: int, backend: str, steps: int)
         max(state, last_state),
         min(state, last_state),
         dict(first.calls),
-        dict(first.sent),
+        {kind: max(sent, last.sent[kind]) for kind, sent in first.sent.items()},
         max(first.peak, last.peak),
         max(play(rank, "update_")[1].peak for rank in (0, size - 1)),
     )
 
 
-def _play(opt: Optimizer[Any], method: str, given: Tree, mesh: DeviceMesh, steps: int) -> _Cost:
+def _play(
+    opt: Optimizer[Any], method: str, given: Tree, mesh: DeviceMesh, steps: int, sharded: bool
+) -> _Cost:
     """Make the steps of one process."""
-    size = mesh.size()
+    size, rank = mesh.size(), mesh.get_local_rank()
     parts = list(optimizers_in(opt))
     by_member = any(own_traits(part).memberwise for part in parts)
     sends = any(own_traits(part).sends for part in parts)
-    lay = partial(_shared_out, mesh=mesh) if by_member and not sends else _on_meta
+    by_rows = sharded or (by_member and not sends)
+    lay = partial(_shared_out, mesh=mesh) if by_rows else _on_meta
 
     def start() -> tuple[Tree, Tree, Tree]:
         params, grads = (pytree.tree_map(lay, given) for _ in range(2))
@@ -157,10 +174,10 @@ def _play(opt: Optimizer[Any], method: str, given: Tree, mesh: DeviceMesh, steps
             params, state = getattr(opt, method)(grads, state, params)
 
     # The first by itself, in which there is more to find out than in others.
-    transforms.seen_by(CostCounterMode(size, []), train, 1)
+    transforms.seen_by(CostCounterMode(size, rank, []), train, 1)
     grads, state, params = start()
     nbytes = sum(own.nbytes for own in _locals(state))
-    counter = CostCounterMode(size, _locals((params, grads, state)))
+    counter = CostCounterMode(size, rank, _locals((params, grads, state)))
     transforms.seen_by(counter, train, steps)
     return nbytes, counter
 
