@@ -33,6 +33,11 @@ class _Absent:
 
 def refuse_names_of_torch(cls: Any) -> None:
     """Let a class say what to use in place of torch's methods, where it has none of that name."""
-    for name, instead in _INSTEAD.items():
-        if not hasattr(cls, name):
-            setattr(cls, name, _Absent(name, instead))
+    absent = {name for name in _INSTEAD if not hasattr(cls, name)}
+    for name in absent:
+        setattr(cls, name, _Absent(name, _INSTEAD[name]))
+
+    def there(opt: object) -> list[str]:  # what is absent is not to be suggested
+        return [name for name in object.__dir__(opt) if name not in absent]
+
+    cls.__dir__ = there

@@ -64,7 +64,8 @@ def _with_scaled_lr(node: Any, scale: Number, min_lr: Number) -> Any:
 
 
 def _is_class_of_torch(node: Any) -> bool:
-    return "hyperparameters" in getattr(node, "__dict__", ())
+    """Whether this is what `pure` returns. It is asked in a way that Dynamo can follow."""
+    return isinstance(getattr(node, "hyperparameters", None), dict)
 
 
 def _rebuilt(node: Any, news: dict[Any, Any]) -> Any:

@@ -23,6 +23,7 @@ REMEDIES = {
 @pytest.mark.parametrize("opt", OPTS, ids=lambda opt: type(opt).__name__)
 def test_what_torch_has_is_an_error_that_says_what_to_write(opt, name):
     assert not hasattr(opt, name)
+    assert name not in dir(opt)
     with pytest.raises(AttributeError) as caught:
         getattr(opt, name)
     assert str(caught.value).startswith(f"{type(opt).__name__} has no {name}, which")
