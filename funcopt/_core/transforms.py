@@ -117,12 +117,12 @@ _PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
 _onlookers: ContextVar[int] = ContextVar("onlookers", default=0)
 
 
-def knows_dtensors() -> bool:
-    """Whether the module of DTensors was imported. A compiler, which may do so, has no guard."""
-    return "torch.distributed.tensor" in sys.modules
+def find_dtensor() -> type | None:
+    """Return the type of DTensors, if it was imported. A compiler may do so: it has no guard."""
+    return getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
 
 
-knows_dtensors._dynamo_marked_constant = True  # type: ignore[attr-defined]
+find_dtensor._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compiler's mark
 
 
 def looked_on(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:

@@ -10,7 +10,6 @@ DTensor it represents, and whether the parts of two leaves lie alike.
 from __future__ import annotations
 
 import operator
-import sys
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from itertools import repeat
@@ -31,23 +30,16 @@ DTensor: TypeAlias = Any  # whose module is imported by whoever makes one, never
 _BUILT_FOR_PROCESSES = torch.distributed.is_available()
 
 
-def _find_dtensor() -> type | None:
-    return getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
-
-
-_find_dtensor._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-_found: type | None = _find_dtensor()
+_found: type | None = transforms.find_dtensor()
 
 
 def dtensor() -> type | None:
     """Return the type of sharded tensors, if its module was imported: else there are none."""
     global _found  # noqa: PLW0603  # found once: a compiler takes long to look at all modules
     if transforms.compiling():  # perhaps imported by the compiler just now: no guard on that
-        return _find_dtensor()
+        return transforms.find_dtensor()
     if _found is None:
-        _found = _find_dtensor()
+        _found = transforms.find_dtensor()
     return _found
 
 

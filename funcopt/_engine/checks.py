@@ -225,10 +225,10 @@ def sharding() -> Any:
     """
     global _shards  # noqa: PLW0603
     if transforms.compiling():
-        from .._dtensor import shards  # noqa: PLC0415
+        from .._dtensor import shards  # noqa: PLC0415  # a graph sets no global
 
-        return shards if transforms.knows_dtensors() else None
-    if _shards is None and transforms.knows_dtensors():
+        return shards if transforms.find_dtensor() is not None else None
+    if _shards is None and transforms.find_dtensor() is not None:
         from .._dtensor import shards as _shards  # noqa: PLC0415
     return _shards
 
