@@ -82,6 +82,11 @@ _WORTH_CALLS = 4096
 _FEW = 3
 
 
+def are_few(rows: Tensor, members: int) -> bool:
+    """Whether so few of the members are active that it is worth to take their rows out."""
+    return _FEW * len(rows) <= members
+
+
 def change_rows_(
     active: Tensor | None,
     change_: Callable[..., object],
@@ -131,7 +136,7 @@ def make_rows(
                     whole = new.new_empty((some.members, *new.shape[1:]))
                 whole.narrow(0, *run).copy_(new)
             made.extend(() if whole is None else (whole,))
-        elif _FEW * len(some.rows) > some.members:
+        elif not are_few(some.rows, some.members):
             made.append(make(*own, *numbers))
         else:
             new = make(*map(some.rows_in, (*own, *numbers)))

@@ -49,7 +49,7 @@ from ._shared import (
     records,
     write_fields_and_count,
 )
-from ._stacks import gather_stack, numbers_of_members, renewed
+from ._stacks import are_few, gather_stack, numbers_of_members, renewed
 
 _NONFINITE = ("propagate", "skip")
 # What torch adds to a norm before it divides by it.
@@ -306,16 +306,12 @@ def _joined(norms: Sequence[Tensor], order: float, like: Tensor) -> Tensor:
     return tensors.vector_norm(torch.stack(alike, -1), order, -1)
 
 
-# To take rows out reads and writes them once more, before their norm reads them.
-_FEW = 3
-
-
 def _norms_of_members(
     grads: Sequence[Tensor], order: float, like: Tensor, active: Tensor | None
 ) -> Tensor:
     """Return the norm of each member of stacked gradients; those of no active one may be any."""
     rows = None if active is None else active.nonzero().squeeze(1)
-    if rows is None or _FEW * len(rows) > len(like):
+    if rows is None or not are_few(rows, len(like)):
         norms = [_norms_of_rows(grad, order) for grad in grads if grad.numel() > 0]
         return _joined(norms, order, like)
     if len(rows) == 1:  # over a single row, torch adds up in another order
