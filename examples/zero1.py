@@ -232,6 +232,7 @@ def minibatches(
 def save(run: Run, directory: Path) -> None:
     """Let each process write the shares that it has."""
     entries = interop.to_state_dict({"params": run.params, "state": run.state})
+    # torch does not export `save` and `load` by the rules of type checkers.
     dcp.save(entries, checkpoint_id=directory)  # type: ignore[attr-defined]
 
 

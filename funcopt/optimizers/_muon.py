@@ -118,7 +118,7 @@ def _larger(one: Any, other: Any) -> Any:
     """Return the larger of two numbers, which may be symbols for sizes that are not known yet."""
     if isinstance(one, (int, float)) and isinstance(other, (int, float)):
         return max(one, other)  # where Dynamo of torch 2.11 takes no numbers in sym_max
-    return torch.sym_max(one, other)  # type: ignore[no-untyped-call]
+    return torch.sym_max(one, other)  # type: ignore[no-untyped-call]  # which torch left untyped
 
 
 def _root(number: float) -> float:

@@ -82,22 +82,23 @@ def write_pages(folder: pathlib.Path) -> dict[pathlib.Path, str]:
     return written
 
 
+def output_of(checker: str, *arguments: object) -> str:
+    """Return what a checker printed, which exits with 1 where it finds an error."""
+    command = [sys.executable, "-m", checker, *map(str, arguments)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if run.returncode not in (0, 1):
+        sys.exit(run.stdout + run.stderr)
+    return run.stdout
+
+
 def by_mypy(folder: pathlib.Path, files: list[pathlib.Path]) -> Iterator[Found]:
     """Yield what mypy finds in these files."""
     modules = ",".join(file.stem for file in files if file.parent != HERE)
     config = folder / "mypy.ini"
     config.write_text(MYPY.format(root=ROOT, pages=folder, modules=modules))
-    command = [sys.executable, "-m", "mypy", f"--config-file={config}", "--no-error-summary"]
-    run = subprocess.run(
-        [*command, "--hide-error-context", "--no-color-output", "--show-absolute-path", *files],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if run.returncode not in (0, 1):
-        sys.exit(run.stdout + run.stderr)
-    for path, line, message in re.findall(r"^(.+?):(\d+): error: (.*)$", run.stdout, re.MULTILINE):
+    looks = ("--no-error-summary", "--hide-error-context", "--no-color-output")
+    printed = output_of("mypy", f"--config-file={config}", *looks, "--show-absolute-path", *files)
+    for path, line, message in re.findall(r"^(.+?):(\d+): error: (.*)$", printed, re.MULTILINE):
         yield Found(pathlib.Path(path), int(line), message)
 
 
@@ -106,17 +107,8 @@ def by_pyright(folder: pathlib.Path, files: list[pathlib.Path]) -> Iterator[Foun
     config = folder / "pyrightconfig.json"
     where = {"include": files, "extraPaths": [ROOT, ROOT / "examples", folder]}
     config.write_text(json.dumps(PYRIGHT | where, default=str))
-    command = [sys.executable, "-m", "basedpyright", "--outputjson"]
-    run = subprocess.run(
-        [*command, f"--project={config}", f"--pythonpath={sys.executable}"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if run.returncode not in (0, 1):
-        sys.exit(run.stdout + run.stderr)
-    report = json.loads(run.stdout)
+    where_is = f"--project={config}", f"--pythonpath={sys.executable}"
+    report = json.loads(output_of("basedpyright", "--outputjson", *where_is))
     if report["summary"]["filesAnalyzed"] < len(files):
         sys.exit(f"pyright saw {report['summary']['filesAnalyzed']} of {len(files)} files.")
     for own in report["generalDiagnostics"]:
