@@ -45,3 +45,22 @@ def test_dir_shows_public_names_and_parts_alone():
         "torchscript",
     }
     assert all(hasattr(funcopt, name) for name in shown)
+
+
+def test_the_collector_rests_while_it_is_imported_and_is_left_as_it_was():
+    code = """
+import gc, sys, torch
+%s
+runs = []
+def note(phase, _):
+    if "funcopt._core" in sys.modules and "funcopt.wrappers.transform" not in sys.modules:
+        runs.append(phase)
+gc.callbacks.append(note)
+import funcopt
+assert not runs, runs
+print(gc.isenabled())
+"""
+    for before, after in (("", "True"), ("gc.disable()", "False")):
+        command = [sys.executable, "-c", code % before]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        assert done.stdout.split() == [after]
