@@ -218,19 +218,27 @@ def call_schedule(name: str, schedule: Schedule, count: Tensor) -> Number:
     Raises:
         RuntimeError: If it fails under vmap, where the count has no one value to go by. What a
             tracer has to say of a value that it does not know is left as it is.
+        Exception: What the schedule raises, with a note that tells which one it was.
     """
     given = count.detach().clone()
-    if transforms.readable() or transforms.tracing():
+    if transforms.tracing():
         return schedule(given)
     try:
         return schedule(given)
-    except RuntimeError as error:
-        raise RuntimeError(
-            f"{name}={short(schedule)} failed under vmap, where the count is that of many members: "
-            f"no schedule can decide by its value, as by `if count < 10`, nor read it, as by "
-            f"float(count). Write torch.where(count < 10, a, b) and other functions of torch, or "
-            f"take funcopt.schedules.Piecewise or Join. What it failed with is above."
-        ) from error
+    except Exception as error:
+        if isinstance(error, RuntimeError) and not transforms.readable():
+            raise RuntimeError(
+                f"{name}={short(schedule)} failed under vmap, where the count is that of many "
+                f"members: no schedule can decide by its value, as by `if count < 10`, nor read "
+                f"it, as by float(count). Write torch.where(count < 10, a, b) and other functions "
+                f"of torch, or take funcopt.schedules.Piecewise or Join. What it failed with is "
+                f"above."
+            ) from error
+        error.add_note(
+            f"It was raised by the schedule {name}={short(schedule)}, called with the "
+            f"count of updates."
+        )
+        raise
 
 
 _FLOAT = frozenset((float,))

@@ -15,7 +15,6 @@ from .._core import pytree, transforms
 from .._core.types import Hyperparam, Tree
 from .counts import PerLeaf
 from .hyperparameters import check_values, number_at
-from .prepare import Prepared
 from .rule import Setup, UpdateRule
 
 
@@ -50,11 +49,23 @@ def read(rule: UpdateRule, opt: Any, setup: Setup, structure: pytree.Structure, 
     return own._replace(**found)
 
 
+def check_fit(rule: UpdateRule, opt: Any, setup: Setup, structure: pytree.Structure) -> None:
+    """Refuse trees that do not match the parameters.
+
+    Raises:
+        ValueError: If one does not.
+    """
+    for index in setup.trees:
+        own = rule.hyperparams[index]
+        _of_leaves(own, own.of(opt), structure)
+
+
 def spread(
     rule: UpdateRule,
     opt: Any,
     setup: Setup,
-    prepared: Prepared,
+    params: pytree.Paired,
+    active: Sequence[int],
     counted: Sequence[tuple[Tensor, Any]],
 ) -> list[Any]:
     """Return the numbers of each leaf that has a gradient.
@@ -63,7 +74,8 @@ def spread(
         rule: The rule of the optimizer.
         opt: The optimizer.
         setup: What is fixed about it.
-        prepared: The update, laid out flat.
+        params: The parameters.
+        active: The places of those that have a gradient.
         counted: For each leaf that has a gradient, or for all together, the count before the
             update, and the numbers, with the trees as they were given.
 
@@ -71,7 +83,7 @@ def spread(
         ValueError: If a tree does not match the parameters, or a number is out of range or has the
             shape of neither a number nor the leaf.
     """
-    structure, active, params = prepared.params.structure, prepared.active, prepared.inputs.params
+    structure = params.structure
     rows = list(counted) * len(active) if len(counted) == 1 else list(counted)
     numbers = [own for _, own in rows]
     for index in setup.trees:
@@ -82,7 +94,7 @@ def spread(
             own = hyperparam._replace(field=path)
             given = leaves[leaf_index]
             if isinstance(given, Tensor):
-                _check_shape(path, given, params[place])
+                _check_shape(path, given, params.leaves[leaf_index])
                 check_values(own, given)
             elif not isinstance(given, float):
                 given = number_at(own, given, rows[place][0])

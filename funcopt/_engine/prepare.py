@@ -50,6 +50,10 @@ def init(opt: Any, params: Tree) -> Any:
     leaves, structure = flatten_params(params)
     if rule.real_only:
         _check_real(leaves, structure, opt)
+    if setup.trees:
+        from . import per_leaf  # noqa: PLC0415  # which few optimizers need
+
+        per_leaf.check_fit(rule, opt, setup, structure)
     slots = [_zeros(slot, setup.options.moments, leaves, structure) for slot in setup.slots]
     place = device_for_count(leaves)
     step: Tree = first_count(place)

@@ -173,7 +173,7 @@ def _numbers(opt: Any, rule: UpdateRule, prepared: Prepared, counts: list[Number
     from . import per_leaf  # noqa: PLC0415  # which few optimizers need
 
     counted = list(zip(olds, numbers, strict=True))
-    return per_leaf.spread(rule, opt, setup, prepared, counted)
+    return per_leaf.spread(rule, opt, setup, prepared.params, prepared.active, counted)
 
 
 def _route_step(

@@ -170,7 +170,7 @@ class Members(Generic[InnerT_co]):
 
 def _init(inner: Optimizer[Any], params: Tree) -> Any:
     trees = {"params": params}
-    _check_members(trees)
+    _check_members({"inner": inner, **trees})
     return _mapped(lambda own, trees: own.init(trees["params"]), inner, trees)
 
 
@@ -192,7 +192,7 @@ def _update(
         return made
     trees = {"grads": grads, "state": state, "params": params, "active": active, "value": value}
     told = {root: tree for root, tree in trees.items() if tree is not None}
-    _check_members(told)
+    _check_members({"inner": inner, **told})
     if in_place and _update_active_(inner, told):
         return params, state
     news: tuple[Tree, Tree] = _mapped(_updated, inner, told)
@@ -302,7 +302,7 @@ def _check_members(trees: dict[str, Any]) -> None:
     """Refuse a tensor without a dimension of members, or with another number of them."""
     first, members = "", 0
     for root, tree in reversed(trees.items()):
-        told = root in ("active", "value")  # which may be one for all
+        told = root in ("inner", "active", "value")  # which may be one for all
         leaves, structure = pytree.flatten(tree)
         for index, leaf in enumerate(leaves):
             if not isinstance(leaf, Tensor) or (told and leaf.ndim == 0):

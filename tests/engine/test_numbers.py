@@ -442,6 +442,16 @@ def test_a_count_is_where_nobody_has_to_wait_for_it(devices):
             assert step.device.type == ("cuda" if there else "cpu"), opt
 
 
+@pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
+def test_an_error_within_a_schedule_tells_of_which_number(case):
+    params = {"w": torch.ones(3)}
+    opt = case.build(lambda count: {}["a key that is not there"])
+    with pytest.raises(KeyError) as raised:
+        opt.update(params, opt.init(params), params)
+    (note,) = raised.value.__notes__
+    assert f"the schedule {case.name}=<function" in note
+
+
 # Functions that do not go with vmap.
 
 

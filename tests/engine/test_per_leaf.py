@@ -276,6 +276,12 @@ def test_what_does_not_fit_the_parameters_is_refused(lr, message):
     assert_same_bits(params, before)
 
 
+def test_trees_without_a_leaf_are_refused_by_init():
+    for opt in (SGD(lr={"w": 0.1}), Clip(SGD(lr={"w": 0.1}), 1.0)):
+        with pytest.raises(ValueError, match=r"lr is a tree.*nothing for params\['b'\]"):
+            opt.init({"w": torch.ones(2), "b": torch.ones(2)})
+
+
 def test_parameters_in_place_of_rates_are_told_where_to_go():
     weights = {"w": torch.tensor([0.1, -0.1])}
     with pytest.raises(ValueError, match=r"lr\['w'\]=-0.1.* Parameters are given to init\(\)"):

@@ -287,6 +287,24 @@ def test_what_is_not_one_for_each_member_is_refused(change, error, message):
     assert_same_bits(params, before)
 
 
+@pytest.mark.parametrize(
+    ("inner", "path"),
+    [
+        (Clip(AdamW(), torch.ones(3)), "inner.max_norm"),
+        (AdamW(lr=torch.ones(3)), "inner.lr"),
+        (Cautious(AdamW(lr=torch.ones(3))), "inner.inner.lr"),
+    ],
+)
+def test_numbers_of_other_members_are_refused_by_their_path(inner, path):
+    params, right = {"w": torch.ones(2, 3)}, Members(Cautious(AdamW()))
+    message = re.escape(f"{path} has shape (3,), and params['w'] has 2 members")
+    with pytest.raises(ValueError, match=message):
+        Members(inner).init(params)
+    if isinstance(inner, Cautious):  # which goes by vmap
+        with pytest.raises(ValueError, match=message):
+            Members(inner).update(params, right.init(params), params)
+
+
 def test_without_tensors_nobody_knows_how_many_members_there_are():
     with pytest.raises(ValueError, match="params has no tensors"):
         Members(SGD()).init({})
