@@ -19,7 +19,8 @@ NATIVE = Extension(
         f"funcopt/_native_{part}.h"
         for part in (
             *("adam", "cautious", "hold_back", "job", "launch", "machine", "numbers"),
-            *("products", "round", "run", "shorts", "steps", "tiles"),
+            *("products", "round", "run", "shorts", "steps"),
+            *("tiles", "tiles_bfloat16", "tiles_float32"),
         )
     ],
     extra_compile_args=FLAGS,

@@ -305,7 +305,9 @@ static int start(PyObject *module)
     chosen = 0;
     while (!instruction_sets[chosen].is_there())
         chosen++;
-    has_tiles = find_tiles();
+#if TILES
+    find_tiles();
+#endif
     return 0;
 }
 
@@ -315,6 +317,8 @@ static PyMethodDef methods[] = {
     {"instructions", instructions, METH_NOARGS, instructions_doc},
     {"use", use, METH_O, use_doc},
     {"has_products", has_products, METH_NOARGS, has_products_doc},
+    {"products", products, METH_NOARGS, products_doc},
+    {"use_products", use_products, METH_O, use_products_doc},
     {"product", (PyCFunction)(void (*)(void))product, METH_FASTCALL, product_doc},
     {"launch", (PyCFunction)(void (*)(void))launch, METH_FASTCALL, launch_doc},
     {"take_threads", (PyCFunction)(void (*)(void))take_threads, METH_FASTCALL, take_threads_doc},

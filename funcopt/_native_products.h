@@ -2,12 +2,66 @@
 
 PyDoc_STRVAR(has_products_doc,
              "has_products()\n--\n\n"
-             "Return whether this processor has what `product` takes, and nothing faster.");
+             "Return whether `product` is faster than torch on this processor.");
 
 static PyObject *has_products(PyObject *module, PyObject *nothing)
 {
     (void)module, (void)nothing;
-    return PyBool_FromLong(has_tiles);
+#if TILES
+    return PyBool_FromLong(tiles != NULL);
+#else
+    return PyBool_FromLong(0);
+#endif
+}
+
+PyDoc_STRVAR(products_doc,
+             "products()\n--\n\n"
+             "Return the names of the ways to make products that this processor has.");
+
+static PyObject *products(PyObject *module, PyObject *nothing)
+{
+    (void)module, (void)nothing;
+    PyObject *found = PyList_New(0);
+#if TILES
+    for (int i = 0; found != NULL && i < TILE_SETS; i++) {
+        if (!all_tiles[i].is_there())
+            continue;
+        PyObject *name = PyUnicode_FromString(all_tiles[i].name);
+        if (name == NULL || PyList_Append(found, name) < 0)
+            Py_CLEAR(found);
+        Py_XDECREF(name);
+    }
+#endif
+    return found;
+}
+
+PyDoc_STRVAR(use_products_doc,
+             "use_products(name)\n--\n\n"
+             "Make products in this way from now on, of which the bits are its own; None: in the\n"
+             "one that is faster than torch, if there is one.");
+
+static PyObject *use_products(PyObject *module, PyObject *given)
+{
+    (void)module;
+#if TILES
+    if (given == Py_None) {
+        find_tiles();
+        Py_RETURN_NONE;
+    }
+    PyObject *text = PyUnicode_AsUTF8String(given);
+    if (text == NULL)
+        return NULL;
+    const Tiles *found = NULL;
+    for (int i = 0; i < TILE_SETS; i++)
+        if (strcmp(PyBytes_AsString(text), all_tiles[i].name) == 0 && all_tiles[i].is_there())
+            found = &all_tiles[i];
+    Py_DECREF(text);
+    if (found != NULL) {
+        tiles = found;
+        Py_RETURN_NONE;
+    }
+#endif
+    return PyErr_Format(PyExc_ValueError, "%R: this processor makes no such products.", given);
 }
 
 PyDoc_STRVAR(product_doc,
@@ -112,13 +166,13 @@ static PyObject *run_product(Product *product, int64_t threads)
 static PyObject *product(PyObject *module, PyObject *const *given, Py_ssize_t count)
 {
     (void)module;
-    Product own = {0};
+    Product own = {.by = tiles};
     int64_t threads;
     if (count != PRODUCT_ARGUMENTS || !PyTuple_Check(given[PRODUCT_ARGUMENTS - 1])) {
         PyErr_SetString(PyExc_TypeError, "product takes 12 numbers and a tuple.");
         return NULL;
     }
-    if (!has_tiles) {
+    if (tiles == NULL) {
         PyErr_SetString(PyExc_ValueError, "product: this processor has no instruction for it.");
         return NULL;
     }

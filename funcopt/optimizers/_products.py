@@ -1,8 +1,9 @@
 """Products of matrices in bfloat16 on the CPU by the compiled extension: of symmetric ones a half.
 
-They serve on processors that have an instruction for such products (AVX-512 with bfloat16) and no
-matrix registers, with which torch is faster. Terms are summed up in float32, always in the same
-order, and a result is rounded once: no bit depends on threads, nor on the matrices beside it.
+They serve on x86 processors on which they are faster than torch's: those that have AVX-512 with
+bfloat16 and no matrix registers; and those with AVX2 alone, where torch multiplies bfloat16 element
+by element, and these are made in float32. Terms are summed up in float32, always in the same order,
+and a result is rounded once: no bit depends on threads, nor on the matrices beside it.
 """
 
 from __future__ import annotations

@@ -87,10 +87,11 @@ class Muon:
         gram: Make most of the iterations on the Gram matrix $X X^\top$, which takes about half the
             products for matrices of four times as many columns as rows, or the reverse. Those that
             are less than one and a half times as long as wide are iterated as without. On the CPU
-            in bfloat16, all products are made by the compiled extension where the processor has an
-            instruction for them (AVX-512 with bfloat16, and no matrix registers): of symmetric ones
-            a half. It is another rounding of the same: not torch's bits, nor those of another
-            kernel.
+            in bfloat16, all products are made by the compiled extension where it is faster than
+            torch, of symmetric ones a half: on processors that have AVX-512 with bfloat16 and no
+            matrix registers, and by far on those with AVX2 alone, where torch has no fast product
+            of bfloat16. It is another rounding of the same: not torch's bits, nor those of another
+            kernel or kind of processor.
         step_per_leaf: Count the updates of each leaf; a schedule then sees each leaf's own count.
             Off: one count for the tree, advanced by every update.
         kernel: `"auto"` takes the fastest that is right for the tensors; `"batched"` and `"plain"`

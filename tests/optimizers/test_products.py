@@ -13,7 +13,17 @@ from ..cases import assert_same_bits, random_like
 from .common import number, run
 
 HAS_PRODUCTS = _native.extension is not None and _native.extension.has_products()
-needs_products = pytest.mark.skipif(not HAS_PRODUCTS, reason="no instruction for such products")
+WAYS = () if _native.extension is None else _native.extension.products()
+by_every_way = pytest.mark.usefixtures("way")
+
+
+@pytest.fixture(params=WAYS)
+def way(request):
+    """The ways in which this processor can make products, also those slower than torch's."""
+    _native.extension.use_products(request.param)
+    yield request.param
+    _native.extension.use_products(None)
+
 
 DEPTHS = (1, 2, 15, 16, 17, 31, 32, 33, 64, 100, 129, 200)
 
@@ -37,7 +47,7 @@ def assert_rounded(found, exact, sizes):
     assert (error <= bound).all()
 
 
-@needs_products
+@by_every_way
 @pytest.mark.parametrize("depth", DEPTHS)
 def test_symmetric_products_are_those_of_float64_rounded_for_every_number_of_rows(depth):
     for rows, lie in combinations(range(1, 71), (torch.clone, by_columns)):
@@ -49,7 +59,7 @@ def test_symmetric_products_are_those_of_float64_rounded_for_every_number_of_row
         assert_same_bits(found, found.mT)
 
 
-@needs_products
+@by_every_way
 @pytest.mark.parametrize("lie", [torch.clone, by_columns])
 def test_products_of_matrices_that_commute_are_exactly_symmetric(lie):
     for rows in range(1, 71):
@@ -64,7 +74,7 @@ def test_products_of_matrices_that_commute_are_exactly_symmetric(lie):
         assert_same_bits(found, found.mT)
 
 
-@needs_products
+@by_every_way
 @pytest.mark.parametrize("lie", [torch.clone, by_columns])
 @pytest.mark.parametrize("columns", DEPTHS)
 def test_other_products_are_those_of_float64_rounded_and_lie_as_the_right_factor(columns, lie):
@@ -78,7 +88,7 @@ def test_other_products_are_those_of_float64_rounded_and_lie_as_the_right_factor
         assert found.stride() == right.stride() or 1 in (rows, columns)
 
 
-@needs_products
+@by_every_way
 @pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4), (1, 3, 0)])
 def test_empty_matrices_give_what_is_added_alone(shape):
     matrix, added = random(*shape), random(shape[0], shape[1], shape[1])
@@ -86,7 +96,7 @@ def test_empty_matrices_give_what_is_added_alone(shape):
     assert_same_bits(_products.symmetric(matrix, matrix.mT, (added, 2.0)), 2 * added)
 
 
-@needs_products
+@by_every_way
 def test_matrices_may_lie_with_gaps_between_elements():
     square, matrix = random(2, 40, 80)[:, :, ::2], random(2, 40, 180)[:, :, ::3]
     square = square + square.mT
@@ -98,7 +108,7 @@ def test_matrices_may_lie_with_gaps_between_elements():
         assert_same_bits(_products.whole(gram, given, (given, 2.0)), expected)
 
 
-@needs_products
+@by_every_way
 def test_what_is_no_number_stays_so_and_the_infinite_infinite():
     matrix = torch.ones(1, 20, 20).bfloat16()
     matrix[0, 3, 3], matrix[0, 17, 17] = torch.inf, torch.nan
@@ -108,7 +118,7 @@ def test_what_is_no_number_stays_so_and_the_infinite_infinite():
     assert found[3, 2] == torch.inf
 
 
-@needs_products
+@by_every_way
 def test_no_bit_depends_on_threads_nor_on_the_matrices_beside_one():
     matrix = random(5, 200, 333)
     count, found = torch.get_num_threads(), []
@@ -129,7 +139,7 @@ def test_no_bit_depends_on_threads_nor_on_the_matrices_beside_one():
         assert_same_bits(gram, found[0][0][index : index + 1])
 
 
-@needs_products
+@by_every_way
 @pytest.mark.parametrize("shape", [(40, 70), (70, 30), (33, 33)])
 def test_muon_gives_a_matrix_the_same_bits_however_it_lies_and_whatever_is_beside_it(shape):
     opt = Muon(lr=0.1, gram=True, matrices="stack")
@@ -145,7 +155,7 @@ def test_muon_gives_a_matrix_the_same_bits_however_it_lies_and_whatever_is_besid
     assert_same_bits(stacked[0], torch.stack(expected))
 
 
-@needs_products
+@by_every_way
 @pytest.mark.parametrize("shape", [(300, 700), (1100, 300), (520, 520)])
 def test_muon_gives_the_same_bits_on_any_number_of_threads_and_by_numbers_in_tensors(shape):
     params = [torch.randn(shape)]
@@ -240,12 +250,21 @@ REFUSED = [
 ]
 
 
-@needs_products
+@by_every_way
 @pytest.mark.parametrize(("error", "message", "changed"), REFUSED)
 def test_what_cannot_be_right_is_refused_before_anything_is_written(error, message, changed):
     call()  # which is right
     with pytest.raises(error, match=message or None):
         call(**changed)
+
+
+@pytest.mark.skipif(_native.extension is None, reason=str(_native.unserved))
+def test_a_way_that_this_processor_has_not_is_refused():
+    with pytest.raises(ValueError, match="'float8': this processor makes no such products"):
+        _native.extension.use_products("float8")
+    with pytest.raises(TypeError):
+        _native.extension.use_products(3)
+    assert _native.extension.has_products() is HAS_PRODUCTS
 
 
 @pytest.mark.skipif(_native.extension is None, reason=str(_native.unserved))
@@ -255,4 +274,4 @@ def test_the_extension_refuses_products_where_it_has_none_and_too_few_arguments(
             _native.extension.product(1)
     else:
         with pytest.raises(ValueError, match="this processor has no instruction for it"):
-            call()
+            call(alpha=0.25)
