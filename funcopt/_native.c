@@ -29,7 +29,7 @@ static const struct {
     [SGD] = {2, 3, 8, set_sgd},
     [LION] = {3, 3, 8, set_lion},
 };
-enum { RULES = sizeof(rules) / sizeof(rules[0]) };
+enum { RULES = sizeof(rules) / sizeof(rules[0]), MOST_NUMBERS = 9 };
 
 static const int64_t items[] = {[FLOAT32] = 4, [FLOAT64] = 8, [BFLOAT16] = 2, [FLOAT16] = 2};
 enum { DTYPES = sizeof(items) / sizeof(items[0]) };
@@ -133,19 +133,23 @@ static int take_addresses(PyObject *given, Job *job, char **addresses)
     return 0;
 }
 
-/* Take one number, or one for each row, into every so many doubles. */
-static int take_values(PyObject *given, int64_t rows, int64_t stride, double *values)
+/* A number: the same in all rows, or that of each row in memory of Python's. */
+typedef struct {
+    double value;
+    const double *values;
+} Values;
+
+static int take_values(PyObject *given, int64_t rows, Values *values)
 {
+    char *address;
+    values->values = NULL;
     if (PyFloat_Check(given)) {
-        for (int64_t row = 0; row < rows; row++)
-            values[row * stride] = PyFloat_AsDouble(given);
+        values->value = PyFloat_AsDouble(given);
         return 0;
     }
-    char *address;
     if (take_address(given, sizeof(double), rows, &address) < 0)
         return -1;
-    for (int64_t row = 0; row < rows; row++)
-        values[row * stride] = ((const double *)address)[row];
+    values->values = (const double *)address;
     return 0;
 }
 
@@ -155,9 +159,10 @@ static uint64_t whole_number(double value)
     return value >= 0 && value < 0x1p53 ? (uint64_t)value : 0;
 }
 
-static int take_numbers(PyObject *given, Job *job, double *numbers, double *coefficients,
-                        uint64_t *keys)
+static int take_numbers(PyObject *given, Job *job, uint64_t *keys)
 {
+    Values values[MOST_NUMBERS];
+    double numbers[MOST_NUMBERS], own[COEFFICIENTS] = {0};
     const int64_t wanted = rules[job->rule].numbers;
     if (PyTuple_Size(given) != wanted) {
         PyErr_Format(PyExc_ValueError, "numbers: must be %lld, not %lld.", (long long)wanted,
@@ -165,19 +170,20 @@ static int take_numbers(PyObject *given, Job *job, double *numbers, double *coef
         return -1;
     }
     for (int64_t i = 0; i < wanted; i++)
-        if (take_values(PyTuple_GetItem(given, i), rows_of(job), wanted, &numbers[i]) < 0)
+        if (take_values(PyTuple_GetItem(given, i), rows_of(job), &values[i]) < 0)
             return -1;
     Corrections last = {0}; /* of a count of 0, which no update has */
     for (int64_t row = 0; row < rows_of(job); row++) {
-        const double *own = numbers + row * wanted;
-        coefficients[row * COEFFICIENTS + ACTIVE] = own[wanted - 2];
-        if (own[wanted - 2] == 0.0)
-            continue; /* which moves nothing, and has another count than those that go on */
-        rules[job->rule].set(job, own, coefficients + row * COEFFICIENTS, &last);
-        keys[2 * row] = whole_number(own[wanted - 3]);
-        keys[2 * row + 1] = whole_number(own[0]);
+        for (int64_t i = 0; i < wanted; i++)
+            numbers[i] = values[i].values != NULL ? values[i].values[row] : values[i].value;
+        own[ACTIVE] = numbers[wanted - 2];
+        /* One that is not active moves nothing, and has another count than those that go on. */
+        if (own[ACTIVE] != 0.0)
+            rules[job->rule].set(job, numbers, own, &last);
+        set_row(job, row, own);
+        keys[2 * row] = whole_number(numbers[wanted - 3]);
+        keys[2 * row + 1] = whole_number(numbers[0]);
     }
-    job->coefficients = coefficients;
     job->keys = keys;
     return 0;
 }
@@ -231,15 +237,13 @@ static PyObject *run_job(PyObject *const *given, Job *job, int64_t threads)
 {
     const size_t columns = (size_t)(job->old_columns + job->new_columns);
     const size_t leaves = (size_t)job->leaves, rows = (size_t)rows_of(job);
-    const size_t numbers = rows * (size_t)rules[job->rule].numbers;
     const size_t bytes = leaves * (columns * sizeof(char *) + 2 * sizeof(int64_t)) +
-                         (rows * (COEFFICIENTS + 2) + numbers) * sizeof(double);
+                         rows * (COEFFICIENTS + 2) * sizeof(double);
     char *memory = PyMem_Malloc(bytes);
     if (memory == NULL)
         return PyErr_NoMemory();
-    double *coefficients = (double *)memory;
-    double *values = coefficients + rows * COEFFICIENTS;
-    uint64_t *keys = (uint64_t *)(values + numbers);
+    uint64_t *keys = (uint64_t *)((double *)memory + rows * COEFFICIENTS);
+    job->coefficients = memory;
     int64_t *sizes = (int64_t *)(keys + 2 * rows);
     int64_t *ids = sizes + leaves;
     char **addresses = (char **)(ids + leaves);
@@ -247,7 +251,7 @@ static PyObject *run_job(PyObject *const *given, Job *job, int64_t threads)
     PyObject *result = NULL;
     if (take_sizes(given[9], job, sizes) == 0 && take_ids(given[10], job, ids) == 0 &&
         take_addresses(given[11], job, addresses) == 0 &&
-        take_numbers(given[12], job, values, coefficients, keys) == 0) {
+        take_numbers(given[12], job, keys) == 0) {
         job->streams = job->total * job->items[0] * job->new_columns > BEYOND_CACHE;
         Py_BEGIN_ALLOW_THREADS
         run_on(job, threads);

@@ -3,7 +3,7 @@
 
 /* `shorts` says which columns are in 16 bits. If they are rounded by chance, `random` has the words
  * of each column, WORDS apart, from which `by_chance` takes random bits. */
-INLINE void NAME(adam)(const double *own, const REAL *const *olds, REAL *const *news,
+INLINE void NAME(adam)(const REAL *own, const REAL *const *olds, REAL *const *news,
                        int64_t count, int streamed, int coupled, int amsgrad, int shorts,
                        const uint32_t *random, int shift)
 {
@@ -59,7 +59,7 @@ INLINE void NAME(adam)(const double *own, const REAL *const *olds, REAL *const *
 }
 
 /* Choose the loop of Adam once for a range. */
-INLINE void NAME(adams)(const Job *job, const double *own, const REAL *const *olds,
+INLINE void NAME(adams)(const Job *job, const REAL *own, const REAL *const *olds,
                         REAL *const *news, int64_t count, int streamed, int shorts,
                         const uint32_t *random, int shift)
 {

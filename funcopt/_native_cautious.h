@@ -13,7 +13,7 @@ static double further_of(const Job *job, int64_t agreeing, int64_t size)
 }
 
 /* Do both passes leaf by leaf, or of some small ones together, so that the second reads the cache. */
-static void hold_back_all(Job *job, double *coefficients, int rescales, int64_t threads)
+static void hold_back_all(Job *job, double *own, int rescales, int64_t threads)
 {
     const int64_t most = CACHED * (threads < MOST_THREADS ? threads : MOST_THREADS);
     job->begin = 0;
@@ -25,10 +25,11 @@ static void hold_back_all(Job *job, double *coefficients, int rescales, int64_t 
         if (rescales) {
             job->rule = COUNT_AGREEING;
             run_on(job, threads);
-            for (int64_t own = first; own < leaf; own++)
-                if (job->sizes[own] > 0)
-                    coefficients[own * COEFFICIENTS + LERP_WEIGHT] =
-                        further_of(job, job->agreeing[own], job->sizes[own]);
+            for (int64_t moved = first; moved < leaf; moved++)
+                if (job->sizes[moved] > 0) {
+                    own[LERP_WEIGHT] = further_of(job, job->agreeing[moved], job->sizes[moved]);
+                    set_row(job, moved, own);
+                }
         }
         job->rule = HOLD_BACK;
         run_on(job, threads);
@@ -72,22 +73,18 @@ static PyObject *hold_back(PyObject *module, PyObject *const *given, Py_ssize_t 
                                                 3 * sizeof(char *));
     if (memory == NULL)
         return PyErr_NoMemory();
-    double *coefficients = (double *)memory;
-    int64_t *sizes = (int64_t *)(coefficients + leaves * COEFFICIENTS);
+    int64_t *sizes = (int64_t *)((double *)memory + leaves * COEFFICIENTS);
     char **addresses = (char **)(sizes + 2 * leaves);
     job.agreeing = sizes + leaves;
-    job.coefficients = coefficients;
+    job.coefficients = memory;
     PyObject *result = NULL;
     if (take_sizes(given[5], &job, sizes) == 0 && take_addresses(given[6], &job, addresses) == 0) {
-        for (size_t leaf = 0; leaf < leaves; leaf++) {
-            double *own = coefficients + leaf * COEFFICIENTS;
-            own[ACTIVE] = 1.0;
-            own[WAY] = (double)way;
-            own[COUPLED] = given[3] != Py_None;
-            own[DECAY] = decay;
-        }
+        double own[COEFFICIENTS] = {
+            [ACTIVE] = 1.0, [WAY] = (double)way, [COUPLED] = given[3] != Py_None, [DECAY] = decay};
+        for (int64_t leaf = 0; leaf < job.leaves; leaf++)
+            set_row(&job, leaf, own);
         Py_BEGIN_ALLOW_THREADS
-        hold_back_all(&job, coefficients, rescales && way != 0, threads);
+        hold_back_all(&job, own, rescales && way != 0, threads);
         Py_END_ALLOW_THREADS
         result = Py_None;
         Py_INCREF(result);

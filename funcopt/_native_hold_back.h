@@ -25,7 +25,7 @@ INLINE NAME(Mask) NAME(same)(VECTOR one, VECTOR other)
 #endif
 
 /* Return how many elements go the way of the gradient. */
-INLINE int64_t NAME(agreeing)(const double *own, const REAL *const *olds, REAL *const *news,
+INLINE int64_t NAME(agreeing)(const REAL *own, const REAL *const *olds, REAL *const *news,
                               int64_t count)
 {
     const VECTOR way = SPREAD(own[WAY]);
@@ -44,7 +44,7 @@ INLINE int64_t NAME(agreeing)(const double *own, const REAL *const *olds, REAL *
 }
 
 /* Take elements back, or further, in the order of operations of torch.lerp; and let them decay. */
-INLINE void NAME(hold_back)(const double *own, const REAL *const *olds, REAL *const *news,
+INLINE void NAME(hold_back)(const REAL *own, const REAL *const *olds, REAL *const *news,
                             int64_t count, int masked, int decays)
 {
     const VECTOR way = SPREAD(own[WAY]), further = SPREAD(own[LERP_WEIGHT]);
@@ -68,7 +68,7 @@ INLINE void NAME(hold_back)(const double *own, const REAL *const *olds, REAL *co
 #undef CHOOSE
 
 /* Make one of the passes over whole vectors of a leaf; return how many agree, of the first. */
-INLINE int64_t NAME(pass)(const Job *job, const double *own, const REAL *const *olds,
+INLINE int64_t NAME(pass)(const Job *job, const REAL *own, const REAL *const *olds,
                           REAL *const *news, int64_t count)
 {
     const int masked = own[WAY] != 0.0, decays = own[COUPLED] != 0.0;
@@ -86,7 +86,7 @@ INLINE int64_t NAME(pass)(const Job *job, const double *own, const REAL *const *
 /* Make one of the passes over the elements of one leaf from `begin` to `end`. */
 static void NAME(held_back)(const Job *job, int64_t leaf, int64_t begin, int64_t end)
 {
-    const double *own = own_of(job, leaf, 0);
+    const REAL *own = NAME(own_of)(job, leaf, 0);
     const int64_t whole = (end - begin) / WIDTH * WIDTH, rest = end - begin - whole;
     const REAL *olds[] = {(const REAL *)old_at(job, 0, leaf) + begin,
                           (const REAL *)old_at(job, 1, leaf) + begin};

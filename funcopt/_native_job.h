@@ -41,7 +41,7 @@ static const int64_t BEYOND_CACHE = 16 << 20;
 /* Shorter ranges of a leaf are not worth writing past the cache. */
 enum { LONG = 4096 };
 
-/* What the numbers of a step come to, for one member, rounded to what is computed in. */
+/* What the numbers of a step come to, for one member. */
 enum {
     GRAD_FACTOR, /* what gradients are multiplied by, below zero to maximize */
     ROUNDED_FACTOR, /* the same, where the product is rounded to 16 bits */
@@ -79,7 +79,7 @@ typedef struct {
     const int64_t *sizes; /* elements of each leaf, all members together */
     const int64_t *ids; /* which leaf of the whole tree each is */
     char *const *addresses; /* column by column: those before the step, then those after it */
-    const double *coefficients; /* for each member, or each leaf */
+    void *coefficients; /* for each member, or each leaf, in what is computed in */
     int64_t *agreeing; /* for each leaf, how many elements are not held back */
     const uint64_t *keys; /* for each member, and behind it the count of updates: of random bits */
 } Job;
@@ -100,10 +100,20 @@ INLINE int64_t rows_of(const Job *job)
     return job->per_leaf ? job->leaves : job->members;
 }
 
-/* Return the coefficients of a member of a leaf. */
-INLINE const double *own_of(const Job *job, int64_t leaf, int64_t member)
+/* Return the row of the coefficients of a member of a leaf. */
+INLINE int64_t row_of(const Job *job, int64_t leaf, int64_t member)
 {
-    return job->coefficients + (job->per_leaf ? leaf : member) * COEFFICIENTS;
+    return job->per_leaf ? leaf : member;
+}
+
+/* Set the coefficients of a row, rounded to what is computed in. */
+INLINE void set_row(const Job *job, int64_t row, const double *own)
+{
+    if (job->dtypes[0] == FLOAT64)
+        memcpy((double *)job->coefficients + row * COEFFICIENTS, own, COEFFICIENTS * sizeof(double));
+    else
+        for (int i = 0; i < COEFFICIENTS; i++)
+            ((float *)job->coefficients)[row * COEFFICIENTS + i] = (float)own[i];
 }
 
 /* Return which column before the step a column after it takes the place of. */
@@ -127,11 +137,12 @@ INLINE char *new_at(const Job *job, int column, int64_t leaf)
 INLINE int is_streamed(const Job *job, int64_t leaf, int64_t begin, int64_t count)
 {
     uintptr_t together = 0;
+    if (!job->streams || count < LONG)
+        return 0;
     for (int column = 0; column < job->new_columns; column++)
         together |= (uintptr_t)new_at(job, column, leaf);
     together |= (uintptr_t)(begin * job->items[0]);
-    return job->streams && count >= LONG && together % CACHE_LINE == 0 &&
-           old_at(job, 0, leaf) != new_at(job, 0, leaf);
+    return together % CACHE_LINE == 0 && old_at(job, 0, leaf) != new_at(job, 0, leaf);
 }
 
 /* The 16-bit formats, by integer arithmetic that compilers turn into vectors. */

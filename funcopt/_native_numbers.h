@@ -1,4 +1,5 @@
-/* The coefficients of one member. They are found in double, as torch does, and rounded once. */
+/* The coefficients of one member. They are found in double, as torch does, and rounded when they are
+ * kept; what is rounded here, torch rounds twice. */
 
 static double rounded(const Job *job, double value)
 {
@@ -9,8 +10,8 @@ static void set_grad_factor(const Job *job, double scale, double *own)
 {
     const double sign = job->maximize ? -1.0 : 1.0;
     const int is_16_bit = job->items[1] == 2; /* a gradient */
-    own[GRAD_FACTOR] = is_16_bit ? sign : sign * rounded(job, scale);
-    own[ROUNDED_FACTOR] = is_16_bit ? rounded(job, scale) : 1.0;
+    own[GRAD_FACTOR] = is_16_bit ? sign : sign * scale;
+    own[ROUNDED_FACTOR] = is_16_bit ? scale : 1.0;
 }
 
 /* Bias corrections, which members mostly share: to find them takes longer than all else here. */
@@ -26,15 +27,15 @@ static void set_adam(const Job *job, const double *numbers, double *own, Correct
     if (step != last->step || beta1 != last->beta1 || beta2 != last->beta2)
         *last = (Corrections){step, beta1, beta2, 1 - pow(beta1, step), sqrt(1 - pow(beta2, step))};
     own[LERP_FROM_AVERAGE] = weight < 0.5;
-    own[LERP_WEIGHT] = weight < 0.5 ? weight : rounded(job, weight - 1);
-    own[BETA2] = rounded(job, beta2);
-    own[GAIN2] = rounded(job, 1 - beta2);
-    own[EPS] = rounded(job, numbers[4]);
-    own[DECAY] = rounded(job, weight_decay);
+    own[LERP_WEIGHT] = weight < 0.5 ? weight : weight - 1;
+    own[BETA2] = beta2;
+    own[GAIN2] = 1 - beta2;
+    own[EPS] = numbers[4];
+    own[DECAY] = weight_decay;
     own[COUPLED] = job->rule == ADAM && weight_decay != 0;
-    own[REMAINDER] = job->rule == ADAM ? 1.0 : rounded(job, 1 - lr * weight_decay);
-    own[DESCENT] = rounded(job, -(lr / last->one));
-    own[CORRECTION2_ROOT] = rounded(job, last->two_root);
+    own[REMAINDER] = job->rule == ADAM ? 1.0 : 1 - lr * weight_decay;
+    own[DESCENT] = -(lr / last->one);
+    own[CORRECTION2_ROOT] = last->two_root;
     set_grad_factor(job, numbers[8], own);
 }
 
@@ -42,10 +43,10 @@ static void set_sgd(const Job *job, const double *numbers, double *own, Correcti
 {
     (void)last;
     const double dampening = numbers[0] == 1 ? 0.0 : numbers[3];
-    own[DESCENT] = rounded(job, -numbers[1]);
-    own[MOMENTUM] = rounded(job, numbers[2]);
-    own[GAIN] = rounded(job, 1 - dampening);
-    own[DECAY] = rounded(job, numbers[4]);
+    own[DESCENT] = -numbers[1];
+    own[MOMENTUM] = numbers[2];
+    own[GAIN] = 1 - dampening;
+    own[DECAY] = numbers[4];
     own[COUPLED] = numbers[4] != 0;
     set_grad_factor(job, numbers[7], own);
 }
@@ -53,12 +54,12 @@ static void set_sgd(const Job *job, const double *numbers, double *own, Correcti
 static void set_lion(const Job *job, const double *numbers, double *own, Corrections *last)
 {
     (void)last;
-    own[DESCENT] = rounded(job, -numbers[1]);
-    own[BETA1] = rounded(job, numbers[2]);
-    own[BETA2] = rounded(job, numbers[3]);
-    own[GAIN1] = rounded(job, 1 - numbers[2]);
-    own[GAIN2] = rounded(job, 1 - numbers[3]);
-    own[DECAY] = rounded(job, numbers[4]);
+    own[DESCENT] = -numbers[1];
+    own[BETA1] = numbers[2];
+    own[BETA2] = numbers[3];
+    own[GAIN1] = 1 - numbers[2];
+    own[GAIN2] = 1 - numbers[3];
+    own[DECAY] = numbers[4];
     own[COUPLED] = 0;
     set_grad_factor(job, numbers[7], own);
 }

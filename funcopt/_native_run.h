@@ -17,6 +17,18 @@
 #define ELEMENTS_ARE_INDEPENDENT __pragma(loop(ivdep))
 #endif
 
+/* Leave a member as it is: out of place, to the bit. */
+static void keep(const Job *job, int64_t leaf, int64_t begin, int64_t end)
+{
+    for (int column = 0; column < job->new_columns; column++) {
+        const int64_t item = job->items[old_of(column)];
+        const char *source = old_at(job, old_of(column), leaf) + begin * item;
+        char *target = new_at(job, column, leaf) + begin * item;
+        if (source != target)
+            memcpy(target, source, (size_t)((end - begin) * item));
+    }
+}
+
 #define JOIN_AS_THEY_ARE(one, other) one##_##other
 #define JOIN(one, other) JOIN_AS_THEY_ARE(one, other)
 #define fma_float fmaf
@@ -111,7 +123,7 @@
 #endif
 /* The sets of instructions, best first. */
 
-typedef void (*Range)(const Job *, int64_t, int64_t, int64_t, int64_t);
+typedef void (*Range)(const Job *, int64_t, int64_t, int64_t);
 
 #if X86_TARGETS
 static int has_avx512(void)
@@ -150,18 +162,6 @@ enum { INSTRUCTION_SETS = sizeof(instruction_sets) / sizeof(instruction_sets[0])
 
 static int chosen = INSTRUCTION_SETS - 1;
 
-/* Leave a member as it is: out of place, to the bit. */
-static void keep(const Job *job, int64_t leaf, int64_t begin, int64_t end)
-{
-    for (int column = 0; column < job->new_columns; column++) {
-        const int64_t item = job->items[old_of(column)];
-        const char *source = old_at(job, old_of(column), leaf) + begin * item;
-        char *target = new_at(job, column, leaf) + begin * item;
-        if (source != target)
-            memcpy(target, source, (size_t)((end - begin) * item));
-    }
-}
-
 /* Move the elements from `first` to `last`, of all leaves one after another. */
 static void run(const Job *job, int64_t first, int64_t last)
 {
@@ -169,20 +169,12 @@ static void run(const Job *job, int64_t first, int64_t last)
                                               : instruction_sets[chosen].float_range;
     int64_t start = 0; /* of the leaf */
     for (int64_t leaf = 0; leaf < job->leaves && start < last; leaf++) {
-        const int64_t size = job->sizes[leaf], own = size / job->members;
-        int64_t begin = first > start ? (first - start + CUT - 1) / CUT * CUT : 0;
-        int64_t end = last < start + size ? (last - start + CUT - 1) / CUT * CUT : size;
-        end = end < size ? end : size;
+        const int64_t size = job->sizes[leaf];
+        const int64_t begin = first > start ? (first - start + CUT - 1) / CUT * CUT : 0;
+        const int64_t end = last < start + size ? (last - start + CUT - 1) / CUT * CUT : size;
         start += size;
-        while (begin < end) {
-            const int64_t member = begin / own, next = (member + 1) * own;
-            const int64_t stop = next < end ? next : end;
-            if (own_of(job, leaf, member)[ACTIVE] != 0.0)
-                range(job, leaf, begin, stop, member);
-            else
-                keep(job, leaf, begin, stop);
-            begin = stop;
-        }
+        if (begin < size && begin < end)
+            range(job, leaf, begin, end < size ? end : size);
     }
 #if X86_TARGETS
     if (job->streams)

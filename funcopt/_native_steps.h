@@ -71,11 +71,17 @@ INLINE VECTOR NAME(sign)(VECTOR vector)
 #endif
 }
 
+/* Return the coefficients of a member of a leaf. */
+INLINE const REAL *NAME(own_of)(const Job *job, int64_t leaf, int64_t member)
+{
+    return (const REAL *)job->coefficients + row_of(job, leaf, member) * COEFFICIENTS;
+}
+
 #include "_native_shorts.h"
 #include "_native_adam.h"
 #include "_native_hold_back.h"
 
-INLINE void NAME(sgd)(const double *own, const REAL *const *olds, REAL *const *news, int64_t count,
+INLINE void NAME(sgd)(const REAL *own, const REAL *const *olds, REAL *const *news, int64_t count,
                       int streamed, int coupled, int buffered, int nesterov)
 {
     const VECTOR factor = SPREAD(own[GRAD_FACTOR]), decay = SPREAD(own[DECAY]);
@@ -101,7 +107,7 @@ INLINE void NAME(sgd)(const double *own, const REAL *const *olds, REAL *const *n
     }
 }
 
-INLINE void NAME(lion)(const double *own, const REAL *const *olds, REAL *const *news,
+INLINE void NAME(lion)(const REAL *own, const REAL *const *olds, REAL *const *news,
                        int64_t count, int streamed)
 {
     const VECTOR factor = SPREAD(own[GRAD_FACTOR]), decay = SPREAD(own[DECAY]);
@@ -120,7 +126,7 @@ INLINE void NAME(lion)(const double *own, const REAL *const *olds, REAL *const *
 }
 
 /* Choose the loop once for a range, so that within it nothing is asked. */
-INLINE void NAME(vectors)(const Job *job, const double *own, const REAL *const *olds,
+INLINE void NAME(vectors)(const Job *job, const REAL *own, const REAL *const *olds,
                           REAL *const *news, int64_t count, int streamed)
 {
     const int coupled = own[COUPLED] != 0.0, buffered = job->slots == 1;
@@ -174,7 +180,7 @@ static void NAME(staged)(const Job *job, int64_t leaf, int64_t begin, int64_t en
     REAL loaded[MOST_OLDS][BLOCK], computed[MOST_NEWS][BLOCK];
     const REAL *olds[MOST_OLDS];
     REAL *news[MOST_NEWS];
-    const double *own = own_of(job, leaf, member);
+    const REAL *own = NAME(own_of)(job, leaf, member);
     const int64_t first = member * (job->sizes[leaf] / job->members);
     const int lost = job->rounding == COMPENSATED ? job->new_columns - 1 : 0;
     for (int64_t at = begin, count; at < end; at += count) {
@@ -214,6 +220,43 @@ static void NAME(staged)(const Job *job, int64_t leaf, int64_t begin, int64_t en
                                    count);
     }
 }
+
+#if WIDTH > 1
+/* Copy fewer elements than a vector has, in parts of a size that the compiler knows. */
+INLINE void NAME(copy_few)(const REAL *source, REAL *target, int64_t count)
+{
+    for (int part = WIDTH / 2, done = 0; part > 0; part /= 2) {
+        if (!(count & part))
+            continue;
+        memcpy(target + done, source + done, (size_t)part * sizeof(REAL));
+        done += part;
+    }
+}
+
+/* Move fewer elements than a vector has, of columns that are computed in as they are. The others of
+ * their vectors go nowhere: they are those of the next member, if there are `room` elements from
+ * here on that this thread may read, else 0. */
+INLINE void NAME(move_few)(const Job *job, const REAL *own, const REAL *const *olds,
+                           REAL *const *news, int64_t at, int64_t count, int64_t room)
+{
+    _Alignas(CACHE_LINE) REAL loaded[MOST_OLDS][WIDTH], computed[MOST_NEWS][WIDTH];
+    const REAL *few_olds[MOST_OLDS];
+    REAL *few_news[MOST_NEWS];
+    for (int column = 0; column < job->old_columns; column++) {
+        few_olds[column] = olds[column] + at;
+        if (room >= WIDTH)
+            continue;
+        STORE(loaded[column], SPREAD(0));
+        NAME(copy_few)(olds[column] + at, loaded[column], count);
+        few_olds[column] = loaded[column];
+    }
+    for (int column = 0; column < job->new_columns; column++)
+        few_news[column] = computed[column];
+    NAME(vectors)(job, own, few_olds, few_news, WIDTH, 0);
+    for (int column = 0; column < job->new_columns; column++)
+        NAME(copy_few)(computed[column], news[column] + at, count);
+}
+#endif
 
 /* Point at the elements of one leaf from `at` on. */
 INLINE void NAME(point_at)(const Job *job, int64_t leaf, int64_t at, const REAL **olds,
@@ -255,7 +298,7 @@ static void NAME(moved_by_chance)(const Job *job, int64_t leaf, int64_t begin, i
     const REAL *olds[MOST_OLDS];
     REAL *news[MOST_NEWS];
     Keys keys;
-    const double *own = own_of(job, leaf, member);
+    const REAL *own = NAME(own_of)(job, leaf, member);
     const int64_t first = member * (job->sizes[leaf] / job->members);
     own_random->block = (begin - first) / BLOCK;
     next->block = own_random->block + 1;
@@ -292,43 +335,83 @@ static void NAME(moved_by_chance)(const Job *job, int64_t leaf, int64_t begin, i
 }
 #endif
 
-/* Move the elements of one leaf from `begin` to `end`, which are of one member. */
-static void NAME(range)(const Job *job, int64_t leaf, int64_t begin, int64_t end, int64_t member)
+/* Move so many elements of one member of a leaf, of which all columns are computed in as they are,
+ * and of which `room` may be read. */
+INLINE void NAME(move_wide)(const Job *job, const REAL *own, const REAL *const *olds,
+                            REAL *const *news, int64_t count, int64_t room, int streamed)
 {
-    const double *own = own_of(job, leaf, member);
+    const int64_t whole = count / WIDTH * WIDTH;
+    if (whole > 0 && streamed)
+        NAME(vectors)(job, own, olds, news, whole, 1);
+    else if (whole > 0)
+        NAME(vectors)(job, own, olds, news, whole, 0);
+#if WIDTH > 1
+    if (whole < count)
+        NAME(move_few)(job, own, olds, news, whole, count - whole, room - whole);
+#else
+    (void)room;
+#endif
+}
+
+/* Move the elements of one member of a leaf, from `begin` to `end`, of which some have 16 bits. */
+static void NAME(move_short)(const Job *job, int64_t leaf, int64_t begin, int64_t end,
+                             int64_t member)
+{
+    const REAL *own = NAME(own_of)(job, leaf, member);
     const int shorts = HAS_SHORTS && own[ROUNDED_FACTOR] == 1.0 ? job->shorts : 0;
-    const int64_t count = job->is_wide || shorts ? (end - begin) / WIDTH * WIDTH : 0;
+    const int64_t count = shorts ? (end - begin) / WIDTH * WIDTH : 0;
     const REAL *olds[MOST_OLDS];
     REAL *news[MOST_NEWS];
-    if (job->rule >= COUNT_AGREEING) {
-        NAME(held_back)(job, leaf, begin, end);
-        return;
-    }
 #if HAS_SHORTS
     if (shorts & BY_CHANCE) {
         NAME(moved_by_chance)(job, leaf, begin, end, member);
         return;
     }
 #endif
-    if (count > 0) {
-        NAME(point_at)(job, leaf, begin, olds, news);
-        if (shorts == SHORT_SLOTS)
-            NAME(adams)(job, own, olds, news, count, 0, SHORT_SLOTS, NULL, 0);
-        else if (shorts == SHORT_PARAMS)
-            NAME(adams)(job, own, olds, news, count, 0, SHORT_PARAMS, NULL, 0);
-        else if (shorts == (SHORT_PARAMS | SHORT_SLOTS))
-            NAME(adams)(job, own, olds, news, count, 0, SHORT_PARAMS | SHORT_SLOTS, NULL, 0);
-        else if (shorts == (SHORT_PARAMS | LOST))
-            NAME(adams)(job, own, olds, news, count, 0, SHORT_PARAMS | LOST, NULL, 0);
-        else if (shorts)
-            NAME(adams)(job, own, olds, news, count, 0, SHORT_PARAMS | SHORT_SLOTS | LOST, NULL, 0);
-        else if (is_streamed(job, leaf, begin, count))
-            NAME(vectors)(job, own, olds, news, count, 1);
-        else
-            NAME(vectors)(job, own, olds, news, count, 0);
-    }
+    NAME(point_at)(job, leaf, begin, olds, news);
+    if (count == 0)
+        ;
+    else if (shorts == SHORT_SLOTS)
+        NAME(adams)(job, own, olds, news, count, 0, SHORT_SLOTS, NULL, 0);
+    else if (shorts == SHORT_PARAMS)
+        NAME(adams)(job, own, olds, news, count, 0, SHORT_PARAMS, NULL, 0);
+    else if (shorts == (SHORT_PARAMS | SHORT_SLOTS))
+        NAME(adams)(job, own, olds, news, count, 0, SHORT_PARAMS | SHORT_SLOTS, NULL, 0);
+    else if (shorts == (SHORT_PARAMS | LOST))
+        NAME(adams)(job, own, olds, news, count, 0, SHORT_PARAMS | LOST, NULL, 0);
+    else
+        NAME(adams)(job, own, olds, news, count, 0, SHORT_PARAMS | SHORT_SLOTS | LOST, NULL, 0);
     if (begin + count < end)
         NAME(staged)(job, leaf, begin + count, end, member);
+}
+
+/* Move the elements of one leaf from `begin` to `end`, member by member. */
+static void NAME(range)(const Job *job, int64_t leaf, int64_t begin, int64_t end)
+{
+    const int64_t size = job->sizes[leaf] / job->members;
+    const REAL *olds[MOST_OLDS], *first_olds[MOST_OLDS];
+    REAL *news[MOST_NEWS], *first_news[MOST_NEWS];
+    NAME(point_at)(job, leaf, 0, first_olds, first_news);
+    if (job->rule >= COUNT_AGREEING) {
+        NAME(held_back)(job, leaf, begin, end);
+        return;
+    }
+    for (int64_t member = begin / size, stop; begin < end; begin = stop, member++) {
+        const REAL *own = NAME(own_of)(job, leaf, member);
+        stop = (member + 1) * size < end ? (member + 1) * size : end;
+        if (own[ACTIVE] == 0.0)
+            keep(job, leaf, begin, stop);
+        else if (job->is_wide) {
+            for (int column = 0; column < job->old_columns; column++)
+                olds[column] = first_olds[column] + begin;
+            for (int column = 0; column < job->new_columns; column++)
+                news[column] = first_news[column] + begin;
+            NAME(move_wide)(job, own, olds, news, stop - begin, end - begin,
+                            is_streamed(job, leaf, begin, stop - begin));
+        }
+        else
+            NAME(move_short)(job, leaf, begin, stop, member);
+    }
 }
 
 #undef LOAD
