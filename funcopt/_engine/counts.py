@@ -236,8 +236,8 @@ def read_if_same(number: Number) -> Number:
         return number.detach()
     if number.numel() > MANY:
         number = number.detach()
-        first = number.reshape(-1)[0]
-        return float(first) if bool((number == first).all()) else number
+        lowest, highest = map(Tensor.item, number.aminmax())  # NaN is not the same as NaN
+        return float(lowest) if lowest == highest else number
     values: list[float] = (number if number.ndim == 1 else number.reshape(-1)).tolist()
     if values and values.count(values[0]) == len(values):
         return float(values[0])

@@ -252,6 +252,19 @@ def recall(trees: list[Tree]) -> Recalled | None:
     return None if layout is None else Recalled(inputs, structure, layout, flat)
 
 
+def is_kept(setup: Setup, layout: Layout) -> bool:
+    """Whether slots are as an optimizer keeps them, beside the parameters of a layout.
+
+    The layout remembers for which one it was so, since that is asked at each step.
+    """
+    if layout.plans.get("kept") is setup:
+        return True
+    if not setup.keeps(layout.dtypes):
+        return False
+    layout.plans["kept"] = setup
+    return True
+
+
 def are_shards() -> bool:
     """Whether the leaves are the local parts of sharded ones."""
     shards = sharding()
@@ -265,7 +278,7 @@ def may_recall() -> bool:
 
 def _is_served(rule: UpdateRule, setup: Setup, layout: Layout) -> bool:
     """Whether an optimizer takes leaves of this layout, which another one may have checked."""
-    return setup.keeps(layout.dtypes) and (layout.real or not rule.real_only)
+    return is_kept(setup, layout) and (layout.real or not rule.real_only)
 
 
 def _prepare_known(

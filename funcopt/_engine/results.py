@@ -128,10 +128,11 @@ class _Block:
         self.kept: dict[object, list[_Kept]] = {}  # by the stream that writes and reads them
         self._allocate = whole.allocator()
 
-    @property
+    @cached_property
     def offsets(self) -> list[int]:
         """Where the results start, from the first on, in bytes."""
-        return [rows * self.whole.step for rows in accumulate(self.rows[:-1], initial=0)]
+        step = self.whole.step
+        return [rows * step for rows in accumulate(self.rows[:-1], initial=0)]
 
     def results(self, stream: object | None) -> tuple[Sequence[Tensor], int]:
         """Return tensors to write into, and where they start.

@@ -24,7 +24,7 @@ from .checks import are_apart, check_inplace, check_state
 from .counts import Counts, next_key, read_if_same
 from .hyperparameters import check_counts, check_values, number_at
 from .memory import Layout
-from .prepare import Prepared, prepare, recall, trees_of
+from .prepare import Prepared, is_kept, prepare, recall, trees_of
 from .rule import Setup, StepInputs, StepOutputs, UpdateRule
 
 
@@ -101,8 +101,10 @@ def plan_by_rule(opt: Any, given: Stack) -> Finish | None:
     key: Any = getattr(state, "key", ())
     if rule is None or not _is_served(opt, rule, state, active):
         return None
+    if active is not None and active.ndim == 0:  # one for all
+        active = active.expand(count.shape)
     setup, moving = rule.setup_of(opt), _moving(active)
-    if moving == len(count):
+    if moving == count.shape[0]:
         active = None
     stack = _recalled(opt, rule, setup, grads, state, params)
     if stack is None or (in_place and not _are_apart(stack, count)):
@@ -164,9 +166,10 @@ def _is_served(opt: Any, rule: UpdateRule, state: Any, active: Tensor | None) ->
         or not rule.traits.elementwise
         or transforms.transformed()
         or transforms.observed()
-        or rule.setup_of(opt).options.differentiable
-        or rule.setup_of(opt).trees
     ):
+        return False
+    setup = rule.setup_of(opt)
+    if setup.options.differentiable or setup.trees:
         return False
     check_state(state, rule.state)
     count = state.step
@@ -174,7 +177,7 @@ def _is_served(opt: Any, rule: UpdateRule, state: Any, active: Tensor | None) ->
         return False
     if active is None:
         return True
-    if active.shape != count.shape:
+    if active.ndim > 0 and active.shape != count.shape:
         raise ValueError(
             f"active has shape {tuple(active.shape)} for {len(count)} members: must have shape "
             f"({len(count)},), one bool for each."
@@ -208,8 +211,8 @@ def _recalled(
     if (
         not layout.fast_path_ok
         or layout.params_require_grad
-        or layout.plans.get("members") != len(state.step)
-        or not setup.keeps(layout.dtypes)
+        or layout.plans.get("members") != state.step.shape[0]
+        or not is_kept(setup, layout)
         or (setup.options.rounding == "stochastic" and not _is_plain(state.key))
     ):
         return None
@@ -312,9 +315,12 @@ class _Checked(NamedTuple):
 
     def hold(self, members: int) -> bool:
         """Whether they are as they were."""
-        return self.members == members and all(
-            tensor._version == version for tensor, version in self.versions
-        )
+        if self.members != members:
+            return False
+        for tensor, version in self.versions:  # noqa: SIM110  # a generator takes longer than this
+            if tensor._version != version:
+                return False
+        return True
 
 
 def _plan(
@@ -322,10 +328,11 @@ def _plan(
 ) -> dispatch.Plan:
     """Decide who moves what; as last time, if it was asked of such leaves and numbers then."""
     checked: _Checked | None = vars(opt).get("_checked")
+    scale = numbers.grad_scale
     kinds = (
         in_place,
-        isinstance(numbers.grad_scale, float) and numbers.grad_scale == 1.0,
-        *[n.device if isinstance(n, Tensor) else None for n in numbers],
+        type(scale) is float and scale == 1.0,
+        *[getattr(number, "device", None) for number in numbers],
     )
     if checked is not None and not isinstance(numbers.key, Tensor):
         last = checked.plans.get(kinds)
@@ -340,7 +347,7 @@ def _plan(
 def _hyperparams(rule: UpdateRule, opt: Any, count: Tensor) -> list[Number] | None:
     """Return what the hyperparameters of the members are. Tensors are checked if they changed."""
     checked: _Checked | None = vars(opt).get("_checked")
-    if checked is not None and checked.hold(len(count)):
+    if checked is not None and checked.hold(count.shape[0]):
         return checked.numbers
     numbers: list[Any] = []
     for own, given in zip(rule.hyperparams, rule.hyperparams_of(opt), strict=True):

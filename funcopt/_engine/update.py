@@ -45,6 +45,7 @@ from .prepare import (
     check_untied,
     have_history,
     is_followed,
+    is_kept,
     keep_requiring,
     multiplied,
     outside_unless_plain,
@@ -354,7 +355,7 @@ def _find_routine(
     if recalled is None or not recalled.flat or not recalled.layout.fast_path_ok:
         return None
     inputs, structure, layout, flat = recalled
-    if not setup.keeps(layout.dtypes):
+    if not is_kept(setup, layout):
         return None
     addresses = list(map(Tensor.data_ptr, flat))
     if in_place:

@@ -145,9 +145,11 @@ def _values(param: Tensor, numbers: Any) -> tuple[int, tuple[float | int, ...], 
         return 1, numbers, ()
     values, kept = list(numbers), []
     per_leaf = False
-    ndim = max([number.ndim for number in values if isinstance(number, Tensor)], default=0)
+    others = [index for index, number in enumerate(values) if type(number) is not float]
+    ndim = max([values[i].ndim for i in others if isinstance(values[i], Tensor)], default=0)
     lead = param.shape[:ndim]
-    for index, number in enumerate(values):
+    for index in others:
+        number = values[index]
         if isinstance(number, PerLeaf):
             values[index], per_leaf = number.address, True
             continue
@@ -156,7 +158,8 @@ def _values(param: Tensor, numbers: Any) -> tuple[int, tuple[float | int, ...], 
             continue
         # Of size 1 in a dimension of members over which it does not differ.
         own = number if number.shape == lead else number.expand(lead)
-        own = own.to(torch.float64).contiguous()
+        if own.dtype is not torch.float64 or not own.is_contiguous():
+            own = own.to(torch.float64).contiguous()
         kept.append(own)
         values[index] = own.data_ptr()
     return 0 if per_leaf else lead.numel(), tuple(values), tuple(kept)
