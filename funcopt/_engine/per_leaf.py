@@ -124,8 +124,9 @@ def _of_leaves(own: Hyperparam, tree: Tree, structure: pytree.Structure) -> list
         )
         raise ValueError(
             f"{own.path} is a tree that does not fit the parameters: {' and '.join(parts)}. It "
-            f"must have their keys, at the top at least. For the members of a vmap, give one "
-            f"tensor: torch.tensor([...]). Parameters themselves are given to init()."
+            f"must have their keys, at the top at least; inside a Partition, those of its group. "
+            f"For the members of a vmap, give one tensor: torch.tensor([...]). Parameters "
+            f"themselves are given to init()."
         )
     return found
 

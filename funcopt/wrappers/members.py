@@ -170,7 +170,7 @@ class Members(Generic[InnerT_co]):
 
 def _init(inner: Optimizer[Any], params: Tree) -> Any:
     trees = {"params": params}
-    _check_members({"inner": inner, **trees})
+    _check_members(trees, {"inner": inner})
     return _mapped(lambda own, trees: own.init(trees["params"]), inner, trees)
 
 
@@ -192,7 +192,8 @@ def _update(
         return made
     trees = {"grads": grads, "state": state, "params": params, "active": active, "value": value}
     told = {root: tree for root, tree in trees.items() if tree is not None}
-    _check_members({"inner": inner, **told})
+    numbers = {"inner": inner, "active": active, "value": value}
+    _check_members({"grads": grads, "state": state, "params": params}, numbers)
     if in_place and _update_active_(inner, told):
         return params, state
     news: tuple[Tree, Tree] = _mapped(_updated, inner, told)
@@ -216,12 +217,16 @@ def _update_together(
     in_place: bool,
 ) -> tuple[Tree, Tree] | None:
     """Update all members by one step of a kernel; None, and nothing done, if that is not so."""
-    if active is not None and active.ndim != 1:
-        return None
-    if value is None:
+    if value is None and (active is None or active.ndim == 1):
         return update_stacked(inner, grads, state, params, active, in_place=in_place)
     tensors = _tensors(params)
     members = len(tensors[0]) if tensors and tensors[0].ndim else 0
+    if active is not None and active.ndim == 0:
+        active = active.expand(members)
+    if active is not None and active.ndim > 1:
+        return None
+    if value is None:
+        return update_stacked(inner, grads, state, params, active, in_place=in_place)
     told = told_members(state, value, members)
     if told is None or own_traits(inner).by_rule:
         return None
@@ -298,14 +303,16 @@ def _mapped(function: Callable[..., Tree], inner: Optimizer[Any], trees: dict[st
     return pytree.unflatten(structures[0], list(map(_with_memory_of_each, stacked)))
 
 
-def _check_members(trees: dict[str, Any]) -> None:
-    """Refuse a tensor without a dimension of members, or with another number of them."""
+def _check_members(trees: dict[str, Any], numbers: dict[str, Any]) -> None:
+    """Refuse a tensor without a dimension of members, or with another number of them.
+
+    Of the numbers, those of shape () are for all.
+    """
     first, members = "", 0
     for root, tree in reversed(trees.items()):
-        told = root in ("inner", "active", "value")  # which may be one for all
         leaves, structure = pytree.flatten(tree)
         for index, leaf in enumerate(leaves):
-            if not isinstance(leaf, Tensor) or (told and leaf.ndim == 0):
+            if not isinstance(leaf, Tensor):
                 continue
             path = pytree.path(structure, root, index)
             members, first = (members, first) if first else (len(leaf) if leaf.ndim else 0, path)
@@ -318,6 +325,20 @@ def _check_members(trees: dict[str, Any]) -> None:
                 )
     if not first:
         raise ValueError("params has no tensors, so it does not say how many members it has.")
+    for root, tree in numbers.items():
+        leaves, structure = pytree.flatten(tree)
+        for index, leaf in enumerate(leaves):
+            if isinstance(leaf, Tensor) and leaf.ndim > 0:
+                _check_number(pytree.path(structure, root, index), root, leaf, members)
+
+
+def _check_number(path: str, root: str, number: Tensor, members: int) -> None:
+    """Refuse a number that is not one for each member; one of each element has more dimensions."""
+    if len(number) != members or (root != "inner" and number.ndim > 1):
+        raise ValueError(
+            f"{path} has shape {tuple(number.shape)} for {members} members: must have shape "
+            f"({members},), one for each, or ()."
+        )
 
 
 def _with_memory_of_each(result: Tensor) -> Tensor:

@@ -297,12 +297,41 @@ def test_what_is_not_one_for_each_member_is_refused(change, error, message):
 )
 def test_numbers_of_other_members_are_refused_by_their_path(inner, path):
     params, right = {"w": torch.ones(2, 3)}, Members(Cautious(AdamW()))
-    message = re.escape(f"{path} has shape (3,), and params['w'] has 2 members")
+    message = re.escape(f"{path} has shape (3,) for 2 members: must have shape (2,)")
     with pytest.raises(ValueError, match=message):
         Members(inner).init(params)
     if isinstance(inner, Cautious):  # which goes by vmap
         with pytest.raises(ValueError, match=message):
             Members(inner).update(params, right.init(params), params)
+
+
+@pytest.mark.parametrize("inner", [AdamW(), Clip(AdamW(), 1.0), Cautious(AdamW())])
+def test_a_mask_of_shape_nothing_is_for_all_members(inner):
+    params = {"w": torch.randn(4, 3)}
+    opt, grads = Members(inner), random_like(params)
+    state = opt.init(params)
+    moved = opt.update(grads, state, params)
+    for active, expected in ((True, moved), (False, (params, state))):
+        mask = torch.tensor(active)
+        assert_same_bits(opt.update(grads, state, params, active=mask), expected)
+        assert_same_bits(vmap(inner.update, (0, 0, 0))(grads, state, params), moved)
+        by_vmap = vmap(lambda g, s, p, mask=mask: inner.update(g, s, p, active=mask))
+        assert_same_bits(by_vmap(grads, state, params), expected)
+
+
+@pytest.mark.parametrize("shape", [(3,), (4, 1), (1, 4)])
+@pytest.mark.parametrize("inner", [AdamW(), Best(AdamW()), Cautious(AdamW())])
+def test_masks_and_scores_of_another_shape_are_refused_by_their_names(inner, shape):
+    params = {"w": torch.randn(4, 3)}
+    opt = Members(inner)
+    state = opt.init(params)
+    told = {"active": torch.ones(shape, dtype=torch.bool), "value": torch.ones(shape)}
+    for name, given in told.items():
+        if name == "value" and not isinstance(inner, Best):
+            continue  # which goes by none
+        message = re.escape(f"{name} has shape {shape} for 4 members: must have shape (4,), one")
+        with pytest.raises(ValueError, match=message):
+            opt.update(params, state, params, **{name: given})
 
 
 def test_without_tensors_nobody_knows_how_many_members_there_are():
