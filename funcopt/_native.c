@@ -133,23 +133,24 @@ static int take_addresses(PyObject *given, Job *job, char **addresses)
     return 0;
 }
 
-/* A number: the same in all rows, or that of each row in memory of Python's. */
+/* Numbers of which some are the same in all rows, and others of each row, in memory of Python's. */
 typedef struct {
-    double value;
-    const double *values;
-} Values;
+    double same[MOST_NUMBERS];
+    int64_t others, places[MOST_NUMBERS];
+    const double *values[MOST_NUMBERS];
+} Numbers;
 
-static int take_values(PyObject *given, int64_t rows, Values *values)
+static int take_number_of_rows(PyObject *given, int64_t rows, int64_t place, Numbers *numbers)
 {
     char *address;
-    values->values = NULL;
     if (PyFloat_Check(given)) {
-        values->value = PyFloat_AsDouble(given);
+        numbers->same[place] = PyFloat_AsDouble(given);
         return 0;
     }
     if (take_address(given, sizeof(double), rows, &address) < 0)
         return -1;
-    values->values = (const double *)address;
+    numbers->places[numbers->others] = place;
+    numbers->values[numbers->others++] = (const double *)address;
     return 0;
 }
 
@@ -161,8 +162,8 @@ static uint64_t whole_number(double value)
 
 static int take_numbers(PyObject *given, Job *job, uint64_t *keys)
 {
-    Values values[MOST_NUMBERS];
-    double numbers[MOST_NUMBERS], own[COEFFICIENTS] = {0};
+    Numbers taken = {0};
+    double *const numbers = taken.same, own[COEFFICIENTS] = {0};
     const int64_t wanted = rules[job->rule].numbers;
     if (PyTuple_Size(given) != wanted) {
         PyErr_Format(PyExc_ValueError, "numbers: must be %lld, not %lld.", (long long)wanted,
@@ -170,12 +171,12 @@ static int take_numbers(PyObject *given, Job *job, uint64_t *keys)
         return -1;
     }
     for (int64_t i = 0; i < wanted; i++)
-        if (take_values(PyTuple_GetItem(given, i), rows_of(job), &values[i]) < 0)
+        if (take_number_of_rows(PyTuple_GetItem(given, i), rows_of(job), i, &taken) < 0)
             return -1;
     Corrections last = {0}; /* of a count of 0, which no update has */
     for (int64_t row = 0; row < rows_of(job); row++) {
-        for (int64_t i = 0; i < wanted; i++)
-            numbers[i] = values[i].values != NULL ? values[i].values[row] : values[i].value;
+        for (int64_t i = 0; i < taken.others; i++)
+            numbers[taken.places[i]] = taken.values[i][row];
         own[ACTIVE] = numbers[wanted - 2];
         /* One that is not active moves nothing, and has another count than those that go on. */
         if (own[ACTIVE] != 0.0)
