@@ -42,7 +42,9 @@ def update_with_extras(
         )
     active, value = extras.get("active"), extras.get("value")
     own = _with_members.get(type(opt))
-    if own is not None and active is not False:
+    if own is not None and active is False:
+        value = None  # which may be one for each member, and is looked at by nobody
+    elif own is not None:
         of_each = None if active is True else active
         own = partial(own, active=of_each, value=value, in_place=in_place)
         shards = sharding()

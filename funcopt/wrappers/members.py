@@ -334,10 +334,11 @@ def _check_members(trees: dict[str, Any], numbers: dict[str, Any]) -> None:
 
 def _check_number(path: str, root: str, number: Tensor, members: int) -> None:
     """Refuse a number that is not one for each member; one of each element has more dimensions."""
-    if len(number) != members or (root != "inner" and number.ndim > 1):
+    of_elements = root == "inner" and number.ndim > 1
+    if len(number) != members or (number.ndim > 1 and not of_elements):
         raise ValueError(
             f"{path} has shape {tuple(number.shape)} for {members} members: must have shape "
-            f"({members},), one for each, or ()."
+            f"({members},{' ...' * of_elements}), one for each, or ()."
         )
 
 

@@ -319,6 +319,15 @@ def test_a_mask_of_shape_nothing_is_for_all_members(inner):
         assert_same_bits(by_vmap(grads, state, params), expected)
 
 
+@pytest.mark.parametrize("active", [False, torch.tensor(False)])
+def test_nobody_looks_at_scores_where_nobody_is_active(active):
+    params = {"w": torch.randn(4, 3)}
+    opt = Members(Best(AdamW()))
+    state = opt.init(params)
+    made = opt.update(params, state, params, active=active, value=torch.rand(4))
+    assert_same_bits(made, (params, state))
+
+
 @pytest.mark.parametrize("shape", [(3,), (4, 1), (1, 4)])
 @pytest.mark.parametrize("inner", [AdamW(), Best(AdamW()), Cautious(AdamW())])
 def test_masks_and_scores_of_another_shape_are_refused_by_their_names(inner, shape):
